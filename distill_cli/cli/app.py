@@ -1,0 +1,90 @@
+"""The app, and how errors become lines and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from distill_cli import __version__
+from distill_cli.cli.train import train
+from distill_cli.errors import DistillError, nearest
+
+app = typer.Typer(
+    name="distill",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ClickUsageError: Any = typer.BadParameter.__mro__[1]
+"""Typer's own (newer versions carry their own click) or click's UsageError."""
+ClickError: Any = ClickUsageError.__mro__[1]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def distill(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Turn a pretrained diffusion model into a generator of one or a few steps."""
+
+
+app.command()(train)
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+def _usage(error: Any) -> int:
+    """A wrong command line, in one line, with the nearest command or flag."""
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    hint = f"{context.command_path} --help shows the options" if context else ""
+    wrong = getattr(error, "option_name", None)
+    if wrong and context and "no such option" in message.lower():
+        known = [name for param in context.command.params for name in param.opts]
+        return _fail(f"{wrong}: no such option", nearest(wrong, known, "options"), 2)
+    if message.lower().startswith("no such command") and context:
+        name = message.split("'")[1]
+        return _fail(f"{name}: no such command", nearest(name, context.command.list_commands(context), "commands"), 2)
+    return _fail(message.rstrip("."), hint, 2)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 the user can fix it, 2 usage, 3 a bug, 130 interrupted."""
+    debug = os.environ.get("DISTILL_DEBUG") == "1"
+    try:
+        return app(arguments, prog_name="distill", standalone_mode=False) or 0
+    except ClickError as error:
+        if not error.format_message():  # no command given: the help stands already
+            return 2
+        return _usage(error)
+    except DistillError as error:
+        if debug:
+            raise
+        return _fail(error.message, error.hint, error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", "", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the last line of defence: a bug, said in one line
+        if debug:
+            raise
+        text = " ".join(str(error).split())[:300]
+        return _fail(f"{type(error).__name__}: {text}", "this is a bug of distill; DISTILL_DEBUG=1 shows where", 3)
+
+
+def main() -> None:
+    sys.exit(run())

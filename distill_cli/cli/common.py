@@ -1,0 +1,106 @@
+"""What subcommands share: how options are spelled, resolved and shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from distill_cli.config import Config, TrainingConfig
+    from distill_cli.runs import Run
+
+    ConfigT = TypeVar("ConfigT", bound=Config)
+    TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other key of the recipe.")]
+Recipe = Annotated[str | None, typer.Option(help="A recipe's name or file.", metavar="NAME|FILE")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the results.")]
+Seed = Annotated[int | None, typer.Option(help="Of all noise, orders and times.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, then stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folder.", metavar="RUN")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images at a time.")]
+Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
+Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16.")]
+Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - uncond).")]
+Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, ancestral or few-step.")]
+Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 or 3,5.")]
+
+
+def say(text: str) -> None:
+    """A line for the person who watches, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def result(data: dict[str, Any], text: str, as_json: bool) -> None:
+    """The command's result, on stdout."""
+    print(json.dumps(data, indent=2) if as_json else text)
+
+
+def with_out(config: ConfigT, recipe: str | None, command: str) -> ConfigT:
+    """The config with its results' folder named: runs/RECIPE, or runs/COMMAND without one."""
+    if config.out is not None:
+        return config
+    return config.model_copy(update={"out": Path("runs") / (Path(recipe).stem if recipe else command)})
+
+
+def dry_run(config: Config, plan: dict[str, Any]) -> None:
+    """Print the resolved recipe, then the plan as comments: the whole is a recipe again."""
+    from distill_cli.recipes import dump
+
+    print(dump(config, comments=True), end="")
+    print("# plan")
+    for key, value in plan.items():
+        print(f"#   {key}: {value}")
+
+
+def open_run(config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> TrainingT:
+    """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
+    from distill_cli.errors import UsageError
+    from distill_cli.recipes import resolve
+    from distill_cli.runs import Run
+
+    folder = flags.pop("resume")
+    if folder is None:
+        return with_out(resolve(config_type, recipe, overrides or [], flags), recipe, command)
+    given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value is not None and key != "steps"]
+    given += ["--recipe"] if recipe else []
+    given += overrides or []
+    if given:
+        raise UsageError(f"{given[0]}: not with --resume", "a run goes on with its own settings; only --steps may change")
+    run = Run.resume(folder)
+    config = resolve(config_type, str(run.recipe), [], {"steps": flags.get("steps")})
+    return config.model_copy(update={"out": folder})
+
+
+def start_run(config: TrainingConfig, command: str, resume: Path | None) -> Run:
+    """The run's folder, made or opened; its recipe says what runs now."""
+    from distill_cli.files import write_atomic
+    from distill_cli.recipes import dump
+    from distill_cli.runs import Run
+
+    assert config.out is not None
+    if resume is None:
+        return Run.create(config.out, dump(config), command)
+    run = Run.resume(resume)
+    write_atomic(run.recipe, dump(config))
+    return run
+
+
+def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: int) -> dict[str, Any]:
+    """Steps, images, disk and memory of a training run."""
+    weights = sum(parameters.values()) * 4
+    checkpoint = 4 * trained * 4  # weights, two moments; the average of the first network is counted as one more
+    return {
+        "steps": config.steps,
+        "images": config.steps * config.batch_size,
+        "parameters": ", ".join(f"{name} {count:,}" for name, count in parameters.items()),
+        "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
+        "memory": f"about {(weights + 12 * trained) / 1e6:.0f} MB of weights, gradients and moments, and the activations",
+    }

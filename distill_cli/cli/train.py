@@ -1,0 +1,49 @@
+"""distill train"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+
+def train(
+    overrides: common.Overrides = None,
+    recipe: common.Recipe = None,
+    data: Annotated[str | None, typer.Option(help="A built-in set or a folder of images.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
+    out: common.Out = None,
+    steps: common.Steps = None,
+    batch_size: common.BatchSize = None,
+    lr: common.Rate = None,
+    precision: common.Precision = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    resume: common.Resume = None,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+) -> None:
+    """Train a teacher from images."""
+    from distill_cli.config import TrainConfig
+
+    flags = dict(
+        data=data, resolution=resolution, out=out, steps=steps, batch_size=batch_size, lr=lr,
+        precision=precision, seed=seed, device=device, resume=resume,
+    )  # fmt: skip
+    config = common.open_run(TrainConfig, "train", recipe, overrides, flags)
+    from distill_cli.data import open_images
+    from distill_cli.distill.denoising import Denoising
+    from distill_cli.distill.engine import Engine
+
+    objective = Denoising(config, open_images(config.data, config.resolution, config.flip))
+    count = sum(p.numel() for p in objective.teacher.denoiser.parameters())
+    if dry_run:
+        common.dry_run(config, common.training_plan(config, {"teacher": count}, count))
+        return
+    engine = Engine(config, objective, common.start_run(config, "train", resume))
+    engine.restore()
+    engine.train()
+    folder = engine.run.folder / objective.result
+    common.result({"run": str(engine.run.folder), "model": str(folder), "steps": config.steps}, f"teacher: {folder}", json)

@@ -1,0 +1,180 @@
+"""Every option of every command, with its unit. An unknown key is an error. Knows no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+SOLVERS = ("heun", "euler", "ddim", "ancestral", "few-step")
+Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step"]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _classes(value: Any) -> Any:
+    """`0-3,7` -> [0, 1, 2, 3, 7]."""
+    if isinstance(value, int):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    out: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{value!r} is not like 0-3,7")
+        out += range(int(first), int(last or first) + 1)
+    return out
+
+
+def _not_empty(value: list[int] | None) -> list[int] | None:
+    if value is not None and not value:
+        raise ValueError("no class given")
+    return value
+
+
+Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
+
+
+class Config(BaseModel):
+    """Options of one command; extra keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    out: Path | None = Field(None, description="folder of the results; default runs/NAME")
+    seed: Count = Field(0, description="of all noise, orders and times")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
+
+
+class GenerateConfig(Config):
+    """What pairs and sample share: how images come out of a model."""
+
+    num: Positive = Field(1000, description="images")
+    classes: Classes = Field(None, description="labels in turn, such as 0-9 or 3,5; default all, balanced")
+    solver: Solver | None = Field(None, description="default the model's own")
+    steps: Positive | None = Field(None, description="solver steps (Heun: 2N - 1 network evaluations); default the model's own")
+    guidance_scale: Rate | None = Field(None, description="uncond + scale (cond - uncond); default the model's own")
+    batch_size: Positive = Field(100, description="images at a time")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="of the network's arithmetic")
+
+
+class PairsConfig(GenerateConfig):
+    """distill pairs"""
+
+    teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
+    shard_size: Positive = Field(500, description="pairs a file")
+    dtype: Literal["float32", "float16"] = Field("float16", description="of the stored images")
+
+
+class SampleConfig(GenerateConfig):
+    """distill sample"""
+
+    model: str = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
+    format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
+    grid: bool = Field(False, description="also grid.png of the first 100 images")
+    scale: Positive = Field(4, description="enlargement of the grid's pictures")
+
+
+class TrainingConfig(Config):
+    """What the engine needs for any objective."""
+
+    steps: Positive = Field(1000, description="optimizer steps of the trained model")
+    batch_size: Positive = Field(32, description="images a step, over all processes and accumulation")
+    accumulate: Positive = Field(1, description="gradient accumulation: parts of a batch")
+    lr: Rate = Field(1e-4, description="learning rate")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    lr_end: Fraction = Field(0.0, description="cosine: where it ends, as a share of lr")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW")
+    weight_decay: Weight = Field(0.01, description="AdamW")
+    warmup_steps: Count = Field(0, description="steps of linear warm-up")
+    clip_norm: Rate = Field(10.0, description="largest gradient norm of a network")
+    ema_halflife: Count = Field(0, description="images; 0: no averaging")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="of the networks' arithmetic; weights stay float32")
+    log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
+    sample_every: Count = Field(500, description="steps between sample grids; 0: none")
+    save_every: Positive = Field(500, description="steps between checkpoints")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+
+    @model_validator(mode="after")
+    def _parts(self) -> TrainingConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class NetworkConfig(BaseModel):
+    """diffusers' UNet2DModel, as far as people change it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channels: list[Positive] = Field([32, 64, 64], min_length=1, description="of each resolution, from the finest")
+    attention: list[bool] = Field([False, True, False], description="self-attention at each resolution")
+    layers: Positive = Field(1, description="residual blocks a resolution")
+    groups: Positive = Field(16, description="of group normalisation")
+    head: Positive = Field(32, description="channels of an attention head")
+    dropout: Fraction = Field(0.0, description="of training; off everywhere else")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> NetworkConfig:
+        if len(self.channels) != len(self.attention):
+            raise ValueError(f"{len(self.channels)} channels but {len(self.attention)} attention")
+        for width in self.channels:
+            if width % self.groups:
+                raise ValueError(f"channels {width} is not a multiple of groups {self.groups}")
+            if width % self.head and width > self.head:
+                raise ValueError(f"channels {width} is not a multiple of head {self.head}")
+        return self
+
+
+class TrainConfig(TrainingConfig):
+    """distill train"""
+
+    data: str = Field("digits", description="a built-in set or a folder of images (subfolders are classes)")
+    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
+    flip: bool = Field(False, description="mirror images at random")
+    prediction: Literal["edm", "eps", "v"] = Field("edm", description="edm: preconditioned, ln sigma normal; eps, v: DDPM's table")
+    p_mean: float = Field(-1.2, description="edm: mean of ln sigma")
+    p_std: Rate = Field(1.2, description="edm: standard deviation of ln sigma")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("linear", description="eps, v: betas over 1000 times")
+    label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that guidance works")
+    network: NetworkConfig = NetworkConfig()
+
+
+class DMDConfig(TrainingConfig):
+    """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
+
+    teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
+    pairs: Path | None = Field(None, description="a folder of `distill pairs`; without it there is no regression")
+    pairs_batch_size: Positive | None = Field(None, description="pairs a step; default batch_size")
+    classes: Classes = Field(None, description="labels that the student learns; default all")
+    lr: Rate = Field(5e-5, description="learning rate of the student")
+    fake_lr: Rate | None = Field(None, description="learning rate of the fake score; default lr")
+    fake_steps: Positive = Field(1, description="fake-score steps a student step")
+    warmup_steps: Count = Field(500, description="steps of linear warm-up, of both networks")
+    matching_weight: Weight = Field(1.0, description="of the distribution-matching loss")
+    regression_loss: Literal["l2", "huber"] = Field("l2", description="distance of the regression on pairs")
+    regression_weight: Weight | None = Field(None, description="default 0.25 with pairs, 0 without")
+    guidance_scale: Rate | None = Field(None, description="of the teacher alone; default the teacher's own")
+    t_low: Fraction = Field(0.02, description="matching times, share of the range of times")
+    t_high: Fraction = Field(0.98, description="matching times, share of the range of times")
+    t_bins: Positive = Field(1000, description="EDM: times a range has, from small sigma to large")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DMDConfig:
+        if self.t_low >= self.t_high:
+            raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}")
+        if self.regression_weight and not self.pairs:
+            raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
+        if (self.pairs_batch_size or self.batch_size) % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide pairs_batch_size {self.pairs_batch_size}")
+        if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):
+            raise ValueError("matching_weight 0 leaves nothing to learn from without pairs")
+        return self
+
+
+CONFIGS: dict[str, type[Config]] = {"train": TrainConfig, "pairs": PairsConfig, "dmd": DMDConfig, "sample": SampleConfig}
+"""The command that a recipe's `command` key names -> its options."""

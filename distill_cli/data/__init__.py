@@ -1,0 +1,5 @@
+"""Real images: built-in sets and folders."""
+
+from distill_cli.data.images import Images, open_images
+
+__all__ = ["Images", "open_images"]

@@ -1,0 +1,124 @@
+"""Sets of labelled images that training draws from by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distill_cli.diffusion.noise import Draws
+from distill_cli.errors import DistillError, UsageError, nearest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Images(Protocol):
+    """A labelled set: `classes` names the labels (empty: none), `shape` is (C, H, W)."""
+
+    classes: list[str]
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64; what is random in them comes from `draws`."""
+
+
+def hue_to_rgb(hue: Tensor) -> Tensor:
+    """Fully saturated colours (B, 3) in [0, 1], largest channel 1, of hues (B,) in [0, 1): 0 red, 1/3 green, 2/3 blue."""
+    ramp = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6
+    return 1 - torch.minimum(ramp, 4 - ramp).clamp(0, 1)
+
+
+class Digits:
+    """The 1,797 handwritten digits of scikit-learn, enlarged to 16x16, in coloured ink on black.
+
+    Grey level in [0, 1] times an ink of uniform hue, scaled to [-1, 1]: the maximum over the channels is the grey picture.
+    """
+
+    classes = [str(digit) for digit in range(10)]
+    shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        stored = load_file(Path(__file__).with_name("digits.safetensors"))
+        grey = stored["images"][:, None].float() / 16
+        self.grey = F.interpolate(grey, size=16, mode="bilinear", align_corners=False)
+        self.labels = stored["labels"].long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
+        ink = hue_to_rgb(draws.uniform("augment").float())
+        return self.grey[list(positions)] * ink[:, :, None, None] * 2 - 1, self.labels[list(positions)]
+
+
+class Folder:
+    """Image files below a folder; the first level of subfolders, if any, names the classes.
+
+    Pictures are scaled so that the shorter side fits, cut in the centre, and read on demand; an alpha channel is
+    laid on white.
+    """
+
+    def __init__(self, path: Path, resolution: int, flip: bool = False) -> None:
+        if not path.is_dir():
+            raise DistillError(f"--data {path}: no such folder")
+        self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+        if not self.files:
+            raise DistillError(f"--data {path}: no images in it", f"file names end in {', '.join(SUFFIXES)}")
+        tops = [f.relative_to(path).parts for f in self.files]
+        self.classes = sorted({parts[0] for parts in tops if len(parts) > 1})
+        if self.classes and any(len(parts) == 1 for parts in tops):
+            stray = next(f for f, parts in zip(self.files, tops, strict=True) if len(parts) == 1)
+            raise DistillError(f"--data {path}: {stray.name} is in no class", "move it into a subfolder, or have no subfolders")
+        self.labels = [self.classes.index(parts[0]) if self.classes else 0 for parts in tops]
+        self.shape = (3, resolution, resolution)
+        self.resolution, self.flip = resolution, flip
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _read(self, path: Path) -> Tensor:
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(path) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("RGBA")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
+        background = Image.new("RGBA", picture.size, "white")
+        rgb = Image.alpha_composite(background, picture).convert("RGB")
+        rgb = ImageOps.fit(rgb, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
+        images = torch.stack([self._read(self.files[p]) for p in positions])
+        if self.flip:
+            mirrored = draws.uniform("augment") < 0.5
+            images[mirrored] = images[mirrored].flip(-1)
+        return images, torch.tensor([self.labels[p] for p in positions])
+
+
+BUILTIN = {"digits": Digits}
+
+
+def open_images(name: str, resolution: int | None = None, flip: bool = False) -> Images:
+    """A built-in set by name, or a folder at `resolution` pixels."""
+    if name in BUILTIN:
+        images = BUILTIN[name]()
+        if resolution not in (None, images.shape[-1]):
+            raise UsageError(f"resolution {resolution}: {name} has {images.shape[-1]} pixels")
+        if flip:
+            raise UsageError(f"flip: {name} must not be mirrored")
+        return images
+    if not Path(name).exists():
+        raise UsageError(f"--data {name}: no built-in set and no folder of that name", nearest(name, BUILTIN, "built in"))
+    if resolution is None:
+        raise UsageError(f"--data {name}: a folder needs resolution=PIXELS")
+    return Folder(Path(name), resolution, flip)

@@ -1,0 +1,59 @@
+"""Images at the edges: float [-1, 1] inside, uint8 and PNG outside."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from distill_cli.files import write_atomic
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded; one channel becomes grey RGB."""
+    rounded = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if rounded.shape[1] == 1:
+        rounded = rounded.expand(-1, 3, -1, -1)
+    return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def png(picture: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def grid(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
+    """(B, H, W, 3) uint8 in rows of `columns`, each pixel `scale` times as large, with grey gaps."""
+    count, height, width, _ = images.shape
+    rows, gap = math.ceil(count / columns), max(1, scale // 2)
+    canvas = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 128, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + i // columns * (height * scale + gap), gap + i % columns * (width * scale + gap)
+        canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return canvas
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 10, scale: int = 4) -> None:
+    """Write (B, C, H, W) images in [-1, 1] as one PNG."""
+    write_atomic(path, png(grid(to_uint8(images), columns, scale)))
+
+
+def save_comparison(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 16, scale: int = 4) -> None:
+    """Write grids of (B, H, W, 3) uint8 images below one another, each under its title."""
+    panels = [(title, grid(images, columns, scale)) for title, images in rows]
+    bar = 18
+    canvas = Image.new("RGB", (max(p.shape[1] for _, p in panels), sum(p.shape[0] + bar for _, p in panels)), "white")
+    draw, y = ImageDraw.Draw(canvas), 0
+    for title, panel in panels:
+        draw.text((4, y + 3), title, fill="black")
+        canvas.paste(Image.fromarray(panel), (0, y + bar))
+        y += panel.shape[0] + bar
+    write_atomic(path, png(np.asarray(canvas)))

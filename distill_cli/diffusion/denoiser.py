@@ -1,0 +1,137 @@
+"""The one abstraction: a denoiser estimates E[x0 | x_t]; what its network predicts is a row of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, expand
+
+Condition = Tensor | None
+"""Class labels (B,) int64, text embeddings (B, L, D), or nothing."""
+
+
+class Denoiser(Protocol):
+    """x_t (B, C, H, W), t (B,), condition (B, ...) or None -> an estimate of E[x0 | x_t], (B, C, H, W)."""
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = None, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Constants that a parameterisation may use: standard deviation of the data, smallest sigma of a consistency model."""
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+
+
+Coefficients = Callable[[Tensor, Tensor, Scales], tuple[Tensor, Tensor, Tensor]]
+
+
+def _eps(a: Tensor, s: Tensor, k: Scales) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones_like(a), 1 / a, -s / a
+
+
+def _v(a: Tensor, s: Tensor, k: Scales) -> tuple[Tensor, Tensor, Tensor]:
+    norm = a * a + s * s
+    return torch.ones_like(a), a / norm, -s / norm
+
+
+def _x0(a: Tensor, s: Tensor, k: Scales) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones_like(a), torch.zeros_like(a), torch.ones_like(a)
+
+
+def _flow(a: Tensor, s: Tensor, k: Scales) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones_like(a), 1 / (a + s), -s / (a + s)
+
+
+def _edm(a: Tensor, s: Tensor, k: Scales) -> tuple[Tensor, Tensor, Tensor]:
+    norm = s * s + (a * k.sigma_data) ** 2
+    return norm.rsqrt(), a * k.sigma_data**2 / norm, s * k.sigma_data * norm.rsqrt()
+
+
+def _consistency(a: Tensor, s: Tensor, k: Scales) -> tuple[Tensor, Tensor, Tensor]:
+    c_in, shifted = (s * s + k.sigma_data**2).rsqrt(), s - k.sigma_min
+    return c_in, k.sigma_data**2 / (shifted**2 + k.sigma_data**2), shifted * k.sigma_data * c_in
+
+
+PARAMETERISATIONS: dict[str, Coefficients] = {
+    "eps": _eps,  # noise: Ho et al. 2006.11239
+    "v": _v,  # alpha eps - sigma x0: Salimans & Ho 2202.00512
+    "x0": _x0,
+    "flow": _flow,  # eps - x0: 2210.02747
+    "edm": _edm,  # Karras et al. 2206.00364, table 1
+    "consistency": _consistency,  # f(x, sigma_min) = x, alpha = 1: Song et al. 2303.01469, appendix C
+}
+"""name -> (alpha, sigma, scales) -> (c_in, c_skip, c_out), with x0_hat = c_skip x_t + c_out F(c_in x_t)."""
+
+
+def target(parameterisation: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor, scales: Scales = Scales()) -> Tensor:
+    """What the raw network F should have said for x_t = a x0 + s noise; a and s broadcast against x0."""
+    if parameterisation == "eps":  # exact also where c_out cancels
+        return noise
+    _, c_skip, c_out = PARAMETERISATIONS[parameterisation](a, s, scales)
+    return (x0 - c_skip * (a * x0 + s * noise)) / c_out
+
+
+TIME_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "t": lambda t: t,
+    "250 ln sigma": lambda t: 250 * t.log(),  # OpenAI's consistency models and diffusers' ConsistencyModelPipeline
+    "ln sigma / 4": lambda t: t.log() / 4,  # NVlabs' EDM
+}
+
+
+class NetworkDenoiser(nn.Module):
+    """A network with a row of the table is a denoiser.
+
+    `network(x, time, condition)` returns the raw prediction, (B, C, H, W). It may run in half precision; the
+    combination with x_t is computed in float32, or in x's precision where that is better.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        parameterisation: str = "edm",
+        scales: Scales = Scales(),
+        time_input: str = "250 ln sigma",
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.parameterisation = parameterisation
+        self.scales = scales
+        self.time_input = time_input
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+        x = x if x.dtype == torch.float64 else x.float()
+        t = t.to(x.device, x.dtype)
+        a, s = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
+        c_in, c_skip, c_out = PARAMETERISATIONS[self.parameterisation](a, s, self.scales)
+        output = self.network(c_in * x, TIME_INPUTS[self.time_input](t), condition)
+        return c_skip * x + c_out * output.to(x.dtype)
+
+
+class MixtureDenoiser:
+    """The exact posterior mean for data from sum_k w_k N(mu_k, std^2 I): the perfect teacher of tests.
+
+    means (K, ...), weights (K,). With x_t = a x0 + s eps,
+    D = sum_k r_k (mu_k + a std^2 / (a^2 std^2 + s^2) (x_t - a mu_k)), r = softmax(log w_k - |x_t - a mu_k|^2 / (2 (a^2 std^2 + s^2))).
+    """
+
+    def __init__(self, means: Tensor, weights: Tensor, std: float, schedule: NoiseSchedule | None = None) -> None:
+        self.means, self.weights, self.std = means, weights, std
+        self.schedule = schedule or EDMSchedule()
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+        t = t.to(x.dtype)
+        a, s = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
+        variance = (a * self.std) ** 2 + s**2
+        delta = x[:, None] - a[:, None] * self.means  # (B, K, ...)
+        logits = self.weights.log() - delta.flatten(2).square().sum(2) / (2 * variance.flatten(1))
+        r = logits.softmax(1).reshape(*logits.shape, *[1] * (x.ndim - 1))
+        return (r * (self.means + (a * self.std**2 / variance)[:, None] * delta)).sum(1)

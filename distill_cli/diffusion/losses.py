@@ -1,0 +1,75 @@
+"""Losses of distribution matching and of denoising, each (B, C, H, W) -> a scalar or (B,)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill_cli.diffusion.denoiser import Denoiser, Condition
+from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, add_noise, expand
+
+
+def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """The distribution-matching gradient of each sample (Yin et al. 2311.18828, eq. 7 and 8), in float32 or better.
+
+    x are the student's images, `real` the (guided) teacher's and `fake` the fake score's estimates of x0 at x_t, all
+    (B, C, H, W). The weight divides by the mean |x - real| of each sample; the paper's sigma^2 / alpha and the
+    conversion from scores to x0 cancel. A sample that the teacher reproduces exactly gets gradient 0.
+    """
+    x, real, fake = (v if v.dtype == torch.float64 else v.float() for v in (x.detach(), real.detach(), fake.detach()))
+    scale = (x - real).abs().flatten(1).mean(1)
+    tiny = torch.finfo(scale.dtype).tiny
+    return (fake - real) / expand(scale.clamp(min=tiny), x)
+
+
+def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
+    """0.5 mean(gradient^2) as a value; its derivative by x is gradient / x.numel()."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return 0.5 * (wide - (wide - gradient).detach()).square().mean()
+
+
+def denoising_weight(schedule: NoiseSchedule, t: Tensor, sigma_data: float) -> Tensor:
+    """(B,) weights of the squared x0 error: EDM's 1/sigma^2 + 1/sigma_data^2, elsewhere that of plain noise error.
+
+    The first makes the loss of the raw EDM network even over sigma (Karras et al. 2022, eq. 8 and table 1), the
+    second is (alpha / sigma)^2, which turns x0 error into noise error (Ho et al. 2020, L_simple).
+    """
+    if isinstance(schedule, EDMSchedule):
+        return schedule.sigma(t) ** -2 + sigma_data**-2
+    return (schedule.alpha(t) / schedule.sigma(t)) ** 2
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    condition: Condition = None,
+    *,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """Weighted denoising error of each sample, (B,): the loss of a teacher, and of the fake score on x.detach().
+
+    x, noise (B, C, H, W), t (B,). Its mean is the golden `fake_loss`.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    estimate = denoiser(add_noise(schedule, wide, noise.to(wide), t), t, condition)
+    error = (estimate - wide).square().flatten(1).mean(1)
+    return denoising_weight(schedule, t.to(error), sigma_data) * error
+
+
+def regression_loss(kind: str, x: Tensor, reference: Tensor) -> Tensor:
+    """Mean distance of the student's images to the teacher's from the same noise.
+
+    `l2` is mean squared error; `huber` is the pseudo-Huber metric sqrt(|d|^2 + c^2) - c of a sample divided by
+    sqrt(dimensions), c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2310.14189, section 3.3).
+    """
+    delta = x.float() - reference.float()
+    if kind == "l2":
+        return delta.square().mean()
+    if kind == "huber":
+        dimensions = delta[0].numel()
+        c = 0.00054 * dimensions**0.5
+        return (((delta.square().flatten(1).sum(1) + c**2).sqrt() - c) / dimensions**0.5).mean()
+    raise ValueError(f"regression loss {kind!r} is none of l2, huber")

@@ -1,0 +1,63 @@
+"""Random numbers by index: sample i of a job draws from (seed, purpose, i) alone.
+
+So the same numbers come back on any device, batch size, number of processes or machines. The generator is
+Philox 4x64 (Salmon et al. 2011), counter-based, through numpy: unlike torch.randn its values do not depend on
+the processor's vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PURPOSES = (
+    "prior", "solver", "matching_noise", "matching_time", "score_noise", "score_time", "label",
+    "label_dropout", "augment", "order", "noise", "time",
+)  # fmt: skip
+"""What a stream of numbers is for. Append only: the position is part of the key, so moving one changes every run."""
+
+
+class Draws:
+    """The random numbers of the samples `indices` (global positions in the job), each with streams of its own."""
+
+    def __init__(self, seed: int, indices: Sequence[int]) -> None:
+        self.seed, self.indices = seed, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _generator(self, index: int, purpose: str, turn: int) -> np.random.Generator:
+        key = np.array([self.seed, PURPOSES.index(purpose)], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, turn, index], dtype=np.uint64)))
+
+    def normal(self, purpose: str, shape: Sequence[int] = (), turn: int = 0) -> Tensor:
+        """Standard-normal float32 (B, *shape) on the CPU; `turn` counts draws of one purpose by one sample."""
+        rows = [self._generator(i, purpose, turn).standard_normal(shape, dtype=np.float32) for i in self.indices]
+        return torch.from_numpy(np.asarray(rows, dtype=np.float32).reshape(len(rows), *shape))
+
+    def uniform(self, purpose: str, turn: int = 0) -> Tensor:
+        """Uniform float64 (B,) in [0, 1)."""
+        return torch.tensor([self._generator(i, purpose, turn).random() for i in self.indices], dtype=torch.float64)
+
+
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order (count,) in which epoch `epoch` visits the items 0 .. count-1."""
+    key = np.array([seed, PURPOSES.index("order")], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch])).permutation(count)
+
+
+class Order:
+    """Item positions by global sample index: epoch after epoch, each shuffled, nothing to store for a resume."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        self.seed, self.count = seed, count
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, index: int) -> int:
+        epoch, position = divmod(index, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, self.count)
+        return int(self._order[position])

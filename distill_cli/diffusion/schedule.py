@@ -1,0 +1,188 @@
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, in the schedule's own time t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class NoiseSchedule(Protocol):
+    """alpha(t) and sigma(t) of the forward process; t grows with the noise."""
+
+    t_min: float
+    t_max: float
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Scale of the data at times t, in t's shape."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Standard deviation of the noise at times t, in t's shape."""
+
+    def time(self, level: Tensor) -> Tensor:
+        """The time at which the noise level sigma / alpha is `level`."""
+
+    def at(self, fraction: Tensor) -> Tensor:
+        """Times at fractions of the range, 0 the smallest and 1 the largest, evenly as training sees them."""
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha(t) x0 + sigma(t) noise for x0, noise (B, ...) and t (B,)."""
+    return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * noise
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) values as (B, 1, 1, ...) in the dtype and on the device of `like`."""
+    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class EDMSchedule:
+    """Karras et al. 2022 (2206.00364): alpha = 1 and t is sigma itself.
+
+    Pictures are scaled to [-1, 1]; sigmas are in the same unit.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def time(self, level: Tensor) -> Tensor:
+        return level
+
+    def at(self, fraction: Tensor) -> Tensor:
+        """Times at fractions of the range: 0 is sigma_min, 1 is sigma_max, even in sigma^(1/rho) (eq. 5)."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + fraction * (high - low)) ** self.rho
+
+    def times(self, steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(steps,) decreasing times from sigma_max to sigma_min (eq. 5; the final 0 is left out)."""
+        if steps == 1:
+            return torch.tensor([self.sigma_max], dtype=dtype)
+        return self.at(torch.linspace(1, 0, steps, dtype=dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class TableSchedule:
+    """A variance-preserving table as DDPM and Stable Diffusion have: t in 0 .. N-1.
+
+    `alphas_cumprod` (N,) is alpha^2. Between entries it is interpolated linearly, so alpha^2 + sigma^2 = 1 at every t.
+    """
+
+    alphas_cumprod: Tensor
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        return float(len(self.alphas_cumprod) - 1)
+
+    def _alpha_squared(self, t: Tensor) -> Tensor:
+        dtype = t.dtype if t.is_floating_point() else torch.float32
+        table = self.alphas_cumprod.to(t.device)
+        low = t.long().clamp(0, len(table) - 1)
+        high = (low + 1).clamp(max=len(table) - 1)
+        return torch.lerp(table[low], table[high], (t.to(table.dtype) - low)).to(dtype)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._alpha_squared(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._alpha_squared(t)).sqrt()
+
+    def time(self, level: Tensor) -> Tensor:
+        noise = 1 - self.alphas_cumprod.to(level.device)
+        value = 1 / (1 + level.to(noise.dtype) ** -2)
+        high = torch.searchsorted(noise, value.contiguous()).clamp(1, len(noise) - 1)
+        below, above = noise[high - 1], noise[high]
+        return (high - 1 + ((value - below) / (above - below)).clamp(0, 1)).to(level.dtype)
+
+    def at(self, fraction: Tensor) -> Tensor:
+        """Whole times at fractions of the range: 0 is t = 0, 1 is t = N - 1."""
+        return (fraction * self.t_max).round()
+
+    def times(self, steps: int, spacing: str = "trailing", offset: int = 0) -> Tensor:
+        """(steps,) decreasing whole times; spacings as in Lin et al. (2305.08891, table 2).
+
+        `trailing` begins at N - 1, `leading` (Stable Diffusion 1's, with offset 1) ends at `offset`, `linspace` has both.
+        """
+        count = len(self.alphas_cumprod)
+        if spacing == "trailing":
+            return (torch.arange(count, 0, -count / steps, dtype=torch.float64).round() - 1)[:steps]
+        if spacing == "leading":
+            return (torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (count // steps)) + offset
+        if spacing == "linspace":
+            return torch.linspace(count - 1, 0, steps, dtype=torch.float64).round()
+        raise ValueError(f"spacing {spacing!r} is none of trailing, leading, linspace")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TableSchedule:
+        """The table of a diffusers scheduler config (`beta_schedule`, `beta_start`, ..., `rescale_betas_zero_snr`)."""
+        count = int(config.get("num_train_timesteps", 1000))
+        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+        kind = config.get("beta_schedule", "linear")
+        if config.get("trained_betas") is not None:
+            betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+        elif kind == "linear":
+            betas = torch.linspace(start, end, count, dtype=torch.float64)
+        elif kind == "scaled_linear":
+            betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+        elif kind == "squaredcos_cap_v2":
+            edges = torch.arange(count + 1, dtype=torch.float64) / count
+            bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(f"beta_schedule {kind!r} is none of linear, scaled_linear, squaredcos_cap_v2")
+        table = torch.cumprod(1 - betas, 0)
+        return cls(zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table)
+
+
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged (2305.08891, alg. 1)."""
+    root = alphas_cumprod.sqrt()
+    first, last = root[0], root[-1]
+    return ((root - last) * first / (first - last)) ** 2
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Flow matching (2210.02747, rectified flow 2209.03003): alpha = 1 - t, sigma = t, t in [0, 1]."""
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def time(self, level: Tensor) -> Tensor:
+        return 1 / (1 + 1 / level)
+
+    def at(self, fraction: Tensor) -> Tensor:
+        return fraction
+
+    def times(self, steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(steps,) decreasing times 1, 1 - 1/steps, ..., 1/steps."""
+        return torch.arange(steps, 0, -1, dtype=dtype) / steps

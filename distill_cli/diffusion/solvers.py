@@ -1,0 +1,153 @@
+"""Samplers as plain functions: from x at times[0] to an estimate of x0.
+
+`times` (N,) decrease and end above zero noise; the step from the last one to zero noise is the denoiser's own
+estimate, which is what Euler's step to sigma = 0 gives. Every solver works in (alpha, sigma), so one function
+serves EDM, Stable Diffusion and flow matching. `noise(k)` returns the fresh standard-normal noise of step k,
+(B, C, H, W); `callback(k, x, x0)` sees each step's state and estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.schedule import NoiseSchedule
+
+Callback = Callable[[int, Tensor, Tensor], None]
+Noise = Callable[[int], Tensor]
+
+
+def prior(schedule: NoiseSchedule, noise: Tensor) -> Tensor:
+    """The start of sampling: sigma(t_max) * noise, x_t with the data's own part left out."""
+    return schedule.sigma(torch.tensor(schedule.t_max, dtype=torch.float64)).item() * noise
+
+
+def _at(schedule: NoiseSchedule, t: Tensor) -> tuple[float, float]:
+    t = t.double()
+    return schedule.alpha(t).item(), schedule.sigma(t).item()
+
+
+def _call(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    return denoiser(x, t.to(x.device, x.dtype).expand(len(x)), condition)
+
+
+def ddim(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Tensor,
+    condition: Condition = None,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2010.02502, eq. 12 and 16); eta 0 is deterministic, eta 1 DDPM's ancestral sampling.
+
+    First order; one evaluation a time. Fine where alpha = 0 (zero terminal SNR).
+    """
+    for k, t in enumerate(times):
+        x0 = _call(denoiser, x, t, condition)
+        if callback:
+            callback(k, x, x0)
+        if k + 1 == len(times):
+            return x0
+        (a, s), (a_next, s_next) = _at(schedule, t), _at(schedule, times[k + 1])
+        variance = 0.0
+        if eta:
+            ratio = a / a_next
+            variance = max(0.0, (eta * s_next / s) ** 2 * (s**2 - (ratio * s_next) ** 2))
+        x = a_next * x0 + max(0.0, s_next**2 - variance) ** 0.5 / s * (x - a * x0)
+        if variance:
+            assert noise is not None, "eta > 0 needs noise"
+            x = x + variance**0.5 * noise(k)
+    raise ValueError("no times")
+
+
+def euler(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Tensor,
+    condition: Condition = None,
+    *,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Euler steps of the probability-flow ODE in (x / alpha, sigma / alpha), which are DDIM's steps with eta 0."""
+    return ddim(denoiser, schedule, x, times, condition, callback=callback)
+
+
+def heun(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Tensor,
+    condition: Condition = None,
+    *,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = float("inf"),
+    churn_noise: float = 1.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Karras et al. 2022, algorithm 2; without churn algorithm 1 with Heun's method. Second order, 2N - 1 evaluations.
+
+    churn, churn_min, churn_max, churn_noise are the paper's S_churn, S_tmin, S_tmax, S_noise.
+    """
+    for k, t in enumerate(times):
+        a, s = _at(schedule, t)
+        level = s / a
+        y = x / a  # sample and noise level of the variance-exploding form
+        gamma = min(churn / len(times), 2**0.5 - 1) if churn and churn_min <= level <= churn_max else 0.0
+        if gamma:
+            assert noise is not None, "churn needs noise"
+            raised = level * (1 + gamma)
+            y = y + (raised**2 - level**2) ** 0.5 * churn_noise * noise(k)
+            level = raised
+            t = schedule.time(torch.tensor(raised, dtype=torch.float64))
+            a, _ = _at(schedule, t)
+        x0 = _call(denoiser, a * y, t, condition)
+        if callback:
+            callback(k, a * y, x0)
+        if k + 1 == len(times):
+            return x0
+        a_next, s_next = _at(schedule, times[k + 1])
+        next_level = s_next / a_next
+        slope = (y - x0) / level
+        ahead = y + (next_level - level) * slope
+        corrected = _call(denoiser, a_next * ahead, times[k + 1], condition)
+        y = y + (next_level - level) * 0.5 * (slope + (ahead - corrected) / next_level)
+        x = a_next * y
+    raise ValueError("no times")
+
+
+def few_step(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Tensor,
+    condition: Condition = None,
+    *,
+    sigma_min: float = 0.0,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """x0, renoise, x0, ...: the sampler of one- and few-step students (Song et al. 2303.01469, algorithm 1).
+
+    Renoising has standard deviation sqrt(sigma^2 - sigma_min^2); consistency models give their sigma_min.
+    """
+    x0 = _call(denoiser, x, times[0], condition)
+    if callback:
+        callback(0, x, x0)
+    for k, t in enumerate(times[1:], start=1):
+        assert noise is not None, "several steps need noise"
+        a, s = _at(schedule, t)
+        x = a * x0 + max(0.0, s**2 - sigma_min**2) ** 0.5 * noise(k)
+        x0 = _call(denoiser, x, t, condition)
+        if callback:
+            callback(k, x, x0)
+    return x0

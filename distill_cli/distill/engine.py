@@ -1,0 +1,216 @@
+"""The training loop, the same for every objective.
+
+The engine owns processes, precision, optimizers, clipping, EMA, logging, sample grids, checkpoints and resume. An
+objective says which networks it trains and yields, for one step, the losses in the order in which they are stepped.
+All random numbers come from global sample indices, so a run resumes from the number of its step alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.config import TrainingConfig
+from distill_cli.data.pictures import save_grid
+from distill_cli.diffusion.noise import Draws
+from distill_cli.distill import checkpoint
+from distill_cli.distill.ema import EMA
+from distill_cli.errors import DistillError, Interrupted
+from distill_cli.launch import Progress, rank, stoppable, world_size
+from distill_cli.models import Model
+from distill_cli.runs import Run
+
+
+@dataclass
+class Loss:
+    """A loss whose gradient steps `network`; `metrics` are scalars to log besides it."""
+
+    network: str
+    value: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What a method is to the engine."""
+
+    networks: dict[str, nn.Module]
+    """Trained networks; the first one's average is the result. The engine puts wrapped ones in their place."""
+    frozen: list[nn.Module]
+    """Networks that only answer."""
+    rates: dict[str, float]
+    """Learning rate of each trained network."""
+    result: str
+    """Name of the result's folder in the run."""
+
+    def turns(self, draws: Draws) -> Iterator[Loss]:
+        """The losses of one step on the samples of `draws`; after each the engine steps that network, then asks on."""
+
+    def model(self, network: nn.Module) -> Model:
+        """The result with `network` (the average, or its copy) as its denoiser."""
+
+    def advice(self, metrics: dict[str, float]) -> str:
+        """A warning about the run's state as these averages show it, or ''."""
+
+
+def learning_rate(config: TrainingConfig, rate: float, step: int) -> float:
+    """The rate of step 0, 1, ...: linear warm-up, then constant or a cosine down to lr_end of it."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.lr_schedule == "constant":
+        return rate * warm
+    along = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return rate * warm * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+class Engine:
+    """Trains an objective in a run's folder."""
+
+    def __init__(self, config: TrainingConfig, objective: Objective, run: Run) -> None:
+        from accelerate import Accelerator
+
+        self.config, self.objective, self.run = config, objective, run
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu")
+        where = self.accelerator.device
+        for frozen in objective.frozen:
+            frozen.to(where)
+        self.plain = {name: network.to(where) for name, network in objective.networks.items()}
+        self.main = next(iter(self.plain))
+        self.ema = EMA(self.plain[self.main], config.ema_halflife)
+        self.optimizers: dict[str, Any] = {}
+        for name, network in self.plain.items():
+            optimizer = torch.optim.AdamW(
+                network.parameters(), lr=objective.rates[name], betas=config.betas, weight_decay=config.weight_decay, fused=True
+            )
+            objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
+        self.step = 0
+        self.window: dict[str, tuple[Tensor, int]] = {}
+        self.saved = -1
+
+    def draws(self, step: int) -> list[Draws]:
+        """This process's samples of a step, in the parts of gradient accumulation."""
+        first, size = step * self.config.batch_size, self.config.batch_size // self.config.accumulate
+        parts = [range(first + k * size, first + (k + 1) * size) for k in range(self.config.accumulate)]
+        return [Draws(self.config.seed, part[rank() :: world_size()]) for part in parts]
+
+    def train_step(self) -> None:
+        """One step: every turn of the objective, each over all parts of the batch."""
+        torch.manual_seed(hash((self.config.seed, self.step, rank())) % 2**63)  # dropout alone uses torch's generator
+        parts = self.draws(self.step)
+        turns = [self.objective.turns(part) for part in parts]
+        while True:
+            name = ""
+            for turn in turns:
+                with self.accelerator.autocast():
+                    loss = next(turn, None)
+                if loss is None:
+                    break
+                name = loss.network
+                self.accelerator.backward(loss.value / len(turns))
+                self._record({f"{name}_loss": loss.value, **loss.metrics})
+            if not name:
+                break
+            optimizer = self.optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.objective.rates[name], self.step)
+            norm = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
+            self._record({f"{name}_grad_norm": norm})
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
+
+    def _record(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            value = torch.as_tensor(value).detach().float()
+            total, count = self.window.get(name, (torch.zeros_like(value), 0))
+            self.window[name] = (total + value, count + 1)
+
+    def _log(self) -> dict[str, float]:
+        """Write the means since the last line; a number that is none stops the run at its last good checkpoint."""
+        means = {name: (total / count).item() for name, (total, count) in self.window.items()}
+        self.window = {}
+        bad = [name for name, value in means.items() if not math.isfinite(value) and not name.endswith("grad_norm")]
+        if bad:
+            found = checkpoint.steps(self.run.checkpoints)
+            raise DistillError(
+                f"{bad[0]} is not a number between steps {max(0, self.step - self.config.log_every) + 1} and {self.step}",
+                f"{f'the checkpoint of step {found[-1]} is good; ' if found else ''}lower the learning rate, or use --precision no",
+            )
+        if rank() == 0:
+            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **means})
+        return means
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if rank() == 0 and self.saved != self.step:
+            state = {"window": {name: [total.item(), count] for name, (total, count) in self.window.items()}}
+            networks = {**self.plain, "average": self.ema.network}
+            checkpoint.save(self.run.checkpoints, self.step, networks, self.optimizers, state, self.config.keep)
+        self.saved = self.step
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint; from the start where there is none."""
+        found = checkpoint.steps(self.run.checkpoints)
+        if found:
+            networks = {**self.plain, "average": self.ema.network}
+            state = checkpoint.load(self.run.checkpoints, found[-1], networks, self.optimizers)
+            self.step = self.saved = found[-1]
+            device = self.accelerator.device
+            self.window = {name: (torch.tensor(total, device=device), count) for name, (total, count) in state["window"].items()}
+        self.run.forget_after(self.step)
+
+    def sample_grid(self) -> None:
+        """Write the average's images for the first 40 noises of the run."""
+        if rank() == 0:
+            model = self.objective.model(self.ema.network)
+            with torch.random.fork_rng(devices=[]):
+                images = model.sample(Draws(self.config.seed, range(40)), model.conditioner.labels(40))
+            save_grid(images, self.run.samples / f"{self.step:06d}.png")
+
+    def train(self) -> Model:
+        """Train to the last step and save the result; ^C and SIGTERM leave a run that resumes."""
+        config = self.config
+        progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
+        warned = ""
+        with stoppable() as stop:
+            while self.step < config.steps:
+                self.train_step()
+                note = ""
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    means = self._log()
+                    note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
+                    advice = self.objective.advice(means)
+                    if advice and advice != warned and rank() == 0:
+                        print(f"warning: step {self.step}: {advice}", file=sys.stderr)
+                    warned = advice
+                progress.add(1, note)
+                if config.sample_every and (self.step % config.sample_every == 0 or last):
+                    self.sample_grid()
+                if self.step % config.save_every == 0 or last:
+                    self._check_finite()
+                    self.save()
+                if stop.requested and not last:
+                    self._check_finite()
+                    self.save()
+                    raise Interrupted(f"stopped at step {self.step} of {config.steps}", f"continue with --resume {self.run.folder}")
+        progress.close()
+        model = self.objective.model(self.ema.network)
+        if rank() == 0:
+            model.save(self.run.folder / self.objective.result)
+        return model
+
+    def _check_finite(self) -> None:
+        """Never keep a checkpoint with weights that are no numbers."""
+        for name, network in self.plain.items():
+            if not all(torch.isfinite(p).all() for p in network.parameters()):
+                found = checkpoint.steps(self.run.checkpoints)
+                raise DistillError(
+                    f"the weights of {name} are not numbers at step {self.step}",
+                    f"{f'the checkpoint of step {found[-1]} is good; ' if found else ''}lower the learning rate",
+                )

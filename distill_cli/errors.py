@@ -1,0 +1,36 @@
+"""Errors that a user can act on: one line that names the flag, key or file, then a hint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DistillError(Exception):
+    """Something the user can fix; the command ends with `exit_code` and no traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(DistillError):
+    """A wrong command line or recipe."""
+
+    exit_code = 2
+
+
+class Interrupted(DistillError):
+    """The user or the scheduler stopped the command; what was complete is kept."""
+
+    exit_code = 130
+
+
+def nearest(word: str, known: Iterable[str], what: str = "known") -> str:
+    """A hint: the nearest of `known` to `word`, or the whole list where nothing is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"{what}: {', '.join(names) or '(none)'}"

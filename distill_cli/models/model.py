@@ -1,0 +1,190 @@
+"""What a model folder holds: a denoiser, how its condition is given, how it is sampled, and where it came from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from distill_cli.diffusion import solvers
+from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
+from distill_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ClassConditioner:
+    """Labels 0 .. len(classes)-1, and the null label after them where the model knows one."""
+
+    classes: tuple[str, ...] = ()
+    null_label: int | None = None
+
+    @property
+    def null(self) -> Tensor | None:
+        return None if self.null_label is None else torch.tensor(self.null_label)
+
+    def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
+        """(count,) labels in turn, from position `start` of the job; zeros for a model without classes."""
+        wanted = classes if classes is not None else list(range(max(1, len(self.classes))))
+        beyond = [label for label in wanted if label >= max(1, len(self.classes))]
+        if beyond:
+            raise UsageError(f"--classes: no class {beyond[0]}", f"the model has classes 0 to {len(self.classes) - 1}" if self.classes else "the model has no classes")
+        return torch.tensor([wanted[i % len(wanted)] for i in range(start, start + count)])
+
+    def __call__(self, labels: Tensor) -> Condition:
+        """What the denoiser takes for these labels."""
+        return labels if self.classes else None
+
+
+class IdentityCodec:
+    """Pixel-space models: what the denoiser works on are the images."""
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x.clamp(-1, 1)
+
+
+class Sampling(BaseModel):
+    """How a model likes to be sampled."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    solver: str = "heun"
+    steps: int = 18
+    guidance_scale: float = 1.0
+
+
+class Lineage(BaseModel):
+    """Where a model came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Literal["teacher", "student"] = "teacher"
+    method: str = ""
+    teacher: str = ""
+    teacher_hash: str = ""
+    licence: str = ""
+    data: str = ""
+
+
+class UNet(nn.Module):
+    """diffusers' UNet2DModel as `network(x, time, condition)`."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        return self.unet(x, time, class_labels=condition, return_dict=False)[0]
+
+
+@dataclass
+class Model:
+    """A teacher or a student; `few_step_times` (decreasing) are a student's, None for a teacher."""
+
+    denoiser: NetworkDenoiser
+    conditioner: ClassConditioner
+    lineage: Lineage
+    sampling: Sampling = Sampling()
+    few_step_times: list[float] | None = None
+    codec: IdentityCodec = field(default_factory=IdentityCodec)
+
+    @property
+    def unet(self) -> Any:
+        return self.denoiser.network.unet
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the denoiser works on."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def to(self, device: str | torch.device) -> Model:
+        self.denoiser.to(device)
+        return self
+
+    def copy(self, **changes: Any) -> Model:
+        """The same model with networks of its own."""
+        return replace(self, denoiser=copy.deepcopy(self.denoiser), **changes)
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the names, dtypes, shapes and bytes of the weights, in the order of their names."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.unet.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def times(self, solver: str, steps: int) -> Tensor:
+        """(steps,) decreasing times of a solver on this model's schedule."""
+        schedule = self.denoiser.schedule
+        if solver == "few-step":
+            if self.few_step_times is None:
+                return schedule.times(steps)
+            if steps > len(self.few_step_times):
+                raise UsageError(f"--steps {steps}: the student was made for at most {len(self.few_step_times)}")
+            return torch.tensor(self.few_step_times[:steps], dtype=torch.float64)
+        if isinstance(schedule, TableSchedule) and solver == "heun":
+            low = schedule.t_max / steps / 2  # sigma / alpha of the last times must not vanish
+            return torch.linspace(schedule.t_max, low, steps, dtype=torch.float64)
+        return schedule.times(steps)
+
+    def with_defaults(self, solver: str | None, steps: int | None, guidance_scale: float | None) -> Sampling:
+        """The sampling settings that result from what the user gave."""
+        own = self.sampling
+        return Sampling(
+            solver=solver or own.solver,
+            steps=steps or (own.steps if solver in (None, own.solver) else (1 if solver == "few-step" else 18)),
+            guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+
+    @torch.no_grad()
+    def sample(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] on the CPU, from the noise of `draws` (one row a label), under `sampling`."""
+        sampling = sampling or self.sampling
+        null = self.conditioner.null
+        if sampling.guidance_scale != 1 and null is None:
+            raise UsageError(f"--guidance-scale {sampling.guidance_scale}: the model knows no null class", "use 1")
+        device = next(self.denoiser.parameters()).device
+        schedule = self.denoiser.schedule
+        denoiser = guided(self.denoiser, sampling.guidance_scale, null)
+        condition = self.conditioner(labels.to(device))
+        x = solvers.prior(schedule, draws.normal("prior", self.shape).to(device))
+        times = self.times(sampling.solver, sampling.steps)
+
+        def noise(k: int) -> Tensor:
+            return draws.normal("solver", self.shape, turn=k).to(device)
+
+        if sampling.solver == "heun":
+            x0 = solvers.heun(denoiser, schedule, x, times, condition)
+        elif sampling.solver in ("euler", "ddim"):
+            x0 = solvers.ddim(denoiser, schedule, x, times, condition)
+        elif sampling.solver == "ancestral":
+            x0 = solvers.ddim(denoiser, schedule, x, times, condition, eta=1.0, noise=noise)
+        elif sampling.solver == "few-step":
+            sigma_min = self.denoiser.scales.sigma_min if isinstance(schedule, EDMSchedule) else 0.0
+            x0 = solvers.few_step(denoiser, schedule, x, times, condition, sigma_min=sigma_min, noise=noise)
+        else:
+            raise UsageError(f"--solver {sampling.solver}: unknown")
+        return self.codec.decode(x0.float()).cpu()
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write an ordinary diffusers pipeline folder with one JSON file of ours beside it."""
+        from distill_cli.models.pixel import save
+
+        save(self, Path(folder), dtype)
+
+
+def network_evaluations(sampling: Sampling) -> int:
+    """Denoiser calls a sample costs (guidance counts twice)."""
+    calls = 2 * sampling.steps - 1 if sampling.solver == "heun" else sampling.steps
+    return calls * (1 if sampling.guidance_scale == 1 else 2)

@@ -1,0 +1,203 @@
+"""Pixel-space models on diffusers' UNet2DModel, stored as ordinary pipeline folders.
+
+EDM and consistency models are ConsistencyModelPipeline folders (time input 250 ln sigma), so a one-step student gives
+in plain diffusers the picture it gives here; eps and v models are DDPMPipeline folders. What diffusers has no place
+for stands in distill.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
+from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
+from distill_cli.errors import DistillError
+from distill_cli.files import folder_atomic
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
+
+EXTRA = "distill.json"
+EDM_PIPELINE, DDPM_PIPELINE = "ConsistencyModelPipeline", "DDPMPipeline"
+PIPELINES = (EDM_PIPELINE, DDPM_PIPELINE, "DDIMPipeline")
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+class Extra(BaseModel):
+    """distill.json: what only this package needs to know of a pipeline folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    parameterisation: str
+    time_input: str
+    classes: list[str] = []
+    null_label: int | None = None
+    sampling: Sampling = Sampling()
+    few_step_times: list[float] | None = None
+    lineage: Lineage
+
+
+def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write `model` to `folder`, which is complete or absent; an older one is replaced. Weights are stored as `dtype`."""
+    import diffusers
+
+    denoiser, schedule = model.denoiser, model.denoiser.schedule
+    if isinstance(schedule, EDMSchedule):
+        scheduler = diffusers.CMStochasticIterativeScheduler(
+            num_train_timesteps=40,
+            sigma_min=schedule.sigma_min,
+            sigma_max=schedule.sigma_max,
+            sigma_data=denoiser.scales.sigma_data,
+            rho=schedule.rho,
+        )
+        pipeline = EDM_PIPELINE
+    else:
+        assert isinstance(schedule, TableSchedule)
+        betas = 1 - schedule.alphas_cumprod / torch.cat([torch.ones(1).double(), schedule.alphas_cumprod[:-1]])
+        scheduler = diffusers.DDPMScheduler(
+            num_train_timesteps=len(betas),
+            trained_betas=betas.tolist(),
+            prediction_type=PREDICTION_TYPES[denoiser.parameterisation],
+        )
+        pipeline = DDPM_PIPELINE
+    unet = model.unet if dtype == torch.float32 else copy.deepcopy(model.unet).to(dtype)
+    extra = Extra(
+        parameterisation=denoiser.parameterisation,
+        time_input=denoiser.time_input,
+        classes=list(model.conditioner.classes),
+        null_label=model.conditioner.null_label,
+        sampling=model.sampling,
+        few_step_times=model.few_step_times,
+        lineage=model.lineage,
+    )
+    with folder_atomic(folder) as temporary:
+        unet.save_pretrained(temporary / "unet")
+        scheduler.save_pretrained(temporary / "scheduler")
+        index = {
+            "_class_name": pipeline,
+            "_diffusers_version": diffusers.__version__,
+            "unet": ["diffusers", "UNet2DModel"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
+        }
+        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (temporary / EXTRA).write_text(extra.model_dump_json(indent=2) + "\n")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        out = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DistillError(f"{path}: not readable ({error})") from error
+    if not isinstance(out, dict):
+        raise DistillError(f"{path}: not a JSON object")
+    return out
+
+
+def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
+    """The schedule, its constants and the network's prediction, from scheduler_config.json."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = _json(path)
+    if pipeline == EDM_PIPELINE:
+        low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
+        scales = Scales(sigma_data=float(config.get("sigma_data", 0.5)), sigma_min=low)
+        return EDMSchedule(low, high, float(config.get("rho", 7.0))), scales, "consistency"
+    kinds = {value: key for key, value in PREDICTION_TYPES.items()}
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in kinds:
+        raise DistillError(f"{path}: prediction_type {prediction!r} is none of {', '.join(kinds)}")
+    try:
+        return TableSchedule.from_config(config), Scales(), kinds[prediction]
+    except ValueError as error:
+        raise DistillError(f"{path}: {error}") from error
+
+
+def load(folder: Path, name: str) -> Model:
+    """The model in a pipeline folder, in float32, evaluation mode, on the CPU.
+
+    A folder without distill.json is read as diffusers would: a ConsistencyModelPipeline is a one-step student.
+    """
+    import diffusers
+
+    pipeline = str(_json(folder / "model_index.json").get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise DistillError(f"{folder}: a {pipeline} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
+    schedule, scales, prediction = _schedule(folder, pipeline)
+    try:
+        unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
+    except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistillError(f"{folder / 'unet'}: no readable UNet2DModel ({reason})", "is the folder complete?") from error
+    count = unet.config.num_class_embeds
+    if (folder / EXTRA).exists():
+        try:
+            extra = Extra.model_validate(_json(folder / EXTRA))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise DistillError(f"{folder / EXTRA}: {key}: {problem['msg'].lower()}") from error
+    else:
+        few = pipeline == EDM_PIPELINE
+        extra = Extra(
+            parameterisation=prediction,
+            time_input="250 ln sigma" if few else "t",
+            classes=[str(i) for i in range(count or 0)],
+            sampling=Sampling(solver="few-step", steps=1) if few else Sampling(solver="ddim", steps=50),
+            few_step_times=[schedule.t_max] if few else None,
+            lineage=Lineage(name=name, kind="student" if few else "teacher"),
+        )
+    return Model(
+        denoiser=NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input).eval().requires_grad_(False),
+        conditioner=ClassConditioner(tuple(extra.classes), extra.null_label),
+        lineage=extra.lineage,
+        sampling=extra.sampling,
+        few_step_times=extra.few_step_times,
+    )
+
+
+def create(
+    *,
+    resolution: int,
+    image_channels: int = 3,
+    channels: list[int],
+    attention: list[bool],
+    layers: int = 1,
+    groups: int = 16,
+    head: int = 32,
+    dropout: float = 0.0,
+    classes: list[str],
+    schedule: NoiseSchedule,
+    parameterisation: str,
+    lineage: Lineage,
+    seed: int = 0,
+) -> Model:
+    """A model with random weights of `seed`; with classes, the null label is the one after them."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = diffusers.UNet2DModel(
+            sample_size=resolution,
+            in_channels=image_channels,
+            out_channels=image_channels,
+            block_out_channels=tuple(channels),
+            layers_per_block=layers,
+            down_block_types=tuple("AttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+            up_block_types=tuple("AttnUpBlock2D" if on else "UpBlock2D" for on in reversed(attention)),
+            norm_num_groups=groups,
+            attention_head_dim=head,
+            resnet_time_scale_shift="scale_shift",
+            num_class_embeds=len(classes) + 1 if classes else None,
+            dropout=dropout,
+        )
+    edm = isinstance(schedule, EDMSchedule)
+    return Model(
+        denoiser=NetworkDenoiser(UNet(unet), schedule, parameterisation, Scales(), "250 ln sigma" if edm else "t"),
+        conditioner=ClassConditioner(tuple(classes), len(classes) if classes else None),
+        lineage=lineage,
+        sampling=Sampling() if edm else Sampling(solver="ddim", steps=50),
+    )

@@ -1,0 +1,237 @@
+"""Recipes: YAML files of options. Defaults < recipe < key=value < flags; all errors are shown at once. Knows no torch."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distill_cli.config import CONFIGS, Config
+from distill_cli.errors import UsageError, nearest
+from distill_cli.files import os_errors, write_atomic
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def folder() -> Path:
+    """Where the recipes stand: inside the wheel, or at the top of a checkout."""
+    package = Path(__file__).parent
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a recipe given by name or by path."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
+        if path.is_file():
+            return path
+        raise UsageError(f"--recipe {name}: no such file", "distill recipes ls shows the built-in ones")
+    if name not in names():
+        raise UsageError(f"--recipe {name}: no recipe of that name", nearest(name, names()))
+    return folder() / f"{name}.yaml"
+
+
+def describe(path: Path) -> str:
+    """The comment that a recipe opens with: its command, cost and expected result."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return "\n".join(lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key} is given twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{source}{where}: {getattr(error, 'problem', None) or error}") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file, `command` among them."""
+    with os_errors(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: not a text file") from error
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict) or data.get("command") not in CONFIGS:
+        raise UsageError(f"{path}: no recipe", f"it needs a line `command: ...` with one of {', '.join(CONFIGS)}")
+    return data
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def keys(config: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of a config, sections with dots."""
+    out = []
+    for name, field in config.model_fields.items():
+        section = _section(field.annotation)
+        out += keys(section, f"{prefix}{name}.") if section else [prefix + name]
+    return out
+
+
+def _flatten(config: type[BaseModel], data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in data.items():
+        field = config.model_fields.get(str(name))
+        section = _section(field.annotation) if field else None
+        if section and isinstance(value, Mapping):
+            out |= _flatten(section, value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = value
+    return out
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        inner = out
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return out
+
+
+def resolve(
+    config: type[ConfigT],
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> ConfigT:
+    """The options of one command from its recipe, `key=value` overrides and flags (None: not given).
+
+    Raises UsageError with every problem found, a line each.
+    """
+    command = next(name for name, known in CONFIGS.items() if known is config)
+    errors: list[str] = []
+    known = keys(config)
+    sources: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        path = find(recipe)
+        data = read(path)
+        if data["command"] != command:
+            raise UsageError(f"--recipe {recipe}: made for `distill {data['command']}`, not for `distill {command}`")
+        for key, value in _flatten(config, {k: v for k, v in data.items() if k != "command"}).items():
+            values[key], sources[key] = value, f"{path}: "
+    given: set[str] = set()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            errors.append(f"{text}: not of the form key=value")
+            continue
+        if key in given:
+            errors.append(f"{key}: given twice")
+        given.add(key)
+        values[key], sources[key] = parse_yaml(value, key), ""
+    for key, value in (flags or {}).items():
+        if value is not None:
+            flag = f"--{key.replace('_', '-')}"
+            if key in given:
+                errors.append(f"{key}: given twice, as {flag} and as {key}=")
+            values[key], sources[key] = value, f"{flag}: "
+    for key in [key for key in values if key not in known]:
+        errors.append(f"{sources[key]}unknown key {key} ({nearest(key, known)})")
+        del values[key]
+    try:
+        out = config.model_validate(_nest(values))
+    except ValidationError as error:
+        errors += _explain(error, sources)
+    if errors:
+        first, *others = errors
+        raise UsageError("\n".join([first, *(f"       {line}" for line in others)]), f"distill {command} --dry-run shows every key")
+    return out
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = [part for part in problem["loc"] if part not in ("int", "float", "str", "list[constrained-int]")]
+        names = [str(part) for part in place]
+        key = ".".join(name for name in names if not name.isdigit())
+        source = next((sources[known] for known in (key, *sources) if known == key and known in sources), "")
+        message = problem["msg"].removeprefix("Value error, ")
+        shown = f" (got {problem['input']!r})" if isinstance(problem["input"], str | int | float | list) else ""
+        label = "" if source.rstrip(": ") == f"--{key.replace('_', '-')}" else f"{key}: "
+        lines.append(f"{source}{label if key else ''}{message[:1].lower()}{message[1:]}{shown}")
+    return lines
+
+
+def _options(annotation: Any) -> str:
+    """The choices of a Literal type, for a comment."""
+    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            return " | ".join(str(choice) for choice in typing.get_args(kind)) + "; "
+    return ""
+
+
+def dump(config: Config, comments: bool = False) -> str:
+    """A resolved recipe as YAML that runs again as it stands; with comments every key is explained."""
+    command = next(name for name, known in CONFIGS.items() if known is type(config))
+    lines = [f"command: {command}"]
+
+    def add(model: BaseModel, indent: str) -> None:
+        for name, field in type(model).model_fields.items():
+            value = getattr(model, name)
+            if isinstance(value, BaseModel):
+                lines.append(f"{indent}{name}:")
+                add(value, indent + "  ")
+                continue
+            plain = model.model_dump(mode="json", include={name})[name]
+            text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+            note = f"  # {_options(field.annotation)}{field.description}" if comments and field.description else ""
+            lines.append(f"{indent}{name}: {text}{note}")
+
+    add(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def copy(name: str, to: Path) -> Path:
+    """Copy a recipe to a file or folder of the user's; an existing file stays as it is."""
+    source = find(name)
+    path = to / source.name if to.is_dir() else to
+    if path.exists():
+        raise UsageError(f"{path}: exists already", "choose another name")
+    write_atomic(path, source.read_bytes())
+    return path
+
+
+def check(name: str) -> Config:
+    """Resolve a recipe; raises UsageError with every problem found."""
+    return resolve(CONFIGS[read(find(name))["command"]], name)

@@ -1,0 +1,89 @@
+"""A run's folder: recipe.yaml, env.json, metrics.jsonl, samples/, checkpoints/, and the result."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.files import os_errors, remove_temporaries, write_atomic
+
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "safetensors", "numpy", "pydantic", "typer")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what results depend on, without importing any of it."""
+    out = {"distill-cli": "", **dict.fromkeys(PACKAGES, "")}
+    for name in out:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "missing"
+    return {"python": platform.python_version(), **out}
+
+
+class Run:
+    """One run. The folder is made by `create` and opened again by `resume`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.recipe = self.folder / "recipe.yaml"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.samples = self.folder / "samples"
+        self.checkpoints = self.folder / "checkpoints"
+
+    @classmethod
+    def create(cls, folder: Path, recipe: str, command: str) -> Run:
+        """A new run; a folder that exists and is not empty is an error, never overwritten."""
+        run = cls(folder)
+        with os_errors(run.folder):
+            if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+                known = run.recipe.is_file()
+                hint = f"distill {command} --resume {folder} continues it; or choose another --out" if known else "choose another --out"
+                raise UsageError(f"--out {folder}: exists already", hint)
+            run.samples.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+        write_atomic(run.recipe, recipe)
+        env = {"versions": versions(), "platform": platform.platform(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+        write_atomic(run.folder / "env.json", json.dumps(env, indent=2) + "\n")
+        return run
+
+    @classmethod
+    def resume(cls, folder: Path) -> Run:
+        run = cls(folder)
+        if not run.recipe.is_file():
+            raise UsageError(f"--resume {folder}: no run: it has no recipe.yaml")
+        with os_errors(run.folder):
+            for part in (run.folder, run.samples, run.checkpoints):
+                part.mkdir(exist_ok=True)
+                remove_temporaries(part)
+        return run
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with os_errors(self.metrics), open(self.metrics, "a") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl past `step`, which a resumed run writes again, and a torn last line."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for text in self.metrics.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if line["step"] <= step:
+                kept.append(text + "\n")
+        write_atomic(self.metrics, "".join(kept))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        if not self.metrics.exists():
+            raise DistillError(f"{self.metrics}: missing")
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
