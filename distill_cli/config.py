@@ -148,8 +148,7 @@ class DMDConfig(TrainingConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
     teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
-    pairs: Path | None = Field(None, description="a folder of `distill pairs`; without it there is no regression")
-    pairs_batch_size: Positive | None = Field(None, description="pairs a step; default batch_size")
+    pairs: Path | None = Field(None, description="a folder of `distill pairs`, of which each step takes batch_size; without it there is no regression")
     classes: Classes = Field(None, description="labels that the student learns; default all")
     lr: Rate = Field(5e-5, description="learning rate of the student")
     fake_lr: Rate | None = Field(None, description="learning rate of the fake score; default lr")
@@ -169,8 +168,6 @@ class DMDConfig(TrainingConfig):
             raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}")
         if self.regression_weight and not self.pairs:
             raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
-        if (self.pairs_batch_size or self.batch_size) % self.accumulate:
-            raise ValueError(f"accumulate {self.accumulate} does not divide pairs_batch_size {self.pairs_batch_size}")
         if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):
             raise ValueError("matching_weight 0 leaves nothing to learn from without pairs")
         return self

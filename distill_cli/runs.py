@@ -26,6 +26,27 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **out}
 
 
+def settle(path: Path, settings: dict[str, Any], what: str) -> None:
+    """Begin a job's folder by writing its settings to `path`, or continue it where they are the same.
+
+    Raises UsageError where the folder holds something else, with the differences named.
+    """
+    folder = path.parent
+    if path.exists():
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DistillError(f"{path}: corrupt", f"choose another folder, or delete {folder}") from error
+        settings = json.loads(json.dumps(settings))
+        other = [f"{key} is {old.get(key)}, not {settings.get(key)}" for key in {**settings, **old} if old.get(key) != settings.get(key)]
+        if other:
+            raise UsageError(f"--out {folder}: made with other settings: {'; '.join(other)}", "choose another folder, or the same settings")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--out {folder}: not empty and no folder of {what}", "choose another folder")
+    write_atomic(path, json.dumps(settings, indent=2) + "\n")
+
+
 class Run:
     """One run. The folder is made by `create` and opened again by `resume`."""
 

@@ -9,6 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from distill_cli import __version__
+from distill_cli.cli import models, recipes
+from distill_cli.cli.dmd import dmd
+from distill_cli.cli.env import env
+from distill_cli.cli.pairs import pairs
+from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
 from distill_cli.errors import DistillError, nearest
 
@@ -36,7 +41,11 @@ def distill(version: Annotated[bool, typer.Option("--version", callback=_version
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
-app.command()(train)
+for command in (train, pairs, dmd, sample):
+    app.command()(command)
+app.add_typer(models.app, name="models")
+app.add_typer(recipes.app, name="recipes")
+app.command()(env)
 
 
 def _fail(message: str, hint: str, code: int) -> int:

@@ -14,8 +14,19 @@ from torch import Tensor
 class NoiseSchedule(Protocol):
     """alpha(t) and sigma(t) of the forward process; t grows with the noise."""
 
-    t_min: float
-    t_max: float
+    @property
+    def t_min(self) -> float: ...
+
+    @property
+    def t_max(self) -> float: ...
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of x at t_max as sampling starts it: sigma_max for EDM, 1 elsewhere."""
+
+    @property
+    def bins(self) -> int | None:
+        """How many whole times there are; None where time is continuous."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at times t, in t's shape."""
@@ -59,6 +70,14 @@ class EDMSchedule:
     def t_max(self) -> float:
         return self.sigma_max
 
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+    @property
+    def bins(self) -> None:
+        return None
+
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
@@ -96,6 +115,14 @@ class TableSchedule:
     @property
     def t_max(self) -> float:
         return float(len(self.alphas_cumprod) - 1)
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+    @property
+    def bins(self) -> int:
+        return len(self.alphas_cumprod)
 
     def _alpha_squared(self, t: Tensor) -> Tensor:
         dtype = t.dtype if t.is_floating_point() else torch.float32
@@ -170,6 +197,8 @@ class FlowSchedule:
 
     t_min: float = 0.0
     t_max: float = 1.0
+    prior_std: float = 1.0
+    bins: None = None
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

@@ -20,11 +20,6 @@ Callback = Callable[[int, Tensor, Tensor], None]
 Noise = Callable[[int], Tensor]
 
 
-def prior(schedule: NoiseSchedule, noise: Tensor) -> Tensor:
-    """The start of sampling: sigma(t_max) * noise, x_t with the data's own part left out."""
-    return schedule.sigma(torch.tensor(schedule.t_max, dtype=torch.float64)).item() * noise
-
-
 def _at(schedule: NoiseSchedule, t: Tensor) -> tuple[float, float]:
     t = t.double()
     return schedule.alpha(t).item(), schedule.sigma(t).item()

@@ -65,5 +65,5 @@ class Denoising:
         assert isinstance(network, NetworkDenoiser)
         return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampling)
 
-    def advice(self, metrics: dict[str, float]) -> str:
+    def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""

@@ -54,8 +54,8 @@ class Objective(Protocol):
     def model(self, network: nn.Module) -> Model:
         """The result with `network` (the average, or its copy) as its denoiser."""
 
-    def advice(self, metrics: dict[str, float]) -> str:
-        """A warning about the run's state as these averages show it, or ''."""
+    def advice(self, metrics: dict[str, float], done: float) -> str:
+        """A warning about the run's state as these averages show it at the share `done` of all steps, or ''."""
 
 
 def learning_rate(config: TrainingConfig, rate: float, step: int) -> float:
@@ -185,7 +185,7 @@ class Engine:
                 if self.step % config.log_every == 0 or last:
                     means = self._log()
                     note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
-                    advice = self.objective.advice(means)
+                    advice = self.objective.advice(means, self.step / config.steps)
                     if advice and advice != warned and rank() == 0:
                         print(f"warning: step {self.step}: {advice}", file=sys.stderr)
                     warned = advice

@@ -158,7 +158,7 @@ class Model:
         schedule = self.denoiser.schedule
         denoiser = guided(self.denoiser, sampling.guidance_scale, null)
         condition = self.conditioner(labels.to(device))
-        x = solvers.prior(schedule, draws.normal("prior", self.shape).to(device))
+        x = schedule.prior_std * draws.normal("prior", self.shape).to(device)
         times = self.times(sampling.solver, sampling.steps)
 
         def noise(k: int) -> Tensor:

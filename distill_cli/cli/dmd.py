@@ -1,0 +1,80 @@
+"""distill dmd"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+if TYPE_CHECKING:
+    from distill_cli.models import Model
+
+
+def dmd(
+    overrides: common.Overrides = None,
+    recipe: common.Recipe = None,
+    teacher: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder, or a hub id.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="A folder of `distill pairs`, for the regression loss.")] = None,
+    out: common.Out = None,
+    steps: common.Steps = None,
+    batch_size: common.BatchSize = None,
+    lr: common.Rate = None,
+    fake_lr: Annotated[float | None, typer.Option(help="Learning rate of the fake score; default --lr.")] = None,
+    fake_steps: Annotated[int | None, typer.Option(help="Fake-score steps a student step.")] = None,
+    regression_loss: Annotated[str | None, typer.Option(help="l2 or huber.")] = None,
+    regression_weight: Annotated[float | None, typer.Option(help="Default 0.25 with pairs.")] = None,
+    guidance_scale: common.Guidance = None,
+    precision: common.Precision = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    resume: common.Resume = None,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+) -> None:
+    """Distil a one-step student by distribution matching."""
+    from distill_cli.config import DMDConfig
+
+    flags = dict(
+        teacher=teacher, pairs=pairs, out=out, steps=steps, batch_size=batch_size, lr=lr, fake_lr=fake_lr, fake_steps=fake_steps,
+        regression_loss=regression_loss, regression_weight=regression_weight, guidance_scale=guidance_scale,
+        precision=precision, seed=seed, device=device, resume=resume,
+    )  # fmt: skip
+    config = common.open_run(DMDConfig, "dmd", recipe, overrides, flags)
+    from distill_cli.distill.dmd import DMD
+    from distill_cli.distill.engine import Engine
+    from distill_cli.models import load
+    from distill_cli.pairs.store import PairStore
+
+    model = load(config.teacher)
+    if dry_run:
+        count = sum(p.numel() for p in model.denoiser.parameters())
+        common.dry_run(config, common.training_plan(config, {"teacher": count, "student": count, "fake": count}, 2 * count))
+        return
+    store = PairStore(config.pairs) if config.pairs else None
+    if store is None:
+        common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
+    engine = Engine(config, DMD(config, model, store), common.start_run(config, "dmd", resume))
+    engine.restore()
+    student = engine.train()
+    folder = engine.run.folder
+    picture = folder / "comparison.png"
+    _compare(model, student, config.seed, picture)
+    data = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
+    common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)
+
+
+def _compare(teacher: Model, student: Model, seed: int, path: Path) -> None:
+    """Teacher above student, from the same noise."""
+    from distill_cli.data.pictures import save_comparison, to_uint8
+    from distill_cli.diffusion.noise import Draws
+    from distill_cli.models.model import network_evaluations
+
+    rows = []
+    for name, model in (("teacher", teacher), ("student", student)):
+        images = model.sample(Draws(seed, range(40)), model.conditioner.labels(40))
+        calls = network_evaluations(model.sampling)
+        rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)}", to_uint8(images)))
+    save_comparison(rows, path, columns=20)

@@ -1,0 +1,52 @@
+"""distill models"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+app = typer.Typer(help="Models: ls, show.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("ls")
+def ls(json: common.Json = False) -> None:
+    """List the models that are known by name."""
+    from distill_cli.models.registry import REGISTRY
+
+    rows = {entry.name: {"summary": entry.summary, "licence": entry.licence} for entry in REGISTRY.values()}
+    common.result(rows, "\n".join(f"{name:10} {row['summary']} [{row['licence']}]" for name, row in rows.items()), json)
+
+
+@app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(help="A name, a folder, a run, or a hub id.")],
+    json: common.Json = False,
+) -> None:
+    """Show what a model is, how it is sampled, and where it came from."""
+    from distill_cli.models import load
+
+    model = load(name)
+    denoiser = model.denoiser
+    rows = {
+        "name": model.lineage.name,
+        "kind": model.lineage.kind,
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "shape": list(model.shape),
+        "classes": list(model.conditioner.classes),
+        "null_label": model.conditioner.null_label,
+        "schedule": type(denoiser.schedule).__name__,
+        "parameterisation": denoiser.parameterisation,
+        "time_input": denoiser.time_input,
+        "sampling": model.sampling.model_dump(),
+        "few_step_times": model.few_step_times,
+        "lineage": model.lineage.model_dump(exclude={"name", "kind"}),
+        "weights_hash": model.weights_hash(),
+    }
+    lines = []
+    for key, value in rows.items():
+        plain = ", ".join(f"{k} {v}" for k, v in value.items() if v != "") if isinstance(value, dict) else value
+        lines.append(f"{key:17} {f'{plain:,}' if key == 'parameters' else plain}")
+    common.result(rows, "\n".join(lines), json)

@@ -1,0 +1,59 @@
+"""distill recipes"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+app = typer.Typer(help="Recipes: ls, show, cp, check.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(help="A recipe's name or file.", metavar="NAME|FILE")]
+
+
+@app.command("ls")
+def ls(json: common.Json = False) -> None:
+    """List the built-in recipes."""
+    from distill_cli import recipes
+
+    rows = {}
+    for name in recipes.names():
+        path = recipes.find(name)
+        lines = recipes.describe(path).splitlines()
+        rows[name] = {"command": recipes.read(path)["command"], "summary": lines[1] if len(lines) > 1 else ""}
+    common.result(rows, "\n".join(f"{name:16} {row['command']:7} {row['summary']}" for name, row in rows.items()), json)
+
+
+@app.command("show")
+def show(name: Name) -> None:
+    """Print a recipe."""
+    from distill_cli import recipes
+
+    print(recipes.find(name).read_text(), end="")
+
+
+@app.command("cp")
+def cp(name: Name, to: Annotated[Path, typer.Argument(help="A file or folder.")] = Path(".")) -> None:
+    """Copy a recipe, to change it."""
+    from distill_cli import recipes
+
+    print(recipes.copy(name, to))
+
+
+@app.command("check")
+def check(names: Annotated[list[str], typer.Argument(help="Names or files.", metavar="NAME|FILE...")]) -> None:
+    """Say whether recipes are right, with every error at once."""
+    from distill_cli import recipes
+    from distill_cli.errors import UsageError
+
+    wrong = []
+    for name in names:
+        try:
+            recipes.check(name)
+            print(f"{name}: right")
+        except UsageError as error:
+            wrong.append(error.message)
+    if wrong:
+        raise UsageError("\n".join(wrong), "distill COMMAND --dry-run shows every key")

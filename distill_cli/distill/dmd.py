@@ -1,0 +1,154 @@
+"""Distribution matching distillation (Yin et al. 2311.18828): a one-step student from a teacher and its pairs.
+
+One step: the student's images get the difference of two denoisers as their gradient, the teacher (which alone is
+guided) and the fake score, plus a regression on pairs; then the fake score learns to denoise those same images, as
+they were before the student's step. Dropout is off everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.config import DMDConfig
+from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.schedule import add_noise
+from distill_cli.distill.engine import Loss
+from distill_cli.errors import UsageError
+from distill_cli.models import Model
+from distill_cli.models.model import Lineage, Sampling
+from distill_cli.pairs.store import PairStore
+
+FAKE_BEHIND = 1.15
+SPREAD_LOST = 0.7
+
+
+class DMD:
+    """The objective; its student and fake score start as copies of the teacher."""
+
+    result = "student"
+
+    def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None) -> None:
+        self.config, self.teacher, self.pairs = config, teacher, pairs
+        self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
+        self.guidance_scale = teacher.sampling.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        null = teacher.conditioner.null
+        if self.guidance_scale != 1 and null is None:
+            raise UsageError(f"--guidance-scale {self.guidance_scale}: the teacher knows no null class", "use 1")
+        self.real = guided(teacher.denoiser, self.guidance_scale, null)
+        student, fake = teacher.copy().denoiser, teacher.copy().denoiser
+        self.networks: dict[str, nn.Module] = {"student": student.eval().requires_grad_(True), "fake": fake.eval().requires_grad_(True)}
+        self.rates = {"student": config.lr, "fake": config.fake_lr or config.lr}
+        self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
+        self.regression_weight = 0.0
+        if pairs is not None:
+            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
+            check_pairs(pairs, teacher.shape, self.teacher_hash)
+            self.order = Order(config.seed, len(pairs))
+        self.labels = teacher.conditioner.labels(len(config.classes or teacher.conditioner.classes) or 1, config.classes)
+
+    def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
+        """(B,) times between shares `low` and `high` of the range: whole times of a table, else one of t_bins."""
+        bins = self.schedule.bins or self.config.t_bins
+        first, last = round(low * bins), max(round(low * bins) + 1, round(high * bins))
+        place = (first + uniform * (last - first)).floor()
+        return self.schedule.at(place / max(1, bins - 1)).float()
+
+    def generate(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """The student's images (B, C, H, W) from standard-normal noise: sigma_max * noise for EDM, pure noise else."""
+        t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
+        return self.networks["student"](self.schedule.prior_std * noise, t, self.teacher.conditioner(labels))
+
+    def turns(self, draws: Draws) -> Iterator[Loss]:
+        device = next(self.networks["student"].parameters()).device
+        shape = self.teacher.shape
+        noise = draws.normal("noise", shape)
+        labels = self.labels[(draws.uniform("label") * len(self.labels)).long()]
+        paired = None
+        if self.pairs is not None and self.regression_weight:
+            paired = self.pairs.batch([self.order[i] for i in draws.indices])
+            noise, labels = torch.cat([noise, paired["noise"]]), torch.cat([labels, paired["label"]])
+        images = self.generate(noise.to(device), labels.to(device))
+        x, condition = images[: len(draws)], self.teacher.conditioner(labels[: len(draws)].to(device))
+
+        loss, metrics = images.new_zeros(()), {}
+        if self.config.matching_weight:
+            t = self.times(draws.uniform("matching_time"), self.config.t_low, self.config.t_high).to(device)
+            gradient, metrics = self._match(x, draws.normal("matching_noise", shape).to(device), t, condition)
+            matching = matching_loss(x, gradient)
+            loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
+        if paired is not None:
+            reference = paired["x0"].to(device)
+            regression = regression_loss(self.config.regression_loss, images[len(draws) :], reference)
+            loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
+            metrics |= {"spread": spread(images[len(draws) :]), "pairs_spread": spread(reference)}
+        yield Loss("student", loss, metrics)
+
+        if self.config.matching_weight:
+            x = x.detach()
+            for turn in range(self.config.fake_steps):
+                t = self.times(draws.uniform("score_time", turn), 0.0, 1.0).to(device)
+                eps = draws.normal("score_noise", shape, turn).to(device)
+                sigma_data = self.teacher.denoiser.scales.sigma_data
+                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data)  # type: ignore[arg-type]
+                yield Loss("fake", errors.mean())
+
+    @torch.no_grad()
+    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient at the student's images x, and how well each denoiser knows them."""
+        x = x.detach().float()
+        noisy = add_noise(self.schedule, x, noise, t)
+        real, fake = self.real(noisy, t, condition), self.networks["fake"](noisy, t, condition)
+        weight = denoising_weight(self.schedule, t, self.teacher.denoiser.scales.sigma_data)
+        errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in (("real", real), ("fake", fake))}
+        return matching_gradient(x, real, fake), errors
+
+    def model(self, network: nn.Module) -> Model:
+        assert isinstance(network, NetworkDenoiser)
+        lineage = self.teacher.lineage
+        return Model(
+            network,
+            self.teacher.conditioner,
+            Lineage(
+                name=f"{lineage.name}-dmd",
+                kind="student",
+                method="dmd",
+                teacher=lineage.name,
+                teacher_hash=self.teacher_hash,
+                licence=lineage.licence,
+                data=lineage.data,
+            ),
+            Sampling(solver="few-step", steps=1),
+            [self.schedule.t_max],
+        )
+
+    def advice(self, metrics: dict[str, float], done: float) -> str:
+        real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
+        if fake > FAKE_BEHIND * real > 0:
+            return (
+                f"the fake score has fallen behind: its error on the student's images is {fake / real:.2f} times the teacher's. "
+                "Lower lr, or raise fake_steps or fake_lr"
+            )
+        if done > 0.25 and metrics.get("spread", 1.0) < SPREAD_LOST * metrics.get("pairs_spread", 0.0):
+            share = metrics["spread"] / metrics["pairs_spread"]
+            return f"the student's images are collapsing: their spread is {share:.2f} times the teacher's. Lower lr, or raise regression_weight"
+        return ""
+
+
+def spread(images: Tensor) -> Tensor:
+    """How much images (B, C, H, W) differ: the standard deviation of each value over the batch, averaged."""
+    return images.detach().float().std(0, correction=0).mean()
+
+
+def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str) -> None:
+    """Refuse pairs of another teacher or of another resolution."""
+    manifest = pairs.manifest
+    if tuple(manifest.shape) != shape:
+        raise UsageError(f"--pairs {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
+    if manifest.teacher_hash != teacher_hash:
+        raise UsageError(f"--pairs {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")

@@ -1,0 +1,1 @@
+"""Noise-image pairs: generate and store."""

@@ -1,0 +1,83 @@
+"""Make pairs: the teacher's images from (seed, i), shard after shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from distill_cli import launch
+from distill_cli.config import PairsConfig
+from distill_cli.diffusion.noise import Draws
+from distill_cli.errors import Interrupted
+from distill_cli.files import remove_temporaries
+from distill_cli.models import Model
+from distill_cli.models.model import Sampling, network_evaluations
+from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, shard_path, write_shard
+from distill_cli.runs import settle
+
+
+def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
+    """The manifest that a config and its teacher come to."""
+    sampling = teacher.with_defaults(config.solver, config.steps, config.guidance_scale)
+    count = max(1, len(teacher.conditioner.classes))
+    teacher.conditioner.labels(1, config.classes)
+    return Manifest(
+        teacher=teacher.lineage.name,
+        teacher_hash=teacher.weights_hash(),
+        precision=config.precision,
+        seed=config.seed,
+        num=config.num,
+        classes=config.classes or list(range(count)),
+        shape=teacher.shape,
+        dtype=config.dtype,
+        shard_size=config.shard_size,
+        batch_size=config.batch_size,
+        **sampling.model_dump(),
+    )
+
+
+def plan(manifest: Manifest) -> dict[str, str]:
+    """What making the pairs costs, for --dry-run."""
+    calls = network_evaluations(Sampling(solver=manifest.solver, steps=manifest.steps, guidance_scale=manifest.guidance_scale))
+    size = manifest.num * (torch.Size(manifest.shape).numel() * DTYPES[manifest.dtype].itemsize + 4)
+    return {
+        "pairs": f"{manifest.num} in {manifest.shards} shards",
+        "network evaluations": f"{manifest.num * calls:,} ({calls} an image)",
+        "disk": f"{size / 1e6:.1f} MB",
+    }
+
+
+def generate(config: PairsConfig, teacher: Model, folder: Path) -> dict[str, int]:
+    """Make the shards of `folder` that are missing or damaged; returns how many were made and kept.
+
+    A shard is made whole by one process, in batches that never cross its border, so its bytes do not depend on how
+    many processes share the work. ^C and SIGTERM stop between batches; finished shards stay.
+    """
+    manifest = manifest_of(config, teacher)
+    settle(folder / MANIFEST, manifest.model_dump(mode="json"), "pairs")
+    remove_temporaries(folder)
+    where = launch.device(config.device)
+    teacher.to(where)
+    sampling = Sampling(solver=manifest.solver, steps=manifest.steps, guidance_scale=manifest.guidance_scale)
+    mine = range(launch.rank(), manifest.shards, launch.world_size())
+    missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
+    for shard in sorted(set(mine) - set(missing)):
+        check_shard(folder, manifest, shard, noise=False)
+    progress = launch.Progress(sum(len(manifest.range(s)) for s in missing), "pairs", "pairs")
+    with launch.stoppable() as stop:
+        for shard in missing:
+            images, labels = [], []
+            whole = manifest.range(shard)
+            for first in range(whole.start, whole.stop, config.batch_size):
+                if stop.requested:
+                    raise Interrupted(f"stopped before pair {first}", "the same command makes what is missing")
+                indices = range(first, min(whole.stop, first + config.batch_size))
+                label = teacher.conditioner.labels(len(indices), list(manifest.classes), start=first)
+                with launch.autocast(where, config.precision):
+                    images.append(teacher.sample(Draws(config.seed, indices), label, sampling))
+                labels.append(label)
+                progress.add(len(indices))
+            write_shard(folder, manifest, shard, torch.cat(images), torch.cat(labels))
+    progress.close()
+    return {"made": len(missing), "kept": len(mine) - len(missing)}

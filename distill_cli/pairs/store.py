@@ -1,0 +1,177 @@
+"""A folder of noise-image pairs in shards of fixed size.
+
+    manifest.json                what the pairs are: teacher's weights hash, solver, steps, guidance, seed, shapes, dtype
+    shard-000000.safetensors     x0 (N, C, H, W), label (N,); in its header which pairs, and two checksums
+
+Noise is not stored: pair i has the noise of (seed, i), see diffusion/noise.py. A shard's header holds the SHA-256 of
+the whole file (computed with that field zeroed, so that every flipped bit shows) and that of its noise in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from distill_cli.diffusion.noise import Draws
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.files import write_atomic
+
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_ZEROS = b"0" * 64
+
+
+class Manifest(BaseModel):
+    """What the pairs of a store are. Two stores with equal manifests hold equal pairs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    teacher: str
+    teacher_hash: str
+    solver: str
+    steps: int
+    guidance_scale: float
+    precision: str
+    seed: int
+    num: int
+    classes: list[int]
+    shape: tuple[int, int, int]
+    dtype: Literal["float32", "float16"]
+    shard_size: int
+    batch_size: int
+
+    @property
+    def shards(self) -> int:
+        return -(-self.num // self.shard_size)
+
+    def range(self, shard: int) -> range:
+        """The pairs of a shard."""
+        return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
+
+    @property
+    def settings_hash(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:06d}.safetensors"
+
+
+def noise_of(manifest: Manifest, indices: Sequence[int]) -> Tensor:
+    """The noise (B, C, H, W), float32, of the pairs `indices`."""
+    return Draws(manifest.seed, indices).normal("prior", manifest.shape)
+
+
+def noise_checksum(noise: Tensor) -> str:
+    return hashlib.sha256(noise.contiguous().numpy().tobytes()).hexdigest()
+
+
+def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label: Tensor) -> None:
+    """Write one shard, complete or absent. x0 (N, C, H, W) and label (N,) of all pairs in `manifest.range(shard)`."""
+    indices = manifest.range(shard)
+    if len(x0) != len(indices) or not torch.isfinite(x0).all():
+        raise DistillError(f"{shard_path(folder, shard).name}: the teacher's images are not numbers or too few", "try --precision no")
+    metadata = {
+        "pairs": f"{indices.start}-{indices.stop - 1}",
+        "settings": manifest.settings_hash,
+        "noise_sha256": noise_checksum(noise_of(manifest, indices)),
+        "sha256": _ZEROS.decode(),
+    }
+    content = to_bytes({"x0": x0.to(DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}, metadata)
+    place = content.index(_ZEROS)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    write_atomic(shard_path(folder, shard), content[:place] + digest + content[place + 64 :])
+
+
+def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True) -> None:
+    """Raise DistillError where a shard is missing, corrupt, of other settings, or made from other noise."""
+    path = shard_path(folder, shard)
+    again = "delete it and run distill pairs again: only missing shards are made"
+    try:
+        content = path.read_bytes()
+        with safe_open(path, "pt") as handle:
+            metadata = handle.metadata() or {}
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise DistillError(f"{path}: missing", "run distill pairs again: only missing shards are made") from error
+    except (SafetensorError, OSError) as error:
+        raise DistillError(f"{path}: corrupt or truncated", again) from error
+    stored = metadata.get("sha256", "").encode()
+    if len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored:
+        raise DistillError(f"{path}: corrupt: its checksum does not match", again)
+    indices = manifest.range(shard)
+    if metadata["settings"] != manifest.settings_hash or metadata["pairs"] != f"{indices.start}-{indices.stop - 1}":
+        raise DistillError(f"{path}: belongs to another store than {folder / MANIFEST}", again)
+    if shapes != {"x0": (len(indices), *manifest.shape), "label": (len(indices),)}:
+        raise DistillError(f"{path}: wrong shapes", again)
+    if noise and noise_checksum(noise_of(manifest, indices)) != metadata["noise_sha256"]:
+        raise DistillError(f"{path}: (seed, i) gives other noise here than when the pairs were made", "numpy's generator has changed: make the pairs again")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"--pairs {folder}: no pairs: it has no {MANIFEST}", "distill pairs --out FOLDER makes some")
+    try:
+        return Manifest.model_validate(json.loads(path.read_text()))
+    except (ValueError, ValidationError) as error:
+        raise DistillError(f"{path}: corrupt", "write it again with the same distill pairs command after deleting it") from error
+
+
+class PairStore:
+    """A map-style reader: pair i is {noise, x0, label}. Shards are memory-mapped and verified when first touched."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self._open: dict[int, Any] = {}
+        missing = [s for s in range(self.manifest.shards) if not shard_path(self.folder, s).exists()]
+        if missing:
+            raise DistillError(
+                f"{shard_path(self.folder, missing[0])}: missing ({len(missing)} of {self.manifest.shards} shards are)",
+                "run distill pairs again: only missing shards are made",
+            )
+
+    def __len__(self) -> int:
+        return self.manifest.num
+
+    def _shard(self, shard: int) -> Any:
+        if shard not in self._open:
+            check_shard(self.folder, self.manifest, shard)
+            handle = safe_open(shard_path(self.folder, shard), "pt")
+            self._open[shard] = (handle.get_slice("x0"), handle.get_tensor("label"))
+        return self._open[shard]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {key: value[0] for key, value in self.batch([index]).items()}
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """noise, x0 (B, C, H, W) float32 and label (B,) int64 of the pairs `indices`."""
+        x0, labels = [], []
+        for index in indices:
+            images, label = self._shard(index // self.manifest.shard_size)
+            row = index % self.manifest.shard_size
+            x0.append(images[row : row + 1])
+            labels.append(label[row])
+        return {"noise": noise_of(self.manifest, indices), "x0": torch.cat(x0).float(), "label": torch.stack(labels).long()}
+
+
+def check_all(folder: Path, manifest: Manifest) -> Iterator[DistillError]:
+    """Verify every shard; yields what is wrong, shard after shard."""
+    for shard in range(manifest.shards):
+        try:
+            check_shard(folder, manifest, shard)
+        except DistillError as error:
+            yield error

@@ -1,0 +1,126 @@
+"""Many images from a model, as files; a job that stops goes on where it was."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill_cli import launch
+from distill_cli.config import SampleConfig
+from distill_cli.data.pictures import grid, png, to_uint8
+from distill_cli.diffusion.noise import Draws
+from distill_cli.errors import DistillError, Interrupted
+from distill_cli.files import remove_temporaries, write_atomic
+from distill_cli.models import Model
+from distill_cli.models.model import network_evaluations
+from distill_cli.runs import settle
+
+SETTINGS, LIST = "sampling.json", "samples.jsonl"
+GRID = 100
+
+
+def _npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["arr_0"], stored["arr_1"]
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+        raise DistillError(f"{path}: corrupt", "delete it and run the same command again") from error
+
+
+def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images, arr_1=labels)
+    write_atomic(path, buffer.getvalue())
+
+
+class Samples:
+    """The folder of a sampling job. Batch k holds images k*batch_size ...; a batch is the unit of work."""
+
+    def __init__(self, folder: Path, config: SampleConfig, model: Model) -> None:
+        self.folder, self.config = folder, config
+        self.labels = model.conditioner.labels(config.num, config.classes).numpy()
+        self.classes = model.conditioner.classes
+        self.batches = [range(first, min(config.num, first + config.batch_size)) for first in range(0, config.num, config.batch_size)]
+        self.npz = folder / "samples.npz"
+
+    def png(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.png"
+
+    def part(self, batch: range) -> Path:
+        return self.folder / f"part-{batch.start:06d}.npz"
+
+    def done(self, batch: range) -> bool:
+        if self.config.format == "npz":
+            return self.npz.exists() or self.part(batch).exists()
+        return all(self.png(i).exists() for i in batch)
+
+    def write(self, batch: range, images: np.ndarray) -> None:
+        if self.config.format == "npz":
+            _write_npz(self.part(batch), images, self.labels[batch.start : batch.stop])
+        else:
+            for i, image in zip(batch, images, strict=True):
+                write_atomic(self.png(i), png(image))
+
+    def finish(self) -> None:
+        """Join the parts, and write the list of samples and the grid."""
+        if self.config.format == "npz" and not self.npz.exists():
+            parts = [_npz(self.part(batch)) for batch in self.batches]
+            _write_npz(self.npz, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+        for batch in self.batches:
+            self.part(batch).unlink(missing_ok=True)
+        lines = []
+        for i, label in enumerate(self.labels.tolist()):
+            place = {"file": self.png(i).name} if self.config.format == "png" else {}
+            named = {"label": label, "class": self.classes[label]} if self.classes else {}
+            lines.append(json.dumps({"index": i, **place, "seed": self.config.seed, **named}) + "\n")
+        write_atomic(self.folder / LIST, "".join(lines))
+        if self.config.grid:
+            write_atomic(self.folder / "grid.png", png(grid(self.first(GRID), 10, self.config.scale)))
+
+    def first(self, count: int) -> np.ndarray:
+        """The first `count` images (B, H, W, 3) uint8, from disk."""
+        if self.config.format == "npz":
+            return _npz(self.npz)[0][:count]
+        from PIL import Image
+
+        return np.stack([np.asarray(Image.open(self.png(i))) for i in range(min(count, self.config.num))])
+
+
+def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
+    """Make the images of `config` in `folder`, only those that are missing; returns counts and images per second."""
+    sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale)
+    model.times(sampling.solver, sampling.steps)
+    samples = Samples(folder, config, model)
+    settings = config.model_dump(mode="json", exclude={"out", "device", "grid", "scale", *sampling.model_dump()})
+    settings |= {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
+    settle(folder / SETTINGS, settings, "samples")
+    remove_temporaries(folder)
+    where = launch.device(config.device)
+    model.to(where)
+    mine = samples.batches[launch.rank() :: launch.world_size()]
+    missing = [batch for batch in mine if not samples.done(batch)]
+    progress = launch.Progress(sum(map(len, missing)), "sample", "images")
+    with launch.stoppable() as stop:
+        for batch in missing:
+            if stop.requested:
+                raise Interrupted(f"stopped before image {batch.start}", "the same command makes what is missing")
+            labels = model.conditioner.labels(len(batch), config.classes, start=batch.start)
+            with launch.autocast(where, config.precision):
+                images = model.sample(Draws(config.seed, batch), labels, sampling)
+            samples.write(batch, to_uint8(images))
+            progress.add(len(batch))
+    progress.close()
+    if all(samples.done(batch) for batch in samples.batches):
+        samples.finish()
+    made = sum(map(len, missing))
+    return {
+        "folder": str(folder),
+        "made": made,
+        "kept": sum(map(len, mine)) - made,
+        "network_evaluations": network_evaluations(sampling),
+        "images_per_second": round(progress.rate(), 2) if made else None,
+    }
