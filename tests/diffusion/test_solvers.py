@@ -1,0 +1,142 @@
+"""Solvers on the closed form: orders of convergence, stochastic samplers' moments, zero terminal SNR."""
+
+import math
+
+import pytest
+import torch
+
+from distill_cli.diffusion import solvers
+from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
+from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
+
+TABLE = TableSchedule.from_config({"beta_schedule": "linear"})
+
+
+def gaussian(schedule, mean=0.3, std=0.5):
+    """Data N(mean, std^2): the ODE is solved exactly by x0 = mean + std (x - alpha mean) / sqrt(alpha^2 std^2 + sigma^2)."""
+    return MixtureDenoiser(torch.full((1, 1, 2, 2), mean, dtype=torch.float64), torch.ones(1).double(), std, schedule)
+
+
+def exact(schedule, x, t, mean=0.3, std=0.5):
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    return mean + std * (x - a * mean) / (a**2 * std**2 + s**2).sqrt()
+
+
+def order(solve, schedule, first, last, grids):
+    """The measured order of convergence at time `last`, by steps evenly divided in each grid."""
+    x = 1.7 * torch.ones(1, 1, 2, 2, dtype=torch.float64) * schedule.prior_std
+    errors = []
+    for times in grids:
+        states = []
+        solve(gaussian(schedule), schedule, x, times, callback=lambda k, x, x0, states=states: states.append(x))
+        a, s = schedule.alpha(times), schedule.sigma(times)
+        target = a[-1] * 0.3 + (a[-1] ** 2 * 0.25 + s[-1] ** 2).sqrt() * (x - a[0] * 0.3) / (a[0] ** 2 * 0.25 + s[0] ** 2).sqrt()
+        errors.append((states[-1] - target).abs().max().item())
+    return math.log2(errors[-2] / errors[-1])
+
+
+GRIDS = [EDMSchedule().times(n) for n in (201, 401)]
+
+
+def test_heun_is_of_second_order():
+    assert abs(order(solvers.heun, EDMSchedule(), 80, 0.002, GRIDS) - 2) < 0.1
+
+
+@pytest.mark.parametrize("solve", [solvers.ddim, solvers.euler])
+def test_ddim_and_euler_are_of_first_order(solve):
+    assert abs(order(solve, EDMSchedule(), 80, 0.002, GRIDS) - 1) < 0.1
+
+
+def test_orders_on_a_table():
+    grids = [torch.linspace(999, 20, n, dtype=torch.float64) for n in (90, 179)]
+    assert abs(order(solvers.ddim, TABLE, 999, 20, grids) - 1) < 0.15
+
+
+def test_order_of_heun_on_flow_matching():
+    grids = [torch.linspace(0.98, 0.02, n, dtype=torch.float64) for n in (201, 401)]
+    assert abs(order(solvers.heun, FlowSchedule(), 1, 0, grids) - 2) < 0.1
+
+
+@pytest.mark.parametrize("schedule", [EDMSchedule(), TABLE])
+def test_many_steps_reach_the_exact_sample(schedule):
+    times = schedule.times(400 if schedule is not TABLE else 1000)
+    x = schedule.prior_std * torch.tensor([-1.0, 0.2, 1.4, 0.7], dtype=torch.float64).view(1, 1, 2, 2)
+    out = solvers.ddim(gaussian(schedule), schedule, x, times)
+    assert (out - exact(schedule, x, times[0])).abs().max() < 0.02
+
+
+def moments(solve, schedule, times, **options):
+    draws = Draws(0, range(4000))
+    x = schedule.prior_std * draws.normal("prior", (1, 2, 2)).double()
+    out = solve(gaussian(schedule), schedule, x, times, noise=lambda k: draws.normal("solver", (1, 2, 2), k).double(), **options)
+    return out.mean().item(), out.std().item()
+
+
+def test_ancestral_sampling_has_the_datas_moments():
+    mean, std = moments(solvers.ddim, TABLE, TABLE.times(250), eta=1.0)
+    assert abs(mean - 0.3) < 0.02
+    assert abs(std - 0.5) < 0.02
+
+
+def test_ddpm_variance_is_the_posterior():
+    """eta 1: the noise of a step has DDPM's posterior variance beta_t (1 - abar_{t-1}) / (1 - abar_t) (2006.11239, eq. 7)."""
+    times = torch.tensor([500.0, 499.0], dtype=torch.float64)
+    x, seen = torch.zeros(1, 1, 2, 2, dtype=torch.float64), []
+    for value in (0.0, 1.0):
+        solvers.ddim(gaussian(TABLE), TABLE, x, times, eta=1.0, noise=lambda k, v=value: torch.full_like(x, v), callback=lambda k, x, x0: seen.append(x))
+    bar = TABLE.alphas_cumprod
+    variance = (1 - bar[500] / bar[499]) * (1 - bar[499]) / (1 - bar[500])
+    assert ((seen[3] - seen[1]) - variance.sqrt()).abs().max() < 1e-10
+
+
+def test_churn_keeps_the_datas_moments():
+    mean, std = moments(solvers.heun, EDMSchedule(), EDMSchedule().times(60), churn=20.0, churn_min=0.01, churn_max=40.0)
+    assert abs(mean - 0.3) < 0.02
+    assert abs(std - 0.5) < 0.02
+
+
+def test_churn_raises_the_noise_by_its_definition():
+    """One step with S_churn: sigma_hat = sigma (1 + min(S_churn / N, sqrt 2 - 1)) is where the denoiser is asked (algorithm 2)."""
+    asked = []
+
+    def denoiser(x, t, condition=None):
+        asked.append(t[0].item())
+        return torch.zeros_like(x)
+
+    for schedule in (EDMSchedule(), TABLE):
+        times = schedule.times(4)
+        asked.clear()
+        solvers.heun(denoiser, schedule, torch.ones(1, 1, 2, 2).double(), times, churn=0.4, churn_max=30.0, noise=lambda k: torch.zeros(1, 1, 2, 2).double())
+        t = torch.tensor(asked[2], dtype=torch.float64)
+        level = (schedule.sigma(times[1]) / schedule.alpha(times[1])).item()
+        assert abs((schedule.sigma(t) / schedule.alpha(t)).item() / (level * 1.1) - 1) < 1e-9
+
+
+def test_few_step_renoises_by_sigma_min():
+    class Fixed:
+        def __call__(self, x, t, condition=None):
+            self.x = x
+            return torch.full_like(x, 0.25)
+
+    denoiser, one = Fixed(), torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    solvers.few_step(denoiser, EDMSchedule(), 80 * one, torch.tensor([80.0, 2.0]).double(), sigma_min=0.002, noise=lambda k: one)
+    assert (denoiser.x - (0.25 + (4 - 0.002**2) ** 0.5)).abs().max() < 1e-12
+
+
+def test_zero_snr_sampling_starts_from_the_teachers_own_mean():
+    """At alpha = 0 a v network sees noise alone: x0 is the mean of the data, and DDIM passes the step without an infinity."""
+    schedule = TableSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True})
+
+    class V(torch.nn.Module):
+        def forward(self, x, t, condition):
+            a, s = schedule.alpha(t).view(-1, 1, 1, 1), schedule.sigma(t).view(-1, 1, 1, 1)
+            x0 = gaussian(schedule)(x, t)
+            eps = (x - a * x0) / s
+            return a * eps - s * x0
+
+    denoiser = NetworkDenoiser(V(), schedule, "v", time_input="t")
+    x = torch.tensor([-1.0, 0.2, 1.4, 0.7], dtype=torch.float64).view(1, 1, 2, 2)
+    assert (denoiser(x, torch.tensor([999.0])) - 0.3).abs().max() < 1e-12
+    out = solvers.ddim(denoiser, schedule, x, schedule.times(200))
+    assert (out - (0.3 + 0.5 * x)).abs().max() < 0.02
