@@ -53,10 +53,10 @@ class DMD:
         self.labels = teacher.conditioner.labels(len(config.classes or teacher.conditioner.classes) or 1, config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
-        """(B,) times between shares `low` and `high` of the range: whole times of a table, else one of t_bins."""
+        """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
         bins = self.schedule.bins or self.config.t_bins
-        first, last = round(low * bins), max(round(low * bins) + 1, round(high * bins))
-        place = (first + uniform * (last - first)).floor()
+        first, last = round(low * bins), min(bins - 1, round(high * bins))
+        place = (first + uniform * (last - first + 1)).floor()
         return self.schedule.at(place / max(1, bins - 1)).float()
 
     def generate(self, noise: Tensor, labels: Tensor) -> Tensor:

@@ -87,7 +87,9 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
         "noise_sha256": noise_checksum(noise_of(manifest, indices)),
         "sha256": _ZEROS.decode(),
     }
-    content = to_bytes({"x0": x0.to(DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}, metadata)
+    # one key: safetensors writes several in random order
+    tensors = {"x0": x0.to(DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}
+    content = to_bytes(tensors, {"distill": json.dumps(metadata)})
     place = content.index(_ZEROS)
     digest = hashlib.sha256(content).hexdigest().encode()
     write_atomic(shard_path(folder, shard), content[:place] + digest + content[place + 64 :])
@@ -100,13 +102,13 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
     try:
         content = path.read_bytes()
         with safe_open(path, "pt") as handle:
-            metadata = handle.metadata() or {}
+            metadata = json.loads((handle.metadata() or {}).get("distill", "{}"))
+            stored = str(metadata.get("sha256")).encode()
             shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise DistillError(f"{path}: missing", "run distill pairs again: only missing shards are made") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise DistillError(f"{path}: corrupt or truncated", again) from error
-    stored = metadata.get("sha256", "").encode()
     if len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored:
         raise DistillError(f"{path}: corrupt: its checksum does not match", again)
     indices = manifest.range(shard)

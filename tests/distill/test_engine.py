@@ -1,0 +1,174 @@
+"""The loop: schedules, averages, exact resume, and what it says when a run goes wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill_cli.config import DMDConfig, TrainConfig, TrainingConfig
+from distill_cli.data import open_images
+from distill_cli.distill import checkpoint
+from distill_cli.distill.denoising import Denoising
+from distill_cli.distill.dmd import DMD
+from distill_cli.distill.ema import EMA
+from distill_cli.distill.engine import Engine, learning_rate
+from distill_cli.errors import DistillError, Interrupted, UsageError
+from distill_cli.pairs.store import PairStore
+from distill_cli.recipes import dump
+from distill_cli.runs import Run
+
+SMALL = dict(batch_size=4, device="cpu", sample_every=0, log_every=3, save_every=2, keep=9)
+NETWORK = dict(channels=[8, 16], attention=[False, False], groups=4, head=8)
+
+
+def engine_of(kind, folder, tiny, tiny_pairs, resume=False, **changes):
+    if kind == "dmd":
+        config = DMDConfig(**SMALL | dict(teacher="tiny", pairs=tiny_pairs, warmup_steps=2, ema_halflife=40, fake_steps=2, lr=1e-3) | changes)
+        objective = DMD(config, tiny.copy(), PairStore(tiny_pairs))
+    else:
+        config = TrainConfig(**SMALL | dict(network=NETWORK | {"dropout": 0.2}, ema_halflife=40) | changes)
+        objective = Denoising(config, open_images("digits"))
+    run = Run.resume(folder) if resume else Run.create(folder, dump(config), kind)
+    engine = Engine(config, objective, run)
+    engine.restore()
+    return engine
+
+
+def weights(folder, step):
+    path = checkpoint.path_of(folder / "checkpoints", step)
+    return {file.name: load_file(file) for file in path.glob("*.safetensors")} | {
+        "optimizers": torch.load(path / "optimizers.pt", weights_only=True)
+    }
+
+
+def same(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_learning_rate():
+    config = TrainingConfig(steps=110, warmup_steps=10, lr_schedule="cosine", lr_end=0.1)
+    assert learning_rate(config, 2.0, 0) == pytest.approx(0.2)
+    assert learning_rate(config, 2.0, 9) == pytest.approx(2.0)
+    assert learning_rate(config, 2.0, 60) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(config, 2.0, 110) == pytest.approx(0.2)
+    assert learning_rate(TrainingConfig(warmup_steps=0), 2.0, 5) == 2.0
+
+
+def test_average_halves_in_its_halflife():
+    network = torch.nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(1.0)
+    ema = EMA(network, halflife=100)
+    network.weight.data.fill_(0.0)
+    for step in range(10):
+        ema.update(network, seen=1_000_000 + step * 10, batch=10)
+    assert ema.network.weight.item() == pytest.approx(0.5, rel=1e-5)
+    assert EMA(network, 100).decay(seen=1000, batch=10) == pytest.approx(0.5 ** (10 / 50))  # the ramp: 5% of the images seen
+    following = EMA(network, 0)
+    network.weight.data.fill_(3.0)
+    following.update(network, 10, 10)
+    assert following.network.weight.item() == 3.0
+
+
+@pytest.mark.parametrize("kind", ["train", "dmd"])
+def test_stopped_and_resumed_equals_uninterrupted(kind, tmp_path, tiny, tiny_pairs):
+    """Weights, averages, optimizers and metrics, bit for bit, from a checkpoint in the middle of a logging window."""
+    engine_of(kind, tmp_path / "whole", tiny, tiny_pairs, steps=7).train()
+    first = engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, steps=7)
+    for _ in range(4):
+        first.train_step()
+        if first.step == 3:
+            first._log()
+    first.save()
+    first.train_step()  # killed here: this step and a half-written line are lost
+    with open(first.run.metrics, "a") as handle:
+        handle.write('{"step": 6, "imag')
+    engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, resume=True, steps=7).train()
+    assert same(weights(tmp_path / "whole", 7), weights(tmp_path / "parts", 7))
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
+    result = "teacher" if kind == "train" else "student"
+    file = f"{result}/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["train", "dmd"])
+def test_accumulation_is_the_same_step(kind, tmp_path, tiny, tiny_pairs):
+    changes = {"network": NETWORK} if kind == "train" else {}
+    one, parts = (engine_of(kind, tmp_path / str(n), tiny, tiny_pairs, steps=2, accumulate=n, **changes) for n in (1, 2))
+    for engine in (one, parts):
+        engine.train_step()
+    for name in one.plain:
+        for p, q in zip(one.plain[name].parameters(), parts.plain[name].parameters(), strict=True):
+            assert (p - q).abs().max() < 2e-4
+    assert one.window[f"{one.main}_loss"][0] == pytest.approx(parts.window[f"{one.main}_loss"][0].item() / 2, rel=1e-4)
+
+
+def test_a_signal_leaves_a_run_that_resumes(tmp_path, tiny, tiny_pairs):
+    import os
+    import signal
+
+    engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, steps=50, save_every=100)
+    step = engine.train_step
+    engine.train_step = lambda: (step(), os.kill(os.getpid(), signal.SIGINT) if engine.step == 3 else None)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 50") as error:
+        engine.train()
+    assert f"--resume {tmp_path / 'run'}" in error.value.hint
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [3]
+    assert engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, resume=True, steps=50).step == 3
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path, tiny, tiny_pairs):
+    engine_of("train", tmp_path / "run", tiny, tiny_pairs, steps=8, keep=2, network=NETWORK).train()
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [6, 8]
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizers.pt", "state.json"])
+def test_corrupt_checkpoints_are_found(name, tmp_path, tiny, tiny_pairs):
+    engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, steps=9)
+    engine.train_step()
+    engine.save()
+    path = checkpoint.path_of(tmp_path / "run/checkpoints", 1) / name
+    content = bytearray(path.read_bytes())
+    content[0 if name == "state.json" else len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DistillError, match=f"{name}: corrupt"):
+        engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, resume=True, steps=9)
+
+
+def test_nan_stops_at_the_last_good_checkpoint(tmp_path, tiny, tiny_pairs):
+    engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, steps=50)
+    step = engine.train_step
+
+    def poisoned():
+        if engine.step == 4:
+            with torch.no_grad():
+                engine.plain["student"].network.unet.conv_out.bias.fill_(float("nan"))
+        step()
+
+    engine.train_step = poisoned
+    with pytest.raises(DistillError, match="between steps 4 and 6|weights of student are not numbers at step 6") as error:
+        engine.train()
+    assert "checkpoint of step 4 is good" in error.value.hint
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 4]
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path, tiny, tiny_pairs):
+    engine_of("train", tmp_path / "run", tiny, tiny_pairs, steps=1)
+    with pytest.raises(UsageError, match="exists already") as error:
+        Run.create(tmp_path / "run", "", "train")
+    assert "--resume" in error.value.hint
+
+
+def test_metrics_are_means_of_their_window(tmp_path, tiny, tiny_pairs):
+    each = engine_of("train", tmp_path / "each", tiny, tiny_pairs, steps=6, log_every=1, network=NETWORK)
+    each.train()
+    engine_of("train", tmp_path / "means", tiny, tiny_pairs, steps=6, log_every=3, network=NETWORK).train()
+    ones = [line["teacher_loss"] for line in each.run.history()]
+    means = [json.loads(line)["teacher_loss"] for line in (tmp_path / "means/metrics.jsonl").read_text().splitlines()]
+    assert means == pytest.approx([sum(ones[:3]) / 3, sum(ones[3:]) / 3], rel=1e-6)
