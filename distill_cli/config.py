@@ -148,7 +148,9 @@ class DMDConfig(TrainingConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
     teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
-    pairs: Path | None = Field(None, description="a folder of `distill pairs`, of which each step takes batch_size; without it there is no regression")
+    pairs: Path | None = Field(
+        None, description="a folder of `distill pairs`, of which each step takes batch_size; without it there is no regression"
+    )
     classes: Classes = Field(None, description="labels that the student learns; default all")
     lr: Rate = Field(5e-5, description="learning rate of the student")
     fake_lr: Rate | None = Field(None, description="learning rate of the fake score; default lr")

@@ -37,7 +37,9 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def distill(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def distill(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 

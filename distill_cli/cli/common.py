@@ -60,7 +60,9 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
         print(f"#   {key}: {value}")
 
 
-def open_run(config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> TrainingT:
+def open_run(
+    config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, flags: dict[str, Any]
+) -> TrainingT:
     """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
     from distill_cli.errors import UsageError
     from distill_cli.recipes import resolve

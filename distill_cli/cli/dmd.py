@@ -10,7 +10,7 @@ import typer
 from distill_cli.cli import common
 
 if TYPE_CHECKING:
-    from distill_cli.models import Model
+    from distill_cli.models.model import Model
 
 
 def dmd(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Denoiser, Condition
+from distill_cli.diffusion.denoiser import Condition, Denoiser
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, add_noise, expand
 
 

@@ -40,6 +40,9 @@ class NoiseSchedule(Protocol):
     def at(self, fraction: Tensor) -> Tensor:
         """Times at fractions of the range, 0 the smallest and 1 the largest, evenly as training sees them."""
 
+    def times(self, steps: int) -> Tensor:
+        """(steps,) decreasing times for a solver, from t_max."""
+
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha(t) x0 + sigma(t) noise for x0, noise (B, ...) and t (B,)."""

@@ -25,7 +25,9 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def save(folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any], state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any], state: Mapping[str, Any], keep: int
+) -> Path:
     """Write checkpoint `step`, then delete all but the newest `keep`. `state` is JSON."""
     path = path_of(folder, step)
     with folder_atomic(path) as temporary:

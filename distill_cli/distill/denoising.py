@@ -14,8 +14,7 @@ from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
 from distill_cli.distill.engine import Loss
-from distill_cli.models import Model
-from distill_cli.models.model import Lineage
+from distill_cli.models.model import Lineage, Model
 from distill_cli.models.pixel import create
 
 

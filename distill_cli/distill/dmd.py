@@ -20,8 +20,7 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
-from distill_cli.models import Model
-from distill_cli.models.model import Lineage, Sampling
+from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.pairs.store import PairStore
 
 FAKE_BEHIND = 1.15
@@ -76,7 +75,8 @@ class DMD:
         images = self.generate(noise.to(device), labels.to(device))
         x, condition = images[: len(draws)], self.teacher.conditioner(labels[: len(draws)].to(device))
 
-        loss, metrics = images.new_zeros(()), {}
+        loss = images.new_zeros(())
+        metrics: dict[str, Tensor] = {}
         if self.config.matching_weight:
             t = self.times(draws.uniform("matching_time"), self.config.t_low, self.config.t_high).to(device)
             gradient, metrics = self._match(x, draws.normal("matching_noise", shape).to(device), t, condition)
@@ -95,7 +95,7 @@ class DMD:
                 t = self.times(draws.uniform("score_time", turn), 0.0, 1.0).to(device)
                 eps = draws.normal("score_noise", shape, turn).to(device)
                 sigma_data = self.teacher.denoiser.scales.sigma_data
-                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data)  # type: ignore[arg-type]
+                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data)
                 yield Loss("fake", errors.mean())
 
     @torch.no_grad()
@@ -136,7 +136,10 @@ class DMD:
             )
         if done > 0.25 and metrics.get("spread", 1.0) < SPREAD_LOST * metrics.get("pairs_spread", 0.0):
             share = metrics["spread"] / metrics["pairs_spread"]
-            return f"the student's images are collapsing: their spread is {share:.2f} times the teacher's. Lower lr, or raise regression_weight"
+            return (
+                f"the student's images are collapsing: their spread is {share:.2f} times the teacher's. "
+                "Lower lr, or raise regression_weight"
+            )
         return ""
 
 

@@ -23,7 +23,7 @@ from distill_cli.distill import checkpoint
 from distill_cli.distill.ema import EMA
 from distill_cli.errors import DistillError, Interrupted
 from distill_cli.launch import Progress, rank, stoppable, world_size
-from distill_cli.models import Model
+from distill_cli.models.model import Model
 from distill_cli.runs import Run
 
 

@@ -1,6 +1,5 @@
 """Pretrained networks as Model: `load` is the only way in, `Model.save` the only way out."""
 
-from distill_cli.models.model import Model
 from distill_cli.models.registry import load
 
-__all__ = ["Model", "load"]
+__all__ = ["load"]

@@ -36,7 +36,10 @@ class ClassConditioner:
         wanted = classes if classes is not None else list(range(max(1, len(self.classes))))
         beyond = [label for label in wanted if label >= max(1, len(self.classes))]
         if beyond:
-            raise UsageError(f"--classes: no class {beyond[0]}", f"the model has classes 0 to {len(self.classes) - 1}" if self.classes else "the model has no classes")
+            raise UsageError(
+                f"--classes: no class {beyond[0]}",
+                f"the model has classes 0 to {len(self.classes) - 1}" if self.classes else "the model has no classes",
+            )
         return torch.tensor([wanted[i % len(wanted)] for i in range(start, start + count)])
 
     def __call__(self, labels: Tensor) -> Condition:

@@ -53,7 +53,12 @@ def _tiny() -> Model:
 REGISTRY = {
     entry.name: entry
     for entry in (
-        Entry("digits", "EDM, 16x16 RGB, handwritten digits in coloured ink, 10 classes; ships with distill", "Apache-2.0; data CC BY 4.0", _digits),
+        Entry(
+            "digits",
+            "EDM, 16x16 RGB, handwritten digits in coloured ink, 10 classes; ships with distill",
+            "Apache-2.0; data CC BY 4.0",
+            _digits,
+        ),
         Entry("tiny", "EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny),
     )
 }

@@ -11,8 +11,7 @@ from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import Interrupted
 from distill_cli.files import remove_temporaries
-from distill_cli.models import Model
-from distill_cli.models.model import Sampling, network_evaluations
+from distill_cli.models.model import Model, Sampling, network_evaluations
 from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, shard_path, write_shard
 from distill_cli.runs import settle
 

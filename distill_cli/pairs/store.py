@@ -117,7 +117,9 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
     if shapes != {"x0": (len(indices), *manifest.shape), "label": (len(indices),)}:
         raise DistillError(f"{path}: wrong shapes", again)
     if noise and noise_checksum(noise_of(manifest, indices)) != metadata["noise_sha256"]:
-        raise DistillError(f"{path}: (seed, i) gives other noise here than when the pairs were made", "numpy's generator has changed: make the pairs again")
+        raise DistillError(
+            f"{path}: (seed, i) gives other noise here than when the pairs were made", "numpy's generator has changed: make the pairs again"
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:

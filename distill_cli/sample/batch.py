@@ -15,8 +15,7 @@ from distill_cli.data.pictures import grid, png, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, Interrupted
 from distill_cli.files import remove_temporaries, write_atomic
-from distill_cli.models import Model
-from distill_cli.models.model import network_evaluations
+from distill_cli.models.model import Model, network_evaluations
 from distill_cli.runs import settle
 
 SETTINGS, LIST = "sampling.json", "samples.jsonl"

@@ -9,7 +9,7 @@ from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSched
 
 SCHEDULES = {
     "edm": (EDMSchedule(), torch.tensor([0.01, 0.5, 3.0, 60.0], dtype=torch.float64)),
-    "table": (TableSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}), torch.tensor([1.0, 250.0, 700.0, 999.0], dtype=torch.float64)),
+    "table": (TableSchedule.from_config({"beta_schedule": "linear"}), torch.tensor([1.0, 250.0, 700.0, 999.0], dtype=torch.float64)),
     "flow": (FlowSchedule(), torch.tensor([0.01, 0.3, 0.7, 0.99], dtype=torch.float64)),
 }  # fmt: skip
 

@@ -22,7 +22,9 @@ def test_edm_bins_run_from_small_to_large():
     assert abs(sigma[0] - 0.002) < 1e-12
 
 
-@pytest.mark.parametrize("config", [SD, {**SD, "rescale_betas_zero_snr": True}, {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}])
+@pytest.mark.parametrize(
+    "config", [SD, {**SD, "rescale_betas_zero_snr": True}, {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}]
+)
 def test_tables_are_those_of_diffusers(config):
     from diffusers import DDIMScheduler
 

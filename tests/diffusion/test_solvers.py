@@ -84,7 +84,15 @@ def test_ddpm_variance_is_the_posterior():
     times = torch.tensor([500.0, 499.0], dtype=torch.float64)
     x, seen = torch.zeros(1, 1, 2, 2, dtype=torch.float64), []
     for value in (0.0, 1.0):
-        solvers.ddim(gaussian(TABLE), TABLE, x, times, eta=1.0, noise=lambda k, v=value: torch.full_like(x, v), callback=lambda k, x, x0: seen.append(x))
+        solvers.ddim(
+            gaussian(TABLE),
+            TABLE,
+            x,
+            times,
+            eta=1.0,
+            noise=lambda k, v=value: torch.full_like(x, v),
+            callback=lambda k, x, x0: seen.append(x),
+        )
     bar = TABLE.alphas_cumprod
     variance = (1 - bar[500] / bar[499]) * (1 - bar[499]) / (1 - bar[500])
     assert ((seen[3] - seen[1]) - variance.sqrt()).abs().max() < 1e-10
@@ -107,7 +115,15 @@ def test_churn_raises_the_noise_by_its_definition():
     for schedule in (EDMSchedule(), TABLE):
         times = schedule.times(4)
         asked.clear()
-        solvers.heun(denoiser, schedule, torch.ones(1, 1, 2, 2).double(), times, churn=0.4, churn_max=30.0, noise=lambda k: torch.zeros(1, 1, 2, 2).double())
+        solvers.heun(
+            denoiser,
+            schedule,
+            torch.ones(1, 1, 2, 2).double(),
+            times,
+            churn=0.4,
+            churn_max=30.0,
+            noise=lambda k: torch.zeros(1, 1, 2, 2).double(),
+        )
         t = torch.tensor(asked[2], dtype=torch.float64)
         level = (schedule.sigma(times[1]) / schedule.alpha(times[1])).item()
         assert abs((schedule.sigma(t) / schedule.alpha(t)).item() / (level * 1.1) - 1) < 1e-9
@@ -126,7 +142,9 @@ def test_few_step_renoises_by_sigma_min():
 
 def test_zero_snr_sampling_starts_from_the_teachers_own_mean():
     """At alpha = 0 a v network sees noise alone: x0 is the mean of the data, and DDIM passes the step without an infinity."""
-    schedule = TableSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True})
+    schedule = TableSchedule.from_config(
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True}
+    )
 
     class V(torch.nn.Module):
         def forward(self, x, t, condition):

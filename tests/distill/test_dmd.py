@@ -30,7 +30,8 @@ def test_matching_times_are_2_to_98_percent_and_score_times_all(tiny):
 def test_matching_times_of_a_table_are_20_to_980(tiny):
     table = TableSchedule.from_config({"beta_schedule": "linear"})
     model = pixel.create(
-        resolution=8, channels=[8], attention=[False], groups=4, head=8, classes=[], schedule=table, parameterisation="eps", lineage=Lineage(name="x")
+        resolution=8, channels=[8], attention=[False], groups=4, head=8, classes=[], schedule=table, parameterisation="eps",
+        lineage=Lineage(name="x"),
     )  # fmt: skip
     times = DMD(DMDConfig(device="cpu"), model, None).times(torch.linspace(0, 1 - 1e-9, 20_000, dtype=torch.float64), 0.02, 0.98)
     assert times.unique().tolist() == list(range(20, 981))

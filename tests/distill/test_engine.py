@@ -24,7 +24,9 @@ NETWORK = dict(channels=[8, 16], attention=[False, False], groups=4, head=8)
 
 def engine_of(kind, folder, tiny, tiny_pairs, resume=False, **changes):
     if kind == "dmd":
-        config = DMDConfig(**SMALL | dict(teacher="tiny", pairs=tiny_pairs, warmup_steps=2, ema_halflife=40, fake_steps=2, lr=1e-3) | changes)
+        config = DMDConfig(
+            **SMALL | dict(teacher="tiny", pairs=tiny_pairs, warmup_steps=2, ema_halflife=40, fake_steps=2, lr=1e-3) | changes
+        )
         objective = DMD(config, tiny.copy(), PairStore(tiny_pairs))
     else:
         config = TrainConfig(**SMALL | dict(network=NETWORK | {"dropout": 0.2}, ema_halflife=40) | changes)

@@ -1,0 +1,30 @@
+# make demo: from nothing to a one-step student of the built-in teacher.  make test: lint, types, all tests.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+DISTILL := $(VENV)/bin/distill
+DEMO := runs/demo
+
+.PHONY: demo test lint
+
+$(VENV)/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; hint: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(DISTILL) pairs --recipe demo-pairs --out $(DEMO)/pairs
+	@if [ -f $(DEMO)/dmd/recipe.yaml ]; then $(DISTILL) dmd --resume $(DEMO)/dmd; \
+	else $(DISTILL) dmd --recipe demo-dmd --pairs $(DEMO)/pairs --out $(DEMO)/dmd; fi
+	$(DISTILL) sample --model $(DEMO)/dmd --num 200 --grid --out $(DEMO)/samples
+	@echo
+	@echo "teacher and student from the same noise: $(CURDIR)/$(DEMO)/dmd/comparison.png"
+	@echo "more of the student:                     $(CURDIR)/$(DEMO)/samples/grid.png"
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check distill_cli tests
+	$(VENV)/bin/ruff format --check distill_cli tests
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest

@@ -1,0 +1,45 @@
+"""The built-in teacher, and a short distillation of it, by the outside judge."""
+
+import numpy as np
+import pytest
+
+from tests.judge import judge
+
+
+def judged(distill, model, *options):
+    assert distill("sample", "--model", model, "--format", "npz", "--out", f"judge-{len(options)}", *options).code == 0
+    with np.load(f"judge-{len(options)}/samples.npz") as stored:
+        return judge(stored["arr_0"], stored["arr_1"])
+
+
+def test_the_teacher_ships_small(distill):
+    from distill_cli.models.registry import BUILTIN
+
+    assert (BUILTIN / "digits/unet/diffusion_pytorch_model.safetensors").stat().st_size < 4e6
+    shown = distill("models", "show", "digits", "--json").json
+    assert shown["sampling"] == {"solver": "heun", "steps": 18, "guidance_scale": 1.0}
+    assert shown["null_label"] == 10
+    assert 0.8e6 < shown["parameters"] < 2e6
+
+
+@pytest.mark.slow
+def test_the_teacher_is_good(distill):
+    figures = judged(distill, "digits", "--num", 2000, "--seed", 7)
+    assert figures["accuracy"] >= 0.97
+    assert figures["frechet"] <= 0.08
+    assert figures["nearest"] >= 0.9
+    assert 0.9 < figures["spread"] < 1.1
+    assert figures["hue"] < 4.5
+
+
+@pytest.mark.slow
+def test_a_short_distillation_goes_most_of_the_way(distill):
+    """80 steps take one evaluation from a blur (Frechet distance above 1) to digits that are mostly read right."""
+    before = judged(distill, "digits", "--num", 400, "--solver", "few-step")
+    assert distill("pairs", "--num", 300, "--out", "p").code == 0
+    run = distill("dmd", "--recipe", "demo-dmd", "--pairs", "p", "--out", "r", "--steps", 80, "sample_every=0")
+    assert run.code == 0, run.err
+    after = judged(distill, "r", "--num", 400)
+    assert before["frechet"] > 1.0
+    assert after["frechet"] < 0.5 * before["frechet"]
+    assert after["accuracy"] > 0.8

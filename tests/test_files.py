@@ -1,0 +1,49 @@
+import errno
+import os
+
+import pytest
+
+from distill_cli import files
+from distill_cli.errors import DistillError
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    files.write_atomic(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(DistillError, match="no space left on device") as error:
+        files.write_atomic(path, "new")
+    assert "free some space" in error.value.hint
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), files.folder_atomic(tmp_path / "f") as temporary:
+        (temporary / "x").write_text("1")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    for content in "12":
+        with files.folder_atomic(tmp_path / "f") as temporary:
+            (temporary / content).write_text(content)
+    assert os.listdir(tmp_path) == ["f"]
+    assert os.listdir(tmp_path / "f") == ["2"]
+
+
+def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
+    dead, alive = tmp_path / f"{files.TEMPORARY}999999999-x", tmp_path / f"{files.TEMPORARY}{os.getpid()}-x"
+    dead.write_text("")
+    alive.write_text("")
+    files.remove_temporaries(tmp_path)
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_a_file_in_the_way_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DistillError, match="file"):
+        files.write_atomic(tmp_path / "file" / "inner", "x")

@@ -1,0 +1,96 @@
+"""Who may import whom: floor by floor, always downwards, over the syntax trees; files stay short; no torch for --help."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distill_cli
+
+PACKAGE = Path(distill_cli.__file__).parent
+FLOORS = [
+    {"errors"},
+    {"files"},
+    {"config"},
+    {"recipes"},
+    {"diffusion"},
+    {"models", "data", "launch", "runs"},
+    {"pairs", "sample"},
+    {"distill", "evaluate"},
+    {"cli"},
+]
+FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+NO_TORCH = {"errors", "files", "config", "recipes", "runs", "cli"}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path, top_only=False):
+    """Modules that a file imports; `top_only` leaves out function bodies and TYPE_CHECKING blocks."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downwards(path):
+    mine = room(path)
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] != "distill_cli" or len(parts) == 1 or parts[1] not in FLOOR:
+            continue
+        other = parts[1]
+        assert other == mine or FLOOR[other] < FLOOR[mine], f"{mine} imports {other}"
+        if mine == "distill" and other == "pairs":
+            assert len(parts) < 3 or parts[2] == "store", "distill knows the store alone"
+        assert not (mine == "distill" and other == "sample")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) in NO_TORCH], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_low_floors_and_cli_import_no_torch_at_the_top(path):
+    heavy = {"torch", "diffusers", "transformers", "accelerate", "numpy"}
+    assert not {module.split(".")[0] for module in imports(path, top_only=True)} & heavy
+
+
+def test_diffusion_knows_only_torch():
+    for path in FILES:
+        if room(path) == "diffusion":
+            outside = {m.split(".")[0] for m in imports(path)} - set(sys.stdlib_module_names) - {"distill_cli", "torch"}
+            assert outside <= ({"numpy"} if path.stem == "noise" else set())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["dmd", "--help"], ["recipes", "ls"], ["recipes", "check", "demo-dmd"], ["models", "ls"]])
+def test_help_needs_no_torch(command):
+    code = (
+        "import sys; from distill_cli.cli.app import run; code = run(sys.argv[1:]);"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules);"
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
+
+
+def test_help_takes_little_cpu():
+    """Under 0.35 s of CPU time; a torch import alone takes seconds, so the bound is no timing test."""
+    code = (
+        "import resource, subprocess, sys;"
+        "subprocess.run([sys.executable, '-m', 'distill_cli', '--help'], check=True, stdout=subprocess.DEVNULL);"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+    )
+    times = [float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) for _ in range(3)]
+    assert min(times) < 0.35

@@ -1,0 +1,144 @@
+"""Recipes: precedence, all errors at once, nearest keys; and every recipe that ships is right."""
+
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill_cli import recipes
+from distill_cli.config import CONFIGS, DMDConfig, PairsConfig, SampleConfig, TrainConfig
+from distill_cli.errors import UsageError
+
+TOP = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_is_right_and_opens_with_its_command(name):
+    recipes.check(name)
+    lines = recipes.describe(recipes.find(name)).splitlines()
+    assert lines[0].startswith(f"distill {recipes.read(recipes.find(name))['command']} --recipe {name}")
+    assert any(line.startswith("Cost: ") for line in lines)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_beat_overrides_beat_recipe_beat_defaults(tmp_path):
+    path = write(tmp_path, "command: dmd\nlr: 1e-4\nbatch_size: 8\nsteps: 7\n")
+    config = recipes.resolve(DMDConfig, path, ["batch_size=16"], {"steps": 11, "seed": None})
+    assert (config.lr, config.batch_size, config.steps, config.clip_norm) == (1e-4, 16, 11, 10.0)
+
+
+def test_published_defaults():
+    """2311.18828, appendix: AdamW (0.9, 0.999), decay 0.01, warm-up 500, clip 10, regression 0.25, times 2% to 98%."""
+    config = DMDConfig()
+    assert (config.betas, config.weight_decay, config.warmup_steps, config.clip_norm) == ((0.9, 0.999), 0.01, 500, 10.0)
+    assert (config.lr, config.t_low, config.t_high, config.t_bins) == (5e-5, 0.02, 0.98, 1000)
+
+
+def test_all_errors_at_once(tmp_path):
+    path = write(tmp_path, "command: dmd\nlr: fast\nstepz: 3\nbatch_size: [1]\nprecision: fp8\n")
+    with pytest.raises(UsageError) as error:
+        recipes.resolve(DMDConfig, path, ["fake_stepz=2", "nonsense", "seed=1", "seed=2"], {"seed": 3})
+    text = error.value.message
+    assert "r.yaml: unknown key stepz (did you mean steps?)" in text
+    assert "unknown key fake_stepz (did you mean fake_steps?)" in text
+    assert "nonsense: not of the form key=value" in text
+    assert "r.yaml: lr: input should be a valid number" in text
+    assert "(got 'fast')" in text
+    assert "batch_size" in text
+    assert "precision: input should be 'no', 'bf16' or 'fp16' (got 'fp8')" in text
+    assert text.count("seed: given twice") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("command: dmd\nlr: 1\nlr: 2\n", "line 3: key lr is given twice"),
+        ("command: [\n", "r.yaml line"),
+        ("steps: 3\n", "no recipe"),
+        ("command: pairs\n", "made for `distill pairs`, not for `distill dmd`"),
+        ("- 1\n", "no recipe"),
+        ("command: dmd\nt_low: 0.9\nt_high: 0.1\n", "t_low 0.9 is not below t_high 0.1"),
+        ("command: dmd\nregression_weight: 1\n", "regression_weight needs pairs"),
+        ("command: dmd\nlr: .nan\n", "lr: input should be"),
+        ("command: dmd\nbatch_size: 10\naccumulate: 3\n", "accumulate 3 does not divide batch_size 10"),
+        ("command: dmd\nclasses: 3-x\n", "is not like 0-3,7"),
+    ],
+)
+def test_wrong_recipes_get_one_clear_line(text, says, tmp_path):
+    with pytest.raises(UsageError) as error:
+        recipes.resolve(DMDConfig, write(tmp_path, text))
+    assert says in error.value.message
+
+
+def test_sections_have_dotted_keys(tmp_path):
+    path = write(tmp_path, "command: train\nnetwork:\n  layers: 2\n")
+    assert recipes.resolve(TrainConfig, path, ["network.dropout=0.1"]).network.layers == 2
+    with pytest.raises(UsageError, match=r"unknown key network.layerz \(did you mean network.layers\?\)"):
+        recipes.resolve(TrainConfig, path, ["network.layerz=3"])
+    with pytest.raises(UsageError, match="2 channels but 3 attention"):
+        recipes.resolve(TrainConfig, path, ["network.channels=[32, 64]"])
+
+
+def test_classes():
+    assert recipes.resolve(SampleConfig, None, ["classes=0-2,7"]).classes == [0, 1, 2, 7]
+    assert recipes.resolve(SampleConfig, None, ["classes=5"]).classes == [5]
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_a_resolved_recipe_runs_again_as_it_stands(command, tmp_path):
+    config = CONFIGS[command](seed=3)
+    for comments in (False, True):
+        path = write(tmp_path, recipes.dump(config, comments))
+        assert recipes.resolve(CONFIGS[command], path) == config
+    described = yaml.safe_load(recipes.dump(config, comments=True))
+    assert set(described) == {"command", *CONFIGS[command].model_fields}
+
+
+def test_copies(tmp_path):
+    path = recipes.copy("demo-dmd", tmp_path)
+    assert path.read_bytes() == recipes.find("demo-dmd").read_bytes()
+    with pytest.raises(UsageError, match="exists already"):
+        recipes.copy("demo-dmd", tmp_path)
+
+
+def test_unknown_recipes_name_the_nearest():
+    with pytest.raises(UsageError) as error:
+        recipes.resolve(PairsConfig, "demo-pears")
+    assert "did you mean demo-pairs?" in error.value.hint
+
+
+@pytest.mark.slow
+def test_recipes_travel_in_the_wheel(tmp_path):
+    """The built wheel, installed in a temporary place, lists the recipes from an empty folder."""
+    source = tmp_path / "source"
+    shutil.copytree(TOP, source, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache"))
+    code = "import hatchling.build, sys; print(hatchling.build.build_wheel(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=source, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    inside = zipfile.ZipFile(wheel).namelist()
+    assert "distill_cli/models/builtin/digits/unet/diffusion_pytorch_model.safetensors" in inside
+    assert "distill_cli/data/digits.safetensors" in inside
+    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
+    target = next((tmp_path / "venv/lib").glob("python*")) / "site-packages"
+    zipfile.ZipFile(wheel).extractall(target)
+    others = next(p for p in sys.path if p.endswith("site-packages"))
+    (target / "others.pth").write_text(others + "\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    python = tmp_path / "venv/bin/python"
+    where = subprocess.run(
+        [python, "-c", "import distill_cli; print(distill_cli.__file__)"], cwd=empty, check=True, capture_output=True, text=True
+    )
+    assert str(tmp_path) in where.stdout
+    listed = subprocess.run([python, "-m", "distill_cli", "recipes", "ls"], cwd=empty, check=True, capture_output=True, text=True)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipes.names()
