@@ -11,7 +11,7 @@ import typer
 from distill_cli import __version__
 from distill_cli.cli import models, recipes
 from distill_cli.cli.dmd import dmd
-from distill_cli.cli.env import env
+from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
@@ -94,6 +94,8 @@ def run(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         text = " ".join(str(error).split())[:300]
+        if "torch" in sys.modules and (trouble := torchvision_trouble(sys.modules["torch"].__version__, str(error))):
+            return _fail(trouble, REINSTALL, 1)
         return _fail(f"{type(error).__name__}: {text}", "this is a bug of distill; DISTILL_DEBUG=1 shows where", 3)
 
 

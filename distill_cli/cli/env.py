@@ -9,6 +9,8 @@ from typing import Any
 from distill_cli.cli import common
 from distill_cli.errors import DistillError
 
+REINSTALL = "install both from one place: pip install --force-reinstall torch torchvision"
+
 
 def torchvision_trouble(torch_version: str, error: str) -> str:
     """What a failed import of torchvision means, or '' where it is another matter.
@@ -51,4 +53,4 @@ def env(json: common.Json = False) -> None:
     lines += [f"platform      {data['platform']}", *(f"device        {device}" for device in data["devices"])]
     common.result(data, "\n".join(lines), json)
     if data["trouble"]:
-        raise DistillError("; ".join(data["trouble"]), "install both from one place: pip install --force-reinstall torch torchvision")
+        raise DistillError("; ".join(data["trouble"]), REINSTALL)

@@ -28,15 +28,17 @@ def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (wide - (wide - gradient).detach()).square().mean()
 
 
-def denoising_weight(schedule: NoiseSchedule, t: Tensor, sigma_data: float) -> Tensor:
-    """(B,) weights of the squared x0 error: EDM's 1/sigma^2 + 1/sigma_data^2, elsewhere that of plain noise error.
+def denoising_weight(schedule: NoiseSchedule, t: Tensor, sigma_data: float = 0.5, error: str = "noise") -> Tensor:
+    """(B,) weights of the squared x0 error.
 
-    The first makes the loss of the raw EDM network even over sigma (Karras et al. 2022, eq. 8 and table 1), the
-    second is (alpha / sigma)^2, which turns x0 error into noise error (Ho et al. 2020, L_simple).
+    EDM: 1/sigma^2 + 1/sigma_data^2, which makes the loss of the raw network even over sigma (Karras et al. 2022, eq. 8
+    and table 1). Elsewhere those that turn it into plain `error` of noise, (alpha / sigma)^2 (Ho et al. 2006.11239,
+    L_simple), or of velocity, (alpha^2 + sigma^2)^2 / sigma^2 (Salimans & Ho 2202.00512: SNR + 1).
     """
+    a, s = schedule.alpha(t), schedule.sigma(t)
     if isinstance(schedule, EDMSchedule):
-        return schedule.sigma(t) ** -2 + sigma_data**-2
-    return (schedule.alpha(t) / schedule.sigma(t)) ** 2
+        return s**-2 + sigma_data**-2
+    return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
 
 
 def denoising_loss(
@@ -48,6 +50,7 @@ def denoising_loss(
     condition: Condition = None,
     *,
     sigma_data: float = 0.5,
+    error: str = "noise",
 ) -> Tensor:
     """Weighted denoising error of each sample, (B,): the loss of a teacher, and of the fake score on x.detach().
 
@@ -55,8 +58,8 @@ def denoising_loss(
     """
     wide = x if x.dtype == torch.float64 else x.float()
     estimate = denoiser(add_noise(schedule, wide, noise.to(wide), t), t, condition)
-    error = (estimate - wide).square().flatten(1).mean(1)
-    return denoising_weight(schedule, t.to(error), sigma_data) * error
+    squared = (estimate - wide).square().flatten(1).mean(1)
+    return denoising_weight(schedule, t.to(squared), sigma_data, error) * squared
 
 
 def regression_loss(kind: str, x: Tensor, reference: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ class Denoising:
         device = next(network.parameters()).device
         noise, t = draws.normal("noise", x.shape[1:]).to(device), self.times(draws).to(device)
         condition = self.teacher.conditioner(labels.to(device))
-        yield Loss("teacher", denoising_loss(network, self.schedule, x.to(device), noise, t, condition).mean())
+        error = "velocity" if self.config.prediction == "v" else "noise"
+        yield Loss("teacher", denoising_loss(network, self.schedule, x.to(device), noise, t, condition, error=error).mean())
 
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)

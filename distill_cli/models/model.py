@@ -142,8 +142,13 @@ class Model:
         return schedule.times(steps)
 
     def with_defaults(self, solver: str | None, steps: int | None, guidance_scale: float | None) -> Sampling:
-        """The sampling settings that result from what the user gave."""
+        """The sampling settings that result from what the user gave; a student allows no other solver and no guidance."""
         own = self.sampling
+        if self.few_step_times is not None:
+            if solver not in (None, "few-step"):
+                raise UsageError(f"--solver {solver}: a student is sampled by few-step alone", "leave --solver out")
+            if guidance_scale not in (None, 1):
+                raise UsageError(f"--guidance-scale {guidance_scale}: a student's guidance is built in", "leave --guidance-scale out")
         return Sampling(
             solver=solver or own.solver,
             steps=steps or (own.steps if solver in (None, own.solver) else (1 if solver == "few-step" else 18)),

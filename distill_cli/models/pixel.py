@@ -127,8 +127,9 @@ def load(folder: Path, name: str) -> Model:
     if pipeline not in PIPELINES:
         raise DistillError(f"{folder}: a {pipeline} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
     schedule, scales, prediction = _schedule(folder, pipeline)
+    network = diffusers.UNet2DModel
     try:
-        unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
+        unet = network.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
     except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistillError(f"{folder / 'unet'}: no readable UNet2DModel ({reason})", "is the folder complete?") from error

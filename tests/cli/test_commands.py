@@ -209,6 +209,21 @@ def test_env_explains_a_torch_that_does_not_fit(distill, monkeypatch):
     assert "pip install" in wrong.err
 
 
+def test_any_command_explains_a_torch_that_does_not_fit(distill, monkeypatch):
+    import torch
+
+    from distill_cli.models import registry
+
+    def broken():
+        raise RuntimeError("Failed to import diffusers.models because of: operator torchvision::nms does not exist")
+
+    monkeypatch.setitem(registry.REGISTRY, "tiny", registry.Entry("tiny", "", "", broken))
+    result = distill("sample", "--model", "tiny")
+    assert result.code == 1
+    assert f"torch {torch.__version__}" in result.err.replace("torch is", "torch")
+    assert "torchvision was built for another torch" in result.err
+
+
 def test_a_bug_of_ours_is_said_in_one_line(distill, monkeypatch):
     from distill_cli import recipes
 

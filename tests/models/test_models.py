@@ -99,6 +99,16 @@ def test_the_weights_hash_sees_one_bit(tiny):
     assert other.weights_hash() != tiny.weights_hash()
 
 
+def test_a_student_is_sampled_as_it_was_made(student):
+    assert student.with_defaults(None, None, None) == Sampling(solver="few-step", steps=1)
+    with pytest.raises(UsageError, match="--solver heun: a student"):
+        student.with_defaults("heun", None, None)
+    with pytest.raises(UsageError, match="--guidance-scale 3: a student's guidance is built in"):
+        student.with_defaults(None, None, 3)
+    with pytest.raises(UsageError, match="--steps 2: the student was made for at most 1"):
+        student.times("few-step", 2)
+
+
 def test_labels_go_round(tiny):
     assert tiny.conditioner.labels(5, [3, 7], start=1).tolist() == [7, 3, 7, 3, 7]
     assert tiny.conditioner.labels(12).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]

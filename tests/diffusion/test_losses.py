@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from distill_cli.diffusion.denoiser import PARAMETERISATIONS, NetworkDenoiser, Scales, target
+from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss
+from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, expand
+
+
+class Raw(torch.nn.Module):
+    def forward(self, x, t, condition):
+        self.said = torch.sin(3 * x + expand(t, x))
+        return self.said
+
+
+@pytest.mark.parametrize(("kind", "error"), [("edm", "noise"), ("eps", "noise"), ("v", "velocity")])
+def test_the_weighted_x0_error_is_the_raw_networks_plain_error(kind, error):
+    """EDM's weight, plain noise error and plain velocity error are all the mean square of F - target."""
+    edm = kind == "edm"
+    schedule = EDMSchedule() if edm else TableSchedule.from_config({"beta_schedule": "linear"})
+    t = torch.tensor([0.01, 0.7, 30.0] if edm else [3.0, 400.0, 999.0], dtype=torch.float64)
+    x, noise = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    raw = Raw()
+    loss = denoising_loss(NetworkDenoiser(raw, schedule, kind, time_input="t"), schedule, x, noise, t, error=error)
+    a, s = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
+    expected = (raw.said - target(kind, x, noise, a, s)).square().mean((1, 2, 3))
+    assert (loss / expected - 1).abs().max() < 1e-9
+    assert PARAMETERISATIONS[kind](a, s, Scales())[2].abs().min() > 0
+
+
+def test_matching_is_finite_where_the_teacher_is_exact():
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(matching_gradient(x, x, x), torch.zeros_like(x))
+
+
+def test_matching_in_half_precision_is_computed_in_float32():
+    x = torch.full((1, 1, 2, 2), 100.0, dtype=torch.bfloat16)
+    real, fake = torch.full((1, 1, 2, 2), 99.0), torch.full((1, 1, 2, 2), 99.001)
+    gradient = matching_gradient(x, real, fake)
+    assert gradient.dtype == torch.float32
+    assert (gradient - 0.001).abs().max() < 1e-5
+    assert matching_loss(x, gradient).item() == pytest.approx(0.5e-6, rel=0.05)
+
+
+def test_regression_losses():
+    x, y = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
+    x[0] = 0.5
+    assert regression_loss("l2", x, y).item() == pytest.approx(0.125)
+    c = 0.00054 * 12**0.5  # pseudo-Huber of a sample: (sqrt(|d|^2 + c^2) - c) / sqrt(12)
+    assert regression_loss("huber", x, y).item() == pytest.approx(((12 * 0.25 + c * c) ** 0.5 - c) / 12**0.5 / 2, rel=1e-5)
