@@ -46,7 +46,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
     out: Path | None = Field(None, description="folder of the results; default runs/NAME")
-    seed: Count = Field(0, description="of all noise, orders and times")
+    seed: int = Field(0, ge=0, lt=2**63, description="of all noise, orders and times")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
 
 

@@ -30,7 +30,9 @@ class Interrupted(DistillError):
 
 
 def nearest(word: str, known: Iterable[str], what: str = "known") -> str:
-    """A hint: the nearest of `known` to `word`, or the whole list where nothing is near."""
+    """A hint: the nearest of `known` to `word`, or the first of them where nothing is near."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"{what}: {', '.join(names) or '(none)'}"
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"{what}: {', '.join(names[:12]) or '(none)'}{', ...' * (len(names) > 12)}"

@@ -78,7 +78,8 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         return app(arguments, prog_name="distill", standalone_mode=False) or 0
     except ClickError as error:
-        if not error.format_message():  # no command given: the help stands already
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
             return 2
         return _usage(error)
     except DistillError as error:

@@ -29,7 +29,7 @@ def pairs(
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Precompute noise-image pairs with a teacher; a restart makes only what is missing."""
+    """Precompute noise-image pairs with a teacher. A restart makes only what is missing."""
     flags = dict(
         teacher=teacher, num=num, out=out, solver=solver, steps=steps, classes=classes, guidance_scale=guidance_scale,
         batch_size=batch_size, shard_size=shard_size, dtype=dtype, seed=seed, device=device,

@@ -28,7 +28,7 @@ def sample(
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
-    """Make images with any model, teacher or student; a restart makes only what is missing."""
+    """Make images with any model, teacher or student. A restart makes only what is missing."""
     from distill_cli.config import SampleConfig
     from distill_cli.recipes import resolve
 

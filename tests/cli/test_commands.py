@@ -123,6 +123,8 @@ def test_train_on_a_folder_of_images(distill, tmp_path):
         (["dmd", "--lr", "-1"], 2, "--lr: input should be greater than 0 (got -1.0)", ""),
         (["dmd", "--lr", "fast"], 2, "--lr", ""),
         (["dmd", "--lrr", "1"], 2, "--lrr: no such option", "did you mean --lr?"),
+        (["dmd", "seed=99999999999999999999"], 2, "seed: input should be less than 9223372036854775808", ""),
+        (["dmd", "network.x=3"], 2, "unknown key network.x (known: accumulate", ""),
         (["dmx"], 2, "dmx: no such command", "did you mean dmd?"),
         (["dmd", "lr=1e-4", "--lr", "1e-4"], 2, "lr: given twice, as --lr and as lr=", ""),
         (["pairs", "--num", "0", "--teacher", "tiny"], 2, "--num: input should be greater than 0 (got 0)", ""),
@@ -243,6 +245,10 @@ def test_version_and_lists(distill):
     shown = distill("models", "show", "tiny").out
     assert "null_label        10" in shown
     assert distill("--help").code == 0
+    for nothing in ([], ["recipes"]):
+        alone = distill(*nothing)
+        assert alone.code == 2
+        assert alone.err.startswith("Usage: distill")
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
