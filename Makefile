@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 	$(DISTILL) pairs --recipe demo-pairs --out $(DEMO)/pairs
 	@if [ -f $(DEMO)/dmd/recipe.yaml ]; then $(DISTILL) dmd --resume $(DEMO)/dmd; \
 	else $(DISTILL) dmd --recipe demo-dmd --pairs $(DEMO)/pairs --out $(DEMO)/dmd; fi
-	$(DISTILL) sample --model $(DEMO)/dmd --num 200 --grid --out $(DEMO)/samples
+	$(DISTILL) sample --model $(DEMO)/dmd --num 200 --seed 1 --grid --out $(DEMO)/samples
 	@echo
 	@echo "teacher and student from the same noise: $(CURDIR)/$(DEMO)/dmd/comparison.png"
 	@echo "more of the student:                     $(CURDIR)/$(DEMO)/samples/grid.png"

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-SOLVERS = ("heun", "euler", "ddim", "ancestral", "few-step")
 Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _classes(value: Any) -> Any:
@@ -37,6 +37,12 @@ def _not_empty(value: list[int] | None) -> list[int] | None:
     return value
 
 
+def _no(value: Any) -> Any:
+    """YAML 1.1 reads `no` as false."""
+    return "no" if value is False else value
+
+
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
 
 
@@ -59,7 +65,7 @@ class GenerateConfig(Config):
     steps: Positive | None = Field(None, description="solver steps (Heun: 2N - 1 network evaluations); default the model's own")
     guidance_scale: Rate | None = Field(None, description="uncond + scale (cond - uncond); default the model's own")
     batch_size: Positive = Field(100, description="images at a time")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="of the network's arithmetic")
+    precision: Precision = Field("no", description="of the network's arithmetic")
 
 
 class PairsConfig(GenerateConfig):
@@ -88,12 +94,12 @@ class TrainingConfig(Config):
     lr: Rate = Field(1e-4, description="learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     lr_end: Fraction = Field(0.0, description="cosine: where it ends, as a share of lr")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW")
     weight_decay: Weight = Field(0.01, description="AdamW")
     warmup_steps: Count = Field(0, description="steps of linear warm-up")
     clip_norm: Rate = Field(10.0, description="largest gradient norm of a network")
     ema_halflife: Count = Field(0, description="images; 0: no averaging")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="of the networks' arithmetic; weights stay float32")
+    precision: Precision = Field("no", description="of the networks' arithmetic; weights stay float32")
     log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
     save_every: Positive = Field(500, description="steps between checkpoints")
@@ -125,8 +131,9 @@ class NetworkConfig(BaseModel):
         for width in self.channels:
             if width % self.groups:
                 raise ValueError(f"channels {width} is not a multiple of groups {self.groups}")
-            if width % self.head and width > self.head:
-                raise ValueError(f"channels {width} is not a multiple of head {self.head}")
+        for width, attends in zip(self.channels, [*self.attention[:-1], True]):  # the middle of the network always attends
+            if attends and width % self.head:
+                raise ValueError(f"channels {width} with attention is not a multiple of head {self.head}")
         return self
 
 

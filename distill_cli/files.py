@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from distill_cli.errors import DistillError
 
 TEMPORARY = ".tmp-"
+_OURS = f"{TEMPORARY}{socket.gethostname()}-"
 
 
 @contextmanager
@@ -30,6 +32,11 @@ def os_errors(path: Path) -> Iterator[None]:
         raise DistillError(f"{error.filename or path}: {(error.strerror or str(error)).lower()}", hint) from error
 
 
+def _temporary(path: Path) -> Path:
+    """The name under which this process writes `path`."""
+    return path.with_name(f"{_OURS}{os.getpid()}-{path.name}")
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -41,7 +48,7 @@ def _sync(path: Path) -> None:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` so that `path` holds all of it or what it held before, even if the machine dies."""
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -60,7 +67,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     An older folder at `path` is replaced.
     """
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,7 +78,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
                 _sync(name)
             _sync(temporary)
             if path.exists():
-                old = path.with_name(f"{TEMPORARY}{os.getpid()}-old-{path.name}")
+                old = _temporary(path.with_name(f"old-{path.name}"))
                 os.replace(path, old)
                 os.replace(temporary, path)
                 shutil.rmtree(old)
@@ -82,14 +89,32 @@ def folder_atomic(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left half-written in `folder`.
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that it is never seen half deleted."""
+    going = _temporary(path)
+    os.replace(path, going)
+    shutil.rmtree(going)
 
-    Only files of processes of this machine that no longer live are removed.
-    """
-    for path in folder.glob(f"{TEMPORARY}*"):
-        owner = path.name[len(TEMPORARY) :].split("-")[0]
-        if not (owner.isdigit() and Path(f"/proc/{owner}").exists()):
+
+def is_empty(folder: Path) -> bool:
+    """Whether `folder` is missing, or holds nothing but what somebody is writing or left half-written."""
+    return not folder.exists() or (folder.is_dir() and all(p.name.startswith(TEMPORARY) for p in folder.iterdir()))
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes of this machine left half-written in `folder`."""
+    for path in folder.glob(f"{_OURS}*"):
+        if not _lives(path.name[len(_OURS) :].split("-")[0]):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

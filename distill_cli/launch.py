@@ -35,8 +35,14 @@ def device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def check_precision(where: torch.device, precision: str) -> None:
+    if precision == "fp16" and where.type == "cpu":
+        raise UsageError("--precision fp16: needs a GPU", "use bf16")
+
+
 def autocast(where: torch.device, precision: str) -> torch.autocast:
     """The arithmetic of networks outside training: `no` (float32), `bf16`, `fp16`."""
+    check_precision(where, precision)
     kinds = {"no": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(where.type, kinds[precision], enabled=precision != "no")
 
@@ -51,7 +57,7 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping after this step; once more stops at once", file=sys.stderr)
+        os.write(2, b"stopping after this step; once more stops at once\n")  # print may not be entered twice
 
 
 @contextmanager

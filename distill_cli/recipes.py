@@ -62,7 +62,6 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key} is given twice", problem_mark=key_node.start_mark)
         seen.add(key)
-    loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -75,7 +74,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{source}{where}: {getattr(error, 'problem', None) or error}") from error
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UsageError(f"{source}{where}: {problem}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def read(path: Path) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not a text file") from error
     data = parse_yaml(text, str(path))
-    if not isinstance(data, dict) or data.get("command") not in CONFIGS:
+    if not isinstance(data, dict) or str(data.get("command")) not in CONFIGS:
         raise UsageError(f"{path}: no recipe", f"it needs a line `command: ...` with one of {', '.join(CONFIGS)}")
     return data
 
@@ -158,7 +158,10 @@ def resolve(
         if key in given:
             errors.append(f"{key}: given twice")
         given.add(key)
-        values[key], sources[key] = parse_yaml(value, key), ""
+        try:
+            values[key], sources[key] = parse_yaml(value, key), ""
+        except UsageError as error:
+            errors.append(error.message)
     for key, value in (flags or {}).items():
         if value is not None:
             flag = f"--{key.replace('_', '-')}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import os_errors, remove_temporaries, write_atomic
+from distill_cli.files import is_empty, os_errors, remove_temporaries, write_atomic
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "safetensors", "numpy", "pydantic", "typer")
 
@@ -42,7 +42,7 @@ def settle(path: Path, settings: dict[str, Any], what: str) -> None:
         if other:
             raise UsageError(f"--out {folder}: made with other settings: {'; '.join(other)}", "choose another folder, or the same settings")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_empty(folder):
         raise UsageError(f"--out {folder}: not empty and no folder of {what}", "choose another folder")
     write_atomic(path, json.dumps(settings, indent=2) + "\n")
 
@@ -57,15 +57,19 @@ class Run:
         self.samples = self.folder / "samples"
         self.checkpoints = self.folder / "checkpoints"
 
+    def must_be_new(self, command: str) -> None:
+        """A folder that exists and is not empty is an error, never overwritten."""
+        if not is_empty(self.folder):
+            known = self.recipe.is_file()
+            hint = f"distill {command} --resume {self.folder} continues it; or choose another --out" if known else "choose another --out"
+            raise UsageError(f"--out {self.folder}: exists already", hint)
+
     @classmethod
     def create(cls, folder: Path, recipe: str, command: str) -> Run:
-        """A new run; a folder that exists and is not empty is an error, never overwritten."""
+        """A new run in a folder that must be new."""
         run = cls(folder)
+        run.must_be_new(command)
         with os_errors(run.folder):
-            if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-                known = run.recipe.is_file()
-                hint = f"distill {command} --resume {folder} continues it; or choose another --out" if known else "choose another --out"
-                raise UsageError(f"--out {folder}: exists already", hint)
             run.samples.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
         write_atomic(run.recipe, recipe)
@@ -76,8 +80,6 @@ class Run:
     @classmethod
     def resume(cls, folder: Path) -> Run:
         run = cls(folder)
-        if not run.recipe.is_file():
-            raise UsageError(f"--resume {folder}: no run: it has no recipe.yaml")
         with os_errors(run.folder):
             for part in (run.folder, run.samples, run.checkpoints):
                 part.mkdir(exist_ok=True)
@@ -102,9 +104,3 @@ class Run:
             if line["step"] <= step:
                 kept.append(text + "\n")
         write_atomic(self.metrics, "".join(kept))
-
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        if not self.metrics.exists():
-            raise DistillError(f"{self.metrics}: missing")
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]

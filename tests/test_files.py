@@ -35,12 +35,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
-    dead, alive = tmp_path / f"{files.TEMPORARY}999999999-x", tmp_path / f"{files.TEMPORARY}{os.getpid()}-x"
-    dead.write_text("")
-    alive.write_text("")
+    dead, alive = tmp_path / f"{files._OURS}999999999-x", tmp_path / f"{files._OURS}{os.getpid()}-x"
+    elsewhere = tmp_path / f"{files.TEMPORARY}other-machine-999999999-x"
+    for path in (dead, alive, elsewhere):
+        path.write_text("")
+    assert files.is_empty(tmp_path)
     files.remove_temporaries(tmp_path)
     assert not dead.exists()
     assert alive.exists()
+    assert elsewhere.exists()
 
 
 def test_a_file_in_the_way_is_said(tmp_path):

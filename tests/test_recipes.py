@@ -71,6 +71,8 @@ def test_all_errors_at_once(tmp_path):
         ("command: dmd\nregression_weight: 1\n", "regression_weight needs pairs"),
         ("command: dmd\nlr: .nan\n", "lr: input should be"),
         ("command: dmd\nbatch_size: 10\naccumulate: 3\n", "accumulate 3 does not divide batch_size 10"),
+        ("command: [dmd]\n", "no recipe"),
+        ("command: dmd\nlr: \x01\n", "r.yaml"),
         ("command: dmd\nclasses: 3-x\n", "is not like 0-3,7"),
     ],
 )
@@ -87,6 +89,18 @@ def test_sections_have_dotted_keys(tmp_path):
         recipes.resolve(TrainConfig, path, ["network.layerz=3"])
     with pytest.raises(UsageError, match="2 channels but 3 attention"):
         recipes.resolve(TrainConfig, path, ["network.channels=[32, 64]"])
+
+
+def test_no_is_no():
+    """YAML 1.1 reads a bare `no` as false."""
+    assert recipes.resolve(SampleConfig, None, ["precision=no"]).precision == "no"
+
+
+def test_a_wrong_override_hides_no_other_error():
+    with pytest.raises(UsageError) as error:
+        recipes.resolve(DMDConfig, None, ["lr=[", "stepz=1"])
+    assert "lr line 1" in error.value.message
+    assert "stepz" in error.value.message
 
 
 def test_classes():

@@ -88,9 +88,10 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(error.message, error.hint, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", "", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if debug:
+            raise
+        return _fail(f"{error.filename or 'input/output'}: {(error.strerror or str(error)).lower()}", "", 1)
     except Exception as error:  # the last line of defence: a bug, said in one line
         if debug:
             raise

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from distill_cli.config import Config, TrainingConfig
-    from distill_cli.runs import Run
+    from distill_cli.distill.engine import Engine
 
     ConfigT = TypeVar("ConfigT", bound=Config)
     TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
@@ -61,7 +61,7 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
 
 
 def open_run(
-    config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, flags: dict[str, Any]
+    config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, flags: dict[str, Any]
 ) -> TrainingT:
     """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
     from distill_cli.errors import UsageError
@@ -70,29 +70,39 @@ def open_run(
 
     folder = flags.pop("resume")
     if folder is None:
-        return with_out(resolve(config_type, recipe, overrides or [], flags), recipe, command)
+        config = with_out(resolve(config_type, recipe, overrides or [], flags), recipe, command)
+        assert config.out is not None
+        if not dry_run:
+            Run(config.out).must_be_new(command)
+        return config
     given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value is not None and key != "steps"]
     given += ["--recipe"] if recipe else []
     given += overrides or []
     if given:
         raise UsageError(f"{given[0]}: not with --resume", "a run goes on with its own settings; only --steps may change")
-    run = Run.resume(folder)
-    config = resolve(config_type, str(run.recipe), [], {"steps": flags.get("steps")})
+    stored = Run(folder).recipe
+    if not stored.is_file():
+        raise UsageError(f"--resume {folder}: no run: it has no recipe.yaml")
+    config = resolve(config_type, str(stored), [], {"steps": flags.get("steps")})
     return config.model_copy(update={"out": folder})
 
 
-def start_run(config: TrainingConfig, command: str, resume: Path | None) -> Run:
-    """The run's folder, made or opened; its recipe says what runs now."""
+def start_run(engine: Engine, command: str, resume: Path | None) -> None:
+    """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory."""
     from distill_cli.files import write_atomic
     from distill_cli.recipes import dump
     from distill_cli.runs import Run
 
+    config = engine.config
     assert config.out is not None
+    given = {key: Path(value) for key in ("teacher", "data", "pairs") if (value := getattr(config, key, None)) is not None}
+    absolute = {key: path.resolve() if key == "pairs" else str(path.resolve()) for key, path in given.items() if path.is_dir()}
+    text = dump(config.model_copy(update={**absolute, "out": None}))
     if resume is None:
-        return Run.create(config.out, dump(config), command)
-    run = Run.resume(resume)
-    write_atomic(run.recipe, dump(config))
-    return run
+        engine.open(Run.create(config.out, text, command))
+    else:
+        engine.open(Run.resume(resume))
+        write_atomic(engine.run.recipe, text)
 
 
 def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: int) -> dict[str, Any]:

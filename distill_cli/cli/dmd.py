@@ -10,7 +10,8 @@ import typer
 from distill_cli.cli import common
 
 if TYPE_CHECKING:
-    from distill_cli.models.model import Model
+    from distill_cli.config import DMDConfig
+    from distill_cli.models.model import Model, Sampling
 
 
 def dmd(
@@ -42,11 +43,11 @@ def dmd(
         regression_loss=regression_loss, regression_weight=regression_weight, guidance_scale=guidance_scale,
         precision=precision, seed=seed, device=device, resume=resume,
     )  # fmt: skip
-    config = common.open_run(DMDConfig, "dmd", recipe, overrides, flags)
+    config = common.open_run(DMDConfig, "dmd", recipe, overrides, dry_run, flags)
     from distill_cli.distill.dmd import DMD
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
-    from distill_cli.pairs.store import PairStore
+    from distill_cli.pairs.store import PairStore, check_all
 
     model = load(config.teacher)
     if dry_run:
@@ -54,27 +55,30 @@ def dmd(
         common.dry_run(config, common.training_plan(config, {"teacher": count, "student": count, "fake": count}, 2 * count))
         return
     store = PairStore(config.pairs) if config.pairs else None
-    if store is None:
+    if store is not None:
+        for error in check_all(store.folder, store.manifest):
+            raise error
+    else:
         common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
-    engine = Engine(config, DMD(config, model, store), common.start_run(config, "dmd", resume))
-    engine.restore()
+    objective = DMD(config, model, store)
+    engine = Engine(config, objective)
+    common.start_run(engine, "dmd", resume)
     student = engine.train()
     folder = engine.run.folder
     picture = folder / "comparison.png"
-    _compare(model, student, config.seed, picture)
+    _compare({"teacher": (model, objective.sampling), "student": (student, student.sampling)}, config, picture)
     data = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
     common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)
 
 
-def _compare(teacher: Model, student: Model, seed: int, path: Path) -> None:
-    """Teacher above student, from the same noise."""
+def _compare(models: dict[str, tuple[Model, Sampling]], config: DMDConfig, path: Path) -> None:
+    """Teacher above student, from the same noise, which is in no store of pairs."""
     from distill_cli.data.pictures import save_comparison, to_uint8
-    from distill_cli.diffusion.noise import Draws
     from distill_cli.models.model import network_evaluations
 
     rows = []
-    for name, model in (("teacher", teacher), ("student", student)):
-        images = model.sample(Draws(seed, range(40)), model.conditioner.labels(40))
-        calls = network_evaluations(model.sampling)
-        rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)}", to_uint8(images)))
+    for name, (model, sampling) in models.items():
+        images, _ = model.examples(config.seed, 40, sampling, config.classes)
+        calls = network_evaluations(sampling)
+        rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
     save_comparison(rows, path, columns=20)

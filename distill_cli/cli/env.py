@@ -37,9 +37,7 @@ def gather() -> dict[str, Any]:
         devices.append(f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
         try:
             import torchvision  # noqa: F401
-        except ImportError as error:
-            trouble.append(f"torchvision: {error}")
-        except RuntimeError as error:
+        except (ImportError, OSError, RuntimeError) as error:
             trouble.append(torchvision_trouble(torch.__version__, str(error)) or f"torchvision: {error}")
     except ImportError as error:
         trouble.append(f"torch: {error}")

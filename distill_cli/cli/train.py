@@ -32,7 +32,7 @@ def train(
         data=data, resolution=resolution, out=out, steps=steps, batch_size=batch_size, lr=lr,
         precision=precision, seed=seed, device=device, resume=resume,
     )  # fmt: skip
-    config = common.open_run(TrainConfig, "train", recipe, overrides, flags)
+    config = common.open_run(TrainConfig, "train", recipe, overrides, dry_run, flags)
     from distill_cli.data import open_images
     from distill_cli.distill.denoising import Denoising
     from distill_cli.distill.engine import Engine
@@ -42,8 +42,8 @@ def train(
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"teacher": count}, count))
         return
-    engine = Engine(config, objective, common.start_run(config, "train", resume))
-    engine.restore()
+    engine = Engine(config, objective)
+    common.start_run(engine, "train", resume)
     engine.train()
     folder = engine.run.folder / objective.result
     common.result({"run": str(engine.run.folder), "model": str(folder), "steps": config.steps}, f"teacher: {folder}", json)

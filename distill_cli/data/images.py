@@ -90,7 +90,7 @@ class Folder:
         try:
             with Image.open(path) as opened:
                 picture = ImageOps.exif_transpose(opened).convert("RGBA")
-        except (OSError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
             raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
         background = Image.new("RGBA", picture.size, "white")
         rgb = Image.alpha_composite(background, picture).convert("RGB")

@@ -70,14 +70,6 @@ PARAMETERISATIONS: dict[str, Coefficients] = {
 """name -> (alpha, sigma, scales) -> (c_in, c_skip, c_out), with x0_hat = c_skip x_t + c_out F(c_in x_t)."""
 
 
-def target(parameterisation: str, x0: Tensor, noise: Tensor, a: Tensor, s: Tensor, scales: Scales = Scales()) -> Tensor:
-    """What the raw network F should have said for x_t = a x0 + s noise; a and s broadcast against x0."""
-    if parameterisation == "eps":  # exact also where c_out cancels
-        return noise
-    _, c_skip, c_out = PARAMETERISATIONS[parameterisation](a, s, scales)
-    return (x0 - c_skip * (a * x0 + s * noise)) / c_out
-
-
 TIME_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "t": lambda t: t,
     "250 ln sigma": lambda t: 250 * t.log(),  # OpenAI's consistency models and diffusers' ConsistencyModelPipeline

@@ -15,9 +15,6 @@ class NoiseSchedule(Protocol):
     """alpha(t) and sigma(t) of the forward process; t grows with the noise."""
 
     @property
-    def t_min(self) -> float: ...
-
-    @property
     def t_max(self) -> float: ...
 
     @property
@@ -66,10 +63,6 @@ class EDMSchedule:
     rho: float = 7.0
 
     @property
-    def t_min(self) -> float:
-        return self.sigma_min
-
-    @property
     def t_max(self) -> float:
         return self.sigma_max
 
@@ -95,11 +88,11 @@ class EDMSchedule:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + fraction * (high - low)) ** self.rho
 
-    def times(self, steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    def times(self, steps: int) -> Tensor:
         """(steps,) decreasing times from sigma_max to sigma_min (eq. 5; the final 0 is left out)."""
         if steps == 1:
-            return torch.tensor([self.sigma_max], dtype=dtype)
-        return self.at(torch.linspace(1, 0, steps, dtype=dtype))
+            return torch.tensor([self.sigma_max], dtype=torch.float64)
+        return self.at(torch.linspace(1, 0, steps, dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +103,6 @@ class TableSchedule:
     """
 
     alphas_cumprod: Tensor
-
-    @property
-    def t_min(self) -> float:
-        return 0.0
 
     @property
     def t_max(self) -> float:
@@ -198,7 +187,6 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 class FlowSchedule:
     """Flow matching (2210.02747, rectified flow 2209.03003): alpha = 1 - t, sigma = t, t in [0, 1]."""
 
-    t_min: float = 0.0
     t_max: float = 1.0
     prior_std: float = 1.0
     bins: None = None
@@ -215,6 +203,6 @@ class FlowSchedule:
     def at(self, fraction: Tensor) -> Tensor:
         return fraction
 
-    def times(self, steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    def times(self, steps: int) -> Tensor:
         """(steps,) decreasing times 1, 1 - 1/steps, ..., 1/steps."""
-        return torch.arange(steps, 0, -1, dtype=dtype) / steps
+        return torch.arange(steps, 0, -1, dtype=torch.float64) / steps

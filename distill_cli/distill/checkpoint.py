@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from distill_cli.errors import DistillError
-from distill_cli.files import folder_atomic, sha256
+from distill_cli.files import folder_atomic, remove_folder, sha256
 
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, in order."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.name[5:].isdigit())
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -32,12 +33,16 @@ def save(
     path = path_of(folder, step)
     with folder_atomic(path) as temporary:
         for name, network in networks.items():
-            save_file({key: value.contiguous() for key, value in network.state_dict().items()}, temporary / f"{name}.safetensors")
-        torch.save({name: optimizer.state_dict() for name, optimizer in optimizers.items()}, temporary / "optimizers.pt")
+            # bytes first: a full disk is then an OSError, which safetensors and torch would hide
+            weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+            (temporary / f"{name}.safetensors").write_bytes(to_bytes(weights))
+        buffer = io.BytesIO()
+        torch.save({name: optimizer.state_dict() for name, optimizer in optimizers.items()}, buffer)
+        (temporary / "optimizers.pt").write_bytes(buffer.getbuffer())
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": sums, "state": state}))
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(path_of(folder, old))
+        remove_folder(path_of(folder, old))
     return path
 
 

@@ -35,11 +35,8 @@ class DMD:
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None) -> None:
         self.config, self.teacher, self.pairs = config, teacher, pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
-        self.guidance_scale = teacher.sampling.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        null = teacher.conditioner.null
-        if self.guidance_scale != 1 and null is None:
-            raise UsageError(f"--guidance-scale {self.guidance_scale}: the teacher knows no null class", "use 1")
-        self.real = guided(teacher.denoiser, self.guidance_scale, null)
+        self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
+        self.real = guided(teacher.denoiser, self.sampling.guidance_scale, teacher.conditioner.null)
         student, fake = teacher.copy().denoiser, teacher.copy().denoiser
         self.networks: dict[str, nn.Module] = {"student": student.eval().requires_grad_(True), "fake": fake.eval().requires_grad_(True)}
         self.rates = {"student": config.lr, "fake": config.fake_lr or config.lr}
@@ -47,7 +44,7 @@ class DMD:
         self.regression_weight = 0.0
         if pairs is not None:
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
-            check_pairs(pairs, teacher.shape, self.teacher_hash)
+            check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
             self.order = Order(config.seed, len(pairs))
         self.labels = teacher.conditioner.labels(len(config.classes or teacher.conditioner.classes) or 1, config.classes)
 
@@ -148,10 +145,13 @@ def spread(images: Tensor) -> Tensor:
     return images.detach().float().std(0, correction=0).mean()
 
 
-def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str) -> None:
-    """Refuse pairs of another teacher or of another resolution."""
+def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str, classes: list[int] | None = None) -> None:
+    """Refuse pairs of another teacher, of another resolution, or of classes that are not asked for."""
     manifest = pairs.manifest
     if tuple(manifest.shape) != shape:
         raise UsageError(f"--pairs {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
     if manifest.teacher_hash != teacher_hash:
         raise UsageError(f"--pairs {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")
+    others = sorted(set(manifest.classes) - set(classes if classes is not None else manifest.classes))
+    if others:
+        raise UsageError(f"--pairs {pairs.folder}: has class {others[0]}, which is not in classes", "make pairs of the same --classes")

@@ -21,8 +21,8 @@ from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
 from distill_cli.distill import checkpoint
 from distill_cli.distill.ema import EMA
-from distill_cli.errors import DistillError, Interrupted
-from distill_cli.launch import Progress, rank, stoppable, world_size
+from distill_cli.errors import DistillError, Interrupted, UsageError
+from distill_cli.launch import Progress, check_precision, device, rank, stoppable, world_size
 from distill_cli.models.model import Model
 from distill_cli.runs import Run
 
@@ -70,11 +70,17 @@ def learning_rate(config: TrainingConfig, rate: float, step: int) -> float:
 class Engine:
     """Trains an objective in a run's folder."""
 
-    def __init__(self, config: TrainingConfig, objective: Objective, run: Run) -> None:
+    run: Run
+
+    def __init__(self, config: TrainingConfig, objective: Objective) -> None:
         from accelerate import Accelerator
 
-        self.config, self.objective, self.run = config, objective, run
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu")
+        if world_size() > 1:
+            raise UsageError("training on several processes is not supported yet", "start one process")
+        self.config, self.objective = config, objective
+        wanted = device(config.device)
+        check_precision(wanted, config.precision)
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=wanted.type == "cpu")
         where = self.accelerator.device
         for frozen in objective.frozen:
             frozen.to(where)
@@ -136,40 +142,47 @@ class Engine:
         self.window = {}
         bad = [name for name, value in means.items() if not math.isfinite(value) and not name.endswith("grad_norm")]
         if bad:
-            found = checkpoint.steps(self.run.checkpoints)
             raise DistillError(
                 f"{bad[0]} is not a number between steps {max(0, self.step - self.config.log_every) + 1} and {self.step}",
-                f"{f'the checkpoint of step {found[-1]} is good; ' if found else ''}lower the learning rate, or use --precision no",
+                self._advice_on_nan(),
             )
         if rank() == 0:
-            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **means})
+            numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
+            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers})
         return means
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
         if rank() == 0 and self.saved != self.step:
-            state = {"window": {name: [total.item(), count] for name, (total, count) in self.window.items()}}
+            scaler = self.accelerator.scaler
+            state = {
+                "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
+                "scaler": scaler.state_dict() if scaler else None,
+            }
             networks = {**self.plain, "average": self.ema.network}
             checkpoint.save(self.run.checkpoints, self.step, networks, self.optimizers, state, self.config.keep)
         self.saved = self.step
 
-    def restore(self) -> None:
-        """Go on from the newest checkpoint; from the start where there is none."""
-        found = checkpoint.steps(self.run.checkpoints)
+    def open(self, run: Run) -> None:
+        """Train in `run`: go on from its newest checkpoint, from the start where there is none."""
+        self.run = run
+        found = checkpoint.steps(run.checkpoints)
         if found:
+            if found[-1] > self.config.steps:
+                raise UsageError(f"--steps {self.config.steps}: the run is at step {found[-1]} already")
             networks = {**self.plain, "average": self.ema.network}
             state = checkpoint.load(self.run.checkpoints, found[-1], networks, self.optimizers)
             self.step = self.saved = found[-1]
-            device = self.accelerator.device
-            self.window = {name: (torch.tensor(total, device=device), count) for name, (total, count) in state["window"].items()}
-        self.run.forget_after(self.step)
+            where = self.accelerator.device
+            self.window = {name: (torch.tensor(total, device=where), count) for name, (total, count) in state["window"].items()}
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        run.forget_after(self.step)
 
     def sample_grid(self) -> None:
-        """Write the average's images for the first 40 noises of the run."""
+        """Write the average's images for 40 noises that are in no store of pairs."""
         if rank() == 0:
-            model = self.objective.model(self.ema.network)
-            with torch.random.fork_rng(devices=[]):
-                images = model.sample(Draws(self.config.seed, range(40)), model.conditioner.labels(40))
+            images, _ = self.objective.model(self.ema.network).examples(self.config.seed, 40)
             save_grid(images, self.run.samples / f"{self.step:06d}.png")
 
     def train(self) -> Model:
@@ -186,9 +199,9 @@ class Engine:
                     means = self._log()
                     note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
                     advice = self.objective.advice(means, self.step / config.steps)
-                    if advice and advice != warned and rank() == 0:
+                    if advice.partition(":")[0] not in ("", warned) and rank() == 0:
                         print(f"warning: step {self.step}: {advice}", file=sys.stderr)
-                    warned = advice
+                    warned = advice.partition(":")[0]
                 progress.add(1, note)
                 if config.sample_every and (self.step % config.sample_every == 0 or last):
                     self.sample_grid()
@@ -209,8 +222,9 @@ class Engine:
         """Never keep a checkpoint with weights that are no numbers."""
         for name, network in self.plain.items():
             if not all(torch.isfinite(p).all() for p in network.parameters()):
-                found = checkpoint.steps(self.run.checkpoints)
-                raise DistillError(
-                    f"the weights of {name} are not numbers at step {self.step}",
-                    f"{f'the checkpoint of step {found[-1]} is good; ' if found else ''}lower the learning rate",
-                )
+                raise DistillError(f"the weights of {name} are not numbers at step {self.step}", self._advice_on_nan())
+
+    def _advice_on_nan(self) -> str:
+        found = checkpoint.steps(self.run.checkpoints)
+        good = f"the checkpoint of step {found[-1]} is good: " if found else ""
+        return f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"

@@ -142,29 +142,41 @@ class Model:
         return schedule.times(steps)
 
     def with_defaults(self, solver: str | None, steps: int | None, guidance_scale: float | None) -> Sampling:
-        """The sampling settings that result from what the user gave; a student allows no other solver and no guidance."""
+        """The sampling settings that result from what the user gave.
+
+        Raises UsageError where the model cannot be sampled so: a student has its solver, steps and guidance built in.
+        """
         own = self.sampling
         if self.few_step_times is not None:
             if solver not in (None, "few-step"):
                 raise UsageError(f"--solver {solver}: a student is sampled by few-step alone", "leave --solver out")
             if guidance_scale not in (None, 1):
                 raise UsageError(f"--guidance-scale {guidance_scale}: a student's guidance is built in", "leave --guidance-scale out")
-        return Sampling(
+        out = Sampling(
             solver=solver or own.solver,
             steps=steps or (own.steps if solver in (None, own.solver) else (1 if solver == "few-step" else 18)),
             guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
         )
+        if out.guidance_scale != 1 and self.conditioner.null is None:
+            raise UsageError(f"--guidance-scale {out.guidance_scale}: the model knows no null class", "use 1")
+        schedule = self.denoiser.schedule
+        if out.solver == "heun" and not (schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0):
+            raise UsageError("--solver heun: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
+        self.times(out.solver, out.steps)
+        return out
+
+    def examples(self, seed: int, count: int, sampling: Sampling | None = None, classes: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Images (count, C, H, W) of noises that no job reaches by counting, and their labels: to look at while training."""
+        labels = self.conditioner.labels(count, classes)
+        return self.sample(Draws(seed, range(2**40, 2**40 + count)), labels, sampling), labels
 
     @torch.no_grad()
     def sample(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] on the CPU, from the noise of `draws` (one row a label), under `sampling`."""
         sampling = sampling or self.sampling
-        null = self.conditioner.null
-        if sampling.guidance_scale != 1 and null is None:
-            raise UsageError(f"--guidance-scale {sampling.guidance_scale}: the model knows no null class", "use 1")
         device = next(self.denoiser.parameters()).device
         schedule = self.denoiser.schedule
-        denoiser = guided(self.denoiser, sampling.guidance_scale, null)
+        denoiser = guided(self.denoiser, sampling.guidance_scale, self.conditioner.null)
         condition = self.conditioner(labels.to(device))
         x = schedule.prior_std * draws.normal("prior", self.shape).to(device)
         times = self.times(sampling.solver, sampling.steps)

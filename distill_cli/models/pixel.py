@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save as to_bytes
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
@@ -33,8 +34,8 @@ class Extra(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1] = 1
-    parameterisation: str
-    time_input: str
+    parameterisation: Literal["eps", "v", "x0", "flow", "edm", "consistency"]
+    time_input: Literal["t", "250 ln sigma", "ln sigma / 4"]
     classes: list[str] = []
     null_label: int | None = None
     sampling: Sampling = Sampling()
@@ -63,6 +64,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
             num_train_timesteps=len(betas),
             trained_betas=betas.tolist(),
             prediction_type=PREDICTION_TYPES[denoiser.parameterisation],
+            timestep_spacing="trailing",  # one step is then t = 999, as ours
         )
         pipeline = DDPM_PIPELINE
     unet = model.unet if dtype == torch.float32 else copy.deepcopy(model.unet).to(dtype)
@@ -76,7 +78,9 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         lineage=model.lineage,
     )
     with folder_atomic(folder) as temporary:
-        unet.save_pretrained(temporary / "unet")
+        unet.save_config(temporary / "unet")
+        weights = {name: value.contiguous() for name, value in unet.state_dict().items()}
+        (temporary / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(to_bytes(weights, {"format": "pt"}))
         scheduler.save_pretrained(temporary / "scheduler")
         index = {
             "_class_name": pipeline,

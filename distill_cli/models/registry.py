@@ -89,14 +89,32 @@ def load(name: str) -> Model:
 
 
 def _download(hub_id: str) -> Path:
-    """The folder of a hub model in the Hugging Face cache, downloaded where missing."""
-    import huggingface_hub
+    """The folder of a hub model in the Hugging Face cache, downloaded where missing, after a line that says what it is."""
+    import json
+    import sys
 
-    patterns = ["*.json", "*.safetensors", "README.md"]
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    from distill_cli.models.pixel import PIPELINES
+
+    wanted = ["model_index.json", "distill.json", "scheduler/*.json", "unet/*.json", "unet/diffusion_pytorch_model.safetensors"]
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=True))
+        if (folder / "unet/diffusion_pytorch_model.safetensors").exists():
+            return folder
+    except Exception as error:  # not in the cache: huggingface_hub raises several kinds
+        del error
+    try:
+        pipeline = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text()).get("_class_name")
+        if pipeline in PIPELINES:
+            info = HfApi().model_info(hub_id, files_metadata=True)
+            size = sum(f.size or 0 for f in info.siblings or [] if f.rfilename in wanted)
+            licence = info.card_data.get("license") if info.card_data else None
+            print(f"downloading {hub_id}: {size / 1e6:.0f} MB, licence {licence or 'not stated'}", file=sys.stderr)
+            return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # offline, no such model, gated: the hub's errors share no useful base
         raise DistillError(
             f"{hub_id}: not in the Hugging Face cache, no folder of that name, and not to be had from the hub ({type(error).__name__})",
             f"where there is a network: hf download {hub_id}; then set HF_HOME, or give the folder's path",
         ) from error
+    raise DistillError(f"{hub_id}: a {pipeline}, which this version does not read", f"it reads {', '.join(PIPELINES)}")

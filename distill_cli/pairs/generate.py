@@ -11,7 +11,7 @@ from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import Interrupted
 from distill_cli.files import remove_temporaries
-from distill_cli.models.model import Model, Sampling, network_evaluations
+from distill_cli.models.model import Model, network_evaluations
 from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, shard_path, write_shard
 from distill_cli.runs import settle
 
@@ -38,7 +38,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
 
 def plan(manifest: Manifest) -> dict[str, str]:
     """What making the pairs costs, for --dry-run."""
-    calls = network_evaluations(Sampling(solver=manifest.solver, steps=manifest.steps, guidance_scale=manifest.guidance_scale))
+    calls = network_evaluations(manifest.sampling)
     size = manifest.num * (torch.Size(manifest.shape).numel() * DTYPES[manifest.dtype].itemsize + 4)
     return {
         "pairs": f"{manifest.num} in {manifest.shards} shards",
@@ -48,7 +48,7 @@ def plan(manifest: Manifest) -> dict[str, str]:
 
 
 def generate(config: PairsConfig, teacher: Model, folder: Path) -> dict[str, int]:
-    """Make the shards of `folder` that are missing or damaged; returns how many were made and kept.
+    """Make the shards of `folder` that are missing; returns how many were made and kept. A damaged one is an error.
 
     A shard is made whole by one process, in batches that never cross its border, so its bytes do not depend on how
     many processes share the work. ^C and SIGTERM stop between batches; finished shards stay.
@@ -58,7 +58,6 @@ def generate(config: PairsConfig, teacher: Model, folder: Path) -> dict[str, int
     remove_temporaries(folder)
     where = launch.device(config.device)
     teacher.to(where)
-    sampling = Sampling(solver=manifest.solver, steps=manifest.steps, guidance_scale=manifest.guidance_scale)
     mine = range(launch.rank(), manifest.shards, launch.world_size())
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
     for shard in sorted(set(mine) - set(missing)):
@@ -74,7 +73,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path) -> dict[str, int
                 indices = range(first, min(whole.stop, first + config.batch_size))
                 label = teacher.conditioner.labels(len(indices), list(manifest.classes), start=first)
                 with launch.autocast(where, config.precision):
-                    images.append(teacher.sample(Draws(config.seed, indices), label, sampling))
+                    images.append(teacher.sample(Draws(config.seed, indices), label, manifest.sampling))
                 labels.append(label)
                 progress.add(len(indices))
             write_shard(folder, manifest, shard, torch.cat(images), torch.cat(labels))

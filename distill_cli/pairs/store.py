@@ -24,6 +24,7 @@ from torch import Tensor
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import write_atomic
+from distill_cli.models.model import Sampling
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -57,6 +58,10 @@ class Manifest(BaseModel):
     def range(self, shard: int) -> range:
         """The pairs of a shard."""
         return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(solver=self.solver, steps=self.steps, guidance_scale=self.guidance_scale)
 
     @property
     def settings_hash(self) -> str:

@@ -67,7 +67,12 @@ class Samples:
     def finish(self) -> None:
         """Join the parts, and write the list of samples and the grid."""
         if self.config.format == "npz" and not self.npz.exists():
-            parts = [_npz(self.part(batch)) for batch in self.batches]
+            try:
+                parts = [_npz(self.part(batch)) for batch in self.batches]
+            except DistillError:
+                if self.npz.exists():  # another process has joined them
+                    return
+                raise
             _write_npz(self.npz, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
         for batch in self.batches:
             self.part(batch).unlink(missing_ok=True)
@@ -92,7 +97,6 @@ class Samples:
 def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
     """Make the images of `config` in `folder`, only those that are missing; returns counts and images per second."""
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale)
-    model.times(sampling.solver, sampling.steps)
     samples = Samples(folder, config, model)
     settings = config.model_dump(mode="json", exclude={"out", "device", "grid", "scale", *sampling.model_dump()})
     settings |= {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
@@ -113,6 +117,7 @@ def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
             samples.write(batch, to_uint8(images))
             progress.add(len(batch))
     progress.close()
+    rate = progress.rate()
     if all(samples.done(batch) for batch in samples.batches):
         samples.finish()
     made = sum(map(len, missing))
@@ -121,5 +126,5 @@ def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
         "made": made,
         "kept": sum(map(len, mine)) - made,
         "network_evaluations": network_evaluations(sampling),
-        "images_per_second": round(progress.rate(), 2) if made else None,
+        "images_per_second": round(rate, 2) if made else None,
     }

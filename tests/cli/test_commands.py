@@ -125,6 +125,11 @@ def test_train_on_a_folder_of_images(distill, tmp_path):
         (["dmd", "--lrr", "1"], 2, "--lrr: no such option", "did you mean --lr?"),
         (["dmd", "seed=99999999999999999999"], 2, "seed: input should be less than 9223372036854775808", ""),
         (["dmd", "network.x=3"], 2, "unknown key network.x (known: accumulate", ""),
+        (["dmd", "betas=[0.9, 1.0]"], 2, "betas: input should be less than 1", ""),
+        (["train", "network.channels=[16, 16, 16]"], 2, "network: channels 16 with attention is not a multiple of head 32", ""),
+        (["train", "network.channels=[32, 32, 32, 32, 32, 32]", "network.attention=[0, 0, 0, 0, 0, 0]"], 2, "need a multiple of 32", ""),
+        (["sample", "--model", "tiny", "--precision", "fp16"], 2, "--precision fp16: needs a GPU", "bf16"),
+        (["sample", "--model", "x" * 300], 1, "file name too long", ""),
         (["dmx"], 2, "dmx: no such command", "did you mean dmd?"),
         (["dmd", "lr=1e-4", "--lr", "1e-4"], 2, "lr: given twice, as --lr and as lr=", ""),
         (["pairs", "--num", "0", "--teacher", "tiny"], 2, "--num: input should be greater than 0 (got 0)", ""),
@@ -145,6 +150,7 @@ def test_bad_input_gets_one_clear_line(arguments, code, says, hint, distill):
     assert result.code == code, result.err
     errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
+    assert len(result.err.splitlines()) <= 2
     assert says in errors[0]
     assert hint in result.err
     assert result.out == ""
@@ -171,6 +177,7 @@ def test_a_truncated_shard_stops_dmd_before_it_begins(distill, tmp_path):
         result = distill(*command)
         assert result.code == 1
         assert "shard-000000.safetensors: corrupt" in result.err
+    assert not (tmp_path / "r").exists()
 
 
 def test_dry_run_prints_a_recipe_and_makes_nothing(distill, tmp_path):
@@ -184,6 +191,15 @@ def test_dry_run_prints_a_recipe_and_makes_nothing(distill, tmp_path):
     assert "#   network evaluations: 900 (9 an image)" in pairs.out
     assert "#   disk: 0.2 MB" in pairs.out
     assert "images: 3" in distill("sample", "--model", "tiny", "--num", 3, "--dry-run").out
+
+
+def test_a_run_resumes_from_any_folder(distill, tmp_path, monkeypatch):
+    distill("pairs", "--teacher", "tiny", "--num", 8, "--steps", 2, "--out", "p")
+    assert distill("dmd", "--teacher", "tiny", "--pairs", "p", "--steps", 1, "--out", "r", "precision=no", *SMALL).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert distill("dmd", "--resume", "../r", "--steps", 2).code == 0
+    assert distill("dmd", "--recipe", "../r/recipe.yaml", "--steps", 1, "--out", "again").code == 0
 
 
 def test_resume_takes_nothing_else(distill):

@@ -43,9 +43,19 @@ def test_heun_is_of_second_order():
     assert abs(order(solvers.heun, EDMSchedule(), 80, 0.002, GRIDS) - 2) < 0.1
 
 
-@pytest.mark.parametrize("solve", [solvers.ddim, solvers.euler])
-def test_ddim_and_euler_are_of_first_order(solve):
-    assert abs(order(solve, EDMSchedule(), 80, 0.002, GRIDS) - 1) < 0.1
+def test_ddim_is_of_first_order():
+    assert abs(order(solvers.ddim, EDMSchedule(), 80, 0.002, GRIDS) - 1) < 0.1
+
+
+@pytest.mark.parametrize("schedule", [EDMSchedule(), TABLE, FlowSchedule()])
+def test_eulers_step_is_dx_over_dsigma(schedule):
+    """In y = x / alpha over s = sigma / alpha: dy/ds = (y - x0) / s."""
+    times, seen = schedule.times(5)[1:3], []
+    x = torch.tensor([-1.0, 0.2, 1.4, 0.7], dtype=torch.float64).view(1, 1, 2, 2)
+    solvers.euler(gaussian(schedule), schedule, x, times, callback=lambda k, x, x0: seen.append((x, x0)))
+    (a, a2), (s, s2) = schedule.alpha(times), schedule.sigma(times)
+    y = x / a + (s2 / a2 - s / a) * (x / a - seen[0][1]) / (s / a)
+    assert (seen[1][0] - a2 * y).abs().max() < 1e-10
 
 
 def test_orders_on_a_table():

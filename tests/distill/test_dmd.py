@@ -114,6 +114,8 @@ def test_pairs_of_another_teacher_or_resolution_are_refused(tiny, tiny_pairs):
     pairs = PairStore(tiny_pairs)
     with pytest.raises(UsageError, match="made by another teacher"):
         check_pairs(pairs, tiny.shape, "0" * 64)
+    with pytest.raises(UsageError, match="has class 1, which is not in classes"):
+        check_pairs(pairs, tiny.shape, tiny.weights_hash(), [0])
     with pytest.raises(UsageError, match=r"images of shape \(3, 16, 16\), the teacher's are \(3, 32, 32\)"):
         check_pairs(pairs, (3, 32, 32), tiny.weights_hash())
 

@@ -1,0 +1,77 @@
+"""Sampling jobs: the same images however they are made, and what a solver's name means."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from distill_cli.config import SampleConfig
+from distill_cli.diffusion import solvers
+from distill_cli.diffusion.noise import Draws
+from distill_cli.errors import Interrupted
+from distill_cli.models.model import Sampling
+from distill_cli.sample import batch as module
+from distill_cli.sample.batch import sample
+
+SETTINGS = dict(model="tiny", num=7, batch_size=2, steps=2, format="npz", seed=3, device="cpu")
+
+
+def images(folder):
+    with np.load(folder / "samples.npz") as stored:
+        return stored["arr_0"], stored["arr_1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples") / "whole"
+    sample(SampleConfig(**SETTINGS), tiny.copy(), folder)
+    return images(folder)
+
+
+def test_an_interrupted_job_ends_the_same(tmp_path, tiny, whole, monkeypatch):
+    original = module._write_npz
+
+    def write_then_signal(*arguments):
+        original(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "_write_npz", write_then_signal)
+    with pytest.raises(Interrupted, match="stopped before image 2"):
+        sample(SampleConfig(**SETTINGS), tiny.copy(), tmp_path)
+    monkeypatch.undo()
+    done = sample(SampleConfig(**SETTINGS), tiny.copy(), tmp_path)
+    assert (done["made"], done["kept"]) == (5, 2)
+    for ours, theirs in zip(images(tmp_path), whole, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_processes_share_the_work(tmp_path, tiny, whole, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = 0
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        made += sample(SampleConfig(**SETTINGS), tiny.copy(), tmp_path)["made"]
+    assert made == 7
+    for ours, theirs in zip(images(tmp_path), whole, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_solvers_name_means_that_solver(tiny):
+    draws, labels = Draws(0, range(2)), torch.tensor([1, 2])
+    schedule, x = tiny.denoiser.schedule, 80.0 * Draws(0, range(2)).normal("prior", tiny.shape)
+    times = schedule.times(4)
+
+    def noise(k):
+        return draws.normal("solver", tiny.shape, turn=k)
+
+    expected = {
+        "heun": solvers.heun(tiny.denoiser, schedule, x, times, labels),
+        "euler": solvers.ddim(tiny.denoiser, schedule, x, times, labels),
+        "ddim": solvers.ddim(tiny.denoiser, schedule, x, times, labels),
+        "ancestral": solvers.ddim(tiny.denoiser, schedule, x, times, labels, eta=1.0, noise=noise),
+        "few-step": solvers.few_step(tiny.denoiser, schedule, x, times, labels, sigma_min=0.002, noise=noise),
+    }
+    for name, images in expected.items():
+        assert torch.equal(tiny.sample(draws, labels, Sampling(solver=name, steps=4)), images.clamp(-1, 1))
