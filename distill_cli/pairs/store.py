@@ -172,9 +172,9 @@ class PairStore:
         for index in indices:
             images, label = self._shard(index // self.manifest.shard_size)
             row = index % self.manifest.shard_size
-            x0.append(images[row : row + 1])
+            x0.append(images[row : row + 1].float())  # before joining: autocast cannot join float16 on the CPU
             labels.append(label[row])
-        return {"noise": noise_of(self.manifest, indices), "x0": torch.cat(x0).float(), "label": torch.stack(labels).long()}
+        return {"noise": noise_of(self.manifest, indices), "x0": torch.cat(x0), "label": torch.stack(labels).long()}
 
 
 def check_all(folder: Path, manifest: Manifest) -> Iterator[DistillError]:

@@ -53,6 +53,14 @@ def same(one, other):
     return one == other
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one precision a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+
+
 def test_learning_rate():
     config = TrainingConfig(steps=110, warmup_steps=10, lr_schedule="cosine", lr_end=0.1)
     assert learning_rate(config, 2.0, 0) == pytest.approx(0.2)
@@ -105,8 +113,8 @@ def test_accumulation_is_the_same_step(kind, tmp_path, tiny, tiny_pairs):
     for engine in (one, parts):
         engine.train_step()
     for name, optimizer in one.optimizers.items():
-        for p, q in zip(optimizer.state.values(), parts.optimizers[name].state.values(), strict=True):
-            assert (p["exp_avg"] - q["exp_avg"]).abs().max() <= 1e-3 * p["exp_avg"].abs().max()
+        ours, theirs = (torch.cat([s["exp_avg"].flatten() for s in o.state.values()]) for o in (optimizer, parts.optimizers[name]))
+        assert (ours - theirs).norm() < 1e-3 * ours.norm()
     assert one.window[f"{one.main}_loss"][0] == pytest.approx(parts.window[f"{one.main}_loss"][0].item() / 2, rel=1e-4)
 
 
