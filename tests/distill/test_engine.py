@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from distill_cli.config import DMDConfig, TrainConfig, TrainingConfig
@@ -31,6 +32,7 @@ def engine_of(kind, folder, tiny, tiny_pairs, resume=False, **changes):
     else:
         config = TrainConfig(**SMALL | dict(network=NETWORK | {"dropout": 0.2}, ema_halflife=40) | changes)
         objective = Denoising(config, open_images("digits"))
+    AcceleratorState._reset_state(True)  # accelerate keeps one precision a process
     engine = Engine(config, objective)
     engine.open(Run.resume(folder) if resume else Run.create(folder, dump(config), kind))
     return engine
@@ -51,14 +53,6 @@ def same(one, other):
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one precision a process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
 
 
 def test_learning_rate():
