@@ -10,6 +10,7 @@ import typer
 
 from distill_cli import __version__
 from distill_cli.cli import models, recipes
+from distill_cli.cli.convert import convert
 from distill_cli.cli.dmd import dmd
 from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
 from distill_cli.cli.pairs import pairs
@@ -43,7 +44,7 @@ def distill(
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
-for command in (train, pairs, dmd, sample):
+for command in (train, pairs, dmd, sample, convert):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")

@@ -1,8 +1,9 @@
-"""Pixel-space models on diffusers' UNet2DModel, stored as ordinary pipeline folders.
+"""Pixel-space models on diffusers' UNet2DModel or our EDMUNet, stored as ordinary pipeline folders.
 
 EDM and consistency models are ConsistencyModelPipeline folders (time input 250 ln sigma), so a one-step student gives
-in plain diffusers the picture it gives here; eps and v models are DDPMPipeline folders. What diffusers has no place
-for stands in distill.json.
+in plain diffusers the picture it gives here; eps and v models are DDPMPipeline folders. NVlabs' networks have the time
+input ln(sigma) / 4: their scheduler is EDMEulerScheduler, whose times those are. What diffusers has no place for stands in
+distill.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling,
 EXTRA = "distill.json"
 EDM_PIPELINE, DDPM_PIPELINE = "ConsistencyModelPipeline", "DDPMPipeline"
 PIPELINES = (EDM_PIPELINE, DDPM_PIPELINE, "DDIMPipeline")
+LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
@@ -48,7 +50,12 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     import diffusers
 
     denoiser, schedule = model.denoiser, model.denoiser.schedule
-    if isinstance(schedule, EDMSchedule):
+    if isinstance(schedule, EDMSchedule) and denoiser.time_input == "ln sigma / 4":
+        scheduler = diffusers.EDMEulerScheduler(
+            sigma_min=schedule.sigma_min, sigma_max=schedule.sigma_max, sigma_data=denoiser.scales.sigma_data, rho=schedule.rho
+        )
+        pipeline = DDPM_PIPELINE
+    elif isinstance(schedule, EDMSchedule):
         scheduler = diffusers.CMStochasticIterativeScheduler(
             num_train_timesteps=40,
             sigma_min=schedule.sigma_min,
@@ -85,7 +92,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         index = {
             "_class_name": pipeline,
             "_diffusers_version": diffusers.__version__,
-            "unet": ["diffusers", "UNet2DModel"],
+            "unet": [LIBRARIES[type(unet).__name__], type(unet).__name__],
             "scheduler": ["diffusers", type(scheduler).__name__],
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -106,7 +113,7 @@ def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
     """The schedule, its constants and the network's prediction, from scheduler_config.json."""
     path = folder / "scheduler" / "scheduler_config.json"
     config = _json(path)
-    if pipeline == EDM_PIPELINE:
+    if pipeline == EDM_PIPELINE or config.get("_class_name") == "EDMEulerScheduler":
         low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
         scales = Scales(sigma_data=float(config.get("sigma_data", 0.5)), sigma_min=low)
         return EDMSchedule(low, high, float(config.get("rho", 7.0))), scales, "consistency"
@@ -127,16 +134,19 @@ def load(folder: Path, name: str) -> Model:
     """
     import diffusers
 
-    pipeline = str(_json(folder / "model_index.json").get("_class_name"))
+    index = _json(folder / "model_index.json")
+    pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise DistillError(f"{folder}: a {pipeline} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
     schedule, scales, prediction = _schedule(folder, pipeline)
-    network = diffusers.UNet2DModel
+    network: Any = diffusers.UNet2DModel
+    if index.get("unet") == [LIBRARIES["EDMUNet"], "EDMUNet"]:
+        from distill_cli.models.edm import EDMUNet as network
     try:
         unet = network.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
     except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DistillError(f"{folder / 'unet'}: no readable UNet2DModel ({reason})", "is the folder complete?") from error
+        raise DistillError(f"{folder / 'unet'}: no readable network ({reason})", "is the folder complete?") from error
     count = unet.config.num_class_embeds
     if (folder / EXTRA).exists():
         try:

@@ -1,0 +1,28 @@
+"""distill convert"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="An NVlabs .pkl or an OpenAI .pt file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    resolution: Annotated[int, typer.Option(help="Pixels of an OpenAI model, which its file does not say.")] = 64,
+    json: common.Json = False,
+) -> None:
+    """Convert a published EDM or consistency checkpoint. Nothing inside the file is run."""
+    from distill_cli.errors import UsageError
+    from distill_cli.files import is_empty
+    from distill_cli.models.convert import convert_file
+
+    if not is_empty(out):
+        raise UsageError(f"--out {out}: exists already", "choose another folder")
+    found = convert_file(file, out, resolution)
+    lines = "\n".join(f"{key:17} {value}" for key, value in found.items())
+    common.result(found, f"{lines}\nmodel: {out}", json)

@@ -1,0 +1,323 @@
+"""The published EDM and consistency checkpoints as Models: NVlabs' pickles and OpenAI's state dicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
+from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
+from distill_cli.models.unpickle import Record, read
+
+SONG = {
+    "model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4, "attn_resolutions": [16],
+    "embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard", "decoder_type": "standard",
+    "resample_filter": [1, 1],
+}  # fmt: skip
+DHARIWAL = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "channel_mult_emb": 4, "num_blocks": 3, "attn_resolutions": [32, 16, 8]}
+DEFAULTS = {"SongUNet": SONG, "DhariwalUNet": DHARIWAL}
+"""What init arguments that a file leaves out stand for (the published networks' own defaults)."""
+
+NVLABS = {
+    "norm0": "resnet.norm1", "conv0": "resnet.conv1", "affine": "resnet.time_emb_proj", "norm1": "resnet.norm2", "conv1": "resnet.conv2",
+    "skip": "resnet.conv_shortcut", "norm2": "attention.group_norm", "qkv": "attention.qkv", "proj": "attention.to_out.0",
+}  # fmt: skip
+OPENAI = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut", "norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0",
+}  # fmt: skip
+DROPPED = re.compile(r"(^|\.)(resample_filter|map_augment)(\.|$)")
+"""Constant filters, and the input of training-time augmentation, which sampling leaves at zero."""
+
+
+@dataclass
+class Found:
+    """What a file turned out to hold."""
+
+    source: str
+    architecture: str
+    network: nn.Module
+    weights: dict[str, Tensor]
+    classes: int
+    null_label: int | None
+    time_input: str
+    parameterisation: str = "edm"
+    sigma_data: float = 0.5
+    licence: str = ""
+
+
+def interleaved(value: Tensor, heads: int) -> list[Tensor]:
+    """q, k, v of NVlabs' attention: inside each head, channel by channel, q k v q k v."""
+    return [v.reshape(-1, *value.shape[1:]) for v in value.reshape(heads, -1, 3, *value.shape[1:]).unbind(2)]
+
+
+def blocks(value: Tensor, heads: int) -> list[Tensor]:
+    """q, k, v of OpenAI's attention: three blocks."""
+    return list(value.chunk(3))
+
+
+def place(
+    network: nn.Module, tensors: Mapping[str, Tensor], rename: Callable[[str], str], split: Callable[[Tensor, int], list[Tensor]]
+) -> dict[str, Tensor]:
+    """The state dict of `network` from a file's tensors; raises where one is missing, left over, or of another shape."""
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    out: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if DROPPED.search(name):
+            continue
+        new = rename(name)
+        if ".qkv." in new:
+            module, kind = new.split(".qkv.")
+            heads = int(cast(Any, network.get_submodule(module)).heads)
+            parts = {f"{module}.to_{letter}.{kind}": part for letter, part in zip("qkv", split(value, heads), strict=True)}
+        else:
+            parts = {new: value}
+        for key, part in parts.items():
+            shape = expected.get(key)
+            if shape is None:
+                raise DistillError(f"tensor {name} has no place in the network")
+            if part.numel() != shape.numel() or part.shape[:1] != shape[:1]:
+                raise DistillError(f"tensor {name} has shape {tuple(part.shape)}, not {tuple(shape)}")
+            out[key] = part.reshape(shape).float() if part.device.type != "meta" else torch.empty(shape, device="meta")
+    missing = sorted(expected.keys() - out.keys())
+    if missing:
+        raise DistillError(f"{missing[0]} is not in the file ({len(missing)} tensors are missing)")
+    return out
+
+
+def nvlabs_name(name: str) -> str:
+    """The name in EDMUNet of a tensor of NVlabs' inner network."""
+    section, *rest = name.split(".")
+    if section in ("enc", "dec"):
+        block, *inner = rest
+        if block.endswith("_aux_residual"):
+            return f"enc.{block}.Conv2d_0.{inner[-1]}"
+        for ending, place in (("_aux_norm", "norm_out"), ("_aux_conv", "conv_out"), ("_conv", "conv_in")):
+            if block.endswith(ending):
+                return f"{place}.{inner[-1]}"
+        return f"{section}.{block}.{NVLABS.get(inner[0], inner[0])}.{inner[-1]}"
+    known = {"out_norm": "norm_out", "out_conv": "conv_out"}
+    return "frequencies" if section == "map_noise" else ".".join([known.get(section, section), *rest])
+
+
+def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
+    """The architecture's name and the network, with random weights, of EDMPrecond's init arguments."""
+    from distill_cli.models.edm import FIR, EDMUNet
+
+    kind = arguments.get("model_type", "DhariwalUNet")
+    if kind not in DEFAULTS:
+        raise DistillError(f"network {kind} is none of {', '.join(DEFAULTS)}")
+    k = {**DEFAULTS[kind], **arguments}
+    adm = kind == "DhariwalUNet"
+    options: dict[str, Any] = {}
+    if not adm:
+        if k["encoder_type"] not in ("standard", "residual") or k["decoder_type"] != "standard":
+            raise DistillError(f"a {k['encoder_type']} encoder with a {k['decoder_type']} decoder is of no published model")
+        filters = [float(v) for v in k["resample_filter"]]
+        if filters not in ([1.0, 1.0], [float(v) for v in FIR]):
+            raise DistillError(f"resample_filter {filters} is of no published model")
+        options = {"fourier": k["embedding_type"] == "fourier", "residual": k["encoder_type"] == "residual", "fir": len(filters) == 4}
+        options["noise_mult"] = int(k["channel_mult_noise"])
+    classes = int(k.get("label_dim", 0))
+    network = EDMUNet(
+        sample_size=int(k["img_resolution"]),
+        in_channels=int(k["img_channels"]),
+        model_channels=int(k["model_channels"]),
+        channel_mult=tuple(int(v) for v in k["channel_mult"]),
+        num_blocks=int(k["num_blocks"]),
+        attention_resolutions=tuple(int(v) for v in k["attn_resolutions"]),
+        embedding_mult=int(k["channel_mult_emb"]),
+        adm=adm,
+        num_class_embeds=classes + 1 if classes else None,
+        **options,
+    )
+    return "ADM" if adm else "NCSN++" if options["residual"] else "DDPM++", network
+
+
+def from_nvlabs(data: Any) -> Found:
+    """The averaged network of an NVlabs snapshot, {"ema": EDMPrecond}, as `unpickle.read` gives it."""
+    ema = data.get("ema") if isinstance(data, dict) else data
+    if not isinstance(ema, Record) or ema.class_name != "EDMPrecond":
+        what = ema.class_name if isinstance(ema, Record) else type(ema).__name__
+        raise DistillError(f"no EDM network in the file, but {what}")
+    names = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type")
+    arguments = dict(zip(names, ema.state.get("_init_args", ()))) | dict(ema.state.get("_init_kwargs", {}))
+    architecture, network = nvlabs_network(arguments)
+    tensors = {name.removeprefix("model."): value for name, value in ema.tensors()}
+    classes = int(arguments.get("label_dim", 0))
+    return Found(
+        "NVlabs pickle",
+        architecture,
+        network,
+        place(network, tensors, nvlabs_name, interleaved),
+        classes,
+        classes or None,
+        "ln sigma / 4",
+        sigma_data=float(arguments.get("sigma_data", 0.5)),
+        licence="CC BY-NC-SA 4.0 (NVIDIA)",
+    )
+
+
+def openai_network(tensors: Mapping[str, Tensor], size: int, head: int) -> tuple[nn.Module, Callable[[str], str]]:
+    """UNet2DModel of OpenAI's scale-shift ResNet UNet, and where the file's tensors stand in it; all read off the shapes."""
+    import diffusers
+
+    def count(section: str) -> int:
+        return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{section}."))
+
+    def has(name: str) -> bool:
+        return f"{name}.weight" in tensors
+
+    entries = count("input_blocks")
+    if count("output_blocks") != entries or not has("input_blocks.0.0"):
+        raise DistillError("the blocks do not add up to OpenAI's UNet")
+    # the first output level ends where a residual block that resamples stands behind the others
+    ups = [i for i in range(entries) for k in (1, 2) if has(f"output_blocks.{i}.{k}.in_layers.0")]
+    residual = ups[0] if ups else entries - 1
+    levels = entries // (residual + 1)
+    first = [1 + level * (residual + 1) for level in range(levels)]  # input block that begins each level
+    widths = [tensors[f"input_blocks.{i}.0.out_layers.0.weight"].shape[0] for i in first]
+    attention = [has(f"input_blocks.{i}.1.qkv") for i in first]
+    labels = tensors.get("label_emb.weight")
+    network = diffusers.UNet2DModel(
+        sample_size=size,
+        in_channels=tensors["input_blocks.0.0.weight"].shape[1],
+        out_channels=tensors["out.2.weight"].shape[0],
+        block_out_channels=tuple(widths),
+        layers_per_block=residual,
+        down_block_types=tuple("AttnDownBlock2D" if on else "ResnetDownsampleBlock2D" for on in attention),
+        up_block_types=tuple("AttnUpBlock2D" if on else "ResnetUpsampleBlock2D" for on in reversed(attention)),
+        downsample_type="resnet",
+        upsample_type="resnet",
+        attention_head_dim=head,
+        attn_norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=len(labels) if labels is not None else None,
+    )
+    fixed = {
+        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
+        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+        "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0", "middle_block.2": "mid_block.resnets.1",
+    }  # fmt: skip
+    for level in range(levels):
+        for k in range(residual):
+            fixed[f"input_blocks.{first[level] + k}.0"] = f"down_blocks.{level}.resnets.{k}"
+            fixed[f"input_blocks.{first[level] + k}.1"] = f"down_blocks.{level}.attentions.{k}"
+        fixed[f"input_blocks.{first[level] + residual}.0"] = f"down_blocks.{level}.downsamplers.0"
+        for k in range(residual + 1):
+            i = level * (residual + 1) + k
+            attends = attention[levels - 1 - level]
+            fixed[f"output_blocks.{i}.0"] = f"up_blocks.{level}.resnets.{k}"
+            fixed[f"output_blocks.{i}.1"] = f"up_blocks.{level}.{f'attentions.{k}' if attends else 'upsamplers.0'}"
+            fixed[f"output_blocks.{i}.2"] = f"up_blocks.{level}.upsamplers.0"
+
+    def rename(name: str) -> str:
+        stem, kind = name.rsplit(".", 1)
+        parts = stem.split(".")
+        for cut in range(len(parts), 0, -1):
+            module = fixed.get(".".join(parts[:cut]))
+            if module:
+                rest = ".".join(parts[cut:])
+                return ".".join(part for part in (module, OPENAI.get(rest, rest), kind) if part)
+        return name
+
+    return network, rename
+
+
+def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64, head: int = 64) -> Found:
+    """A model of OpenAI's consistency_models: a state dict of its UNet for pictures of `size` pixels."""
+    if not isinstance(tensors, Mapping) or "input_blocks.0.0.weight" not in tensors:
+        raise DistillError("no UNet of OpenAI's in the file")
+    network, rename = openai_network(tensors, size, head)
+    classes = len(tensors["label_emb.weight"]) if "label_emb.weight" in tensors else 0
+    kind = "consistency" if consistency else "edm"
+    return Found(
+        "OpenAI state dict",
+        "ADM (scale-shift ResNet UNet)",
+        network,
+        place(network, tensors, rename, blocks),
+        classes,
+        None,
+        "250 ln sigma",
+        kind,
+        licence="MIT (OpenAI)",
+    )
+
+
+def model_of(found: Found, name: str) -> Model:
+    """The Model of what was found, its weights loaded."""
+    found.network.load_state_dict(found.weights)
+    schedule = EDMSchedule()
+    student = found.parameterisation == "consistency"
+    return Model(
+        NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, Scales(sigma_data=found.sigma_data), found.time_input)
+        .eval()
+        .requires_grad_(False),
+        ClassConditioner(tuple(str(i) for i in range(found.classes)), found.null_label),
+        Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
+        Sampling(solver="few-step", steps=1) if student else Sampling(),
+        [schedule.t_max] if student else None,
+    )
+
+
+def open_file(path: Path, size: int = 64) -> Found:
+    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt, whose name says what it is (edm_, cd_, ct_)."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    with open(path, "rb") as handle:
+        zipped = handle.read(2) == b"PK"
+    if not zipped:
+        data = read(path)
+        attempt = lambda: from_nvlabs(data)  # noqa: E731
+    else:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many kinds for a damaged or hostile file
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise DistillError(f"{path}: not read: {reason}", "only plain state dicts are read; nothing in it was run") from error
+        attempt = lambda: from_openai(tensors, path.name.startswith(("cd_", "ct_")), size)  # noqa: E731
+    try:
+        return attempt()
+    except DistillError as error:
+        raise DistillError(f"{path}: {error.message}", error.hint) from error
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+
+
+def convert_file(path: Path, folder: Path, size: int = 64) -> dict[str, Any]:
+    """Write the model of a published file to `folder`, read it back, and check it against the file's own tensors."""
+    from distill_cli.models import pixel
+
+    found = open_file(path, size)
+    model = model_of(found, path.stem)
+    model.save(folder)
+    again = pixel.load(folder, path.stem)
+    t = torch.tensor([0.02, 2.0])
+    x = t.view(2, 1, 1, 1) * torch.ones(2, *model.shape)
+    condition = model.conditioner(torch.zeros(2, dtype=torch.long))
+    with torch.no_grad():
+        images = again.denoiser(x, t, condition)
+    if again.weights_hash() != model.weights_hash() or not torch.equal(images, model.denoiser(x, t, condition)):
+        raise DistillError(f"{folder}: reads back other weights than were written", "is the disk sound?")
+    if not torch.isfinite(images).all():
+        raise DistillError(f"{path}: the network's images are not numbers", "the file is damaged")
+    return {
+        "format": found.source,
+        "architecture": found.architecture,
+        "kind": model.lineage.kind,
+        "parameters": sum(value.numel() for value in found.weights.values()),
+        "tensors": len(found.weights),
+        "shape": list(model.shape),
+        "classes": found.classes,
+        "time_input": found.time_input,
+        "licence": found.licence,
+        "weights_hash": model.weights_hash(),
+    }
