@@ -17,7 +17,7 @@ def ls(json: common.Json = False) -> None:
     from distill_cli.models.registry import REGISTRY
 
     rows = {entry.name: {"summary": entry.summary, "licence": entry.licence} for entry in REGISTRY.values()}
-    common.result(rows, "\n".join(f"{name:10} {row['summary']} [{row['licence']}]" for name, row in rows.items()), json)
+    common.result(rows, "\n".join(f"{name:22} {row['summary']} [{row['licence']}]" for name, row in rows.items()), json)
 
 
 @app.command("show")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
+from distill_cli.models.published import PUBLISHED, fetch
 
 if TYPE_CHECKING:
     from distill_cli.models.model import Model
@@ -50,6 +52,17 @@ def _tiny() -> Model:
     )
 
 
+def _published(name: str) -> Model:
+    from distill_cli.models import pixel
+    from distill_cli.models.model import Sampling
+
+    model = pixel.load(fetch(name), name)
+    model.lineage = model.lineage.model_copy(update={"name": name})
+    if model.few_step_times is None:
+        model.sampling = Sampling(steps=PUBLISHED[name].steps)
+    return model
+
+
 REGISTRY = {
     entry.name: entry
     for entry in (
@@ -60,6 +73,10 @@ REGISTRY = {
             _digits,
         ),
         Entry("tiny", "EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny),
+        *(
+            Entry(name, f"{known.summary}; {known.megabytes} MB, downloaded on first use", known.licence, partial(_published, name))
+            for name, known in PUBLISHED.items()
+        ),
     )
 }
 

@@ -1,0 +1,88 @@
+"""Published models by name, from a server on this machine."""
+
+import http.server
+import threading
+
+import pytest
+
+from distill_cli.errors import DistillError
+from distill_cli.models import load, published
+from tests.models.published import write_nvlabs
+from tests.models.test_convert import SMALL, random_tensors
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    content, cut, asked = b"", None, []
+
+    def do_GET(self):
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.asked.append(begin)
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(self.content) - begin))
+        self.end_headers()
+        self.wfile.write(self.content[begin : self.cut])
+        Handler.cut = None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Handler.asked, Handler.cut = [], None
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    address = f"http://127.0.0.1:{server.server_port}/x.pkl"
+    monkeypatch.setitem(published.PUBLISHED, "edm-cifar10", published.Published(address, 1, "test"))
+    Handler.content = write_nvlabs(random_tensors(SMALL), SMALL, tmp_path / "x.pkl").read_bytes()
+    yield server
+    server.shutdown()
+
+
+def test_a_cut_download_goes_on_and_is_converted_once(server, capsys):
+    Handler.cut = 10_000
+    with pytest.raises(DistillError, match="ended after 10000 of") as error:
+        load("edm-cifar10")
+    assert "goes on from there" in error.value.hint
+    model = load("edm-cifar10")
+    assert Handler.asked == [0, 10_000]
+    assert (model.lineage.name, model.sampling.steps, model.shape) == ("edm-cifar10", 18, (3, 8, 8))
+    again = load("edm-cifar10")
+    assert Handler.asked == [0, 10_000]
+    assert again.weights_hash() == model.weights_hash()
+    assert "about 1 MB, licence" in capsys.readouterr().err
+
+
+def test_without_a_network_one_line_says_how_to_get_it(tmp_path, monkeypatch, distill):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    for offline in ("1", "0"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        monkeypatch.setitem(published.PUBLISHED, "edm-cifar10", published.Published("http://127.0.0.1:9/edm-cifar10.pkl", 223, "test"))
+        result = distill("models", "show", "edm-cifar10")
+        assert result.code == 1
+        assert "curl -L -O http://127.0.0.1:9/edm-cifar10.pkl (about 223 MB), then distill convert" in result.err
+
+
+def test_sizes_are_those_of_the_networks():
+    """The stated megabytes against the published architectures' parameter counts, at 4 bytes each."""
+    import torch
+
+    from distill_cli.models.convert import nvlabs_network
+    from tests.models.published import CIFAR10, IMAGENET64
+
+    ve = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+    ffhq = {"img_resolution": 64, "label_dim": 0, "channel_mult": [1, 2, 2, 2]}
+    kinds = {
+        "edm-cifar10": CIFAR10,
+        "edm-cifar10-ve": CIFAR10 | ve,
+        "edm-ffhq64": CIFAR10 | ffhq,
+        "edm-afhqv2-64-ve": CIFAR10 | ffhq | ve,
+        "edm-imagenet64": IMAGENET64,
+    }
+    for name, kwargs in kinds.items():
+        with torch.device("meta"):
+            _, network = nvlabs_network(kwargs)
+        size = sum(p.numel() for p in network.parameters()) * 4 / 1e6
+        assert published.PUBLISHED[name].megabytes == pytest.approx(size, abs=1), name
