@@ -268,27 +268,29 @@ def model_of(found: Found, name: str) -> Model:
     )
 
 
+def _state_dict(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise DistillError(f"{path}: not read: {reason}", "only plain state dicts are read; nothing in it was run") from error
+
+
 def open_file(path: Path, size: int = 64) -> Found:
-    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt, whose name says what it is (edm_, cd_, ct_)."""
+    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt, whose name says what it is (edm_, cd_, ct_).
+
+    `size` is the resolution of an OpenAI model. Raises DistillError where the file is damaged, hostile or another thing.
+    """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     with open(path, "rb") as handle:
         zipped = handle.read(2) == b"PK"
-    if not zipped:
-        data = read(path)
-        attempt = lambda: from_nvlabs(data)  # noqa: E731
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds for a damaged or hostile file
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise DistillError(f"{path}: not read: {reason}", "only plain state dicts are read; nothing in it was run") from error
-        attempt = lambda: from_openai(tensors, path.name.startswith(("cd_", "ct_")), size)  # noqa: E731
+    content = _state_dict(path) if zipped else read(path)
     try:
-        return attempt()
+        return from_openai(content, path.name.startswith(("cd_", "ct_")), size) if zipped else from_nvlabs(content)
     except DistillError as error:
         raise DistillError(f"{path}: {error.message}", error.hint) from error
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
 
 

@@ -41,13 +41,11 @@ class Record:
         self.state = state
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Parameters and buffers by dotted name, in the order of the file, as a module's state dict has them.
-
-        Buffers that are not persistent are among them: which those are is the converter's knowledge.
-        """
+        """Parameters and persistent buffers by dotted name, in the order of the file, as a module's state dict has them."""
+        passing = self.state.get("_non_persistent_buffers_set", ())
         for kind in ("_parameters", "_buffers"):
             for name, value in self.state.get(kind, {}).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and name not in passing:
                     yield prefix + name, value
         for name, child in self.state.get("_modules", {}).items():
             if isinstance(child, Record):

@@ -38,8 +38,8 @@ def module(parameters=(), buffers=(), modules=(), **more):
     return {
         "training": False,
         "_parameters": OrderedDict(parameters),
-        "_buffers": OrderedDict(buffers),
-        "_non_persistent_buffers_set": set(),
+        "_buffers": OrderedDict([*buffers, ("scratch", torch.zeros(3))]),  # a buffer that no state dict has
+        "_non_persistent_buffers_set": {"scratch"},
         "_backward_hooks": OrderedDict(),
         "_modules": OrderedDict(modules),
         **more,
