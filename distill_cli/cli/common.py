@@ -60,6 +60,16 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
         print(f"#   {key}: {value}")
 
 
+def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
+    """Whether a dry run is done because its teacher is not here yet: it downloads nothing, and the plan says what it would."""
+    from distill_cli.models.published import to_download
+
+    download = to_download(teacher) if dry_run_wanted else ""
+    if download:
+        dry_run(config, {"download": download})
+    return bool(download)
+
+
 def open_run(
     config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, flags: dict[str, Any]
 ) -> TrainingT:
@@ -95,7 +105,14 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
 
     config = engine.config
     assert config.out is not None
-    given = {key: Path(value) for key in ("teacher", "data", "pairs") if (value := getattr(config, key, None)) is not None}
+    from distill_cli.data.images import BUILTIN
+    from distill_cli.models.registry import REGISTRY
+
+    given = {
+        key: Path(value)
+        for key in ("teacher", "data", "pairs")
+        if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN)
+    }
     absolute = {key: path.resolve() if key == "pairs" else str(path.resolve()) for key, path in given.items() if path.is_dir()}
     text = dump(config.model_copy(update={**absolute, "out": None}))
     if resume is None:

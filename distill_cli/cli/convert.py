@@ -13,7 +13,8 @@ from distill_cli.cli import common
 def convert(
     file: Annotated[Path, typer.Argument(help="An NVlabs .pkl or an OpenAI .pt file.")],
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
-    resolution: Annotated[int, typer.Option(help="Pixels of an OpenAI model, which its file does not say.")] = 64,
+    resolution: Annotated[int | None, typer.Option(help="Pixels of an OpenAI model; default the number in its name.")] = None,
+    head_channels: Annotated[int, typer.Option(help="Of an OpenAI model's attention; 64 in all published ones.")] = 64,
     json: common.Json = False,
 ) -> None:
     """Convert a published EDM or consistency checkpoint. Nothing inside the file is run."""
@@ -23,6 +24,6 @@ def convert(
 
     if not is_empty(out):
         raise UsageError(f"--out {out}: exists already", "choose another folder")
-    found = convert_file(file, out, resolution)
+    found = convert_file(file, out, resolution, head_channels)
     lines = "\n".join(f"{key:17} {value}" for key, value in found.items())
     common.result(found, f"{lines}\nmodel: {out}", json)

@@ -44,6 +44,8 @@ def dmd(
         precision=precision, seed=seed, device=device, resume=resume,
     )  # fmt: skip
     config = common.open_run(DMDConfig, "dmd", recipe, overrides, dry_run, flags)
+    if common.planned_without(config.teacher, config, dry_run):
+        return
     from distill_cli.distill.dmd import DMD
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load

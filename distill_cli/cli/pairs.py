@@ -45,6 +45,8 @@ def pairs(
     from distill_cli.recipes import resolve
 
     config = common.with_out(resolve(PairsConfig, recipe, overrides or [], flags), recipe, "pairs")
+    if common.planned_without(config.teacher, config, dry_run):
+        return
     from distill_cli.models import load
     from distill_cli.pairs.generate import generate, manifest_of, plan
 

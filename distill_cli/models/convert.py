@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError
+from distill_cli.files import remove_folder
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
-from distill_cli.models.unpickle import Record, read
+from distill_cli.models.unpickle import Record, check_operations, plain, read
 
 SONG = {
     "model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4, "attn_resolutions": [16],
@@ -40,18 +42,21 @@ DROPPED = re.compile(r"(^|\.)(resample_filter|map_augment)(\.|$)")
 
 @dataclass
 class Found:
-    """What a file turned out to hold."""
+    """What a file turned out to hold: a network without weights, its weights, and how they are meant."""
 
     source: str
     architecture: str
-    network: nn.Module
+    network: Any
     weights: dict[str, Tensor]
-    classes: int
-    null_label: int | None
+    null_class: bool
     time_input: str
+    licence: str
     parameterisation: str = "edm"
     sigma_data: float = 0.5
-    licence: str = ""
+
+    @property
+    def classes(self) -> int:
+        return (self.network.config.num_class_embeds or 0) - self.null_class * bool(self.network.config.num_class_embeds)
 
 
 def interleaved(value: Tensor, heads: int) -> list[Tensor]:
@@ -62,6 +67,14 @@ def interleaved(value: Tensor, heads: int) -> list[Tensor]:
 def blocks(value: Tensor, heads: int) -> list[Tensor]:
     """q, k, v of OpenAI's attention: three blocks."""
     return list(value.chunk(3))
+
+
+def trimmed(shape: torch.Size) -> tuple[int, ...]:
+    """A shape without the ones at its end: a 1x1 convolution is a linear layer."""
+    out = tuple(shape)
+    while out and out[-1] == 1:
+        out = out[:-1]
+    return out
 
 
 def place(
@@ -84,9 +97,11 @@ def place(
             shape = expected.get(key)
             if shape is None:
                 raise DistillError(f"tensor {name} has no place in the network")
-            if part.numel() != shape.numel() or part.shape[:1] != shape[:1]:
+            if key in out:
+                raise DistillError(f"tensor {name} stands twice")
+            if trimmed(part.shape) != trimmed(shape):
                 raise DistillError(f"tensor {name} has shape {tuple(part.shape)}, not {tuple(shape)}")
-            out[key] = part.reshape(shape).float() if part.device.type != "meta" else torch.empty(shape, device="meta")
+            out[key] = part.reshape(shape).to(torch.float32, copy=True)
     missing = sorted(expected.keys() - out.keys())
     if missing:
         raise DistillError(f"{missing[0]} is not in the file ({len(missing)} tensors are missing)")
@@ -109,7 +124,7 @@ def nvlabs_name(name: str) -> str:
 
 
 def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
-    """The architecture's name and the network, with random weights, of EDMPrecond's init arguments."""
+    """The architecture's name and the network, without weights, of EDMPrecond's init arguments."""
     from distill_cli.models.edm import FIR, EDMUNet
 
     kind = arguments.get("model_type", "DhariwalUNet")
@@ -127,18 +142,21 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
         options = {"fourier": k["embedding_type"] == "fourier", "residual": k["encoder_type"] == "residual", "fir": len(filters) == 4}
         options["noise_mult"] = int(k["channel_mult_noise"])
     classes = int(k.get("label_dim", 0))
-    network = EDMUNet(
-        sample_size=int(k["img_resolution"]),
-        in_channels=int(k["img_channels"]),
-        model_channels=int(k["model_channels"]),
-        channel_mult=tuple(int(v) for v in k["channel_mult"]),
-        num_blocks=int(k["num_blocks"]),
-        attention_resolutions=tuple(int(v) for v in k["attn_resolutions"]),
-        embedding_mult=int(k["channel_mult_emb"]),
-        adm=adm,
-        num_class_embeds=classes + 1 if classes else None,
-        **options,
-    )
+    if not 1 <= len(k["channel_mult"]) <= 8 or not 1 <= int(k["num_blocks"]) <= 64:
+        raise DistillError(f"{len(k['channel_mult'])} levels of {k['num_blocks']} blocks are of no published model")
+    with torch.device("meta"):  # nothing is allocated for what a file claims
+        network = EDMUNet(
+            sample_size=int(k["img_resolution"]),
+            in_channels=int(k["img_channels"]),
+            model_channels=int(k["model_channels"]),
+            channel_mult=tuple(int(v) for v in k["channel_mult"]),
+            num_blocks=int(k["num_blocks"]),
+            attention_resolutions=tuple(int(v) for v in k["attn_resolutions"]),
+            embedding_mult=int(k["channel_mult_emb"]),
+            adm=adm,
+            num_class_embeds=classes + 1 if classes else None,
+            **options,
+        )
     return "ADM" if adm else "NCSN++" if options["residual"] else "DDPM++", network
 
 
@@ -152,26 +170,27 @@ def from_nvlabs(data: Any) -> Found:
     arguments = dict(zip(names, ema.state.get("_init_args", ()))) | dict(ema.state.get("_init_kwargs", {}))
     architecture, network = nvlabs_network(arguments)
     tensors = {name.removeprefix("model."): value for name, value in ema.tensors()}
-    classes = int(arguments.get("label_dim", 0))
     return Found(
         "NVlabs pickle",
         architecture,
         network,
         place(network, tensors, nvlabs_name, interleaved),
-        classes,
-        classes or None,
-        "ln sigma / 4",
-        sigma_data=float(arguments.get("sigma_data", 0.5)),
+        null_class=True,
+        time_input="ln sigma / 4",
         licence="CC BY-NC-SA 4.0 (NVIDIA)",
+        sigma_data=float(arguments.get("sigma_data", 0.5)),
     )
 
 
-def openai_network(tensors: Mapping[str, Tensor], size: int, head: int) -> tuple[nn.Module, Callable[[str], str]]:
+def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> tuple[nn.Module, Callable[[str], str]]:
     """UNet2DModel of OpenAI's scale-shift ResNet UNet, and where the file's tensors stand in it; all read off the shapes."""
     import diffusers
 
     def count(section: str) -> int:
-        return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{section}."))
+        found = {int(name.split(".")[1]) for name in tensors if name.startswith(f"{section}.")}
+        if found != set(range(len(found))):
+            raise DistillError(f"{section} are not numbered from 0")
+        return len(found)
 
     def has(name: str) -> bool:
         return f"{name}.weight" in tensors
@@ -187,21 +206,23 @@ def openai_network(tensors: Mapping[str, Tensor], size: int, head: int) -> tuple
     widths = [tensors[f"input_blocks.{i}.0.out_layers.0.weight"].shape[0] for i in first]
     attention = [has(f"input_blocks.{i}.1.qkv") for i in first]
     labels = tensors.get("label_emb.weight")
-    network = diffusers.UNet2DModel(
-        sample_size=size,
-        in_channels=tensors["input_blocks.0.0.weight"].shape[1],
-        out_channels=tensors["out.2.weight"].shape[0],
-        block_out_channels=tuple(widths),
-        layers_per_block=residual,
-        down_block_types=tuple("AttnDownBlock2D" if on else "ResnetDownsampleBlock2D" for on in attention),
-        up_block_types=tuple("AttnUpBlock2D" if on else "ResnetUpsampleBlock2D" for on in reversed(attention)),
-        downsample_type="resnet",
-        upsample_type="resnet",
-        attention_head_dim=head,
-        attn_norm_num_groups=32,
-        resnet_time_scale_shift="scale_shift",
-        num_class_embeds=len(labels) if labels is not None else None,
-    )
+    scale_shift = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0]
+    with torch.device("meta"):
+        network = diffusers.UNet2DModel(
+            sample_size=size,
+            in_channels=tensors["input_blocks.0.0.weight"].shape[1],
+            out_channels=tensors["out.2.weight"].shape[0],
+            block_out_channels=tuple(widths),
+            layers_per_block=residual,
+            down_block_types=tuple("AttnDownBlock2D" if on else "ResnetDownsampleBlock2D" for on in attention),
+            up_block_types=tuple("AttnUpBlock2D" if on else "ResnetUpsampleBlock2D" for on in reversed(attention)),
+            downsample_type="resnet",
+            upsample_type="resnet",
+            attention_head_dim=head,
+            attn_norm_num_groups=32,
+            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+            num_class_embeds=len(labels) if labels is not None else None,
+        )
     fixed = {
         "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
         "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
@@ -233,84 +254,104 @@ def openai_network(tensors: Mapping[str, Tensor], size: int, head: int) -> tuple
 
 
 def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64, head: int = 64) -> Found:
-    """A model of OpenAI's consistency_models: a state dict of its UNet for pictures of `size` pixels."""
+    """A model of OpenAI's consistency_models: a state dict of its UNet for pictures of `size` pixels.
+
+    `head`: channels of an attention head, which the file does not say; 64 in all published ones.
+    """
     if not isinstance(tensors, Mapping) or "input_blocks.0.0.weight" not in tensors:
         raise DistillError("no UNet of OpenAI's in the file")
     network, rename = openai_network(tensors, size, head)
-    classes = len(tensors["label_emb.weight"]) if "label_emb.weight" in tensors else 0
-    kind = "consistency" if consistency else "edm"
     return Found(
         "OpenAI state dict",
-        "ADM (scale-shift ResNet UNet)",
+        "ADM (ResNet UNet)",
         network,
         place(network, tensors, rename, blocks),
-        classes,
-        None,
-        "250 ln sigma",
-        kind,
+        null_class=False,
+        time_input="250 ln sigma",
         licence="MIT (OpenAI)",
+        parameterisation="consistency" if consistency else "edm",
     )
 
 
-def model_of(found: Found, name: str) -> Model:
-    """The Model of what was found, its weights loaded."""
-    found.network.load_state_dict(found.weights)
+def model_of(found: Found, name: str, steps: int = 18) -> Model:
+    """The Model of what was found, its weights in place; a teacher is sampled by Heun with `steps` steps."""
+    found.network.load_state_dict(found.weights, assign=True)
     schedule = EDMSchedule()
     student = found.parameterisation == "consistency"
+    scales = Scales(sigma_data=found.sigma_data)
+    # the published two-step times: places 0 and 22 of 40 (Song et al. 2303.01469, appendix)
+    few = [schedule.t_max, schedule.at(torch.tensor(1 - 22 / 39, dtype=torch.float64)).item()]
     return Model(
-        NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, Scales(sigma_data=found.sigma_data), found.time_input)
-        .eval()
-        .requires_grad_(False),
-        ClassConditioner(tuple(str(i) for i in range(found.classes)), found.null_label),
+        NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
+        ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class and found.classes else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
-        Sampling(solver="few-step", steps=1) if student else Sampling(),
-        [schedule.t_max] if student else None,
+        Sampling(solver="few-step", steps=1) if student else Sampling(steps=steps),
+        few if student else None,
     )
+
+
+ZIPPED_NAMES = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
 def _state_dict(path: Path) -> Any:
+    """The tensors of a torch.save file, held against its size before and after; nothing but tensors is rebuilt."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a damaged or hostile file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise DistillError(f"{path}: not read: {reason}", "only plain state dicts are read; nothing in it was run") from error
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                raise DistillError("its parts are larger than the file")
+            for member in members:
+                if member.filename.endswith("data.pkl"):
+                    check_operations(archive.read(member), 0, ZIPPED_NAMES, size, calls=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(tensors, dict) or not all(type(k) is str and isinstance(v, Tensor) for k, v in tensors.items()):
+            raise DistillError("it is no state dict")
+        if sum(v.numel() * v.element_size() for v in tensors.values()) > size:
+            raise DistillError("its tensors are larger than the file")
+        return tensors
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged or hostile file
+        raise DistillError(f"{path}: not read: {plain(error)}", "only plain state dicts are read; nothing in it was run") from error
 
 
-def open_file(path: Path, size: int = 64) -> Found:
+def open_file(path: Path, size: int | None = None, head: int = 64) -> Found:
     """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt, whose name says what it is (edm_, cd_, ct_).
 
-    `size` is the resolution of an OpenAI model. Raises DistillError where the file is damaged, hostile or another thing.
+    `size`: the resolution of an OpenAI model, else the number in the file's name, else 64. Raises DistillError where the
+    file is damaged, hostile or another thing.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     with open(path, "rb") as handle:
         zipped = handle.read(2) == b"PK"
     content = _state_dict(path) if zipped else read(path)
+    named = re.search(r"(64|128|256|512)", path.stem)
     try:
-        return from_openai(content, path.name.startswith(("cd_", "ct_")), size) if zipped else from_nvlabs(content)
+        if not zipped:
+            return from_nvlabs(content)
+        return from_openai(content, path.name.startswith(("cd_", "ct_")), size or (int(named[1]) if named else 64), head)
     except DistillError as error:
-        raise DistillError(f"{path}: {error.message}", error.hint) from error
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+        raise DistillError(f"{path}: {plain(error.message)}", error.hint) from error
+    except Exception as error:  # the arguments in a file can be anything
+        raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {plain(error, 120)})") from error
 
 
-def convert_file(path: Path, folder: Path, size: int = 64) -> dict[str, Any]:
-    """Write the model of a published file to `folder`, read it back, and check it against the file's own tensors."""
+def convert_file(path: Path, folder: Path, size: int | None = None, head: int = 64, *, name: str = "", steps: int = 18) -> dict[str, Any]:
+    """Write the model of a published file to `folder`, read it back, and check that not a bit was lost."""
     from distill_cli.models import pixel
 
-    found = open_file(path, size)
-    model = model_of(found, path.stem)
-    model.save(folder)
-    again = pixel.load(folder, path.stem)
+    found = open_file(path, size, head)
+    model = model_of(found, name or path.stem, steps)
     t = torch.tensor([0.02, 2.0])
-    x = t.view(2, 1, 1, 1) * torch.ones(2, *model.shape)
-    condition = model.conditioner(torch.zeros(2, dtype=torch.long))
     with torch.no_grad():
-        images = again.denoiser(x, t, condition)
-    if again.weights_hash() != model.weights_hash() or not torch.equal(images, model.denoiser(x, t, condition)):
-        raise DistillError(f"{folder}: reads back other weights than were written", "is the disk sound?")
+        images = model.denoiser(t.view(2, 1, 1, 1) * torch.ones(2, *model.shape), t, model.conditioner(torch.zeros(2, dtype=torch.long)))
     if not torch.isfinite(images).all():
         raise DistillError(f"{path}: the network's images are not numbers", "the file is damaged")
+    model.save(folder)
+    weights_hash = model.weights_hash()
+    if pixel.load(folder, model.lineage.name).weights_hash() != weights_hash:
+        remove_folder(folder)
+        raise DistillError(f"{folder}: reads back other weights than were written", "is the disk sound?")
     return {
         "format": found.source,
         "architecture": found.architecture,
@@ -321,5 +362,5 @@ def convert_file(path: Path, folder: Path, size: int = 64) -> dict[str, Any]:
         "classes": found.classes,
         "time_input": found.time_input,
         "licence": found.licence,
-        "weights_hash": model.weights_hash(),
+        "weights_hash": weights_hash,
     }

@@ -154,8 +154,9 @@ class EDMUNet(ModelMixin, ConfigMixin):
         pair = (angles.cos(), angles.sin()) if adm else (angles.sin(), angles.cos())
         x = torch.cat(pair, 1).to(self.map_layer0.weight.dtype)
         label = 0.0
-        if config.num_class_embeds and labels is not None:
+        if config.num_class_embeds:
             known = config.num_class_embeds - 1
+            labels = torch.full((len(noise),), known, device=noise.device) if labels is None else labels
             one_hot = F.one_hot(labels, known + 1)[:, :known].to(x)
             label = self.map_label(one_hot if adm else one_hot * math.sqrt(known))
         if not adm:

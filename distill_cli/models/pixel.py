@@ -97,6 +97,22 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / EXTRA).write_text(extra.model_dump_json(indent=2) + "\n")
+        (temporary / "README.md").write_text(card(model))
+
+
+def card(model: Model) -> str:
+    """The README.md of a model's folder."""
+    lineage, sampling = model.lineage, model.sampling
+    rows = {
+        "kind": f"{lineage.kind}{f', by {lineage.method}' if lineage.method else ''}",
+        "teacher": f"{lineage.teacher} (weights {lineage.teacher_hash[:12]})" if lineage.teacher else "",
+        "licence": lineage.licence,
+        "data": lineage.data,
+        "images": f"{model.shape[0]} x {model.shape[1]} x {model.shape[2]}, {len(model.conditioner.classes) or 'no'} classes",
+        "sampling": f"{sampling.solver}, {sampling.steps} step{'s' * (sampling.steps > 1)}, guidance scale {sampling.guidance_scale:g}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+    return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. Sample with `distill sample --model FOLDER`.\n"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -116,7 +132,7 @@ def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
     if pipeline == EDM_PIPELINE or config.get("_class_name") == "EDMEulerScheduler":
         low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
         scales = Scales(sigma_data=float(config.get("sigma_data", 0.5)), sigma_min=low)
-        return EDMSchedule(low, high, float(config.get("rho", 7.0))), scales, "consistency"
+        return EDMSchedule(low, high, float(config.get("rho", 7.0))), scales, "consistency" if pipeline == EDM_PIPELINE else "edm"
     kinds = {value: key for key, value in PREDICTION_TYPES.items()}
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in kinds:
@@ -159,9 +175,13 @@ def load(folder: Path, name: str) -> Model:
         few = pipeline == EDM_PIPELINE
         extra = Extra(
             parameterisation=prediction,
-            time_input="250 ln sigma" if few else "t",
+            time_input="250 ln sigma" if few else "ln sigma / 4" if prediction == "edm" else "t",
             classes=[str(i) for i in range(count or 0)],
-            sampling=Sampling(solver="few-step", steps=1) if few else Sampling(solver="ddim", steps=50),
+            sampling=Sampling(solver="few-step", steps=1)
+            if few
+            else Sampling()
+            if prediction == "edm"
+            else Sampling(solver="ddim", steps=50),
             few_step_times=[schedule.t_max] if few else None,
             lineage=Lineage(name=name, kind="student" if few else "teacher"),
         )

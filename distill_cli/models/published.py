@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import http.client
 import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,25 +54,39 @@ def cache() -> Path:
     return Path(os.environ.get("DISTILL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill")
 
 
-def download(url: str, path: Path, megabytes: int) -> None:
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process of this machine at a time."""
+    with os_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "w")  # noqa: SIM115 - held until the body ends
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def download(url: str, path: Path, what: str) -> None:
     """Fetch `url` to `path`, which is complete or absent; a part that is there is continued.
 
-    Raises DistillError where there is no network, or the connection ends early (what came stays for the next time).
+    `what` says name, size and licence, before anything is fetched. Raises DistillError where there is no network, or the
+    connection ends early (what came stays for the next time).
     """
     from tqdm import tqdm
 
     part = path.with_name(path.name + ".part")
-    hint = f"where there is a network: curl -L -O {url} (about {megabytes} MB), then distill convert {path.name} --out FOLDER"
+    hint = f"where there is a network: curl -L -O {url} ({what}), then distill convert {path.name} --out FOLDER"
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         have = part.stat().st_size if part.exists() else 0
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise DistillError(f"{path.name}: not in {path.parent}, and HF_HUB_OFFLINE is set", hint)
+        print(f"downloading {url} ({what})", file=sys.stderr)
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - https, from the table
         try:
             with urllib.request.urlopen(request, timeout=60) as answer, open(part, "ab" if have else "wb") as handle:  # noqa: S310
                 if have and answer.status != 206:  # the server begins anew
-                    handle.truncate(0)
+                    handle.seek(0)
+                    handle.truncate()
                     have = 0
                 total = have + int(answer.headers.get("Content-Length") or 0)
                 with tqdm(
@@ -77,8 +95,14 @@ def download(url: str, path: Path, megabytes: int) -> None:
                     while data := answer.read(CHUNK):
                         handle.write(data)
                         bar.update(len(data))
-                size = handle.tell()
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            size = part.stat().st_size
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # more is there than there should be
+                part.unlink()
+            raise DistillError(
+                f"{url}: the server answers {error.code}", "run the same command again" if error.code == 416 else hint
+            ) from error
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", None) or error
             raise DistillError(f"{url}: not to be had ({' '.join(str(reason).split())})", hint) from error
         if total and size != total:
@@ -86,6 +110,14 @@ def download(url: str, path: Path, megabytes: int) -> None:
                 f"{url}: the connection ended after {size} of {total} bytes", "run the same command again: it goes on from there"
             )
         os.replace(part, path)
+
+
+def to_download(name: str) -> str:
+    """What loading `name` would download first, for plans; '' where nothing."""
+    published = PUBLISHED.get(name)
+    if published is None or (cache() / "models" / name / "model_index.json").is_file():
+        return ""
+    return f"{name}: about {published.megabytes} MB from {published.url}, licence {published.licence}"
 
 
 def fetch(name: str) -> Path:
@@ -97,8 +129,10 @@ def fetch(name: str) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
     file = cache() / "downloads" / published.url.rsplit("/", 1)[1]
-    if not file.is_file():
-        print(f"downloading {name}: {published.url}, about {published.megabytes} MB, licence {published.licence}", file=sys.stderr)
-        download(published.url, file, published.megabytes)
-    convert_file(file, folder)
+    with alone(cache() / "lock"):
+        if (folder / "model_index.json").is_file():  # another process has made it
+            return folder
+        if not file.is_file():
+            download(published.url, file, f"{name}: about {published.megabytes} MB, licence {published.licence}")
+        convert_file(file, folder, name=name, steps=published.steps)
     return folder

@@ -54,13 +54,8 @@ def _tiny() -> Model:
 
 def _published(name: str) -> Model:
     from distill_cli.models import pixel
-    from distill_cli.models.model import Sampling
 
-    model = pixel.load(fetch(name), name)
-    model.lineage = model.lineage.model_copy(update={"name": name})
-    if model.few_step_times is None:
-        model.sampling = Sampling(steps=PUBLISHED[name].steps)
-    return model
+    return pixel.load(fetch(name), name)
 
 
 REGISTRY = {

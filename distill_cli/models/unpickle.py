@@ -2,16 +2,16 @@
 
 The published EDM files pickle whole networks: opening one with pickle executes Python source that stands inside. Here
 only tensors, plain containers and the networks' init arguments are rebuilt; persistent objects become inert `Record`s, their
-source is never looked at, and every other name is refused.
+source is never looked at, and every other name is refused. The memory that is taken is bounded by the file's size.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,24 +24,36 @@ from distill_cli.errors import DistillError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The first number of a file of torch.save before its zip format, which storages inside pickles still have."""
-PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+SMALL = 4096
+"""Numbers up to here ask for no memory worth counting."""
+STORAGE_NAMES = re.compile(r"torch \w+Storage|collections OrderedDict")
+CALLS = ("REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ")
+
+
+class Dictionary(dict[str, Any]):
+    """OrderedDict and EasyDict; filled item by item, never from arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
 
 class Record:
     """What stands for an object of a class that is not loaded: its class's name and its attributes."""
 
     class_name = ""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.state: dict[str, Any] = {}
+    state: dict[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
             raise pickle.UnpicklingError("the state of an object is no dictionary")
         self.state = state
 
-    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Parameters and persistent buffers by dotted name, in the order of the file, as a module's state dict has them."""
+        seen = set() if seen is None else seen
+        if id(self) in seen:
+            raise DistillError("a module stands in two places")
+        seen.add(id(self))
         passing = self.state.get("_non_persistent_buffers_set", ())
         for kind in ("_parameters", "_buffers"):
             for name, value in self.state.get(kind, {}).items():
@@ -49,7 +61,7 @@ class Record:
                     yield prefix + name, value
         for name, child in self.state.get("_modules", {}).items():
             if isinstance(child, Record):
-                yield from child.tensors(f"{prefix}{name}.")
+                yield from child.tensors(f"{prefix}{name}.", seen)
 
 
 def _container(name: str) -> type[Record]:
@@ -62,56 +74,6 @@ def _persistent(meta: Any) -> Record:
     record.class_name = str(meta["class_name"])
     record.__setstate__(meta["state"])
     return record
-
-
-def _operations(content: bytes, start: int = 0) -> Iterator[tuple[str, Any, int]]:
-    """The opcodes of one pickle in `content`, which is read and not run; memory is bounded by the content's size."""
-    stream = io.BytesIO(content)
-    stream.seek(start)
-    try:
-        for opcode, argument, place in pickletools.genops(stream):
-            yield opcode.name, argument, place or 0
-    except (ValueError, UnicodeDecodeError) as error:
-        raise pickle.UnpicklingError(f"truncated or no pickle ({error})") from error
-
-
-def _check_bounds(content: bytes) -> None:
-    """Refuse a pickle whose numbers ask for more memory than a file of its size can need."""
-    for name, argument, _ in _operations(content):
-        if name in PUTS and int(argument) > len(content):
-            raise pickle.UnpicklingError("it asks for more memory than its size can need")
-
-
-def _storage(content: bytes) -> Any:
-    """torch.storage._load_from_bytes, whose stock version would run anything: a storage, through weights_only."""
-    start, largest, magic = 0, 0, False
-    for part in range(5):  # magic number, version, system, the storage, its key
-        for name, argument, place in _operations(content, start):
-            if isinstance(argument, int) and name not in PUTS:
-                magic |= part == 0 and argument == LEGACY_MAGIC
-                largest = max(largest, argument) if part == 3 else largest
-            last = place
-        start = last + 1
-    if not magic:
-        raise pickle.UnpicklingError("a storage is not in torch's format")
-    if largest > len(content):
-        raise pickle.UnpicklingError("a storage claims more numbers than it has")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    """torch._utils._rebuild_tensor_v2, within the bounds of its storage."""
-    size, stride = tuple(map(int, size)), tuple(map(int, stride))
-    flat = torch.empty(0, dtype=storage.dtype)
-    count = storage._untyped_storage.nbytes() // flat.itemsize
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset < 0 or min(size, default=1) < 0 or min(stride, default=0) < 0 or (0 not in size and last >= count):
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    return flat.set_(storage._untyped_storage, 0, (count,), (1,)).as_strided(size, stride, offset)
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
 
 
 class _DType:
@@ -134,24 +96,65 @@ def _scalar(dtype: _DType, content: bytes) -> Any:
     return np.frombuffer(content, dtype.resolve(), count=1)[0].item()
 
 
-ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("dnnlib.util", "EasyDict"): type("EasyDict", (dict,), {}),
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("numpy", "dtype"): _DType,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
-    **{("torch.nn.modules.container", name): _container(name) for name in ("ModuleDict", "ModuleList", "Sequential")},
-}
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
 
 
-class _Unpickler(pickle.Unpickler):
+def operations(content: bytes, start: int = 0) -> Iterator[tuple[str, Any, int]]:
+    """The opcodes of one pickle in `content`, which is read and not run."""
+    stream = io.BytesIO(content)
+    stream.seek(start)
+    try:
+        for opcode, argument, place in pickletools.genops(stream):
+            yield opcode.name, argument, place or 0
+    except (ValueError, UnicodeDecodeError) as error:
+        raise pickle.UnpicklingError("a pickle is truncated, or is none") from error
+
+
+def check_operations(content: bytes, start: int, names: re.Pattern[str], most: int, calls: bool = False) -> tuple[int, Any]:
+    """Hold one pickle against what torch writes: only `names`, no number above `most`, calls only where allowed.
+
+    Returns where the pickle ends and its last number.
+    """
+    end, number = start, None
+    for name, argument, place in operations(content, start):
+        end = place + 1
+        if name == "GLOBAL" and not names.fullmatch(argument):
+            raise pickle.UnpicklingError(f"it asks for {argument.replace(' ', '.')}, which is not allowed")
+        if name in ("STACK_GLOBAL", "BYTEARRAY8", "EXT1", "EXT2", "EXT4") or (name in CALLS and not calls):
+            raise pickle.UnpicklingError(f"it has a {name}, which torch does not write")
+        if isinstance(argument, int) and not isinstance(argument, bool) and name != "PROTO":
+            number = argument
+            if argument > max(most, SMALL) and argument != LEGACY_MAGIC:
+                raise pickle.UnpicklingError("it claims more numbers than it has")
+    return end, number
+
+
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
+    """Python's own unpickler in Python, whose opcodes can be restricted: keys are text, attributes go to records alone."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.left = len(content)
+        container = "torch.nn.modules.container"
+        self.allowed: dict[str, Callable[..., Any]] = {
+            "collections.OrderedDict": Dictionary,
+            "dnnlib.util.EasyDict": Dictionary,
+            "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch.storage._load_from_bytes": self.storage,
+            "numpy.dtype": _DType,
+            "numpy.core.multiarray.scalar": _scalar,
+            "numpy._core.multiarray.scalar": _scalar,
+            **{f"{container}.{name}": _container(name) for name in ("ModuleDict", "ModuleList", "Sequential")},
+        }
+
     def find_class(self, module: str, name: str) -> Any:
-        found = ALLOWED.get((module, name))
+        found = self.allowed.get(f"{module}.{name}")
         if found is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
         return found
@@ -159,13 +162,87 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to objects outside of itself")
 
+    def storage(self, content: bytes) -> Any:
+        """torch.storage._load_from_bytes, whose stock version would run anything: a storage, through weights_only."""
+        start = 0
+        for part in range(5):  # magic number, version, system, the storage, its key
+            start, number = check_operations(content, start, STORAGE_NAMES, len(content))
+            if part == 0 and number != LEGACY_MAGIC:
+                raise pickle.UnpicklingError("a storage is not in torch's format")
+        out = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if type(out) is not torch.storage.TypedStorage:
+            raise pickle.UnpicklingError("a storage is none")
+        return out
+
+    def tensor(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+        """torch._utils._rebuild_tensor_v2, within its storage; all tensors together are no larger than the file."""
+        flat = torch.empty(0, dtype=storage.dtype)
+        count = storage._untyped_storage.nbytes() // flat.itemsize
+        size, stride = tuple(map(int, size)), tuple(map(int, stride))
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        numel = math.prod(size)
+        self.left -= numel * flat.itemsize
+        if min((offset, *size, *stride)) < 0 or numel > count or (numel and last >= count) or self.left < 0:
+            raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+        return flat.set_(storage._untyped_storage, 0, (count,), (1,)).as_strided(size, stride, offset)
+
+    def _set(self, target: Any, items: list[Any]) -> None:
+        if not isinstance(target, dict) or any(type(key) is not str for key in items[::2]):
+            raise pickle.UnpicklingError("a dictionary has keys that are no text")
+        dict.update(target, zip(items[::2], items[1::2], strict=True))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set(self.stack[-1], items)
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if type(self.stack[-1]) is not set or any(type(item) is not str for item in items):
+            raise pickle.UnpicklingError("a set holds other things than text")
+        self.stack[-1].update(items)
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], Record | _DType):
+            raise pickle.UnpicklingError("attributes are set on something that has none")
+        self.stack[-2].__setstate__(self.stack.pop())
+
+    dispatch = dict(_PythonUnpickler.dispatch)
+    for _opcode, _load in (
+        (pickle.SETITEM, load_setitem),
+        (pickle.SETITEMS, load_setitems),
+        (pickle.ADDITEMS, load_additems),
+        (pickle.BUILD, load_build),
+    ):
+        dispatch[_opcode[0]] = _load
+    for _opcode in (
+        pickle.DICT,
+        pickle.FROZENSET,
+        pickle.BYTEARRAY8,
+        pickle.INST,
+        pickle.OBJ,
+        pickle.NEWOBJ_EX,
+        pickle.EXT1,
+        pickle.EXT2,
+        pickle.EXT4,
+    ):
+        dispatch.pop(_opcode[0])
+
+
+def plain(text: object, most: int = 200) -> str:
+    """Text from a file as one printable line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * most]).split())[:most]
+
 
 def read(path: Path) -> Any:
     """What a pickle holds, as containers, tensors and Records; raises DistillError and runs nothing of it."""
-    content = path.read_bytes()
     try:
-        _check_bounds(content)
-        return _Unpickler(io.BytesIO(content)).load()
+        return _Unpickler(path.read_bytes()).load()
     except Exception as error:  # a hostile stream can raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, KeyError) and not isinstance(error.args[0] if error.args else "", str):
+            error = pickle.UnpicklingError("it has an opcode that is not allowed, or is no pickle")
+        reason = plain(error) or type(error).__name__
         raise DistillError(f"{path}: not read: {reason}", "only files as NVlabs published them are read; nothing in it was run") from error

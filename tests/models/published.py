@@ -178,6 +178,63 @@ def nvlabs_shapes(k):
     return {f"model.{name}": shape for name, shape in out.items()}
 
 
+def openai_shapes(channels, mults, blocks, attention, classes, scale_shift=True):
+    """name -> shape of OpenAI's UNet with resampling residual blocks, written down from the golden file's layout."""
+    out, emb = {}, 4 * channels
+
+    def pair(name, *shape):
+        out[f"{name}.weight"], out[f"{name}.bias"] = shape, shape[:1]
+
+    def residual(name, cin, cout):
+        pair(f"{name}.in_layers.0", cin)
+        pair(f"{name}.in_layers.2", cout, cin, 3, 3)
+        pair(f"{name}.emb_layers.1", cout * (2 if scale_shift else 1), emb)
+        pair(f"{name}.out_layers.0", cout)
+        pair(f"{name}.out_layers.3", cout, cout, 3, 3)
+        if cin != cout:
+            pair(f"{name}.skip_connection", cout, cin, 1, 1)
+
+    def attend(name, c):
+        pair(f"{name}.norm", c)
+        pair(f"{name}.qkv", 3 * c, c, 1, 1)
+        pair(f"{name}.proj_out", c, c, 1, 1)
+
+    pair("time_embed.0", emb, channels)
+    pair("time_embed.2", emb, emb)
+    if classes:
+        out["label_emb.weight"] = (classes, emb)
+    pair("input_blocks.0.0", channels, 3, 3, 3)
+    c, skips, i = channels, [channels], 1
+    for level, mult in enumerate(mults):
+        for _ in range(blocks):
+            residual(f"input_blocks.{i}.0", c, channels * mult)
+            c = channels * mult
+            if attention[level]:
+                attend(f"input_blocks.{i}.1", c)
+            skips.append(c)
+            i += 1
+        if level < len(mults) - 1:
+            residual(f"input_blocks.{i}.0", c, c)
+            skips.append(c)
+            i += 1
+    residual("middle_block.0", c, c)
+    attend("middle_block.1", c)
+    residual("middle_block.2", c, c)
+    i = 0
+    for level, mult in reversed(list(enumerate(mults))):
+        for k in range(blocks + 1):
+            residual(f"output_blocks.{i}.0", c + skips.pop(), channels * mult)
+            c = channels * mult
+            if attention[level]:
+                attend(f"output_blocks.{i}.1", c)
+            if level and k == blocks:
+                residual(f"output_blocks.{i}.{2 if attention[level] else 1}", c, c)
+            i += 1
+    pair("out.0", c)
+    pair("out.2", 3, c, 3, 3)
+    return out
+
+
 CIFAR10 = dict(
     img_resolution=32, img_channels=3, label_dim=10, model_type="SongUNet", embedding_type="positional", encoder_type="standard",
     decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2], augment_dim=9,

@@ -7,6 +7,8 @@ import pickle
 import struct
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import convert, load, unpickle
 from distill_cli.models.convert import convert_file, model_of, open_file, place
 from distill_cli.models.edm import EDMUNet
-from tests.models.published import CIFAR10, IMAGENET64, Persistent, dump, nvlabs_shapes, write_nvlabs
+from tests.models import published
+from tests.models.published import CIFAR10, IMAGENET64, Persistent, dump, nvlabs_shapes, openai_shapes, write_nvlabs
 
 GOLDEN = Path(os.environ.get("DISTILL_GOLDEN", Path(__file__).parents[2].parent / "shared/golden"))
 NVLABS = ("edm_net_adm", "edm_net_ddpmpp", "edm_net_ncsnpp")
@@ -26,7 +29,8 @@ SMALL = dict(CIFAR10, img_resolution=8, model_channels=16, num_blocks=1, attn_re
 
 
 def golden(name):
-    path = GOLDEN / f"{name}.safetensors"
+    here = Path(__file__).parents[1] / "golden" / f"{name}.safetensors"
+    path = here if here.exists() else GOLDEN / here.name
     if not path.exists():
         pytest.skip(f"{path} is absent: set DISTILL_GOLDEN")
     with safe_open(path, "pt") as handle:
@@ -92,6 +96,77 @@ def test_full_size_networks_take_every_tensor(kwargs, parameters):
     assert sum(v.numel() for v in placed.values()) == pytest.approx(parameters, rel=1e-3)
     if kwargs is IMAGENET64:
         assert len(placed) == 629
+
+
+def test_the_layout_of_openais_file_is_that_of_the_golden_one():
+    _, state, kwargs = golden("openai_net")
+    assert {k: tuple(v.shape) for k, v in state.items()} == openai_shapes(**OPENAI)
+    assert kwargs["model_channels"] == OPENAI["channels"]
+
+
+OPENAI = dict(channels=64, mults=(1, 2), blocks=1, attention=(False, True), classes=5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"blocks": 3},
+        {"mults": (1, 2, 2), "attention": (False, True, True), "blocks": 2},
+        {"classes": 0},
+        {"scale_shift": False},
+        {"attention": (True, True)},
+    ],
+)
+def test_openai_files_of_other_configurations_are_placed(changes, tmp_path):
+    shapes = openai_shapes(**OPENAI | changes)
+    tensors = {name: 0.05 * torch.randn(shape) for name, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "edm_x64.pt")
+    found = convert_file(tmp_path / "edm_x64.pt", tmp_path / "m", 16)
+    attended = sum("qkv" in name for name in tensors) // 2
+    assert found["tensors"] == len(tensors) + 4 * attended
+    assert found["classes"] == {**OPENAI, **changes}["classes"]
+    unet = load(str(tmp_path / "m")).unet
+    last = len((OPENAI | changes)["mults"]) - 1
+    assert torch.equal(
+        unet.up_blocks[last].resnets[0].conv1.weight,
+        tensors[f"output_blocks.{last * ((OPENAI | changes)['blocks'] + 1)}.0.in_layers.2.weight"],
+    )
+    assert open_file(tmp_path / "edm_x64.pt").network.config.sample_size == 64  # the number in the name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"label_dim": 0},
+        {"img_channels": 1},
+        {"num_blocks": 2, "channel_mult": [1, 2, 2, 4], "img_resolution": 16, "attn_resolutions": [8, 2]},
+        {
+            "encoder_type": "residual",
+            "resample_filter": [1, 3, 3, 1],
+            "embedding_type": "fourier",
+            "channel_mult_noise": 2,
+            "channel_mult": [1, 2, 3],
+            "img_resolution": 16,
+        },
+        {"model_type": "DhariwalUNet", "channel_mult": [1, 2, 2], "model_channels": 64, "img_resolution": 16, "attn_resolutions": [8, 4]},
+    ],
+)
+def test_nvlabs_files_of_other_configurations_are_placed(changes, tmp_path):
+    kwargs = SMALL | changes
+    if kwargs["model_type"] == "DhariwalUNet":
+        kwargs = {k: kwargs[k] for k in (*IMAGENET64,)}
+    tensors = random_tensors(kwargs)
+    found = convert_file(write_nvlabs(tensors, kwargs, tmp_path / "x.pkl"), tmp_path / "m")
+    kept = [name for name in tensors if not convert.DROPPED.search(name)]
+    assert found["tensors"] == len(kept) + 4 * sum("qkv.weight" in name for name in kept)
+    model = load(str(tmp_path / "m"))
+    labels = torch.zeros(2, dtype=torch.long)
+    assert torch.isfinite(model.sample(Draws(0, range(2)), labels, convert.Sampling(steps=2))).all()
+    if found["classes"]:  # without labels the network is the one of the null class
+        x, t = torch.randn(2, *model.shape), torch.zeros(2)
+        null = torch.full((2,), model.conditioner.null_label)
+        assert torch.equal(model.unet(x, t)[0], model.unet(x, t, null)[0])
 
 
 def test_orders_of_attention_weights():
@@ -208,6 +283,23 @@ def legacy_storage(numbers):
     return buffer.getvalue().replace(honest, lying)
 
 
+def shared_records(levels):
+    """Modules of which each holds the next one twice."""
+    record = Persistent("Linear", published.module([("weight", torch.zeros(1))]))
+    for _ in range(levels):
+        record = Persistent("Linear", published.module(modules=[("a", record), ("b", record)]))
+    return record
+
+
+def pickled(data):
+    with tempfile.TemporaryDirectory() as folder:
+        return dump(data, Path(folder) / "x").read_bytes()
+
+
+def arguments(**changes):
+    return pickled({"ema": Persistent("EDMPrecond", published.module(_init_kwargs=published.EasyDict(SMALL | changes)))})
+
+
 def bombs():
     beyond = (torch.zeros(4).storage(), 0, (1 << 20, 1 << 20), (1, 1), False, {})
     return {
@@ -216,6 +308,16 @@ def bombs():
         "a memo of 500 million places": b"\x80\x04Nr" + struct.pack("<I", 500_000_000) + b".",
         "a storage that claims more than it has": pickle.dumps({"ema": Reduce(torch.storage._load_from_bytes, (legacy_storage(1 << 30),))}),
         "a tensor beyond its storage": pickle.dumps({"ema": Reduce(torch._utils._rebuild_tensor_v2, beyond)}),
+        "a tensor spread out": pickle.dumps({"ema": Reduce(torch._utils._rebuild_tensor_v2, (*beyond[:3], (0, 0), False, {}))}),
+        "a storage that is an array": pickle.dumps({"ema": Reduce(torch.storage._load_from_bytes, (pickle.dumps(bytearray(100), 2),))}),
+        "a tuple of tuples as a key": b"\x80\x04}N" + b"\x85" * 3_000_000 + b"Ns.",
+        "numbers that collide as keys": pickle.dumps({k * (2**61 - 1): None for k in range(20_000)}),
+        "attributes of a class": b"\x80\x04cdnnlib.util\nEasyDict\nN}X\x01\x00\x00\x00aK\x01s\x86b.",
+        "modules in modules": pickled({"ema": shared_records(60)}),
+        "a wide network": arguments(model_channels=1 << 24),
+        "a million classes": arguments(label_dim=1 << 40),
+        "a long network": arguments(num_blocks=1 << 40),
+        "an infinite picture": arguments(img_resolution=float("inf")),
         "nothing": b"",
         "no pickle": b"not a pickle",
     }
@@ -227,15 +329,37 @@ def test_bombs_and_fragments_are_refused_and_take_no_memory(tmp_path):
         (tmp_path / f"{name}.pkl").write_bytes(content)
     code = (
         "import resource, sys; from pathlib import Path; from distill_cli.errors import DistillError;"
-        "from distill_cli.models import unpickle;"
+        "from distill_cli.models import convert;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "for path in sorted(Path(sys.argv[1]).glob('*.pkl')):\n"
         "    before = peak()\n"
-        "    try: unpickle.read(path); print('read', path)\n"
+        "    try: convert.open_file(path); print('read', path)\n"
         "    except DistillError as error: assert peak() - before < 100, path\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_zip_bombs_and_spread_tensors_are_refused(tmp_path):
+    """OpenAI's format: compressed members, an array of zeros, and a tensor of a million rows that are one."""
+    with zipfile.ZipFile(tmp_path / "edm_zip.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"0" * 50_000_000)
+    with zipfile.ZipFile(tmp_path / "edm_array.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R.")
+    torch.save({"input_blocks.0.0.weight": torch.zeros(1, 9).expand(1 << 20, 9)}, tmp_path / "edm_spread.pt")
+    for name, says in (
+        ("zip", "larger than the file"),
+        ("array", "__builtin__.bytearray, which is not allowed"),
+        ("spread", "larger than|more numbers"),
+    ):
+        with pytest.raises(DistillError, match=says):
+            open_file(tmp_path / f"edm_{name}.pt")
+
+
+def test_text_from_a_file_is_printed_as_text(tmp_path):
+    with pytest.raises(DistillError) as error:
+        open_file(dump({"ema": Persistent("Evil\x1b[1m\nname", {})}, tmp_path / "x.pkl"))
+    assert "Evil [1m name" in error.value.message
 
 
 def test_truncated_files_are_refused(tmp_path):
@@ -305,4 +429,5 @@ def test_consistency_students_sample(tmp_path):
     model = model_of(open_file(tmp_path / "cd_x.pt", kwargs["image_size"]), "x")
     images = model.sample(Draws(0, range(2)), model.conditioner.labels(2))
     assert images.shape == (2, 3, 16, 16)
-    assert model.few_step_times == [80.0]
+    assert model.few_step_times == pytest.approx([80.0, 1.38237], rel=1e-4)  # the published two-step times
+    assert model.sampling.steps == 1

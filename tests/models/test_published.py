@@ -12,11 +12,12 @@ from tests.models.test_convert import SMALL, random_tensors
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    content, cut, asked = b"", None, []
+    content, cut, asked, whole = b"", None, [], False
 
     def do_GET(self):
         begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         self.asked.append(begin)
+        begin = 0 if self.whole else begin
         self.send_response(206 if begin else 200)
         self.send_header("Content-Length", str(len(self.content) - begin))
         self.end_headers()
@@ -55,6 +56,28 @@ def test_a_cut_download_goes_on_and_is_converted_once(server, capsys):
     assert "about 1 MB, licence" in capsys.readouterr().err
 
 
+def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, distill):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    for command in ("dmd", "pairs"):
+        result = distill(command, "--recipe", f"imagenet64-{command}", "--dry-run")
+        assert result.code == 0
+        assert "#   download: edm-imagenet64: about 1184 MB from https://" in result.out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_download_that_the_server_begins_anew(server, tmp_path):
+    """A part that is there and a server that ignores Range: the file is the server's, not both after one another."""
+    Handler.whole = True
+    path = tmp_path / "d/x.pkl"
+    path.parent.mkdir()
+    (tmp_path / "d/x.pkl.part").write_bytes(b"x" * 100)
+    try:
+        published.download(f"http://127.0.0.1:{server.server_port}/x.pkl", path, "test")
+    finally:
+        Handler.whole = False
+    assert path.read_bytes() == Handler.content
+
+
 def test_without_a_network_one_line_says_how_to_get_it(tmp_path, monkeypatch, distill):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
     for offline in ("1", "0"):
@@ -62,7 +85,10 @@ def test_without_a_network_one_line_says_how_to_get_it(tmp_path, monkeypatch, di
         monkeypatch.setitem(published.PUBLISHED, "edm-cifar10", published.Published("http://127.0.0.1:9/edm-cifar10.pkl", 223, "test"))
         result = distill("models", "show", "edm-cifar10")
         assert result.code == 1
-        assert "curl -L -O http://127.0.0.1:9/edm-cifar10.pkl (about 223 MB), then distill convert" in result.err
+        assert (
+            "curl -L -O http://127.0.0.1:9/edm-cifar10.pkl (edm-cifar10: about 223 MB, licence MIT (OpenAI)), then distill convert"
+            in result.err
+        )
 
 
 def test_sizes_are_those_of_the_networks():
