@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -25,8 +26,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep what networks free instead of giving it back and faulting it in again at every layer (docs/benchmarks.md)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    for option, size in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, size)
+
+
 def device(wanted: str) -> torch.device:
     """`auto` is the process's GPU where there is one."""
+    _keep_freed_memory()
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UsageError("--device cuda: no CUDA device", "distill env shows what torch sees")
