@@ -98,7 +98,7 @@ class UNet(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        if unet.config.get("time_embedding_type") == "positional" and unet.config.block_out_channels[0] % 2 == 0:
+        if getattr(unet.config, "time_embedding_type", "") == "positional" and unet.config.block_out_channels[0] % 2 == 0:
             config = unet.config
             unet.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
 
