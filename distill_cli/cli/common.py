@@ -99,15 +99,14 @@ def open_run(
 
 def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory."""
+    from distill_cli.data.images import BUILTIN
     from distill_cli.files import write_atomic
+    from distill_cli.models.registry import REGISTRY
     from distill_cli.recipes import dump
     from distill_cli.runs import Run
 
     config = engine.config
     assert config.out is not None
-    from distill_cli.data.images import BUILTIN
-    from distill_cli.models.registry import REGISTRY
-
     given = {
         key: Path(value)
         for key in ("teacher", "data", "pairs")
