@@ -85,6 +85,26 @@ class SampleConfig(GenerateConfig):
     scale: Positive = Field(4, description="enlargement of the grid's pictures")
 
 
+def _listed(value: Any) -> Any:
+    """One name is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class EvaluateConfig(Config):
+    """distill evaluate"""
+
+    model: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        ["digits"], description="models as for sample, NAME@STEPS for other steps than its own; or an npz of images"
+    )
+    data: str = Field("digits", description="the real images: a built-in set or a folder")
+    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
+    classifier: str = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
+    num: Positive = Field(2000, description="images of each model")
+    neighbours: Positive = Field(3, description="of precision and recall")
+    batch_size: Positive = Field(100, description="images at a time")
+    precision: Precision = Field("no", description="of the models' arithmetic")
+
+
 class TrainingConfig(Config):
     """What the engine needs for any objective."""
 
@@ -151,6 +171,19 @@ class TrainConfig(TrainingConfig):
     network: NetworkConfig = NetworkConfig()
 
 
+class ClassifierConfig(TrainingConfig):
+    """distill classifier"""
+
+    data: str = Field("digits", description="a built-in set, or a folder of images whose subfolders are classes")
+    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
+    flip: bool = Field(False, description="mirror images at random")
+    width: Annotated[int, Field(gt=0, multiple_of=8)] = Field(64, description="channels, and features")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.2, description="share of the images that are never trained on, for the accuracy"
+    )
+    sample_every: Literal[0] = Field(0, description="a classifier makes no images")
+
+
 class DMDConfig(TrainingConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
@@ -164,7 +197,9 @@ class DMDConfig(TrainingConfig):
     fake_steps: Positive = Field(1, description="fake-score steps a student step")
     warmup_steps: Count = Field(500, description="steps of linear warm-up, of both networks")
     matching_weight: Weight = Field(1.0, description="of the distribution-matching loss")
-    regression_loss: Literal["l2", "huber"] = Field("l2", description="distance of the regression on pairs")
+    fake_score: bool = Field(True, description="false is the paper's ablation: the teacher's score alone, which collapses")
+    regression_loss: Literal["l2", "huber", "lpips"] = Field("l2", description="distance of the regression on pairs")
+    lpips_weights: Path | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
     regression_weight: Weight | None = Field(None, description="default 0.25 with pairs, 0 without")
     guidance_scale: Rate | None = Field(None, description="of the teacher alone; default the teacher's own")
     t_low: Fraction = Field(0.02, description="matching times, share of the range of times")
@@ -177,10 +212,19 @@ class DMDConfig(TrainingConfig):
             raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}")
         if self.regression_weight and not self.pairs:
             raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
+        if self.lpips_weights and self.regression_loss != "lpips":
+            raise ValueError("lpips_weights is for regression_loss lpips alone")
         if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):
             raise ValueError("matching_weight 0 leaves nothing to learn from without pairs")
         return self
 
 
-CONFIGS: dict[str, type[Config]] = {"train": TrainConfig, "pairs": PairsConfig, "dmd": DMDConfig, "sample": SampleConfig}
+CONFIGS: dict[str, type[Config]] = {
+    "train": TrainConfig,
+    "pairs": PairsConfig,
+    "dmd": DMDConfig,
+    "sample": SampleConfig,
+    "classifier": ClassifierConfig,
+    "evaluate": EvaluateConfig,
+}
 """The command that a recipe's `command` key names -> its options."""

@@ -10,9 +10,11 @@ import typer
 
 from distill_cli import __version__
 from distill_cli.cli import models, recipes
+from distill_cli.cli.classifier import classifier
 from distill_cli.cli.convert import convert
 from distill_cli.cli.dmd import dmd
 from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
+from distill_cli.cli.evaluate import evaluate
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
@@ -44,7 +46,7 @@ def distill(
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
-for command in (train, pairs, dmd, sample, convert):
+for command in (train, pairs, dmd, sample, evaluate, classifier, convert):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")

@@ -25,7 +25,7 @@ def dmd(
     lr: common.Rate = None,
     fake_lr: Annotated[float | None, typer.Option(help="Learning rate of the fake score; default --lr.")] = None,
     fake_steps: Annotated[int | None, typer.Option(help="Fake-score steps a student step.")] = None,
-    regression_loss: Annotated[str | None, typer.Option(help="l2 or huber.")] = None,
+    regression_loss: Annotated[str | None, typer.Option(help="l2, huber or lpips.")] = None,
     regression_weight: Annotated[float | None, typer.Option(help="Default 0.25 with pairs.")] = None,
     guidance_scale: common.Guidance = None,
     precision: common.Precision = None,
@@ -54,7 +54,8 @@ def dmd(
     model = load(config.teacher)
     if dry_run:
         count = sum(p.numel() for p in model.denoiser.parameters())
-        common.dry_run(config, common.training_plan(config, {"teacher": count, "student": count, "fake": count}, 2 * count))
+        names = ["teacher", "student", *(["fake"] if config.matching_weight and config.fake_score else [])]
+        common.dry_run(config, common.training_plan(config, dict.fromkeys(names, count), (len(names) - 1) * count))
         return
     store = PairStore(config.pairs) if config.pairs else None
     if store is not None:

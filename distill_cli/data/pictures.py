@@ -23,6 +23,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def from_uint8(images: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, C, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def png(picture: np.ndarray) -> bytes:
     """(H, W, 3) uint8 as the bytes of a PNG file."""
     buffer = io.BytesIO()

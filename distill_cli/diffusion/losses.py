@@ -63,16 +63,16 @@ def denoising_loss(
 
 
 def regression_loss(kind: str, x: Tensor, reference: Tensor) -> Tensor:
-    """Mean distance of the student's images to the teacher's from the same noise.
+    """Distance of each of the student's images to the teacher's from the same noise, (B,).
 
     `l2` is mean squared error; `huber` is the pseudo-Huber metric sqrt(|d|^2 + c^2) - c of a sample divided by
     sqrt(dimensions), c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2310.14189, section 3.3).
     """
-    delta = x.float() - reference.float()
+    delta = (x.float() - reference.float()).flatten(1)
     if kind == "l2":
-        return delta.square().mean()
+        return delta.square().mean(1)
     if kind == "huber":
-        dimensions = delta[0].numel()
+        dimensions = delta.shape[1]
         c = 0.00054 * dimensions**0.5
-        return (((delta.square().flatten(1).sum(1) + c**2).sqrt() - c) / dimensions**0.5).mean()
+        return ((delta.square().sum(1) + c**2).sqrt() - c) / dimensions**0.5
     raise ValueError(f"regression loss {kind!r} is none of l2, huber")

@@ -7,7 +7,8 @@ they were before the student's step. Dropout is off everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from distill_cli.diffusion.schedule import add_noise
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.perceptual import Perceptual
 from distill_cli.pairs.store import PairStore
 
 FAKE_BEHIND = 1.15
@@ -37,15 +39,21 @@ class DMD:
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
         self.real = guided(teacher.denoiser, self.sampling.guidance_scale, teacher.conditioner.null)
-        student, fake = teacher.copy().denoiser, teacher.copy().denoiser
-        self.networks: dict[str, nn.Module] = {"student": student.eval().requires_grad_(True), "fake": fake.eval().requires_grad_(True)}
-        self.rates = {"student": config.lr, "fake": config.fake_lr or config.lr}
+        self.rates = {"student": config.lr}
+        if config.matching_weight and config.fake_score:
+            self.rates["fake"] = config.fake_lr or config.lr
+        self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
         self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
         self.regression_weight = 0.0
         if pairs is not None:
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
             self.order = Order(config.seed, len(pairs))
+        self.distance: Callable[[Tensor, Tensor], Tensor] = partial(regression_loss, config.regression_loss)
+        if self.regression_weight and config.regression_loss == "lpips":
+            perceptual = Perceptual(config.lpips_weights)
+            self.frozen.append(perceptual)
+            self.distance = perceptual
         self.labels = teacher.conditioner.labels(len(config.classes or teacher.conditioner.classes) or 1, config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
@@ -81,12 +89,12 @@ class DMD:
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None:
             reference = paired["x0"].to(device)
-            regression = regression_loss(self.config.regression_loss, images[len(draws) :], reference)
+            regression = self.distance(images[len(draws) :], reference).mean()
             loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
             metrics |= {"spread": spread(images[len(draws) :]), "pairs_spread": spread(reference)}
         yield Loss("student", loss, metrics)
 
-        if self.config.matching_weight:
+        if "fake" in self.networks:
             x = x.detach()
             for turn in range(self.config.fake_steps):
                 t = self.times(draws.uniform("score_time", turn), 0.0, 1.0).to(device)
@@ -97,13 +105,18 @@ class DMD:
 
     @torch.no_grad()
     def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient at the student's images x, and how well each denoiser knows them."""
+        """The gradient at the student's images x, and how well each denoiser knows them.
+
+        Without a fake score x stands in for its estimate: then the gradient is the real score's alone, whose mean over the noise is (x - real).
+        """
         x = x.detach().float()
         noisy = add_noise(self.schedule, x, noise, t)
-        real, fake = self.real(noisy, t, condition), self.networks["fake"](noisy, t, condition)
+        estimates = {"real": self.real(noisy, t, condition)}
+        if "fake" in self.networks:
+            estimates["fake"] = self.networks["fake"](noisy, t, condition)
         weight = denoising_weight(self.schedule, t, self.teacher.denoiser.scales.sigma_data)
-        errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in (("real", real), ("fake", fake))}
-        return matching_gradient(x, real, fake), errors
+        errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in estimates.items()}
+        return matching_gradient(x, estimates["real"], estimates.get("fake", x)), errors
 
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)

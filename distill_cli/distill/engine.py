@@ -27,6 +27,10 @@ from distill_cli.models.model import Model
 from distill_cli.runs import Run
 
 
+NEVER = 2**62
+"""A step that no run reaches."""
+
+
 @dataclass
 class Loss:
     """A loss whose gradient steps `network`; `metrics` are scalars to log besides it."""
@@ -51,8 +55,8 @@ class Objective(Protocol):
     def turns(self, draws: Draws) -> Iterator[Loss]:
         """The losses of one step on the samples of `draws`; after each the engine steps that network, then asks on."""
 
-    def model(self, network: nn.Module) -> Model:
-        """The result with `network` (the average, or its copy) as its denoiser."""
+    def model(self, network: nn.Module) -> Any:
+        """The result made of `network` (the average, or its copy): a Model, or another thing with `save(folder)`."""
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         """A warning about the run's state as these averages show it at the share `done` of all steps, or ''."""
@@ -95,6 +99,7 @@ class Engine:
             objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
         self.step = 0
         self.window: dict[str, tuple[Tensor, int]] = {}
+        self.bad: dict[str, Tensor] = {}
         self.saved = -1
 
     def draws(self, step: int) -> list[Draws]:
@@ -118,6 +123,7 @@ class Engine:
                 name = loss.network
                 self.accelerator.backward(loss.value / len(turns))
                 self._record({f"{name}_loss": loss.value, **loss.metrics})
+                self._watch(f"{name}_loss", loss.value)
             if not name:
                 break
             optimizer = self.optimizers[name]
@@ -136,16 +142,16 @@ class Engine:
             total, count = self.window.get(name, (torch.zeros_like(value), 0))
             self.window[name] = (total + value, count + 1)
 
+    def _watch(self, name: str, loss: Tensor) -> None:
+        """Keep the first step at which a loss is no number, where the loss is: asking now would make a GPU wait."""
+        never = torch.full_like(loss, NEVER, dtype=torch.int64, requires_grad=False)
+        now = torch.where(loss.detach().isfinite(), never, self.step + 1)
+        self.bad[name] = torch.minimum(self.bad.get(name, never), now)
+
     def _log(self) -> dict[str, float]:
-        """Write the means since the last line; a number that is none stops the run at its last good checkpoint."""
+        """Write the means since the last line."""
         means = {name: (total / count).item() for name, (total, count) in self.window.items()}
         self.window = {}
-        bad = [name for name, value in means.items() if not math.isfinite(value) and not name.endswith("grad_norm")]
-        if bad:
-            raise DistillError(
-                f"{bad[0]} is not a number between steps {max(0, self.step - self.config.log_every) + 1} and {self.step}",
-                self._advice_on_nan(),
-            )
         if rank() == 0:
             numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
             self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers})
@@ -181,11 +187,12 @@ class Engine:
 
     def sample_grid(self) -> None:
         """Write the average's images for 40 noises that are in no store of pairs."""
-        if rank() == 0:
-            images, _ = self.objective.model(self.ema.network).examples(self.config.seed, 40)
+        model = self.objective.model(self.ema.network)
+        if rank() == 0 and isinstance(model, Model):
+            images, _ = model.examples(self.config.seed, 40)
             save_grid(images, self.run.samples / f"{self.step:06d}.png")
 
-    def train(self) -> Model:
+    def train(self) -> Any:
         """Train to the last step and save the result; ^C and SIGTERM leave a run that resumes."""
         config = self.config
         progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
@@ -196,6 +203,7 @@ class Engine:
                 note = ""
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
+                    self._check_finite()
                     means = self._log()
                     note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
                     advice = self.objective.advice(means, self.step / config.steps)
@@ -219,12 +227,13 @@ class Engine:
         return model
 
     def _check_finite(self) -> None:
-        """Never keep a checkpoint with weights that are no numbers."""
-        for name, network in self.plain.items():
-            if not all(torch.isfinite(p).all() for p in network.parameters()):
-                raise DistillError(f"the weights of {name} are not numbers at step {self.step}", self._advice_on_nan())
-
-    def _advice_on_nan(self) -> str:
+        """Stop at the last good checkpoint, and never keep one with a loss or weights that are no numbers."""
         found = checkpoint.steps(self.run.checkpoints)
         good = f"the checkpoint of step {found[-1]} is good: " if found else ""
-        return f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"
+        hint = f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"
+        for name, first in self.bad.items():
+            if first.item() != NEVER:
+                raise DistillError(f"{name} is not a number at step {first.item()}", hint)
+        for name, network in self.plain.items():
+            if not all(torch.isfinite(p).all() for p in network.parameters()):
+                raise DistillError(f"the weights of {name} are not numbers at step {self.step}", hint)

@@ -22,12 +22,13 @@ SETTINGS, LIST = "sampling.json", "samples.jsonl"
 GRID = 100
 
 
-def _npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_npz(path: Path, hint: str = "delete it and run the same command again") -> tuple[np.ndarray, np.ndarray | None]:
+    """arr_0, images, and arr_1, labels where the file has any."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return stored["arr_0"], stored["arr_1"]
+            return stored["arr_0"], stored.get("arr_1")
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-        raise DistillError(f"{path}: corrupt", "delete it and run the same command again") from error
+        raise DistillError(f"{path}: corrupt", hint) from error
 
 
 def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -68,12 +69,12 @@ class Samples:
         """Join the parts, and write the list of samples and the grid."""
         if self.config.format == "npz" and not self.npz.exists():
             try:
-                parts = [_npz(self.part(batch)) for batch in self.batches]
+                parts = [read_npz(self.part(batch))[0] for batch in self.batches]
             except DistillError:
                 if self.npz.exists():  # another process has joined them
                     return
                 raise
-            _write_npz(self.npz, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+            _write_npz(self.npz, np.concatenate(parts), self.labels)
         for batch in self.batches:
             self.part(batch).unlink(missing_ok=True)
         lines = []
@@ -88,7 +89,7 @@ class Samples:
     def first(self, count: int) -> np.ndarray:
         """The first `count` images (B, H, W, 3) uint8, from disk."""
         if self.config.format == "npz":
-            return _npz(self.npz)[0][:count]
+            return read_npz(self.npz)[0][:count]
         from PIL import Image
 
         return np.stack([np.asarray(Image.open(self.png(i))) for i in range(min(count, self.config.num))])

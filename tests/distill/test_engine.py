@@ -179,7 +179,7 @@ def test_nan_stops_at_the_last_good_checkpoint(tmp_path, tiny, tiny_pairs):
         step()
 
     engine.train_step = poisoned
-    with pytest.raises(DistillError, match="between steps 4 and 6|weights of student are not numbers at step 6") as error:
+    with pytest.raises(DistillError, match="student_loss is not a number at step 5") as error:
         engine.train()
     assert "checkpoint of step 4 is good: lower lr in" in error.value.hint
     assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 4]

@@ -1,0 +1,49 @@
+"""distill classifier"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+
+def classifier(
+    overrides: common.Overrides = None,
+    recipe: common.Recipe = None,
+    data: Annotated[str | None, typer.Option(help="A built-in set, or a folder of images whose subfolders are classes.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
+    out: common.Out = None,
+    steps: common.Steps = None,
+    batch_size: common.BatchSize = None,
+    lr: common.Rate = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    resume: common.Resume = None,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+) -> None:
+    """Train the classifier in whose features `distill evaluate` measures."""
+    from distill_cli.config import ClassifierConfig
+
+    flags = dict(
+        data=data, resolution=resolution, out=out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, device=device, resume=resume
+    )
+    config = common.open_run(ClassifierConfig, "classifier", recipe, overrides, dry_run, flags)
+    from distill_cli.data import open_images
+    from distill_cli.distill.classification import Classification
+    from distill_cli.distill.engine import Engine
+
+    objective = Classification(config, open_images(config.data, config.resolution, config.flip))
+    count = sum(p.numel() for p in objective.networks["classifier"].parameters())
+    if dry_run:
+        common.dry_run(config, common.training_plan(config, {"classifier": count}, count))
+        return
+    engine = Engine(config, objective)
+    common.start_run(engine, "classifier", resume)
+    accuracy = engine.train().info.accuracy
+    folder = engine.run.folder / objective.result
+    data_out = {"run": str(engine.run.folder), "classifier": str(folder), "accuracy": accuracy, "held_out": len(objective.held_out)}
+    seen = f"\naccuracy on {len(objective.held_out)} images held out: {accuracy:.4f}" if accuracy is not None else ""
+    common.result(data_out, f"classifier: {folder}{seen}", json)

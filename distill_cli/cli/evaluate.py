@@ -1,0 +1,45 @@
+"""distill evaluate"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+
+def evaluate(
+    overrides: common.Overrides = None,
+    recipe: common.Recipe = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model, NAME@STEPS, or an npz of images; give it again for more rows.")] = None,
+    data: Annotated[str | None, typer.Option(help="The real images: a built-in set or a folder.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
+    classifier: Annotated[str | None, typer.Option(help="Whose features are measured: built in, or of `distill classifier`.")] = None,
+    num: Annotated[int | None, typer.Option(help="Images of each model.")] = None,
+    out: common.Out = None,
+    batch_size: common.BatchSize = None,
+    precision: common.Precision = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+) -> None:
+    """Measure models against real images: accuracy, Fréchet distance, precision, recall, in one table."""
+    from distill_cli.config import EvaluateConfig
+    from distill_cli.recipes import resolve
+
+    flags = dict(
+        model=model or None, data=data, resolution=resolution, classifier=classifier, num=num, out=out, batch_size=batch_size,
+        precision=precision, seed=seed, device=device,
+    )  # fmt: skip
+    config = common.with_out(resolve(EvaluateConfig, recipe, overrides or [], flags), recipe, "evaluation")
+    if dry_run:
+        common.dry_run(config, {"images": f"{config.num} of each of {len(config.model)} models, kept in {config.out}/samples"})
+        return
+    from distill_cli.evaluate.report import evaluate, table
+
+    report = evaluate(config)
+    for warning in report["warnings"]:
+        common.say(f"warning: {warning}")
+    common.result(report, f"{table(report)}\n\npicture: {config.out}/picture.png\nreport: {config.out}/report.json", json)

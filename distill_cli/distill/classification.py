@@ -1,0 +1,61 @@
+"""Trains the small classifier in whose features `distill evaluate` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from distill_cli.config import ClassifierConfig
+from distill_cli.data import Images
+from distill_cli.diffusion.noise import Draws, Order, permutation
+from distill_cli.distill.engine import Loss
+from distill_cli.errors import UsageError
+from distill_cli.models.classifier import Classifier, ClassifierInfo, loss
+
+HELD_OUT_EPOCH = 2**40
+"""The permutation that chooses the held-out images: one that no training reaches."""
+
+
+class Classification:
+    """Cross-entropy on all images but those held out, moved by up to a pixel, and whose colours the set draws anew each time."""
+
+    result = "classifier"
+
+    def __init__(self, config: ClassifierConfig, images: Images) -> None:
+        if len(images.classes) < 2:
+            raise UsageError(f"--data {config.data}: {len(images.classes)} classes", "a classifier needs two or more: subfolders name them")
+        self.config, self.images = config, images
+        positions = permutation(config.seed, HELD_OUT_EPOCH, len(images)).tolist()
+        count = round(config.holdout * len(images))
+        self.held_out, self.seen = positions[:count], positions[count:]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = Classifier(ClassifierInfo(images.shape, tuple(images.classes), config.width, config.data))
+        self.networks: dict[str, nn.Module] = {"classifier": network}
+        self.rates = {"classifier": config.lr}
+        self.frozen: list[nn.Module] = []
+        self.order = Order(config.seed, len(self.seen))
+
+    def turns(self, draws: Draws) -> Iterator[Loss]:
+        network = self.networks["classifier"]
+        device = next(network.parameters()).device
+        x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
+        moves = torch.stack([draws.uniform("augment", turn) for turn in (1, 2)], 1).mul(3).floor().long() - 1
+        padded = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
+        height, width = x.shape[2:]
+        x = torch.stack([p[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] for p, (dy, dx) in zip(padded, moves.tolist())])
+        value, right = loss(network(x.to(device)), labels.to(device))
+        yield Loss("classifier", value, {"accuracy": right})
+
+    def model(self, network: nn.Module) -> Classifier:
+        """The classifier, with its accuracy on the images held out."""
+        assert isinstance(network, Classifier)
+        if not self.held_out:
+            return network
+        images, labels = self.images.batch(self.held_out, Draws(self.config.seed, self.held_out))
+        return network.with_accuracy((network.measure(images)[1] == labels).double().mean().item())
+
+    def advice(self, metrics: dict[str, float], done: float) -> str:
+        return ""

@@ -1,0 +1,1 @@
+"""How good images are: distances in a classifier's features, and their report."""

@@ -1,0 +1,41 @@
+"""Distances between two sets of features, (N, D) and (M, D) in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PART = 1000
+
+
+def _covariance(x: Tensor) -> Tensor:
+    """(D, D), divided by N - 1."""
+    centred = x - x.mean(0)
+    return centred.T @ centred / (len(x) - 1)
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of the normal distributions fitted to both (Heusel et al. 1706.08500, eq. 6)."""
+    one, other = _covariance(a), _covariance(b)
+    values, vectors = torch.linalg.eigh(one)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    mixed = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + one.trace() + other.trace() - 2 * mixed).item()
+
+
+def _radii(x: Tensor, neighbours: int) -> Tensor:
+    """(N,) distance of each row to its k-th nearest other row."""
+    return torch.cat([torch.cdist(part, x).kthvalue(neighbours + 1).values for part in x.split(PART)])
+
+
+def _covered(x: Tensor, centres: Tensor, radii: Tensor) -> float:
+    """The share of the rows x that lie in some ball around `centres`."""
+    return torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in x.split(PART)]).double().mean().item()
+
+
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """How much of `fake` lies where `real` is, and of `real` where `fake` is (Kynkäänniemi et al. 1904.06991, eq. 1 to 3).
+
+    A set's region is the union of balls around its points up to their k-th nearest neighbours.
+    """
+    return _covered(fake, real, _radii(real, neighbours)), _covered(real, fake, _radii(fake, neighbours))

@@ -1,0 +1,107 @@
+"""A small image classifier, in whose features `distill evaluate` measures.
+
+A folder of one holds config.json and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from distill_cli.errors import DistillError, UsageError, nearest
+from distill_cli.files import folder_atomic
+
+BUILTIN = Path(__file__).parent / "builtin"
+SUFFIX = "-classifier"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ClassifierInfo:
+    """What a classifier is: image shape (C, H, W), class names, width, the set it has learned, its accuracy on images held out."""
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    width: int
+    data: str
+    accuracy: float | None = None
+
+
+class Classifier(nn.Module):
+    """Convolutions down to 4 pixels or fewer; the mean over those is the features."""
+
+    def __init__(self, info: ClassifierInfo) -> None:
+        super().__init__()
+        self.info = info
+        width = info.width
+        layers: list[nn.Module] = [nn.Conv2d(info.shape[0], width, 3, padding=1), nn.SiLU()]
+        size = min(info.shape[1:])
+        while True:
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            if size <= 4:
+                break
+            layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            size //= 2
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, len(info.classes))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, width)."""
+        return self.body(images).mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> logits (B, classes)."""
+        return self.head(self.features(images))
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+        """Features (N, width) float64 and predicted labels (N,) of images on the CPU, a part at a time."""
+        where = next(self.parameters()).device
+        features = torch.cat([self.features(part.to(where)) for part in images.split(batch_size)])
+        return features.double().cpu(), self.head(features).argmax(1).cpu()
+
+    def with_accuracy(self, accuracy: float) -> Classifier:
+        self.info = replace(self.info, accuracy=accuracy)
+        return self
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the folder, complete or absent."""
+        with folder_atomic(Path(folder)) as temporary:
+            weights = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
+            (temporary / WEIGHTS).write_bytes(to_bytes(weights))
+            (temporary / CONFIG).write_text(json.dumps(asdict(self.info), indent=2) + "\n")
+
+
+def names() -> list[str]:
+    """The built-in classifiers."""
+    return sorted(path.name.removesuffix(SUFFIX) for path in BUILTIN.glob(f"*{SUFFIX}"))
+
+
+def load(name: str) -> Classifier:
+    """A built-in classifier by the name of its set, or that in a folder (or a run). Float32, frozen, on the CPU."""
+    folder = BUILTIN / f"{name}{SUFFIX}" if name in names() else Path(name)
+    if (folder / "classifier" / CONFIG).is_file():
+        folder = folder / "classifier"
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"--classifier {name}: no classifier", nearest(name, names(), "built in"))
+    try:
+        stored = json.loads((folder / CONFIG).read_text())
+        info = ClassifierInfo(**{**stored, "shape": tuple(stored["shape"]), "classes": tuple(stored["classes"])})
+        network = Classifier(info)
+        network.load_state_dict({key: value.float() for key, value in from_bytes((folder / WEIGHTS).read_bytes()).items()})
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DistillError(f"{folder}: no readable classifier ({' '.join(str(error).split())[:200]})", "is the folder complete?") from error
+    return network.eval().requires_grad_(False)
+
+
+def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and the share of right answers."""
+    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()

@@ -1,0 +1,69 @@
+"""LPIPS (Zhang et al. 1801.03924) on VGG-16, as DMD and consistency distillation use it: on images resized to 224 pixels.
+
+The lpips package brings its linear layers; VGG's own weights are torchvision's file, from its cache or given by the user.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill_cli.errors import DistillError
+from distill_cli.files import sha256
+
+FILE = "vgg16-397923af.pth"
+URL = f"https://download.pytorch.org/models/{FILE}"
+PIXELS = 224
+
+
+def find_weights(given: Path | None) -> Path:
+    """The file of VGG-16's weights: the one given, or that in torchvision's cache. Nothing is downloaded."""
+    path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    if not path.is_file():
+        message = f"lpips_weights {path}: no such file" if given else f"regression_loss lpips: VGG's weights are not in {path}"
+        raise DistillError(message, f"put {URL} (528 MB) there, or give a copy of it: lpips_weights=FILE")
+    promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if promised and not sha256(path).startswith(promised[1]):
+        raise DistillError(f"{path}: corrupt: its checksum is not the one in its name", f"fetch {URL} again")
+    return path
+
+
+class Perceptual(nn.Module):
+    """Distance (B,) of images (B, C, H, W) in [-1, 1]; differentiable in the first."""
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        path = find_weights(weights)
+        import lpips
+
+        self.metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            for part in self.metric.net.children():
+                for place, layer in part.named_children():
+                    if isinstance(layer, nn.Conv2d):
+                        layer.load_state_dict({key: stored[f"features.{place}.{key}"] for key in ("weight", "bias")})
+        except Exception as error:  # torch raises many kinds for a file that is not one of weights
+            reason = " ".join(str(error).split())[:120]
+            raise DistillError(f"{path}: not torchvision's VGG-16 ({type(error).__name__}: {reason})", f"fetch {URL}") from error
+        self.eval().requires_grad_(False)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of unit length in each place."""
+        images = images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()
+        if images.shape[-2:] != (PIXELS, PIXELS):
+            images = F.interpolate(images, size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)
+        maps = [m.float() for m in self.metric.net(self.metric.scaling_layer(images))]
+        # as lpips.normalize_tensor, whose gradient is not a number where all features are 0
+        return [m / (m.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt() + 1e-10) for m in maps]
+
+    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
+        with torch.no_grad():
+            there = self._features(reference)
+        layers = zip(self.metric.lins, self._features(x), there, strict=True)
+        return torch.stack([lin((a - b).square()).mean((1, 2, 3)) for lin, a, b in layers]).sum(0)
+
