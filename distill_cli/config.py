@@ -178,9 +178,7 @@ class ClassifierConfig(TrainingConfig):
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     flip: bool = Field(False, description="mirror images at random")
     width: Annotated[int, Field(gt=0, multiple_of=8)] = Field(64, description="channels, and features")
-    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.2, description="share of the images that are never trained on, for the accuracy"
-    )
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="share of the images that are never trained on, for the accuracy")
     sample_every: Literal[0] = Field(0, description="a classifier makes no images")
 
 

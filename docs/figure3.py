@@ -99,13 +99,19 @@ def two_modes(case: str | None, steps: int = 1500) -> Tensor:
     schedule = EDMSchedule(0.02, 20.0)
     real = MixtureDenoiser(MODES.view(2, 2, 1, 1), WEIGHTS, STD, schedule)
     options = CASES[case] if case else {}
-    return distilled(real, schedule, steps if case else 0, START, fake_steps=2 if options.get("fake_score", True) else 1, t_high=0.44, **options)
+    return distilled(
+        real, schedule, steps if case else 0, START, fake_steps=2 if options.get("fake_score", True) else 1, t_high=0.44, **options
+    )
 
 
 def numbers(points: Tensor) -> dict[str, float]:
     """The share of points nearer to each mode, and the spread of the left ones around their mean, over the real one."""
     far = points[:, 0] > 0
-    return {"left": 1 - far.double().mean().item(), "right": far.double().mean().item(), "spread": (points[~far].std(0).mean() / STD).item()}
+    return {
+        "left": 1 - far.double().mean().item(),
+        "right": far.double().mean().item(),
+        "spread": (points[~far].std(0).mean() / STD).item(),
+    }
 
 
 def draw(panels: dict[str, Tensor], path: Path) -> None:

@@ -19,6 +19,7 @@ FLOORS = [
     {"models", "data", "launch", "runs"},
     {"pairs", "sample"},
     {"distill", "evaluate"},
+    {"bench"},
     {"cli"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}

@@ -10,6 +10,7 @@ import typer
 
 from distill_cli import __version__
 from distill_cli.cli import models, recipes
+from distill_cli.cli.bench import bench
 from distill_cli.cli.classifier import classifier
 from distill_cli.cli.convert import convert
 from distill_cli.cli.dmd import dmd
@@ -46,7 +47,7 @@ def distill(
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
-for command in (train, pairs, dmd, sample, evaluate, classifier, convert):
+for command in (train, pairs, dmd, sample, evaluate, classifier, bench, convert):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")

@@ -107,7 +107,7 @@ class DMD:
     def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient at the student's images x, and how well each denoiser knows them.
 
-        Without a fake score x stands in for its estimate: then the gradient is the real score's alone, whose mean over the noise is (x - real).
+        Without a fake score x stands in for its estimate, which leaves the real score's part alone (in the mean over the noise).
         """
         x = x.detach().float()
         noisy = add_noise(self.schedule, x, noise, t)

@@ -26,7 +26,6 @@ from distill_cli.launch import Progress, check_precision, device, rank, stoppabl
 from distill_cli.models.model import Model
 from distill_cli.runs import Run
 
-
 NEVER = 2**62
 """A step that no run reaches."""
 

@@ -6,6 +6,7 @@ The lpips package brings its linear layers; VGG's own weights are torchvision's 
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ class Perceptual(nn.Module):
         path = find_weights(weights)
         import lpips
 
-        self.metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips asks torchvision in a way that it has left behind
+            self.metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
             for part in self.metric.net.children():
@@ -66,4 +69,3 @@ class Perceptual(nn.Module):
             there = self._features(reference)
         layers = zip(self.metric.lins, self._features(x), there, strict=True)
         return torch.stack([lin((a - b).square()).mean((1, 2, 3)) for lin, a, b in layers]).sum(0)
-

@@ -1,0 +1,40 @@
+"""distill bench"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+
+def bench(
+    command: Annotated[str, typer.Argument(metavar="train|dmd|pairs|sample", help="What is timed.")],
+    overrides: common.Overrides = None,
+    recipe: common.Recipe = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of both; medians are printed.")] = 20,
+    json: common.Json = False,
+) -> None:
+    """Time a command against the bare network calls and optimizer steps, in one run."""
+    import tempfile
+    from pathlib import Path
+
+    from distill_cli.bench import CASES
+    from distill_cli.bench import bench as measure
+    from distill_cli.config import CONFIGS
+    from distill_cli.errors import UsageError, nearest
+    from distill_cli.recipes import resolve
+
+    if command not in CASES:
+        raise UsageError(f"bench {command}: nothing of that name", nearest(command, CASES, "there are"))
+    config = resolve(CONFIGS[command], recipe, overrides or [], {})
+    with tempfile.TemporaryDirectory() as folder:
+        data = measure(command, config, repeats, Path(folder))
+    text = (
+        f"{command}: {data['ratio']:.3f} of the bare calls' time\n"
+        f"{data['ours_seconds']:.4f} s over {data['raw_seconds']:.4f} s ({data['raw_calls']}), medians of {repeats}\n"
+        f"{data['images_per_second']} images/s, {data['peak_memory_mb']} MB at most\n"
+        f"{data['machine']}; {', '.join(f'{name} {version}' for name, version in data['versions'].items())}"
+    )
+    common.result(data, text, json)

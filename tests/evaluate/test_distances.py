@@ -1,0 +1,56 @@
+"""Distances against closed forms."""
+
+import pytest
+import torch
+
+from distill_cli.evaluate.distances import frechet, precision_recall
+
+
+def normal(count, mean, root, seed=0):
+    """Points whose sample mean and covariance are exactly `mean` and root root^T."""
+    x = torch.randn(count, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (count - 1)).T)
+    return x @ root.T + mean
+
+
+def test_frechet_of_commuting_covariances():
+    """|m|^2 + sum (sqrt a - sqrt b)^2 where both are diagonal."""
+    one, other = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 2.0, 0.1]).double()
+    shift = torch.tensor([1.0, -2.0, 0.5]).double()
+    a, b = normal(50, torch.zeros(3).double(), one.diag()), normal(70, shift, other.diag(), 1)
+    assert frechet(a, b) == pytest.approx(shift.square().sum().item() + (one - other).square().sum().item(), rel=1e-9)
+
+
+def test_frechet_of_full_covariances_is_symmetric_and_agrees_with_scipy():
+    import numpy as np
+    from scipy.linalg import sqrtm
+
+    generator = torch.Generator().manual_seed(3)
+    a, b = (
+        torch.randn(200, 8, dtype=torch.float64, generator=generator) @ torch.randn(8, 8, dtype=torch.float64, generator=generator)
+        for _ in "ab"
+    )
+    one, other = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(one + other - 2 * sqrtm(one @ other).real)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet(b, a) == pytest.approx(expected, rel=1e-8)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-8)
+
+
+def test_frechet_of_a_singular_covariance_is_finite():
+    flat = torch.zeros(10, 4, dtype=torch.float64)
+    flat[:, 0] = torch.arange(10)
+    assert frechet(flat, flat + 1) == pytest.approx(4.0, abs=1e-6)
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    """Reals at 0..9: each one's third neighbour is 2 away, 3 at the ends."""
+    real = torch.arange(10, dtype=torch.float64)[:, None]
+    fake = torch.tensor([[-3.5], [-2.5], [4.4], [12.5]]).double()
+    precision, recall = precision_recall(real, fake, 3)
+    assert precision == 0.5  # -2.5 is in 0's ball, 4.4 is, 12.5 (3.5 from 9) and -3.5 are not
+    # the fakes' balls reach 16, 15, 8.1 (its third is 12.5) and 16: all reals are covered
+    assert recall == 1.0
+    dropped = precision_recall(real, torch.tensor([[0.0], [0.1], [0.2], [0.3], [0.4]]).double(), 3)
+    assert dropped == (1.0, 0.1)  # one mode: precise, and all but one real point are missed

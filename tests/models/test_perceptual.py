@@ -1,0 +1,99 @@
+"""LPIPS on a VGG file that the test makes: against the lpips package's own forward, in its cache and out of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill_cli.config import DMDConfig
+from distill_cli.diffusion.noise import Draws
+from distill_cli.distill.dmd import DMD
+from distill_cli.errors import DistillError
+from distill_cli.models.perceptual import FILE, Perceptual
+from distill_cli.pairs.store import PairStore
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    """A file as torchvision's, with random weights, and without the layers that LPIPS does not use."""
+    import torchvision
+
+    torch.manual_seed(0)
+    network = torchvision.models.vgg16(weights=None)
+    path = tmp_path_factory.mktemp("vgg") / "vgg.pth"
+    torch.save({key: value for key, value in network.state_dict().items() if key.startswith("features.")}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def metric(vgg):
+    return Perceptual(vgg)
+
+
+def test_it_is_lpips_on_images_of_224_pixels(metric, vgg):
+    import lpips
+
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    stored = torch.load(vgg, weights_only=True)
+    for part in theirs.net.children():
+        for place, layer in part.named_children():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.weight.data.copy_(stored[f"features.{place}.weight"])
+                layer.bias.data.copy_(stored[f"features.{place}.bias"])
+    x, y = (torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    large = [F.interpolate(v, size=(224, 224), mode="bilinear", align_corners=False) for v in (x, y)]
+    expected = theirs(*large).flatten()
+    assert expected.min() > 1e-4
+    assert torch.allclose(metric(x, y), expected, rtol=1e-4)
+    assert torch.equal(metric(x, x), torch.zeros(2))
+    grey = metric(x[:, :1], y[:, :1])
+    assert torch.allclose(grey, metric(x[:, :1].repeat(1, 3, 1, 1), y[:, :1].repeat(1, 3, 1, 1)))
+
+
+def test_its_gradient_is_a_number_where_all_features_are_0(metric):
+    """sqrt has no derivative at 0; lpips' own normalisation gives NaN there."""
+    x = torch.zeros(1, 3, 224, 224)
+    original = metric.metric.net.forward
+    metric.metric.net.forward = lambda images: [F.relu(m - 1e9) for m in original(images)]
+    try:
+        x.requires_grad_(True)
+        metric(x, torch.ones_like(x)).sum().backward()
+    finally:
+        metric.metric.net.forward = original
+    assert torch.isfinite(x.grad).all()
+
+
+def test_dmd_regresses_by_it(tiny, tiny_pairs, vgg, metric):
+    config = DMDConfig(teacher="tiny", device="cpu", pairs=tiny_pairs, regression_loss="lpips", lpips_weights=vgg, matching_weight=0)
+    dmd = DMD(config, tiny.copy(), PairStore(tiny_pairs))
+    loss = next(dmd.turns(Draws(0, range(2))))
+    pairs = PairStore(tiny_pairs).batch([dmd.order[i] for i in range(2)])
+    with torch.no_grad():
+        expected = metric(dmd.generate(pairs["noise"], pairs["label"]), pairs["x0"]).mean().item()
+    assert loss.value.item() == pytest.approx(0.25 * expected, rel=1e-4)
+    loss.value.backward()
+    assert all(torch.isfinite(p.grad).all() for p in dmd.networks["student"].parameters() if p.grad is not None)
+
+
+def test_without_weights_both_ways_out_are_said(tmp_path, monkeypatch, vgg):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(DistillError, match="VGG's weights are not in .*vgg16-397923af.pth") as error:
+        Perceptual()
+    assert "download.pytorch.org/models/vgg16-397923af.pth" in error.value.hint
+    assert "lpips_weights=FILE" in error.value.hint
+    cache = tmp_path / "hub/checkpoints"
+    cache.mkdir(parents=True)
+    (cache / FILE).write_bytes(vgg.read_bytes())
+    with pytest.raises(DistillError, match="corrupt: its checksum is not the one in its name"):
+        Perceptual()
+    monkeypatch.setattr("distill_cli.models.perceptual.sha256", lambda path: "397923af" + "0" * 56)
+    assert isinstance(Perceptual(), Perceptual)  # found in torchvision's cache
+
+
+@pytest.mark.parametrize("content", [b"nothing", None])
+def test_a_file_of_something_else_is_said(content, tmp_path):
+    path = tmp_path / "vgg.pth"
+    path.write_bytes(content) if content else torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(DistillError, match="not torchvision's VGG-16"):
+        Perceptual(path)
+    with pytest.raises(DistillError, match="no such file"):
+        Perceptual(tmp_path / "nowhere.pth")

@@ -1,0 +1,64 @@
+"""distill bench: it counts the right calls, and times both sides of the same."""
+
+import pytest
+import torch
+
+from distill_cli import bench
+from distill_cli.config import DMDConfig, PairsConfig
+
+
+def calls_of(case, monkeypatch):
+    """(forwards without gradient, forwards with) of the networks' images in one turn of each side."""
+    from diffusers import UNet2DModel
+
+    counts = []
+    original = UNet2DModel.forward
+
+    def counting(self, x, *arguments, **options):
+        counts[-1][1 if torch.is_grad_enabled() else 0] += len(x)
+        return original(self, x, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DModel, "forward", counting)
+    for side in (case.ours, case.raw):
+        counts.append([0, 0])
+        side()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [8, 12]),  # teacher and fake score; student on noise and on pairs, fake score
+        ({"fake_steps": 2}, [8, 16]),
+        ({"regression_weight": 0}, [8, 8]),
+        ({"matching_weight": 0}, [0, 8]),
+        ({"fake_score": False, "regression_weight": 0}, [4, 4]),
+    ],
+)
+def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, monkeypatch, tiny_pairs):
+    config = DMDConfig(teacher="tiny", batch_size=4, device="cpu", pairs=tiny_pairs, **options)
+    ours, raw = calls_of(bench.bench_dmd(config, tmp_path), monkeypatch)
+    assert ours == raw == expected
+
+
+def test_both_sides_of_pairs_call_the_networks_alike(tmp_path, monkeypatch):
+    config = PairsConfig(teacher="tiny", batch_size=4, steps=2, device="cpu")
+    ours, raw = calls_of(bench.bench_pairs(config, tmp_path), monkeypatch)
+    assert ours == raw == [3 * 4 * 3, 0]
+
+
+@pytest.mark.parametrize("command", ["train", "dmd", "sample"])
+def test_the_command(command, distill):
+    options = {"train": ["batch_size=8"], "dmd": ["teacher=tiny", "batch_size=4"], "sample": ["model=tiny", "steps=1", "batch_size=8"]}
+    result = distill("bench", command, "--repeats", 2, "--json", "device=cpu", *options[command])
+    assert result.code == 0, result.err
+    data = result.json
+    assert data["bench"] == command
+    assert 0.5 < data["ratio"] < 100
+    assert data["images_per_second"] == pytest.approx({"train": 8, "dmd": 4, "sample": 24}[command] / data["ours_seconds"], rel=0.01)
+
+
+def test_an_unknown_command_names_the_nearest(distill):
+    result = distill("bench", "dme")
+    assert result.code == 2
+    assert "did you mean dmd?" in result.err
