@@ -22,8 +22,8 @@ demo: $(VENV)/ready
 	@echo "more of the student:                     $(CURDIR)/$(DEMO)/samples/grid.png"
 
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check distill_cli tests
-	$(VENV)/bin/ruff format --check distill_cli tests
+	$(VENV)/bin/ruff check distill_cli tests docs
+	$(VENV)/bin/ruff format --check distill_cli tests docs
 	$(VENV)/bin/mypy
 
 test: lint

@@ -25,7 +25,7 @@ from distill_cli.config import Config, DMDConfig, GenerateConfig, PairsConfig, S
 from distill_cli.data import open_images
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
-from distill_cli.distill.engine import Engine
+from distill_cli.distill.engine import Engine, make_optimizer
 from distill_cli.models import load
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.pairs.generate import generate
@@ -57,7 +57,7 @@ class Raw:
         self.t = torch.full((size,), 500.0, device=where)
         self.labels = torch.zeros(size, dtype=torch.long, device=where) if model.conditioner.classes else None
         if trained is not None:
-            self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, betas=trained.betas, fused=True)
+            self.optimizer = make_optimizer(trained, self.network, 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad):

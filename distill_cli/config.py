@@ -114,8 +114,9 @@ class TrainingConfig(Config):
     lr: Rate = Field(1e-4, description="learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     lr_end: Fraction = Field(0.0, description="cosine: where it ends, as a share of lr")
-    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW")
-    weight_decay: Weight = Field(0.01, description="AdamW")
+    optimizer: Literal["adamw", "radam"] = Field("adamw", description="radam: rectified, needs no warm-up")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="of the optimizer")
+    weight_decay: Weight = Field(0.01, description="decoupled")
     warmup_steps: Count = Field(0, description="steps of linear warm-up")
     clip_norm: Rate = Field(10.0, description="largest gradient norm of a network")
     ema_halflife: Count = Field(0, description="images; 0: no averaging")
@@ -217,10 +218,79 @@ class DMDConfig(TrainingConfig):
         return self
 
 
+CM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cd": {"teacher": "digits", "scales": 18, "target_decay": 0.95, "weighting": "uniform"},
+    "ct": {"scales": 2, "scales_end": 150, "target_decay": 0.9, "weighting": "uniform"},
+    "ict": {"scales": 10, "scales_end": 1280, "weighting": "inverse-step"},
+    "ect": {"teacher": "digits", "weighting": "inverse-step", "stages": 8},
+}
+"""Defaults that depend on the method, as its paper has them; of the other keys in it none may be set."""
+
+
+class CMConfig(TrainingConfig):
+    """distill cm: consistency models (Song et al. 2303.01469 and successors)"""
+
+    method: Literal["cd", "ct", "ict", "ect"] = Field("cd", description="distillation, training, improved training, easy tuning")
+    teacher: str | None = Field(None, description="cd: whose ODE is followed; all: first weights; ct and ict do without")
+    data: str | None = Field(None, description="real images: a built-in set or a folder; default the set that the teacher has learned")
+    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
+    flip: bool = Field(False, description="mirror images at random")
+    lr: Rate = Field(4e-4, description="learning rate")
+    optimizer: Literal["adamw", "radam"] = Field("radam", description="radam: rectified, needs no warm-up")
+    weight_decay: Weight = Field(0.0, description="decoupled")
+    metric: Literal["huber", "l1", "l2", "lpips"] = Field("huber", description="between the estimates; the 2023 paper's best is lpips")
+    huber_c: Weight | None = Field(None, description="pseudo-Huber's c; default 0.00054 sqrt(dimensions)")
+    lpips_weights: Path | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
+    weighting: Literal["uniform", "karras", "snr+1", "inverse-step"] | None = Field(None, description="of times; default the method's")
+    scales: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="cd: N, times of the grid; ct, ict: at the start; default 18, 2, 10"
+    )
+    scales_end: Annotated[int, Field(ge=2)] | None = Field(None, description="ct, ict: N at the end; default 150, 1280")
+    target_decay: Fraction | None = Field(
+        None, description="cd, ct: the target network's average keeps this a step (ct: at first); default 0.95, 0.9"
+    )
+    solver: Literal["heun", "euler"] = Field("heun", description="cd: the teacher's step")
+    guidance_scale: Rate | None = Field(None, description="cd: of the teacher; default the teacher's own")
+    p_mean: float = Field(-1.1, description="ict, ect: mean of ln sigma")
+    p_std: Rate = Field(2.0, description="ict, ect: standard deviation of ln sigma")
+    stages: Positive | None = Field(None, description="ect: how often times come nearer, evenly over the run; default 8")
+    q: Annotated[float, Field(gt=1)] = Field(2.0, description="ect: how much nearer a stage")
+    k: Weight = Field(8.0, description="ect: r / t at small noise")
+    b: Rate = Field(1.0, description="ect: where small noise ends")
+    dropout: Fraction = Field(0.0, description="of training, the same in student and target")
+    network: NetworkConfig = Field(NetworkConfig(), description="ct, ict without a teacher")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_method(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        defaults = CM_DEFAULTS.get(data.get("method", "cd"), {})
+        return {
+            **{key: value for key, value in defaults.items() if data.get(key) is None},
+            **{k: v for k, v in data.items() if v is not None},
+        }
+
+    @model_validator(mode="after")
+    def _needed(self) -> CMConfig:
+        own = CM_DEFAULTS[self.method]
+        for key in ("scales", "scales_end", "target_decay", "stages"):
+            if key not in own and getattr(self, key) is not None:
+                raise ValueError(f"{key} is not for method {self.method}")
+        if self.scales_end and self.scales and self.scales_end < self.scales:
+            raise ValueError(f"scales_end {self.scales_end} is below scales {self.scales}")
+        if self.lpips_weights and self.metric != "lpips":
+            raise ValueError("lpips_weights is for metric lpips alone")
+        if self.guidance_scale is not None and self.method != "cd":
+            raise ValueError("guidance_scale is for method cd alone, which follows a teacher's ODE")
+        return self
+
+
 CONFIGS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "pairs": PairsConfig,
     "dmd": DMDConfig,
+    "cm": CMConfig,
     "sample": SampleConfig,
     "classifier": ClassifierConfig,
     "evaluate": EvaluateConfig,

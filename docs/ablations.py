@@ -1,6 +1,6 @@
 """The ablations of 2311.18828 on the built-in digits: what each part of DMD is worth, over three seeds.
 
-    python -m docs.ablations runs/ablations        # 40 minutes on one core; a stopped one goes on where it was
+    python -m docs.ablations runs/ablations        # half an hour on one core; a stopped one goes on where it was
 
 Pairs once, then for each case and seed `distill dmd`, 2,000 images of `distill sample --seed 7`, and tests/judge.py.
 The paper's figures (its table 2, FID of one-step students) stand beside ours.
@@ -24,7 +24,6 @@ CASES = {
     "without regression": (["regression_weight=0"], "5.58", "5.61"),
     "without distribution matching": (["regression_weight=8", "matching_weight=0"], "3.82", "9.21"),
     "without the fake score": (["regression_weight=8", "fake_score=false"], "", ""),
-    "real score alone": (["regression_weight=0", "fake_score=false"], "", ""),
 }
 MEASURES = ("accuracy", "frechet", "spread")
 

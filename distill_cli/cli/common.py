@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from distill_cli.config import Config, TrainingConfig
     from distill_cli.distill.engine import Engine
+    from distill_cli.models.model import Model, Sampling
 
     ConfigT = TypeVar("ConfigT", bound=Config)
     TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
@@ -132,3 +133,16 @@ def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: i
         "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
         "memory": f"about {(weights + 12 * trained) / 1e6:.0f} MB of weights, gradients and moments, and the activations",
     }
+
+
+def compare(models: dict[str, tuple[Model, Sampling]], seed: int, path: Path, classes: list[int] | None = None) -> None:
+    """Models below one another, from the same noise, which is in no store of pairs."""
+    from distill_cli.data.pictures import save_comparison, to_uint8
+    from distill_cli.models.model import network_evaluations
+
+    rows = []
+    for name, (model, sampling) in models.items():
+        images, _ = model.examples(seed, 40, sampling, classes)
+        calls = network_evaluations(sampling)
+        rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
+    save_comparison(rows, path, columns=20)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from distill_cli.cli import common
-
-if TYPE_CHECKING:
-    from distill_cli.config import DMDConfig
-    from distill_cli.models.model import Model, Sampling
 
 
 def dmd(
@@ -69,19 +65,6 @@ def dmd(
     student = engine.train()
     folder = engine.run.folder
     picture = folder / "comparison.png"
-    _compare({"teacher": (model, objective.sampling), "student": (student, student.sampling)}, config, picture)
+    common.compare({"teacher": (model, objective.sampling), "student": (student, student.sampling)}, config.seed, picture, config.classes)
     data = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
     common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)
-
-
-def _compare(models: dict[str, tuple[Model, Sampling]], config: DMDConfig, path: Path) -> None:
-    """Teacher above student, from the same noise, which is in no store of pairs."""
-    from distill_cli.data.pictures import save_comparison, to_uint8
-    from distill_cli.models.model import network_evaluations
-
-    rows = []
-    for name, (model, sampling) in models.items():
-        images, _ = model.examples(config.seed, 40, sampling, config.classes)
-        calls = network_evaluations(sampling)
-        rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
-    save_comparison(rows, path, columns=20)

@@ -36,6 +36,7 @@ class Classification:
         self.networks: dict[str, nn.Module] = {"classifier": network}
         self.rates = {"classifier": config.lr}
         self.frozen: list[nn.Module] = []
+        self.kept: dict[str, nn.Module] = {}
         self.order = Order(config.seed, len(self.seen))
 
     def turns(self, draws: Draws) -> Iterator[Loss]:

@@ -45,6 +45,7 @@ class Denoising:
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.denoiser.train()}
         self.rates = {"teacher": config.lr}
         self.frozen: list[nn.Module] = []
+        self.kept: dict[str, nn.Module] = {}
         self.order = Order(config.seed, len(images))
 
     def times(self, draws: Draws) -> torch.Tensor:

@@ -44,6 +44,7 @@ class DMD:
             self.rates["fake"] = config.fake_lr or config.lr
         self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
         self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
+        self.kept: dict[str, nn.Module] = {}
         self.regression_weight = 0.0
         if pairs is not None:
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight

@@ -46,6 +46,8 @@ class Objective(Protocol):
     """Trained networks; the first one's average is the result. The engine puts wrapped ones in their place."""
     frozen: list[nn.Module]
     """Networks that only answer."""
+    kept: dict[str, nn.Module]
+    """Networks that the objective changes itself: they go into checkpoints."""
     rates: dict[str, float]
     """Learning rate of each trained network."""
     result: str
@@ -70,6 +72,14 @@ def learning_rate(config: TrainingConfig, rate: float, step: int) -> float:
     return rate * warm * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * along)))
 
 
+def make_optimizer(config: TrainingConfig, network: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """AdamW, or RAdam (Liu et al. 1908.03265) with the same decoupled decay, all parameters in few calls."""
+    settings: dict[str, Any] = dict(lr=rate, betas=config.betas, weight_decay=config.weight_decay)
+    if config.optimizer == "radam":
+        return torch.optim.RAdam(network.parameters(), **settings, decoupled_weight_decay=True, foreach=True)
+    return torch.optim.AdamW(network.parameters(), **settings, fused=True)
+
+
 class Engine:
     """Trains an objective in a run's folder."""
 
@@ -85,16 +95,14 @@ class Engine:
         check_precision(wanted, config.precision)
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=wanted.type == "cpu")
         where = self.accelerator.device
-        for frozen in objective.frozen:
-            frozen.to(where)
+        for answering in (*objective.frozen, *objective.kept.values()):
+            answering.to(where)
         self.plain = {name: network.to(where) for name, network in objective.networks.items()}
         self.main = next(iter(self.plain))
         self.ema = EMA(self.plain[self.main], config.ema_halflife)
         self.optimizers: dict[str, Any] = {}
         for name, network in self.plain.items():
-            optimizer = torch.optim.AdamW(
-                network.parameters(), lr=objective.rates[name], betas=config.betas, weight_decay=config.weight_decay, fused=True
-            )
+            optimizer = make_optimizer(config, network, objective.rates[name])
             objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
         self.step = 0
         self.window: dict[str, tuple[Tensor, int]] = {}
@@ -164,7 +172,7 @@ class Engine:
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
                 "scaler": scaler.state_dict() if scaler else None,
             }
-            networks = {**self.plain, "average": self.ema.network}
+            networks = {**self.plain, **self.objective.kept, "average": self.ema.network}
             checkpoint.save(self.run.checkpoints, self.step, networks, self.optimizers, state, self.config.keep)
         self.saved = self.step
 
@@ -175,7 +183,7 @@ class Engine:
         if found:
             if found[-1] > self.config.steps:
                 raise UsageError(f"--steps {self.config.steps}: the run is at step {found[-1]} already")
-            networks = {**self.plain, "average": self.ema.network}
+            networks = {**self.plain, **self.objective.kept, "average": self.ema.network}
             state = checkpoint.load(self.run.checkpoints, found[-1], networks, self.optimizers)
             self.step = self.saved = found[-1]
             where = self.accelerator.device

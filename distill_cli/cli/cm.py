@@ -1,0 +1,83 @@
+"""distill cm"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+if TYPE_CHECKING:
+    from distill_cli.config import CMConfig
+    from distill_cli.models.model import Model
+
+
+def cm(
+    overrides: common.Overrides = None,
+    recipe: common.Recipe = None,
+    method: Annotated[str | None, typer.Option(help="cd, ct, ict or ect.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder or a hub id; not for ct, ict.")] = None,
+    data: Annotated[str | None, typer.Option(help="Real images: a built-in set or a folder; default the teacher's set.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
+    out: common.Out = None,
+    steps: common.Steps = None,
+    batch_size: common.BatchSize = None,
+    lr: common.Rate = None,
+    metric: Annotated[str | None, typer.Option(help="huber, l1, l2 or lpips.")] = None,
+    guidance_scale: common.Guidance = None,
+    precision: common.Precision = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    resume: common.Resume = None,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+) -> None:
+    """Distil or train a consistency model, a student of one or a few steps."""
+    from distill_cli.config import CMConfig
+
+    flags = dict(
+        method=method, teacher=teacher, data=data, resolution=resolution, out=out, steps=steps, batch_size=batch_size, lr=lr,
+        metric=metric, guidance_scale=guidance_scale, precision=precision, seed=seed, device=device, resume=resume,
+    )  # fmt: skip
+    config = common.open_run(CMConfig, "cm", recipe, overrides, dry_run, flags)
+    if config.teacher and common.planned_without(config.teacher, config, dry_run):
+        return
+    from distill_cli.data import open_images
+    from distill_cli.distill.consistency import Consistency
+    from distill_cli.distill.engine import Engine
+    from distill_cli.models import load
+
+    model = load(config.teacher) if config.teacher else None
+    config = config.model_copy(update={"data": config.data or _set_of(config, model)})
+    objective = Consistency(config, model, open_images(str(config.data), config.resolution, config.flip))
+    if dry_run:
+        count = sum(p.numel() for p in objective.networks["student"].parameters())
+        parts = {"teacher": bool(objective.frozen), "student": True, "target": bool(objective.kept)}
+        common.dry_run(config, common.training_plan(config, {name: count for name, there in parts.items() if there}, count))
+        return
+    engine = Engine(config, objective)
+    common.start_run(engine, "cm", resume)
+    student = engine.train()
+    folder = engine.run.folder
+    rows = {} if model is None else {"teacher": (model, model.sampling)}
+    rows |= {f"student, {n} step{'s' * (n > 1)}": (student, student.sampling.model_copy(update={"steps": n})) for n in (1, 2)}
+    picture = folder / "comparison.png"
+    common.compare(rows, config.seed, picture)
+    result = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
+    common.result(result, f"student: {folder / 'student'}\npicture: {picture}", json)
+
+
+def _set_of(config: CMConfig, model: Model | None) -> str:
+    """The images that the teacher has learned, where they are at hand."""
+    from pathlib import Path
+
+    from distill_cli.data.images import BUILTIN
+    from distill_cli.errors import UsageError
+
+    known = model.lineage.data if model is not None else ""
+    if known in BUILTIN or (known and Path(known).is_dir()):
+        return known
+    raise UsageError(
+        f"--data: method {config.method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits"
+    )

@@ -1,0 +1,85 @@
+"""Consistency models' mathematics: discretisations, the step between neighbouring times, distances, weights.
+
+Sources: Song et al. 2303.01469 (cd, ct), Song & Dhariwal 2310.14189 (ict), Geng et al. 2406.14548 (ect). Noise levels are
+EDM's sigma (alpha = 1); of a pair of times t is the noisier one and r < t the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.schedule import EDMSchedule, expand
+
+
+def sigma_at(schedule: EDMSchedule, index: Tensor, intervals: int) -> Tensor:
+    """Noise level of grid points `index` (any shape): 0 is sigma_max, `intervals` sigma_min, even in sigma^(1/rho)."""
+    return schedule.at(1 - index.double() / intervals)
+
+
+def ct_scales(step: int, steps: int, start: int, end: int) -> int:
+    """N(k) of consistency training: ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 (2303.01469, appendix C)."""
+    return math.ceil(math.sqrt(step / steps * ((end + 1) ** 2 - start**2) + start**2) - 1) + 1
+
+
+def ct_decay(scales: int, start: int, decay: float) -> float:
+    """mu(k) = exp(s0 ln mu0 / N(k)) of consistency training (2303.01469, appendix C)."""
+    return math.exp(start * math.log(decay) / scales)
+
+
+def ict_scales(step: int, steps: int, start: int, end: int) -> int:
+    """N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)) (2310.14189, section 3.4)."""
+    period = max(1, math.floor(steps / (math.log2(end // start) + 1)))
+    return min(start * 2 ** (step // period), end) + 1
+
+
+def lognormal_index(schedule: EDMSchedule, uniform: Tensor, intervals: int, p_mean: float, p_std: float) -> Tensor:
+    """(B,) indices of the noisier end, drawn so that ln sigma of the pair is normal (2310.14189, eq. 11), from uniforms (B,)."""
+    levels = sigma_at(schedule, torch.arange(intervals + 1), intervals).log()
+    mass = torch.special.erf((levels - p_mean) / (2**0.5 * p_std))
+    share = (mass[:-1] - mass[1:]).cumsum(0)
+    return torch.searchsorted(share / share[-1], uniform.double(), right=True).clamp(max=intervals - 1)
+
+
+def ect_neighbour(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor:
+    """(B,) r = max(0, t (1 - q^-(stage + 1) (1 + k sigmoid(-b t)))) of easy consistency tuning (2406.14548, section 3)."""
+    return (t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t)))).clamp(min=0)
+
+
+def ode_step(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, condition: Condition, solver: str) -> Tensor:
+    """From x at times t (B,) to times r (B,) along the probability-flow ODE, by one `heun` or `euler` step of each sample."""
+    wide_t, wide_r = expand(t, x), expand(r, x)
+    slope = (x - denoiser(x, t, condition)) / wide_t
+    ahead = x + (wide_r - wide_t) * slope
+    if solver == "euler":
+        return ahead
+    return x + (wide_r - wide_t) * 0.5 * (slope + (ahead - denoiser(ahead, r, condition)) / wide_r)
+
+
+def distance(kind: str, x: Tensor, reference: Tensor, c: float) -> Tensor:
+    """(B,) l1 or l2, means over the sample; or pseudo-Huber sqrt(|d|^2 + c^2) - c over its sum (c 0: the norm)."""
+    delta = (x - reference).flatten(1)
+    if kind == "l1":
+        return delta.abs().mean(1)
+    if kind == "l2":
+        return delta.square().mean(1)
+    if kind == "huber":
+        squared = delta.square().sum(1)
+        return (squared + max(c * c, torch.finfo(squared.dtype).tiny)).sqrt() - c
+    raise ValueError(f"metric {kind!r} is none of l1, l2, huber")
+
+
+def weight(kind: str, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+    """(B,) weights of the distance between the estimates at t and r."""
+    if kind == "uniform":
+        return torch.ones_like(t)
+    if kind == "snr+1":
+        return t**-2 + 1
+    if kind == "karras":
+        return t**-2 + sigma_data**-2
+    if kind == "inverse-step":
+        return 1 / (t - r)
+    raise ValueError(f"weighting {kind!r} is none of uniform, snr+1, karras, inverse-step")

@@ -1,0 +1,182 @@
+"""Consistency models by distillation (cd), training (ct), improved training (ict) and easy tuning (ect).
+
+One objective: the student's estimate of x0 at the noisier time is drawn to a target's estimate at the next less noisy one.
+The methods differ in how the pair of times is drawn, in how the second point is reached (the teacher's ODE, or the data's own
+noise), and in the target: an average of the student (cd, ct) or the student itself (ict, ect).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.config import CMConfig
+from distill_cli.data import Images
+from distill_cli.diffusion import consistency as maths
+from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.schedule import EDMSchedule, expand
+from distill_cli.distill.engine import Loss
+from distill_cli.errors import UsageError
+from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.perceptual import Perceptual
+from distill_cli.models.pixel import create
+
+GRID = 39
+"""Intervals of the time grid that OpenAI's samplers and diffusers' pipeline count on."""
+SECOND = 20
+"""Where diffusers' pipeline puts the second of two steps."""
+
+
+class Consistency:
+    """The objective. The student starts from the teacher's weights, or (ct, ict without one) from new ones."""
+
+    result = "student"
+
+    def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
+        self.config, self.teacher, self.images = config, teacher, images
+        start = teacher.copy() if teacher is not None else _new(config, images)
+        check_images(config, start, images)
+        schedule = start.denoiser.schedule
+        if not isinstance(schedule, EDMSchedule):
+            raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
+        self.schedule, self.start = schedule, start
+        student = start.denoiser.train().requires_grad_(True)
+        if config.method != "ect":  # which keeps EDM's scalings, whose boundary is at 0
+            student.parameterisation = "consistency"
+        for module in student.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
+        self.networks: dict[str, nn.Module] = {"student": student}
+        self.rates = {"student": config.lr}
+        self.frozen: list[nn.Module] = []
+        self.kept: dict[str, nn.Module] = {}
+        if config.method in ("cd", "ct"):
+            self.kept["target"] = copy.deepcopy(student).requires_grad_(False)
+        if config.method == "cd":
+            assert teacher is not None
+            sampling = teacher.with_defaults(None, None, config.guidance_scale)
+            self.frozen.append(teacher.denoiser.eval().requires_grad_(False))
+            self.real = guided(teacher.denoiser, sampling.guidance_scale, teacher.conditioner.null)
+        self.perceptual = Perceptual(config.lpips_weights) if config.metric == "lpips" else None
+        if self.perceptual is not None:
+            self.frozen.append(self.perceptual)
+        dimensions = torch.Size(start.shape).numel()
+        self.huber_c = 0.00054 * dimensions**0.5 if config.huber_c is None else config.huber_c
+        self.order = Order(config.seed, len(images))
+
+    def scales(self, step: int) -> int:
+        """N, the times of the grid, at a step."""
+        config = self.config
+        assert config.scales is not None
+        if config.method == "cd":
+            return config.scales
+        assert config.scales_end is not None
+        schedule = maths.ct_scales if config.method == "ct" else maths.ict_scales
+        return schedule(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
+
+    def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+        """(B,) float64 pairs of times t > r."""
+        config = self.config
+        if config.method == "ect":
+            assert config.stages is not None
+            t = (config.p_mean + config.p_std * draws.normal("time").double()).exp()
+            stage = min(step, config.steps - 1) * config.stages // config.steps
+            return t, maths.ect_neighbour(t, stage, config.q, config.k, config.b)
+        intervals = self.scales(step) - 1
+        uniform = draws.uniform("time")
+        if config.method == "ict":
+            index = maths.lognormal_index(self.schedule, uniform, intervals, config.p_mean, config.p_std)
+        else:
+            index = (uniform * intervals).long()
+        return maths.sigma_at(self.schedule, index, intervals), maths.sigma_at(self.schedule, index + 1, intervals)
+
+    def errors(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        """Weighted distance of each sample, (B,): of the student's estimate at t to the target's at r."""
+        t, r = t.to(x), r.to(x)
+        noisy = x + expand(t, x) * noise
+        student = self.networks["student"]
+        target = self.kept.get("target", student)
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):  # the student's call below draws the same dropout
+            if self.config.method == "cd":
+                nearer = maths.ode_step(self.real, noisy, t, r, condition, self.config.solver)
+            else:
+                nearer = x + expand(r, x) * noise
+            reference = torch.where(expand(r, x) > 0, target(nearer, r.clamp(min=1e-6), condition), x)
+        estimate = student(noisy, t, condition)
+        if self.perceptual is not None:
+            distances = self.perceptual(estimate, reference)
+        else:
+            distances = maths.distance(self.config.metric, estimate, reference, self.huber_c)
+        assert self.config.weighting is not None
+        return maths.weight(self.config.weighting, t, r, self.start.denoiser.scales.sigma_data) * distances
+
+    def turns(self, draws: Draws) -> Iterator[Loss]:
+        step, place = divmod(draws.indices[0], self.config.batch_size)
+        x, labels = self.images.batch([self.order[i] for i in draws.indices], draws)
+        device = next(self.networks["student"].parameters()).device
+        t, r = self.times(draws, step)
+        condition = self.start.conditioner(labels.to(device))
+        noise = draws.normal("noise", x.shape[1:]).to(device)
+        yield Loss("student", self.errors(x.to(device), noise, t.to(device), r.to(device), condition).mean())
+        if "target" in self.kept and place < self.config.batch_size // self.config.accumulate:  # once a step
+            self._follow(step)
+
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        """The target's average takes the student's step."""
+        config = self.config
+        assert config.target_decay is not None
+        decay = config.target_decay
+        if config.method == "ct":
+            assert config.scales is not None
+            decay = maths.ct_decay(self.scales(step), config.scales, decay)
+        student = [p.detach() for p in self.networks["student"].parameters()]
+        torch._foreach_lerp_(list(self.kept["target"].parameters()), student, 1 - decay)
+
+    def model(self, network: nn.Module) -> Model:
+        assert isinstance(network, NetworkDenoiser)
+        start, teacher = self.start.lineage, self.teacher
+        second = maths.sigma_at(self.schedule, torch.tensor(SECOND), GRID).item()
+        lineage = Lineage(
+            name=f"{start.name}-{self.config.method}",
+            kind="student",
+            method=self.config.method,
+            teacher=start.name if teacher is not None else "",
+            teacher_hash=teacher.weights_hash() if teacher is not None else "",
+            licence=start.licence,
+            data=self.config.data or start.data,
+        )
+        return Model(network, self.start.conditioner, lineage, Sampling(solver="few-step", steps=1), [self.schedule.t_max, second])
+
+    def advice(self, metrics: dict[str, float], done: float) -> str:
+        return ""
+
+
+def _new(config: CMConfig, images: Images) -> Model:
+    """A student with random weights."""
+    options: dict[str, Any] = config.network.model_dump()
+    return create(
+        resolution=images.shape[1],
+        image_channels=images.shape[0],
+        classes=list(images.classes),
+        schedule=EDMSchedule(),
+        parameterisation="consistency",
+        lineage=Lineage(name=str(config.data), data=str(config.data)),
+        seed=config.seed,
+        **options,
+    )
+
+
+def check_images(config: CMConfig, model: Model, images: Images) -> None:
+    """Refuse images of another shape or with other classes than the model's."""
+    if tuple(images.shape) != model.shape:
+        raise UsageError(f"--data {config.data}: images of {tuple(images.shape)}, the teacher's are {model.shape}")
+    if len(images.classes) != len(model.conditioner.classes):
+        raise UsageError(f"--data {config.data}: {len(images.classes)} classes, the teacher has {len(model.conditioner.classes)}")
