@@ -81,6 +81,9 @@ class SampleConfig(GenerateConfig):
 
     model: str = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
     format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
+    times: str | None = Field(None, description="a student's: index:0,22 (of diffusers' 40), sigma:80,1.4, even; default its own")
+    search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="a consistency student's best times for so many steps")
+    classifier: str = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
     grid: bool = Field(False, description="also grid.png of the first 100 images")
     scale: Positive = Field(4, description="enlargement of the grid's pictures")
 
@@ -103,6 +106,29 @@ class EvaluateConfig(Config):
     neighbours: Positive = Field(3, description="of precision and recall")
     batch_size: Positive = Field(100, description="images at a time")
     precision: Precision = Field("no", description="of the models' arithmetic")
+
+
+class EditConfig(Config):
+    """distill edit: a consistency student edits pictures that it was never trained to edit (Song et al. 2303.01469, section 6.3)"""
+
+    task: Literal["inpaint", "colorize", "superres", "sdedit", "interpolate"] = Field("interpolate", description="what is done")
+    model: str = Field("digits", description="a consistency student: a folder, a run, or a hub id")
+    input: Path | None = Field(None, description="a picture or a folder of them; interpolate takes none")
+    mask: Path | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
+    patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: pixels of the model on a pixel of the input, each way")
+    times: str | None = Field(None, description="as for sample; default index:0,4,... to 36, sdedit from 20, interpolate the student's own")
+    classes: Classes = Field(None, description="labels of the pictures in turn; default none where the model can do without")
+    frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: pictures from one noise to the next")
+    batch_size: Positive = Field(100, description="pictures at a time")
+    scale: Positive = Field(4, description="enlargement of the side-by-side picture")
+
+    @model_validator(mode="after")
+    def _needed(self) -> EditConfig:
+        if (self.input is None) != (self.task == "interpolate"):
+            raise ValueError(f"{self.task} {'needs' if self.input is None else 'takes no'} input")
+        if (self.mask is None) == (self.task == "inpaint"):
+            raise ValueError(f"{self.task} {'needs a' if self.mask is None else 'takes no'} mask")
+        return self
 
 
 class TrainingConfig(Config):
@@ -257,6 +283,7 @@ class CMConfig(TrainingConfig):
     q: Annotated[float, Field(gt=1)] = Field(2.0, description="ect: how much nearer a stage")
     k: Weight = Field(8.0, description="ect: r / t at small noise")
     b: Rate = Field(1.0, description="ect: where small noise ends")
+    label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that edits can do without a class")
     dropout: Fraction = Field(0.0, description="of training, the same in student and target")
     network: NetworkConfig = Field(NetworkConfig(), description="ct, ict without a teacher")
 
@@ -293,6 +320,7 @@ CONFIGS: dict[str, type[Config]] = {
     "cm": CMConfig,
     "sample": SampleConfig,
     "classifier": ClassifierConfig,
+    "edit": EditConfig,
     "evaluate": EvaluateConfig,
 }
 """The command that a recipe's `command` key names -> its options."""

@@ -15,6 +15,7 @@ from distill_cli.cli.classifier import classifier
 from distill_cli.cli.cm import cm
 from distill_cli.cli.convert import convert
 from distill_cli.cli.dmd import dmd
+from distill_cli.cli.edit import edit
 from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
 from distill_cli.cli.evaluate import evaluate
 from distill_cli.cli.pairs import pairs
@@ -48,7 +49,7 @@ def distill(
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
-for command in (train, pairs, dmd, cm, sample, evaluate, classifier, bench, convert):
+for command in (train, pairs, dmd, cm, sample, edit, evaluate, classifier, bench, convert):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")

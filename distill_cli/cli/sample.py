@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill_cli.cli import common
+
+if TYPE_CHECKING:
+    from distill_cli.config import SampleConfig
+    from distill_cli.models.model import Model
 
 
 def sample(
@@ -18,6 +22,10 @@ def sample(
     classes: common.Classes = None,
     solver: common.Solver = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default the model's own.")] = None,
+    times: Annotated[str | None, typer.Option(help="A student's: index:0,22 (of diffusers' 40), sigma:80,1.4, or even.")] = None,
+    search_times: Annotated[
+        int | None, typer.Option(help="Find the best times of a student for N steps, and keep them.", metavar="N")
+    ] = None,
     guidance_scale: common.Guidance = None,
     batch_size: common.BatchSize = None,
     format: Annotated[str | None, typer.Option(help="png or npz.")] = None,
@@ -33,8 +41,9 @@ def sample(
     from distill_cli.recipes import resolve
 
     flags = dict(
-        model=model, num=num, out=out, classes=classes, solver=solver, steps=steps, guidance_scale=guidance_scale,
-        batch_size=batch_size, format=format, grid=grid or None, precision=precision, seed=seed, device=device,
+        model=model, num=num, out=out, classes=classes, solver=solver, steps=steps, times=times, search_times=search_times,
+        guidance_scale=guidance_scale, batch_size=batch_size, format=format, grid=grid or None, precision=precision,
+        seed=seed, device=device,
     )  # fmt: skip
     config = common.with_out(resolve(SampleConfig, recipe, overrides or [], flags), recipe, "samples")
     from distill_cli.models import load
@@ -47,9 +56,33 @@ def sample(
         calls = network_evaluations(loaded.with_defaults(config.solver, config.steps, config.guidance_scale))
         common.dry_run(config, {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
         return
+    if config.search_times:
+        _search(config, loaded, json)
+        return
     data = batch.sample(config, loaded, config.out)
     speed = f", {data['images_per_second']} images/s" if data["made"] else ""
     text = f"samples: {config.num} in {config.out} ({data['made']} made, {data['kept']} were there){speed}"
     if config.grid:
         text += f"\npicture: {config.out / 'grid.png'}"
     common.result(data, text, json)
+
+
+def _search(config: SampleConfig, model: Model, as_json: bool) -> None:
+    """Find a student's best times and write them into its folder."""
+    from pathlib import Path
+
+    from distill_cli.errors import UsageError
+    from distill_cli.evaluate.search import search_times
+    from distill_cli.models.pixel import save_times
+    from distill_cli.models.registry import folder_of
+
+    folder = folder_of(Path(config.model))
+    if folder is None:
+        raise UsageError(f"--model {config.model}: --search-times writes into a student's folder", "give a folder or a run")
+    assert config.search_times is not None
+    best, tried = search_times(config, model, config.search_times)
+    save_times(folder, best)
+    lines = [f"index:{','.join(map(str, row['indices']))}  Fréchet distance {row['frechet']:.4f}" for row in tried]
+    times = ", ".join(f"{time:.4g}" for time in best.few_step_times or [])
+    lines.append(f"{folder}: sampled in {config.search_times} steps at sigma {times} from now on")
+    common.result({"folder": str(folder), "times": best.few_step_times, "tried": tried}, "\n".join(lines), as_json)

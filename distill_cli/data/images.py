@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distill_cli.data.pictures import from_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError, nearest
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -59,6 +63,28 @@ class Digits:
         return self.grey[list(positions)] * ink[:, :, None, None] * 2 - 1, self.labels[list(positions)]
 
 
+def open_picture(path: Path) -> tuple[PIL.Image.Image, bool]:
+    """A picture upright, as RGB, with an alpha channel laid on white; and whether it had one that showed."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
+        raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
+    background = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(background, picture).convert("RGB"), picture.getchannel("A").getextrema() != (255, 255)
+
+
+def fit(picture: PIL.Image.Image, height: int, width: int) -> Tensor:
+    """(3, height, width) in [-1, 1]: scaled so that it covers them, cut in the centre; as it is where it fits."""
+    from PIL import Image, ImageOps
+
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return from_uint8(np.asarray(picture)[None].copy())[0]
+
+
 class Folder:
     """Image files below a folder; the first level of subfolders, if any, names the classes.
 
@@ -84,21 +110,8 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def _read(self, path: Path) -> Tensor:
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGBA")
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-            raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
-        background = Image.new("RGBA", picture.size, "white")
-        rgb = Image.alpha_composite(background, picture).convert("RGB")
-        rgb = ImageOps.fit(rgb, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float() / 127.5 - 1
-
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        images = torch.stack([self._read(self.files[p]) for p in positions])
+        images = torch.stack([fit(open_picture(self.files[p])[0], self.resolution, self.resolution) for p in positions])
         if self.flip:
             mirrored = draws.uniform("augment") < 0.5
             images[mirrored] = images[mirrored].flip(-1)

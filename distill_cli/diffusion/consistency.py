@@ -1,4 +1,4 @@
-"""Consistency models' mathematics: discretisations, the step between neighbouring times, distances, weights.
+"""Consistency models' mathematics: discretisations, the step between neighbouring times, weights.
 
 Sources: Song et al. 2303.01469 (cd, ct), Song & Dhariwal 2310.14189 (ict), Geng et al. 2406.14548 (ect). Noise levels are
 EDM's sigma (alpha = 1); of a pair of times t is the noisier one and r < t the other.
@@ -57,19 +57,6 @@ def ode_step(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, condition: Con
     if solver == "euler":
         return ahead
     return x + (wide_r - wide_t) * 0.5 * (slope + (ahead - denoiser(ahead, r, condition)) / wide_r)
-
-
-def distance(kind: str, x: Tensor, reference: Tensor, c: float) -> Tensor:
-    """(B,) l1 or l2, means over the sample; or pseudo-Huber sqrt(|d|^2 + c^2) - c over its sum (c 0: the norm)."""
-    delta = (x - reference).flatten(1)
-    if kind == "l1":
-        return delta.abs().mean(1)
-    if kind == "l2":
-        return delta.square().mean(1)
-    if kind == "huber":
-        squared = delta.square().sum(1)
-        return (squared + max(c * c, torch.finfo(squared.dtype).tiny)).sqrt() - c
-    raise ValueError(f"metric {kind!r} is none of l1, l2, huber")
 
 
 def weight(kind: str, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses of distribution matching and of denoising, each (B, C, H, W) -> a scalar or (B,)."""
+"""Losses of distribution matching, of denoising and of regression, each (B, C, H, W) -> a scalar or (B,)."""
 
 from __future__ import annotations
 
@@ -62,17 +62,24 @@ def denoising_loss(
     return denoising_weight(schedule, t.to(squared), sigma_data, error) * squared
 
 
-def regression_loss(kind: str, x: Tensor, reference: Tensor) -> Tensor:
-    """Distance of each of the student's images to the teacher's from the same noise, (B,).
-
-    `l2` is mean squared error; `huber` is the pseudo-Huber metric sqrt(|d|^2 + c^2) - c of a sample divided by
-    sqrt(dimensions), c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2310.14189, section 3.3).
-    """
-    delta = (x.float() - reference.float()).flatten(1)
+def distance(kind: str, x: Tensor, reference: Tensor, c: float) -> Tensor:
+    """(B,) l1 or l2, means over the sample; or pseudo-Huber sqrt(|d|^2 + c^2) - c over its sum (c 0: the norm)."""
+    delta = (x - reference).flatten(1)
+    if kind == "l1":
+        return delta.abs().mean(1)
     if kind == "l2":
         return delta.square().mean(1)
     if kind == "huber":
-        dimensions = delta.shape[1]
-        c = 0.00054 * dimensions**0.5
-        return ((delta.square().sum(1) + c**2).sqrt() - c) / dimensions**0.5
-    raise ValueError(f"regression loss {kind!r} is none of l2, huber")
+        squared = delta.square().sum(1)
+        return (squared + max(c * c, torch.finfo(squared.dtype).tiny)).sqrt() - c
+    raise ValueError(f"metric {kind!r} is none of l1, l2, huber")
+
+
+def regression_loss(kind: str, x: Tensor, reference: Tensor) -> Tensor:
+    """Distance of each of the student's images to the teacher's from the same noise, (B,): l2, or huber over sqrt(dimensions).
+
+    huber's c is 0.00054 sqrt(dimensions) (Song & Dhariwal 2310.14189, section 3.3).
+    """
+    root = x[0].numel() ** 0.5
+    out = distance(kind, x.float(), reference.float(), 0.00054 * root)
+    return out / root if kind == "huber" else out

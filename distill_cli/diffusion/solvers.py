@@ -129,20 +129,23 @@ def few_step(
     *,
     sigma_min: float = 0.0,
     noise: Noise | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """x0, renoise, x0, ...: the sampler of one- and few-step students (Song et al. 2303.01469, algorithm 1).
 
-    Renoising has standard deviation sqrt(sigma^2 - sigma_min^2); consistency models give their sigma_min.
+    Renoising has standard deviation sqrt(sigma^2 - sigma_min^2); consistency models give their sigma_min. `project` takes
+    each x0 before it is used: zero-shot edits put back there what is known (the paper's algorithm 4).
     """
-    x0 = _call(denoiser, x, times[0], condition)
-    if callback:
-        callback(0, x, x0)
-    for k, t in enumerate(times[1:], start=1):
-        assert noise is not None, "several steps need noise"
-        a, s = _at(schedule, t)
-        x = a * x0 + max(0.0, s**2 - sigma_min**2) ** 0.5 * noise(k)
+    x0 = x
+    for k, t in enumerate(times):
+        if k:
+            assert noise is not None, "several steps need noise"
+            a, s = _at(schedule, t)
+            x = a * x0 + max(0.0, s**2 - sigma_min**2) ** 0.5 * noise(k)
         x0 = _call(denoiser, x, t, condition)
         if callback:
             callback(k, x, x0)
+        if project:
+            x0 = project(x0)
     return x0

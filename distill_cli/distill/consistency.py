@@ -19,6 +19,7 @@ from distill_cli.data import Images
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, expand
 from distill_cli.distill.engine import Loss
@@ -26,11 +27,7 @@ from distill_cli.errors import UsageError
 from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import create
-
-GRID = 39
-"""Intervals of the time grid that OpenAI's samplers and diffusers' pipeline count on."""
-SECOND = 20
-"""Where diffusers' pipeline puts the second of two steps."""
+from distill_cli.models.times import PUBLISHED, from_indices
 
 
 class Consistency:
@@ -113,13 +110,16 @@ class Consistency:
         if self.perceptual is not None:
             distances = self.perceptual(estimate, reference)
         else:
-            distances = maths.distance(self.config.metric, estimate, reference, self.huber_c)
+            distances = distance(self.config.metric, estimate, reference, self.huber_c)
         assert self.config.weighting is not None
         return maths.weight(self.config.weighting, t, r, self.start.denoiser.scales.sigma_data) * distances
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
         step, place = divmod(draws.indices[0], self.config.batch_size)
         x, labels = self.images.batch([self.order[i] for i in draws.indices], draws)
+        null = self.start.conditioner.null
+        if null is not None:
+            labels = torch.where(draws.uniform("label_dropout") < self.config.label_dropout, null, labels)
         device = next(self.networks["student"].parameters()).device
         t, r = self.times(draws, step)
         condition = self.start.conditioner(labels.to(device))
@@ -143,7 +143,6 @@ class Consistency:
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)
         start, teacher = self.start.lineage, self.teacher
-        second = maths.sigma_at(self.schedule, torch.tensor(SECOND), GRID).item()
         lineage = Lineage(
             name=f"{start.name}-{self.config.method}",
             kind="student",
@@ -153,7 +152,7 @@ class Consistency:
             licence=start.licence,
             data=self.config.data or start.data,
         )
-        return Model(network, self.start.conditioner, lineage, Sampling(solver="few-step", steps=1), [self.schedule.t_max, second])
+        return Model(network, self.start.conditioner, lineage, Sampling(solver="few-step", steps=1), from_indices(self.schedule, PUBLISHED))
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""

@@ -56,6 +56,10 @@ class Reference:
         positions = (draws.uniform("order") * len(self.images)).long().tolist()
         return self.images.batch(positions, draws)
 
+    def frechet(self, images: Tensor) -> float:
+        """The Fréchet distance of images (N, C, H, W) to the real ones."""
+        return frechet(self.classifier.measure(images)[0], self.features)
+
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float | None]:
         """Accuracy (where the labels asked for are known), Fréchet distance, precision and recall of images (N, C, H, W)."""
         features, predicted = self.classifier.measure(images)

@@ -18,6 +18,10 @@ from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
 from distill_cli.errors import UsageError
+from distill_cli.models.times import parse
+
+CONSISTENCY = ("cd", "ct", "ict", "ect")
+"""Methods of `distill cm`."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,12 @@ class Model:
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
+    @property
+    def is_consistency(self) -> bool:
+        """Whether it maps every noise level to an image, as students of `distill cm` do, and not the largest alone."""
+        learned = self.denoiser.parameterisation == "consistency" or self.lineage.method in CONSISTENCY
+        return self.few_step_times is not None and learned
+
     def to(self, device: str | torch.device) -> Model:
         self.denoiser.to(device)
         return self
@@ -150,13 +160,26 @@ class Model:
         if solver == "few-step":
             if self.few_step_times is None:
                 return schedule.times(steps)
-            if steps > len(self.few_step_times):
-                raise UsageError(f"--steps {steps}: the student was made for at most {len(self.few_step_times)}")
-            return torch.tensor(self.few_step_times[:steps], dtype=torch.float64)
+            if steps <= len(self.few_step_times):
+                return torch.tensor(self.few_step_times[:steps], dtype=torch.float64)
+            if not self.is_consistency or not isinstance(schedule, EDMSchedule):
+                made = f"--steps {steps}: the student was made for at most {len(self.few_step_times)}"
+                raise UsageError(made, "consistency students (distill cm) take any number")
+            return torch.tensor(parse("even", schedule, steps), dtype=torch.float64)
         if isinstance(schedule, TableSchedule) and solver == "heun":
             low = schedule.t_max / steps / 2  # sigma / alpha of the last times must not vanish
             return torch.linspace(schedule.t_max, low, steps, dtype=torch.float64)
         return schedule.times(steps)
+
+    def with_times(self, spec: str, steps: int | None = None) -> Model:
+        """This student sampled at the times that `spec` says (models/times.py), which are then its own."""
+        schedule = self.denoiser.schedule
+        if not self.is_consistency or not isinstance(schedule, EDMSchedule):
+            raise UsageError(f"--times {spec}: for consistency students (distill cm) alone")
+        times = parse(spec, schedule, steps or self.sampling.steps)
+        if steps not in (None, len(times)):
+            raise UsageError(f"--times {spec}: {len(times)} times for --steps {steps}", "leave --steps out")
+        return replace(self, few_step_times=times, sampling=self.sampling.model_copy(update={"steps": len(times)}))
 
     def with_defaults(self, solver: str | None, steps: int | None, guidance_scale: float | None) -> Sampling:
         """The sampling settings that result from what the user gave.

@@ -20,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
 from distill_cli.errors import DistillError
-from distill_cli.files import folder_atomic
+from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
 
 EXTRA = "distill.json"
@@ -43,6 +43,18 @@ class Extra(BaseModel):
     sampling: Sampling = Sampling()
     few_step_times: list[float] | None = None
     lineage: Lineage
+
+
+def _extra(model: Model) -> Extra:
+    return Extra(
+        parameterisation=model.denoiser.parameterisation,
+        time_input=model.denoiser.time_input,
+        classes=list(model.conditioner.classes),
+        null_label=model.conditioner.null_label,
+        sampling=model.sampling,
+        few_step_times=model.few_step_times,
+        lineage=model.lineage,
+    )
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -75,15 +87,6 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         )
         pipeline = DDPM_PIPELINE
     unet = model.unet if dtype == torch.float32 else copy.deepcopy(model.unet).to(dtype)
-    extra = Extra(
-        parameterisation=denoiser.parameterisation,
-        time_input=denoiser.time_input,
-        classes=list(model.conditioner.classes),
-        null_label=model.conditioner.null_label,
-        sampling=model.sampling,
-        few_step_times=model.few_step_times,
-        lineage=model.lineage,
-    )
     with folder_atomic(folder) as temporary:
         unet.save_config(temporary / "unet")
         weights = {name: value.contiguous() for name, value in unet.state_dict().items()}
@@ -96,8 +99,14 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
             "scheduler": ["diffusers", type(scheduler).__name__],
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (temporary / EXTRA).write_text(extra.model_dump_json(indent=2) + "\n")
+        (temporary / EXTRA).write_text(_extra(model).model_dump_json(indent=2) + "\n")
         (temporary / "README.md").write_text(card(model))
+
+
+def save_times(folder: Path, model: Model) -> None:
+    """Write a student's few-step times and number of steps into its folder's distill.json and card."""
+    write_atomic(folder / EXTRA, _extra(model).model_dump_json(indent=2) + "\n")
+    write_atomic(folder / "README.md", card(model))
 
 
 def card(model: Model) -> str:

@@ -76,6 +76,11 @@ REGISTRY = {
 }
 
 
+def folder_of(path: Path) -> Path | None:
+    """The model's folder in `path`, which is one itself or a run."""
+    return next((folder for folder in (path, *(path / part for part in PARTS)) if (folder / "model_index.json").is_file()), None)
+
+
 def load(name: str) -> Model:
     """The model called `name`: a built-in one, a folder (of a model, or of a run), or a hub id. Float32, on the CPU.
 
@@ -89,9 +94,9 @@ def load(name: str) -> Model:
 
     path = Path(name)
     if path.is_dir():
-        for folder in (path, *(path / part for part in PARTS)):
-            if (folder / "model_index.json").is_file():
-                return pixel.load(folder, path.name)
+        folder = folder_of(path)
+        if folder is not None:
+            return pixel.load(folder, path.name)
         if (path / "recipe.yaml").is_file():
             raise DistillError(f"{path}: a run that has not finished: it has no student yet", f"finish it with --resume {path}")
         raise DistillError(f"{path}: no model: it has no model_index.json", "give a diffusers pipeline folder")

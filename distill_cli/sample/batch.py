@@ -97,10 +97,16 @@ class Samples:
 
 def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
     """Make the images of `config` in `folder`, only those that are missing; returns counts and images per second."""
+    if config.times is not None:
+        model = model.with_times(config.times, config.steps)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale)
     samples = Samples(folder, config, model)
-    settings = config.model_dump(mode="json", exclude={"out", "device", "grid", "scale", *sampling.model_dump()})
+    settings = config.model_dump(
+        mode="json", exclude={"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
+    )
     settings |= {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
+    if sampling.solver == "few-step":
+        settings["times"] = model.times("few-step", sampling.steps).tolist()
     settle(folder / SETTINGS, settings, "samples")
     remove_temporaries(folder)
     where = launch.device(config.device)

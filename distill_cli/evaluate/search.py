@@ -1,0 +1,75 @@
+"""The times at which a student of several steps does best (Song et al. 2303.01469, section 3 and appendix C)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from distill_cli import launch
+from distill_cli.config import EvaluateConfig, SampleConfig
+from distill_cli.data import open_images
+from distill_cli.data.pictures import from_uint8, to_uint8
+from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.errors import UsageError
+from distill_cli.evaluate.report import Reference
+from distill_cli.models.classifier import load as load_classifier
+from distill_cli.models.model import Model
+from distill_cli.models.times import GRID, from_indices
+
+
+def lowest(score: Callable[[int], float], low: int, high: int) -> int:
+    """The place of the lowest score among low .. high (both included) by ternary search, as if it fell and then rose."""
+    while high - low > 2:
+        third = (high - low) // 3
+        left, right = low + third, high - third
+        if score(left) <= score(right):
+            high = right - 1 if right - 1 > left else left
+        else:
+            low = left + 1
+    return min(range(low, high + 1), key=score)
+
+
+def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model, list[dict[str, Any]]]:
+    """The student with the best `steps` times, found one after another, each by ternary search; and all that was measured.
+
+    The score is the Fréchet distance of `config.num` images of `config.seed` in the features of `config.classifier`.
+    """
+    schedule = model.denoiser.schedule
+    if not model.is_consistency or not isinstance(schedule, EDMSchedule):
+        raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
+    if steps < 2:
+        raise UsageError(f"--search-times {steps}: one step starts at sigma_max", "2 or more")
+    where = launch.device(config.device)
+    model.to(where)
+    classifier = load_classifier(config.classifier).to(where)
+    data = classifier.info.data
+    reference = Reference(EvaluateConfig(data=data, classifier=config.classifier), open_images(data), classifier)
+    labels = model.conditioner.labels(config.num, config.classes)
+    found: list[int] = [0]
+    known: dict[tuple[int, ...], float] = {}
+
+    def score(index: int) -> float:
+        indices = (*found, index)
+        if indices not in known:
+            at = replace(
+                model,
+                few_step_times=from_indices(schedule, indices),
+                sampling=model.sampling.model_copy(update={"steps": len(indices)}),
+            )
+            features = []
+            for first in range(0, config.num, config.batch_size):
+                draws = Draws(config.seed, range(first, min(config.num, first + config.batch_size)))
+                with launch.autocast(where, config.precision):
+                    images = at.sample(draws, labels[first : first + config.batch_size])
+                features.append(from_uint8(to_uint8(images)))
+            known[indices] = reference.frechet(torch.cat(features))
+        return known[indices]
+
+    for position in range(1, steps):
+        found.append(lowest(score, found[-1] + 1, GRID - (steps - position)))
+    best = replace(model, few_step_times=from_indices(schedule, found), sampling=model.sampling.model_copy(update={"steps": len(found)}))
+    return best, [{"indices": list(indices), "frechet": value} for indices, value in sorted(known.items())]
