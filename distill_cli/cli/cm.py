@@ -75,7 +75,7 @@ def _set_of(config: CMConfig, model: Model | None) -> str:
     from distill_cli.data.images import BUILTIN
     from distill_cli.errors import UsageError
 
-    known = model.lineage.data if model is not None else ""
+    known = config.teacher if config.teacher in BUILTIN else model.lineage.data if model is not None else ""
     if known in BUILTIN or (known and Path(known).is_dir()):
         return known
     raise UsageError(
