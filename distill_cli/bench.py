@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from distill_cli import launch
-from distill_cli.config import Config, DMDConfig, GenerateConfig, PairsConfig, SampleConfig, TrainConfig, TrainingConfig
+from distill_cli.config import CMConfig, Config, DMDConfig, GenerateConfig, PairsConfig, SampleConfig, TrainConfig, TrainingConfig
 from distill_cli.data import open_images
+from distill_cli.distill.consistency import Consistency
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
 from distill_cli.distill.engine import Engine, make_optimizer
@@ -115,6 +116,25 @@ def bench_dmd(config: DMDConfig, folder: Path) -> Case:
     return Case(engine.train_step, bare, size, f"{len(forwards)} forwards, {len(steps)} x (forward and backward, optimizer)", where)
 
 
+def bench_cm(config: CMConfig, folder: Path) -> Case:
+    teacher = load(config.teacher) if config.teacher else None
+    images = open_images(config.data or config.teacher or "digits", config.resolution, config.flip)
+    objective = Consistency(config, teacher, images)
+    engine = _engine(config, objective, folder)
+    where, size = engine.accelerator.device, config.batch_size
+    guided = config.method == "cd" and objective.sampling.guidance_scale != 1
+    forwards = 1 + (0 if config.method != "cd" else (2 if config.solver == "heun" else 1) * (1 + guided))  # the target, and the teacher
+    answering, student = Raw(objective.start, size, where), Raw(objective.start, size, where, config)
+
+    def bare() -> None:
+        with engine.accelerator.autocast():
+            for _ in range(forwards):
+                answering.call()
+            student.step()
+
+    return Case(engine.train_step, bare, size, f"{forwards} forwards, forward and backward, optimizer", where)
+
+
 def _bench_generation(config: GenerateConfig, name: str, make: Callable[[Model, int], Any]) -> Case:
     """`make(model, k)` makes BATCHES batches into the k-th folder."""
     model, where = load(name), launch.device(config.device)
@@ -141,7 +161,13 @@ def bench_sample(config: SampleConfig, folder: Path) -> Case:
     return _bench_generation(config, config.model, lambda model, k: batch.sample(config, model, folder / str(k)))
 
 
-CASES: dict[str, Callable[..., Case]] = {"train": bench_train, "dmd": bench_dmd, "pairs": bench_pairs, "sample": bench_sample}
+CASES: dict[str, Callable[..., Case]] = {
+    "train": bench_train,
+    "dmd": bench_dmd,
+    "cm": bench_cm,
+    "pairs": bench_pairs,
+    "sample": bench_sample,
+}
 
 
 def _timed(work: Callable[[], Any], where: torch.device) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill_cli import bench
-from distill_cli.config import DMDConfig, PairsConfig
+from distill_cli.config import CMConfig, DMDConfig, PairsConfig
 
 
 def calls_of(case, monkeypatch):
@@ -38,6 +38,21 @@ def calls_of(case, monkeypatch):
 def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, monkeypatch, tiny_pairs):
     config = DMDConfig(teacher="tiny", batch_size=4, device="cpu", pairs=tiny_pairs, **options)
     ours, raw = calls_of(bench.bench_dmd(config, tmp_path), monkeypatch)
+    assert ours == raw == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"method": "cd"}, [12, 4]),  # the teacher's Heun step, the target; the student
+        ({"method": "cd", "solver": "euler", "guidance_scale": 2.0}, [12, 4]),
+        ({"method": "ct"}, [4, 4]),
+        ({"method": "ect"}, [4, 4]),
+    ],
+)
+def test_both_sides_of_cm_call_the_networks_alike(options, expected, tmp_path, monkeypatch):
+    config = CMConfig(**{"teacher": "tiny", "data": "digits", "batch_size": 4, "device": "cpu"} | options)
+    ours, raw = calls_of(bench.bench_cm(config, tmp_path), monkeypatch)
     assert ours == raw == expected
 
 

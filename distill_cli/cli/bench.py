@@ -10,7 +10,7 @@ from distill_cli.cli import common
 
 
 def bench(
-    command: Annotated[str, typer.Argument(metavar="train|dmd|pairs|sample", help="What is timed.")],
+    command: Annotated[str, typer.Argument(metavar="train|dmd|cm|pairs|sample", help="What is timed.")],
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of both; medians are printed.")] = 20,

@@ -57,9 +57,9 @@ class Consistency:
             self.kept["target"] = copy.deepcopy(student).requires_grad_(False)
         if config.method == "cd":
             assert teacher is not None
-            sampling = teacher.with_defaults(None, None, config.guidance_scale)
+            self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
             self.frozen.append(teacher.denoiser.eval().requires_grad_(False))
-            self.real = guided(teacher.denoiser, sampling.guidance_scale, teacher.conditioner.null)
+            self.real = guided(teacher.denoiser, self.sampling.guidance_scale, teacher.conditioner.null)
         self.perceptual = Perceptual(config.lpips_weights) if config.metric == "lpips" else None
         if self.perceptual is not None:
             self.frozen.append(self.perceptual)

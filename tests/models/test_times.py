@@ -1,0 +1,140 @@
+"""Times of students: as people write them, as diffusers counts them, and their search."""
+
+import pytest
+import torch
+
+from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.errors import UsageError
+from distill_cli.evaluate.search import lowest
+from distill_cli.models.model import Sampling
+from distill_cli.models.times import parse
+
+
+@pytest.fixture
+def student(tiny):
+    out = tiny.copy(sampling=Sampling(solver="few-step", steps=1), few_step_times=[80.0, 1.38])
+    out.denoiser.parameterisation = "consistency"
+    out.lineage = out.lineage.model_copy(update={"kind": "student", "method": "cd"})
+    return out
+
+
+def test_the_three_ways():
+    schedule = EDMSchedule()
+    assert parse("index:0,22", schedule, 1) == pytest.approx([80.0, 1.38237], rel=1e-5)
+    assert parse("sigma:80,1.5,0.01", schedule, 1) == [80, 1.5, 0.01]
+    assert parse("even", schedule, 1) == pytest.approx([80.0])
+    assert parse("even", schedule, 4) == pytest.approx(parse("index:0,10,20,30", schedule, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("index:0,39", "39 is not between 0 and 38"),
+        ("index:0,1.5", "an index is a whole number"),
+        ("index:-1", "-1 is not between"),
+        ("index:5,5", "must decrease"),
+        ("sigma:80,0.002", "0.002 is not between"),
+        ("sigma:nan", "nan is not between"),
+        ("sigma:1,2", "must decrease"),
+        ("sigma:a", "not numbers"),
+        ("0,22", "unknown"),
+    ],
+)
+def test_wrong_times(spec, says):
+    with pytest.raises(UsageError, match=says):
+        parse(spec, EDMSchedule(), 1)
+
+
+def test_students_sample_at_any_number_of_steps(student):
+    assert student.times("few-step", 2).tolist() == [80.0, 1.38]
+    assert student.times("few-step", 5).tolist() == pytest.approx(parse("even", EDMSchedule(), 5))
+    other = student.with_times("sigma:70,3")
+    assert (other.few_step_times, other.sampling.steps) == ([70.0, 3.0], 2)
+    with pytest.raises(UsageError, match="2 times for --steps 3"):
+        student.with_times("sigma:70,3", 3)
+
+
+def test_models_that_take_no_times(tiny, student):
+    with pytest.raises(UsageError, match="for consistency students"):
+        tiny.with_times("even")
+    student.denoiser.parameterisation = "edm"
+    student.lineage = student.lineage.model_copy(update={"method": "dmd"})
+    with pytest.raises(UsageError, match="for consistency students"):
+        student.with_times("even")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_students_open_in_plain_diffusers(steps, student, tmp_path):
+    """One step, two and three at times of diffusers' grid give the pictures that they give here, from the same noise."""
+    from diffusers import ConsistencyModelPipeline
+
+    from distill_cli.diffusion.noise import Draws
+
+    indices = [0, 13, 26][:steps]
+    student = student.with_times("index:" + ",".join(map(str, indices)))
+    student.save(tmp_path / "m")
+    pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "m")
+    pipeline.set_progress_bar_config(disable=True)
+    draws, labels = Draws(3, range(2)), torch.tensor([4, 7])
+    ours = student.sample(draws, labels)
+    fresh = iter([draws.normal("solver", student.shape, turn=k) for k in range(1, steps)])
+    import diffusers.schedulers.scheduling_consistency_models as module
+
+    original = module.randn_tensor
+    module.randn_tensor = lambda shape, **_: next(fresh, torch.zeros(shape))
+    try:
+        theirs = pipeline(
+            2,
+            class_labels=labels,
+            latents=draws.normal("prior", student.shape),
+            timesteps=indices[::-1],
+            num_inference_steps=None,
+            output_type="pt",
+        ).images
+    finally:
+        module.randn_tensor = original
+    assert ours.std() > 0.05
+    assert ((ours + 1) / 2 - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("best", [1, 2, 7, 22, 37, 38])
+def test_ternary_search_finds_the_lowest(best):
+    tried = []
+
+    def score(k):
+        tried.append(k)
+        return abs(k - best)
+
+    assert lowest(score, 1, 38) == best
+    assert len(set(tried)) < 20
+
+
+def test_the_search_writes_the_times_it_found(distill, student, tmp_path, monkeypatch):
+    from distill_cli.models import load
+
+    student.save(tmp_path / "student")
+    before = load(str(tmp_path / "student")).weights_hash()
+    result = distill("sample", "--model", "student", "--search-times", 3, "--num", 12, "--json")
+    assert result.code == 0, result.err
+    tried = result.json["tried"]
+    best2 = min((row for row in tried if len(row["indices"]) == 2), key=lambda row: row["frechet"])["indices"]
+    best3 = min((row for row in tried if len(row["indices"]) == 3), key=lambda row: row["frechet"])["indices"]
+    assert best3[:2] == best2
+    again = load(str(tmp_path / "student"))
+    assert again.few_step_times == pytest.approx(parse("index:" + ",".join(map(str, best3)), EDMSchedule(), 3))
+    assert again.sampling.steps == 3
+    assert again.weights_hash() == before
+    # what was measured is what sampling at those times gives
+    distill("sample", "--model", "student", "--num", 12, "--format", "npz", "--out", "s")
+    row = distill("evaluate", "--model", "s/samples.npz", "--out", "e", "--json").json["rows"][0]
+    assert row["frechet"] == pytest.approx(min(r["frechet"] for r in tried if r["indices"] == best3), rel=1e-6)
+
+
+def test_a_search_needs_a_students_folder(distill, tmp_path, tiny):
+    result = distill("sample", "--model", "digits", "--search-times", 2)
+    assert result.code == 2
+    assert "--search-times writes into a student's folder" in result.err
+    tiny.save(tmp_path / "teacher")
+    result = distill("sample", "--model", "teacher", "--search-times", 2)
+    assert result.code == 2
+    assert "--search-times 2: for consistency students (distill cm) alone" in result.err
