@@ -37,6 +37,42 @@ def test_from_nothing_to_pictures(distill, tmp_path):
     assert distill("sample", "--model", "r", "--num", 5, "--out", "s").out.startswith("samples: 5 in s (0 made, 5 were there)")
 
 
+@pytest.mark.parametrize("method", ["cd", "ct", "ict", "ect"])
+def test_consistency_models_from_nothing_to_pictures(method, distill, tmp_path):
+    network = ["network.channels=[16, 16]", "network.attention=[0, 0]", "network.groups=4", "network.head=8"]
+    options = ["--teacher", "tiny"] if method in ("cd", "ect") else network
+    arguments = (
+        "cm",
+        "--method",
+        method,
+        "--data",
+        "digits",
+        *options,
+        "--steps",
+        2,
+        "batch_size=4",
+        "sample_every=2",
+        "log_every=1",
+        "--out",
+        "r",
+    )
+    assert distill(*arguments, "--dry-run").code == 0
+    run = distill(*arguments, "--json")
+    assert run.code == 0, run.err
+    assert Image.open(tmp_path / "r/comparison.png").size[0] > 1000
+    shown = distill("models", "show", "r", "--json").json
+    assert shown["lineage"]["method"] == method
+    assert shown["few_step_times"] == pytest.approx([80.0, 1.38237], rel=1e-5)
+    sampled = distill("sample", "--model", "r", "--num", 3, "--steps", 2, "--out", "s", "--json")
+    assert sampled.json["network_evaluations"] == 2
+    assert distill("edit", "colorize", "--model", "r", "--input", "s/000000.png", "--times", "index:0,20", "--out", "e").code == 0
+
+
+def test_a_recipe_of_a_run_says_which_images_it_learned(distill, tmp_path):
+    assert distill("cm", "--teacher", "digits", "--steps", 1, "batch_size=2", "sample_every=0", "--out", "r").code == 0
+    assert yaml.safe_load((tmp_path / "r/recipe.yaml").read_text())["data"] == "digits"
+
+
 def test_dmd_without_pairs_says_so(distill):
     run = distill("dmd", "--teacher", "tiny", "--steps", 2, *SMALL)
     assert run.code == 0
@@ -130,6 +166,11 @@ def test_train_on_a_folder_of_images(distill, tmp_path):
         (["train", "network.channels=[32, 32, 32, 32, 32, 32]", "network.attention=[0, 0, 0, 0, 0, 0]"], 2, "need a multiple of 32", ""),
         (["sample", "--model", "tiny", "--precision", "fp16"], 2, "--precision fp16: needs a GPU", "bf16"),
         (["sample", "--model", "x" * 300], 1, "file name too long", ""),
+        (["cm", "--method", "ct"], 2, "method ct learns from real images, and none are given", "--data FOLDER"),
+        (["cm", "--teacher", "tiny"], 2, "method cd learns from real images", "--data digits"),
+        (["cm", "--method", "cx"], 2, "--method: input should be 'cd', 'ct', 'ict' or 'ect'", ""),
+        (["cm", "--method", "ect", "scales=3"], 2, "scales is not for method ect", ""),
+        (["sample", "--model", "tiny", "--times", "index:0,22"], 2, "--times index:0,22: for consistency students", ""),
         (["dmx"], 2, "dmx: no such command", "did you mean dmd?"),
         (["dmd", "lr=1e-4", "--lr", "1e-4"], 2, "lr: given twice, as --lr and as lr=", ""),
         (["pairs", "--num", "0", "--teacher", "tiny"], 2, "--num: input should be greater than 0 (got 0)", ""),
@@ -200,6 +241,15 @@ def test_a_run_resumes_from_any_folder(distill, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert distill("dmd", "--resume", "../r", "--steps", 2).code == 0
     assert distill("dmd", "--recipe", "../r/recipe.yaml", "--steps", 1, "--out", "again").code == 0
+
+
+def test_consistency_runs_resume(distill, tmp_path):
+    arguments = ("cm", "--teacher", "tiny", "--data", "digits", "batch_size=4", "sample_every=0", "save_every=1")
+    assert distill(*arguments, "--steps", 3, "--out", "whole").code == 0
+    assert distill(*arguments, "--steps", 2, "--out", "parts").code == 0
+    assert distill("cm", "--resume", "parts", "--steps", 3).code == 0
+    file = "student/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
 
 
 def test_resume_takes_nothing_else(distill):

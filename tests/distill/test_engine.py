@@ -7,9 +7,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from distill_cli.config import DMDConfig, TrainConfig, TrainingConfig
+from distill_cli.config import CMConfig, DMDConfig, TrainConfig, TrainingConfig
 from distill_cli.data import open_images
 from distill_cli.distill import checkpoint
+from distill_cli.distill.consistency import Consistency
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
 from distill_cli.distill.ema import EMA
@@ -29,6 +30,9 @@ def engine_of(kind, folder, tiny, tiny_pairs, resume=False, **changes):
             **SMALL | dict(teacher="tiny", pairs=tiny_pairs, warmup_steps=2, ema_halflife=40, fake_steps=2, lr=1e-3) | changes
         )
         objective = DMD(config, tiny.copy(), PairStore(tiny_pairs))
+    elif kind == "cm":
+        config = CMConfig(**SMALL | dict(teacher="tiny", data="digits", method="ct", ema_halflife=40, dropout=0.2) | changes)
+        objective = Consistency(config, tiny.copy(), open_images("digits"))
     else:
         config = TrainConfig(**SMALL | dict(network=NETWORK | {"dropout": 0.2}, ema_halflife=40) | changes)
         objective = Denoising(config, open_images("digits"))
@@ -79,7 +83,7 @@ def test_average_halves_in_its_halflife():
     assert following.network.weight.item() == 3.0
 
 
-@pytest.mark.parametrize("kind", ["train", "dmd"])
+@pytest.mark.parametrize("kind", ["train", "dmd", "cm"])
 def test_stopped_and_resumed_equals_uninterrupted(kind, tmp_path, tiny, tiny_pairs):
     """Weights, averages, optimizers and metrics, bit for bit, from a checkpoint in the middle of a logging window."""
     engine_of(kind, tmp_path / "whole", tiny, tiny_pairs, steps=7).train()
@@ -89,6 +93,7 @@ def test_stopped_and_resumed_equals_uninterrupted(kind, tmp_path, tiny, tiny_pai
         if first.step == 3:
             first._log()
     first.save()
+    assert kind != "cm" or (checkpoint.path_of(first.run.checkpoints, 4) / "target.safetensors").is_file()
     first.train_step()  # killed here: this step and a half-written line are lost
     with open(first.run.metrics, "a") as handle:
         handle.write('{"step": 6, "imag')

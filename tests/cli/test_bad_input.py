@@ -1,0 +1,189 @@
+"""Every bad input that a user meets on the main job: one clear line, the right exit code, nothing lost."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill_cli.distill import checkpoint
+
+DMD = ("dmd", "--teacher", "tiny", "batch_size=4", "log_every=2", "save_every=2", "sample_every=0", "warmup_steps=0")
+
+
+def one_line(result, code, *says):
+    """The command ended with `code`, one line of error that says all of `says`, and at most a hint."""
+    lines = result.err.splitlines()
+    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    assert result.code == code, result.err
+    assert len(errors) == 1
+    assert len(lines) - errors[0] <= 2
+    for text in says:
+        assert text in result.err
+    assert result.out == ""
+
+
+@pytest.fixture
+def pairs(distill):
+    assert distill("pairs", "--teacher", "tiny", "--num", 12, "--steps", 2, "--shard-size", 4, "--out", "p").code == 0
+    return "p"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("steps: many", "steps: input should be a valid integer"),
+        ("betas: [0.9]", "betas"),
+        ("betas: 0.9", "betas"),
+        ("pairs: [a, b]", "pairs"),
+        ("teacher: 3", "teacher: input should be a valid string"),
+        ("lr: -1", "lr: input should be greater than 0"),
+        ("regression_loss: l3", "regression_loss: input should be 'l2', 'huber' or 'lpips'"),
+        ("lpips_weights: x.pth", "lpips_weights is for regression_loss lpips alone"),
+        ("fake_score: perhaps", "fake_score: input should be a valid boolean"),
+        ("classes: [a]", "classes"),
+    ],
+)
+def test_wrong_types_and_shapes_in_recipes(text, says, distill, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"command: dmd\n{text}\n")
+    one_line(distill("dmd", "--recipe", "r.yaml", "--out", "o"), 2, "r.yaml", says)
+    assert not (tmp_path / "o").exists()
+
+
+def test_image_folders(distill, tmp_path):
+    (tmp_path / "empty").mkdir()
+    one_line(distill("train", "--data", "empty", "--resolution", 8), 1, "empty: no images in it", ".png")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.png").write_bytes(b"no image at all")
+    network = ["network.channels=[16]", "network.attention=[0]", "network.groups=4", "network.head=8"]
+    result = distill("train", "--data", "bad", "--resolution", 8, "--out", "r", *network, "batch_size=1")
+    one_line(result, 1, "bad/a.png: not a readable image", "remove or replace the file")
+
+
+def test_shards_flipped_and_missing(distill, tmp_path, pairs):
+    shard = tmp_path / "p/shard-000001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    one_line(
+        distill(*DMD, "--pairs", "p", "--out", "r"), 1, "shard-000001.safetensors: corrupt: its checksum", "delete it and run distill pairs"
+    )
+    assert not (tmp_path / "r").exists()
+    shard.unlink()
+    one_line(distill(*DMD, "--pairs", "p", "--out", "r"), 1, "shard-000001.safetensors: missing (1 of 3", "only missing shards are made")
+    again = distill("pairs", "--teacher", "tiny", "--num", 12, "--steps", 2, "--shard-size", 4, "--out", "p", "--json")
+    assert again.json["made"] == 1
+    assert distill(*DMD, "--pairs", "p", "--steps", 1, "--out", "r").code == 0
+
+
+def test_pairs_of_another_teacher_or_resolution(distill, tmp_path, pairs):
+    one_line(distill("dmd", "--teacher", "digits", "--pairs", "p", "--out", "r"), 2, "--pairs p: made by another teacher (tiny)")
+    manifest = tmp_path / "p/manifest.json"
+    manifest.write_text(manifest.read_text().replace("16", "32"))
+    result = distill(*DMD, "--pairs", "p", "--out", "r")
+    assert result.code in (1, 2)
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_resuming_with_changed_settings(distill, tmp_path, pairs):
+    assert distill(*DMD, "--pairs", "p", "--steps", 2, "--out", "r").code == 0
+    before = (tmp_path / "r/recipe.yaml").read_text()
+    one_line(distill("dmd", "--resume", "r", "--lr", "1e-3"), 2, "--lr: not with --resume")
+    one_line(distill("dmd", "--resume", "r", "lr=1e-3"), 2, "lr=1e-3: not with --resume")
+    result = distill("pairs", "--teacher", "tiny", "--num", 12, "--steps", 3, "--shard-size", 4, "--out", "p")
+    one_line(result, 2, "made with other settings: steps is 2, not 3")
+    assert (tmp_path / "r/recipe.yaml").read_text() == before
+
+
+def test_nan_says_at_which_step_and_keeps_the_last_good_checkpoint(distill, tmp_path, monkeypatch):
+    from distill_cli.distill.dmd import DMD as Objective
+
+    original = Objective.generate
+
+    def poisoned(self, noise, labels):
+        images = original(self, noise, labels)
+        poisoned.calls += 1
+        return images * float("nan") if poisoned.calls == 4 else images
+
+    poisoned.calls = 0
+    monkeypatch.setattr(Objective, "generate", poisoned)
+    result = distill(*DMD, "--steps", 9, "--out", "r")
+    one_line(
+        result, 1, "student_loss is not a number at step 4", "the checkpoint of step 2 is good: lower lr in r/recipe.yaml, then --resume r"
+    )
+    assert checkpoint.steps(tmp_path / "r/checkpoints") == [2]
+    monkeypatch.setattr(Objective, "generate", original)
+    assert distill("dmd", "--resume", "r").code == 0
+
+
+@pytest.mark.parametrize("where", ["pairs", "checkpoints", "samples"])
+def test_no_space_left(where, distill, tmp_path, monkeypatch, pairs):
+    """The device is full when this is written: one line, and what was complete stays."""
+    import distill_cli.files as files
+
+    original = files._sync
+
+    def full(path):
+        if path.suffix in (".safetensors", ".pt", ".png", ".npz"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path)
+
+    assert distill(*DMD, "--pairs", "p", "--steps", 2, "--out", "r").code == 0
+    monkeypatch.setattr(files, "_sync", full)
+    commands = {
+        "pairs": ("pairs", "--teacher", "tiny", "--num", 8, "--steps", 2, "--out", "q"),
+        "checkpoints": ("dmd", "--resume", "r", "--steps", 4),
+        "samples": ("sample", "--model", "r", "--num", 3, "--out", "s"),
+    }
+    result = distill(*commands[where])
+    one_line(result, 1, "no space left on device", "free some space and start again: finished files are kept")
+    monkeypatch.setattr(files, "_sync", original)
+    assert checkpoint.steps(tmp_path / "r/checkpoints") == [2]
+    assert not [path for path in tmp_path.rglob("*.tmp*")]
+    assert distill(*commands[where]).code == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a small file system of its own")
+def test_a_device_that_is_really_full(tmp_path):
+    """Pairs on a file system of 1 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        command = [sys.executable, "-m", "distill_cli", "pairs", "--teacher", "tiny", "--num", "900", "--solver", "euler", "--steps", "1"]
+        done = subprocess.run([*command, "--shard-size", "300", "--out", folder / "p"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "no space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert sorted(p.name for p in (folder / "p").iterdir()) == ["manifest.json", "shard-000000.safetensors", "shard-000001.safetensors"]
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_read_only_folder(distill, tmp_path, monkeypatch):
+    import distill_cli.files as files
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "there/x")
+
+    monkeypatch.setattr(files.Path, "mkdir", lambda self, *a, **k: refuse())
+    for command in (
+        ("pairs", "--teacher", "tiny", "--num", 2, "--steps", 1),
+        ("sample", "--model", "tiny", "--steps", 1, "--num", 2),
+        (*DMD, "--steps", 1),
+    ):
+        one_line(distill(*command, "--out", "there"), 1, "read-only file system", "choose a folder that you may write to")
+
+
+def test_evaluation_of_too_few_images(distill, tmp_path):
+    np.savez(tmp_path / "few.npz", arr_0=torch.randint(0, 256, (30, 16, 16, 3), dtype=torch.uint8).numpy())
+    result = distill("evaluate", "--model", "few.npz", "--out", "e")
+    assert result.code == 0
+    assert "warning: few.npz: 30 images for 64 features, their covariance is singular: real images in that number get" in result.err
+    Image.open(tmp_path / "e/picture.png").verify()
