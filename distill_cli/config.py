@@ -264,6 +264,7 @@ class CMConfig(TrainingConfig):
     lr: Rate = Field(4e-4, description="learning rate")
     optimizer: Literal["adamw", "radam"] = Field("radam", description="radam: rectified, needs no warm-up")
     weight_decay: Weight = Field(0.0, description="decoupled")
+    clip_norm: Rate = Field(1e4, description="largest gradient norm; the papers do not clip")
     metric: Literal["huber", "l1", "l2", "lpips"] = Field("huber", description="between the estimates; the 2023 paper's best is lpips")
     huber_c: Weight | None = Field(None, description="pseudo-Huber's c; default 0.00054 sqrt(dimensions)")
     lpips_weights: Path | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")

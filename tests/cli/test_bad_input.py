@@ -50,7 +50,7 @@ def pairs(distill):
 )
 def test_wrong_types_and_shapes_in_recipes(text, says, distill, tmp_path):
     (tmp_path / "r.yaml").write_text(f"command: dmd\n{text}\n")
-    one_line(distill("dmd", "--recipe", "r.yaml", "--out", "o"), 2, "r.yaml", says)
+    one_line(distill("dmd", "--recipe", "r.yaml", "--out", "o"), 2, says)
     assert not (tmp_path / "o").exists()
 
 
@@ -144,7 +144,7 @@ def test_no_space_left(where, distill, tmp_path, monkeypatch, pairs):
     one_line(result, 1, "no space left on device", "free some space and start again: finished files are kept")
     monkeypatch.setattr(files, "_sync", original)
     assert checkpoint.steps(tmp_path / "r/checkpoints") == [2]
-    assert not [path for path in tmp_path.rglob("*.tmp*")]
+    assert not list(tmp_path.rglob("*.tmp*"))
     assert distill(*commands[where]).code == 0
 
 
