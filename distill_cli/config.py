@@ -261,6 +261,7 @@ class CMConfig(TrainingConfig):
     data: str | None = Field(None, description="real images: a built-in set or a folder; default the set that the teacher has learned")
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     flip: bool = Field(False, description="mirror images at random")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the images that are never trained on")
     lr: Rate = Field(4e-4, description="learning rate")
     optimizer: Literal["adamw", "radam"] = Field("radam", description="radam: rectified, needs no warm-up")
     weight_decay: Weight = Field(0.0, description="decoupled")

@@ -9,13 +9,10 @@ The paper's figures (its table 2, FID of one-step students) stand beside ours.
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from tests.judge import judge
+from docs.measure import distill, judged, trained
 
 SEEDS = (0, 1, 2)
 SETTINGS = ["--recipe", "demo-dmd", "steps=300", "batch_size=32", "ema_halflife=2500", "sample_every=0", "save_every=1000"]
@@ -28,26 +25,15 @@ CASES = {
 MEASURES = ("accuracy", "frechet", "spread")
 
 
-def distill(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "distill_cli", *arguments], check=True)
-
-
-def measured(folder: Path, name: str, seed: int, options: list[str], pairs: Path) -> dict[str, float]:
+def measured(folder: Path, name: str, seed: int) -> dict[str, float]:
     run = folder / f"{name.replace(' ', '-')}-{seed}"
-    if (run / "recipe.yaml").is_file():
-        distill("dmd", "--resume", str(run))
-    else:
-        distill("dmd", *SETTINGS, *options, "--pairs", str(pairs), "--seed", str(seed), "--out", str(run))
-    images = run / "images"
-    distill("sample", "--model", str(run), "--num", "2000", "--seed", "7", "--format", "npz", "--out", str(images))
-    with np.load(images / "samples.npz") as stored:
-        return judge(stored["arr_0"], stored["arr_1"])
+    trained("dmd", run, *SETTINGS, *CASES[name][0], "--pairs", str(folder / "pairs"), "--seed", str(seed))
+    return judged(run, run / "images")
 
 
 def main(folder: Path) -> None:
-    pairs = folder / "pairs"
-    distill("pairs", "--recipe", "demo-pairs", "--out", str(pairs))
-    found = {name: [measured(folder, name, seed, options, pairs) for seed in SEEDS] for name, (options, _, _) in CASES.items()}
+    distill("pairs", "--recipe", "demo-pairs", "--out", str(folder / "pairs"))
+    found = {name: [measured(folder, name, seed) for seed in SEEDS] for name in CASES}
     print("| | accuracy | Fréchet distance | spread | paper: CIFAR-10 | paper: ImageNet-64 |\n|---|---|---|---|---|---|")
     for name, rows in found.items():
         cells = []

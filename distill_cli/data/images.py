@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_cli.data.pictures import from_uint8
-from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -119,6 +119,15 @@ class Folder:
 
 
 BUILTIN = {"digits": Digits}
+HELD_OUT_EPOCH = 2**40
+"""The permutation that chooses the held-out images: one that no training reaches."""
+
+
+def split(images: Images, holdout: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions to train on, and those held out: the share `holdout`, chosen by `seed`."""
+    positions = permutation(seed, HELD_OUT_EPOCH, len(images)).tolist()
+    count = round(holdout * len(images))
+    return positions[count:], positions[:count]
 
 
 def open_images(name: str, resolution: int | None = None, flip: bool = False) -> Images:

@@ -9,13 +9,11 @@ from torch import nn
 
 from distill_cli.config import ClassifierConfig
 from distill_cli.data import Images
-from distill_cli.diffusion.noise import Draws, Order, permutation
+from distill_cli.data.images import split
+from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.classifier import Classifier, ClassifierInfo, loss
-
-HELD_OUT_EPOCH = 2**40
-"""The permutation that chooses the held-out images: one that no training reaches."""
 
 
 class Classification:
@@ -27,9 +25,7 @@ class Classification:
         if len(images.classes) < 2:
             raise UsageError(f"--data {config.data}: {len(images.classes)} classes", "a classifier needs two or more: subfolders name them")
         self.config, self.images = config, images
-        positions = permutation(config.seed, HELD_OUT_EPOCH, len(images)).tolist()
-        count = round(config.holdout * len(images))
-        self.held_out, self.seen = positions[:count], positions[count:]
+        self.seen, self.held_out = split(images, config.holdout, config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = Classifier(ClassifierInfo(images.shape, tuple(images.classes), config.width, config.data))

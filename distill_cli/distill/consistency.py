@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import CMConfig
 from distill_cli.data import Images
+from distill_cli.data.images import split
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
@@ -65,7 +66,8 @@ class Consistency:
             self.frozen.append(self.perceptual)
         dimensions = torch.Size(start.shape).numel()
         self.huber_c = 0.00054 * dimensions**0.5 if config.huber_c is None else config.huber_c
-        self.order = Order(config.seed, len(images))
+        self.seen, _ = split(images, config.holdout, config.seed)
+        self.order = Order(config.seed, len(self.seen))
 
     def scales(self, step: int) -> int:
         """N, the times of the grid, at a step."""
@@ -116,7 +118,7 @@ class Consistency:
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
         step, place = divmod(draws.indices[0], self.config.batch_size)
-        x, labels = self.images.batch([self.order[i] for i in draws.indices], draws)
+        x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
         null = self.start.conditioner.null
         if null is not None:
             labels = torch.where(draws.uniform("label_dropout") < self.config.label_dropout, null, labels)

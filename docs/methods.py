@@ -1,0 +1,90 @@
+"""DMD, CD, CT and ECT on the built-in digits: quality against network evaluations and training cost, in one picture.
+
+    python -m docs.methods runs/methods        # trains what is not there yet: 2 hours on 2 cores
+
+Each recipe's student in one, two and four steps (DMD's in one), by tests/judge.py; prints the table and writes docs/methods.png.
+Cost counts network evaluations in training, a backward pass as two; pairs are included.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from docs.measure import distill, judged, trained
+
+PAIRS = 6000 * 35
+RUNS = {
+    # recipe: (what it is, evaluations of an image of a step, other evaluations, steps it is sampled in)
+    "digits-dmd": ("DMD", 11, PAIRS, (1,)),  # student on noise and pairs (3 each), teacher, fake score (1 + 3)
+    "digits-cd": ("CD", 6, 0, (1, 2, 4)),  # teacher's Heun step, target, student
+    "digits-ect": ("ECT", 4, 0, (1, 2, 4)),
+    "digits-ct": ("CT (improved)", 4, 0, (1, 2, 4)),
+}
+COLOURS = {"teacher": "#222222", "DMD": "#cc2222", "CD": "#2255cc", "ECT": "#228833", "CT (improved)": "#cc8800"}
+
+
+def draw(rows: list[dict[str, object]], path: Path) -> None:
+    """Fréchet distance against network evaluations an image, both logarithmic; a line a method."""
+    from PIL import Image, ImageDraw
+
+    wide, high, left, bottom = 640, 420, 60, 40
+    canvas = Image.new("RGB", (wide, high), "white")
+    pen = ImageDraw.Draw(canvas)
+    distances = [float(str(row["frechet"])) for row in rows]
+    low, top = min(distances) * 0.8, max(distances) * 1.25
+
+    def place(calls: float, distance: float) -> tuple[float, float]:
+        x = left + (wide - left - 150) * math.log(calls) / math.log(40)
+        return x, 20 + (high - bottom - 20) * math.log(top / distance) / math.log(top / low)
+
+    for calls in (1, 2, 4, 10, 35):
+        x, _ = place(calls, low)
+        pen.line((x, 20, x, high - bottom), "#eeeeee")
+        pen.text((x - 6, high - bottom + 6), str(calls), fill="black")
+    for distance in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0):
+        if low < distance < top:
+            y = place(1, distance)[1]
+            pen.line((left, y, wide - 150, y), "#eeeeee")
+            pen.text((20, y - 6), f"{distance:g}", fill="black")
+    pen.text((left, high - 18), "network evaluations an image", fill="black")
+    pen.text((8, 4), "Frechet distance", fill="black")
+    for k, (method, colour) in enumerate(COLOURS.items()):
+        points = [place(float(str(row["evaluations"])), float(str(row["frechet"]))) for row in rows if row["method"] == method]
+        if len(points) > 1:
+            pen.line(points, colour, width=2)
+        for x, y in points:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        cost = next((str(row["cost"]) for row in rows if row["method"] == method), "")
+        pen.text((wide - 140, 40 + 34 * k), f"{method}\n{cost}", fill=colour)
+    canvas.save(path)
+
+
+def main(folder: Path) -> None:
+    distill("pairs", "--recipe", "digits-pairs", "--out", str(folder / "pairs"))
+    teacher = judged("digits", folder / "teacher")
+    rows: list[dict[str, object]] = [{"method": "teacher", "evaluations": 35, "cost": "", **teacher}]
+    for recipe, (method, calls, others, steps) in RUNS.items():
+        run = folder / recipe
+        command, extra = ("dmd", ["--pairs", str(folder / "pairs")]) if recipe == "digits-dmd" else ("cm", [])
+        trained(command, run, "--recipe", recipe, *extra)
+        from distill_cli.recipes import check
+
+        config = check(recipe).model_dump()
+        cost = f"{(config['steps'] * config['batch_size'] * calls + others) / 1e6:.1f} M evaluations"
+        for count in steps:
+            rows.append({"method": method, "evaluations": count, "cost": cost, **judged(run, run / f"images-{count}", count)})
+    print("| method | network evaluations an image | training cost | accuracy | Fréchet distance | over the teacher's | spread |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        accuracy, distance, spread = (float(str(row[key])) for key in ("accuracy", "frechet", "spread"))
+        cells = [row["method"], row["evaluations"], row["cost"], f"{accuracy:.3f}", f"{distance:.4f}"]
+        print("|", " | ".join(map(str, [*cells, f"{distance / teacher['frechet']:.2f}", f"{spread:.3f}"])), "|")
+    path = Path(__file__).with_name("methods.png")
+    draw(rows, path)
+    print(f"picture: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/methods"))
