@@ -2,7 +2,8 @@
 
 The bare calls are those of diffusers' network alone, on ready tensors, with the same arithmetic and the same optimizer
 steps. Ours is everything that the command does for them: noise by index, pairs from disk, scalings, losses, clipping,
-averages, metrics, files. Checkpoints and sample grids, which a run writes now and then, are not in it.
+averages, metrics and their file, checks for what is no number, images' files. Checkpoints and sample grids, which a run
+writes now and then, are not in it, nor LPIPS' network on the bare side. Memory is measured before the bare networks are made.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from distill_cli.distill.consistency import Consistency
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
 from distill_cli.distill.engine import Engine, make_optimizer
+from distill_cli.errors import UsageError
 from distill_cli.models import load
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.pairs.generate import generate
@@ -36,14 +39,16 @@ from distill_cli.sample import batch
 
 BATCHES = 3
 WARM_UP = 2
+GPU_CALLS = 5
+"""Calls timed together on a GPU, which works ahead of what waits for it."""
 
 
 @dataclass
 class Case:
-    """Two ways to the same network calls; `images` is how many either makes or sees."""
+    """Two ways to the same network calls; `images` is how many either makes or sees. `bare` makes the second when it is time."""
 
     ours: Callable[[], Any]
-    raw: Callable[[], Any]
+    bare: Callable[[], Callable[[], Any]]
     images: int
     calls: str
     where: torch.device
@@ -52,7 +57,8 @@ class Case:
 class Raw:
     """Bare calls of a copy of a model's network on tensors that are ready."""
 
-    def __init__(self, model: Model, size: int, where: torch.device, trained: TrainingConfig | None = None) -> None:
+    def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
+        self.autocast = partial(launch.autocast, where, precision)
         self.network: Any = model.copy().unet.to(where).eval().requires_grad_(trained is not None)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
@@ -61,7 +67,7 @@ class Raw:
             self.optimizer = make_optimizer(trained, self.network, 1e-5)
 
     def call(self, grad: bool = False) -> Any:
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), self.autocast():
             return self.network(self.x, self.t, class_labels=self.labels, return_dict=False)[0]
 
     def step(self) -> None:
@@ -71,22 +77,40 @@ class Raw:
 
 
 def _engine(config: TrainingConfig, objective: Any, folder: Path) -> Engine:
+    if config.accumulate > 1:
+        raise UsageError("bench: accumulate is 1 here", "leave it out")
     engine = Engine(config, objective)
     engine.open(Run.create(folder / "run", "", "bench"))
     return engine
 
 
+def _bench_training(engine: Engine, model: Model, forwards: int, steps: Sequence[int]) -> Case:
+    """Bare calls of networks like `model`'s: `forwards` of a batch, and steps of networks on so many images each.
+
+    The last of several forwards is that of the network that the last step trains, as DMD's fake score.
+    """
+    config, where = engine.config, engine.accelerator.device
+    size = config.batch_size
+
+    def bare() -> Callable[[], None]:
+        answering = Raw(model, size, where, config.precision)
+        trained = [Raw(model, count, where, config.precision, config) for count in dict.fromkeys(steps)]
+        order = [next(raw for raw in trained if len(raw.x) == count) for count in steps]
+
+        def calls() -> None:
+            for _ in range(forwards):
+                answering.call()
+            for raw in order:
+                raw.step()
+
+        return calls
+
+    return Case(engine.advance, bare, size, f"{forwards} forwards, {len(steps)} x (forward, backward, optimizer)", where)
+
+
 def bench_train(config: TrainConfig, folder: Path) -> Case:
     objective = Denoising(config, open_images(config.data, config.resolution, config.flip))
-    engine = _engine(config, objective, folder)
-    where = engine.accelerator.device
-    raw = Raw(objective.teacher, config.batch_size, where, config)
-
-    def bare() -> None:
-        with engine.accelerator.autocast():
-            raw.step()
-
-    return Case(engine.train_step, bare, config.batch_size, "forward and backward, optimizer", where)
+    return _bench_training(_engine(config, objective, folder), objective.teacher, 0, [config.batch_size])
 
 
 def bench_dmd(config: DMDConfig, folder: Path) -> Case:
@@ -97,68 +121,54 @@ def bench_dmd(config: DMDConfig, folder: Path) -> Case:
         options = config.model_dump(include={"teacher", "classes", "device", "precision"})
         generate(PairsConfig(num=4 * config.batch_size, solver="euler", steps=1, **options), teacher, pairs)
     objective = DMD(config, teacher, PairStore(pairs) if pairs else None)
-    engine = _engine(config, objective, folder)
-    where = engine.accelerator.device
-    size = config.batch_size
-    steps = [Raw(teacher, size * (2 if objective.regression_weight else 1), where, config)]
-    forwards = [Raw(teacher, size, where)] * ((2 if objective.sampling.guidance_scale != 1 else 1) if config.matching_weight else 0)
-    if "fake" in objective.networks:
-        fake = Raw(teacher, size, where, config)
-        forwards, steps = [*forwards, fake], [*steps, *[fake] * config.fake_steps]
-
-    def bare() -> None:
-        with engine.accelerator.autocast():
-            for raw in forwards:
-                raw.call()
-            for raw in steps:
-                raw.step()
-
-    return Case(engine.train_step, bare, size, f"{len(forwards)} forwards, {len(steps)} x (forward and backward, optimizer)", where)
+    size, matching, fake = config.batch_size, bool(config.matching_weight), "fake" in objective.networks
+    guided = objective.sampling.guidance_scale != 1
+    forwards = (1 + guided) * matching + fake  # the teacher, guided or not, and the fake score
+    student = size * (matching + bool(objective.regression_weight))  # on noise and on pairs
+    return _bench_training(_engine(config, objective, folder), teacher, forwards, [student, *[size] * (config.fake_steps * fake)])
 
 
 def bench_cm(config: CMConfig, folder: Path) -> Case:
     teacher = load(config.teacher) if config.teacher else None
     images = open_images(config.data or config.teacher or "digits", config.resolution, config.flip)
     objective = Consistency(config, teacher, images)
-    engine = _engine(config, objective, folder)
-    where, size = engine.accelerator.device, config.batch_size
-    guided = config.method == "cd" and objective.sampling.guidance_scale != 1
-    forwards = 1 + (0 if config.method != "cd" else (2 if config.solver == "heun" else 1) * (1 + guided))  # the target, and the teacher
-    answering, student = Raw(objective.start, size, where), Raw(objective.start, size, where, config)
-
-    def bare() -> None:
-        with engine.accelerator.autocast():
-            for _ in range(forwards):
-                answering.call()
-            student.step()
-
-    return Case(engine.train_step, bare, size, f"{forwards} forwards, forward and backward, optimizer", where)
+    forwards = 1  # the target; the teacher below
+    if config.method == "cd":
+        forwards += (2 if config.solver == "heun" else 1) * (2 if objective.sampling.guidance_scale != 1 else 1)
+    return _bench_training(_engine(config, objective, folder), objective.start, forwards, [config.batch_size])
 
 
-def _bench_generation(config: GenerateConfig, name: str, make: Callable[[Model, int], Any]) -> Case:
-    """`make(model, k)` makes BATCHES batches into the k-th folder."""
-    model, where = load(name), launch.device(config.device)
-    sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale)
-    raw = Raw(model, config.batch_size, where)
-    calls = network_evaluations(sampling)
+def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int], Any]) -> Case:
+    """`make(k)` makes BATCHES batches into the k-th folder."""
+    where = launch.device(config.device)
+    calls = network_evaluations(model.with_defaults(config.solver, config.steps, config.guidance_scale))
     turn = iter(range(10**9))
 
-    def bare() -> None:
-        with launch.autocast(where, config.precision):
+    def bare() -> Callable[[], None]:
+        raw = Raw(model, config.batch_size, where, config.precision)
+
+        def forwards() -> None:
             for _ in range(BATCHES * calls):
                 raw.call()
 
-    return Case(lambda: make(model, next(turn)), bare, config.num, f"{calls} forwards a batch of {config.batch_size}", where)
+        return forwards
+
+    return Case(lambda: make(next(turn)), bare, config.num, f"{calls} forwards a batch of {config.batch_size}", where)
 
 
 def bench_pairs(config: PairsConfig, folder: Path) -> Case:
-    config = config.model_copy(update={"num": BATCHES * config.batch_size})
-    return _bench_generation(config, config.teacher, lambda model, k: generate(config, model, folder / str(k)))
+    size = config.batch_size
+    config = config.model_copy(update={"num": BATCHES * size, "shard_size": size})
+    model = load(config.teacher)
+    return _bench_generation(config, model, lambda k: generate(config, model, folder / str(k)))
 
 
 def bench_sample(config: SampleConfig, folder: Path) -> Case:
     config = config.model_copy(update={"num": BATCHES * config.batch_size})
-    return _bench_generation(config, config.model, lambda model, k: batch.sample(config, model, folder / str(k)))
+    model = load(config.model)
+    if config.times is not None:
+        model = model.with_times(config.times, config.steps)
+    return _bench_generation(config, model, lambda k: batch.sample(config, model, folder / str(k)))
 
 
 CASES: dict[str, Callable[..., Case]] = {
@@ -172,17 +182,19 @@ CASES: dict[str, Callable[..., Case]] = {
 
 def _timed(work: Callable[[], Any], where: torch.device) -> float:
     """Seconds of one call, the device's work included."""
+    calls = GPU_CALLS if where.type == "cuda" else 1
     if where.type == "cuda":
         torch.cuda.synchronize(where)
     start = time.perf_counter()
-    work()
+    for _ in range(calls):
+        work()
     if where.type == "cuda":
         torch.cuda.synchronize(where)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def peak_memory(where: torch.device) -> float:
-    """Megabytes: of the GPU's memory, or of the process's (which holds the bare networks too)."""
+    """Megabytes: of the GPU's memory, or of the process's."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
@@ -206,11 +218,14 @@ def bench(command: str, config: Config, repeats: int, folder: Path) -> dict[str,
     case = CASES[command](config, folder)
     for _ in range(WARM_UP):
         case.ours()
-        case.raw()
+    memory = peak_memory(case.where)
+    bare = case.bare()
+    for _ in range(WARM_UP):
+        bare()
     ours: list[float] = []
     raw: list[float] = []
     for turn in range(repeats):
-        for kind, work in ((ours, case.ours), (raw, case.raw)) if turn % 2 else ((raw, case.raw), (ours, case.ours)):
+        for kind, work in ((ours, case.ours), (raw, bare)) if turn % 2 else ((raw, bare), (ours, case.ours)):
             kind.append(_timed(work, case.where))
     return {
         "bench": command,
@@ -218,7 +233,7 @@ def bench(command: str, config: Config, repeats: int, folder: Path) -> dict[str,
         "ours_seconds": round(statistics.median(ours), 4),
         "raw_seconds": round(statistics.median(raw), 4),
         "images_per_second": round(case.images / statistics.median(ours), 2),
-        "peak_memory_mb": round(peak_memory(case.where)),
+        "peak_memory_mb": round(memory),
         "raw_calls": case.calls,
         "repeats": repeats,
         "machine": machine(case.where),

@@ -82,10 +82,16 @@ class SampleConfig(GenerateConfig):
     model: str = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
     format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
     times: str | None = Field(None, description="a student's: index:0,22 (of diffusers' 40), sigma:80,1.4, even; default its own")
-    search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="a consistency student's best times for so many steps")
+    search_times: Annotated[int, Field(ge=2, le=39)] | None = Field(None, description="a student's best times for so many steps")
     classifier: str = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
     grid: bool = Field(False, description="also grid.png of the first 100 images")
     scale: Positive = Field(4, description="enlargement of the grid's pictures")
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> SampleConfig:
+        if self.search_times and (self.times or self.steps or self.grid):
+            raise ValueError("search_times finds times and makes no samples: leave times, steps and grid out")
+        return self
 
 
 def _listed(value: Any) -> Any:
@@ -103,6 +109,8 @@ class EvaluateConfig(Config):
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     classifier: str = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
     num: Positive = Field(2000, description="images of each model")
+    seed: int = Field(7, ge=0, lt=2**63, description="of their noise; another than the pairs', whose noise a student knows")
+    classes: Classes = Field(None, description="labels in turn; default all, balanced")
     neighbours: Positive = Field(3, description="of precision and recall")
     batch_size: Positive = Field(100, description="images at a time")
     precision: Precision = Field("no", description="of the models' arithmetic")
@@ -112,7 +120,7 @@ class EditConfig(Config):
     """distill edit: a consistency student edits pictures that it was never trained to edit (Song et al. 2303.01469, section 6.3)"""
 
     task: Literal["inpaint", "colorize", "superres", "sdedit", "interpolate"] = Field("interpolate", description="what is done")
-    model: str = Field("digits", description="a consistency student: a folder, a run, or a hub id")
+    model: str = Field("runs/cm", description="a consistency student: a folder, a run, or a hub id")
     input: Path | None = Field(None, description="a picture or a folder of them; interpolate takes none")
     mask: Path | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
     patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: pixels of the model on a pixel of the input, each way")
@@ -250,14 +258,30 @@ CM_DEFAULTS: dict[str, dict[str, Any]] = {
     "ict": {"scales": 10, "scales_end": 1280, "weighting": "inverse-step"},
     "ect": {"teacher": "digits", "weighting": "inverse-step", "stages": 8},
 }
-"""Defaults that depend on the method, as its paper has them; of the other keys in it none may be set."""
+"""Defaults that depend on the method, as its paper has them."""
+CM_KEYS = {
+    "scales": ("cd", "ct", "ict"),
+    "scales_end": ("ct", "ict"),
+    "target_decay": ("cd", "ct"),
+    "solver": ("cd",),
+    "guidance_scale": ("cd",),
+    "p_mean": ("ict", "ect"),
+    "p_std": ("ict", "ect"),
+    "stages": ("ect",),
+    "q": ("ect",),
+    "k": ("ect",),
+    "b": ("ect",),
+}
+"""Keys that only some methods have."""
 
 
 class CMConfig(TrainingConfig):
     """distill cm: consistency models (Song et al. 2303.01469 and successors)"""
 
     method: Literal["cd", "ct", "ict", "ect"] = Field("cd", description="distillation, training, improved training, easy tuning")
-    teacher: str | None = Field(None, description="cd: whose ODE is followed; all: first weights; ct and ict do without")
+    teacher: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="cd: whose ODE is followed; all: first weights; ct, ict do without"
+    )
     data: str | None = Field(None, description="real images: a built-in set or a folder; default the set that the teacher has learned")
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     flip: bool = Field(False, description="mirror images at random")
@@ -270,13 +294,9 @@ class CMConfig(TrainingConfig):
     huber_c: Weight | None = Field(None, description="pseudo-Huber's c; default 0.00054 sqrt(dimensions)")
     lpips_weights: Path | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
     weighting: Literal["uniform", "karras", "snr+1", "inverse-step"] | None = Field(None, description="of times; default the method's")
-    scales: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="cd: N, times of the grid; ct, ict: at the start; default 18, 2, 10"
-    )
-    scales_end: Annotated[int, Field(ge=2)] | None = Field(None, description="ct, ict: N at the end; default 150, 1280")
-    target_decay: Fraction | None = Field(
-        None, description="cd, ct: the target network's average keeps this a step (ct: at first); default 0.95, 0.9"
-    )
+    scales: Annotated[int, Field(ge=2)] | None = Field(None, description="cd: N, the grid's times; ct, ict: s0, default 18, 2, 10")
+    scales_end: Annotated[int, Field(ge=2)] | None = Field(None, description="ct, ict: s1, N - 1 at the end; default 150, 1280")
+    target_decay: Fraction | None = Field(None, description="cd, ct: what the target keeps a step (ct: at first); default 0.95, 0.9")
     solver: Literal["heun", "euler"] = Field("heun", description="cd: the teacher's step")
     guidance_scale: Rate | None = Field(None, description="cd: of the teacher; default the teacher's own")
     p_mean: float = Field(-1.1, description="ict, ect: mean of ln sigma")
@@ -294,24 +314,24 @@ class CMConfig(TrainingConfig):
     def _of_the_method(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        defaults = CM_DEFAULTS.get(data.get("method", "cd"), {})
-        return {
-            **{key: value for key, value in defaults.items() if data.get(key) is None},
-            **{k: v for k, v in data.items() if v is not None},
-        }
+        given = {key: value for key, value in data.items() if value is not None}
+        return CM_DEFAULTS.get(str(given.get("method", "cd")), {}) | given
 
     @model_validator(mode="after")
     def _needed(self) -> CMConfig:
-        own = CM_DEFAULTS[self.method]
-        for key in ("scales", "scales_end", "target_decay", "stages"):
-            if key not in own and getattr(self, key) is not None:
+        for key, methods in CM_KEYS.items():
+            if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is not for method {self.method}")
+        if self.huber_c is not None and self.metric != "huber":
+            raise ValueError("huber_c is for metric huber alone")
+        if self.target_decay == 0 and self.method == "ct":
+            raise ValueError("target_decay 0 has no schedule: ct raises it as N grows")
+        if self.network.dropout or (self.teacher and self.network != NetworkConfig()):
+            raise ValueError("network is for a student without a teacher, and its dropout is the key dropout")
         if self.scales_end and self.scales and self.scales_end < self.scales:
             raise ValueError(f"scales_end {self.scales_end} is below scales {self.scales}")
         if self.lpips_weights and self.metric != "lpips":
             raise ValueError("lpips_weights is for metric lpips alone")
-        if self.guidance_scale is not None and self.method != "cd":
-            raise ValueError("guidance_scale is for method cd alone, which follows a teacher's ODE")
         return self
 
 

@@ -105,9 +105,12 @@ def two_modes(case: str | None, steps: int = 1500) -> Tensor:
 
 
 def numbers(points: Tensor) -> dict[str, float]:
-    """The share of points nearer to each mode, and the spread of the left ones around their mean, over the real one."""
+    """The share of points nearer to each mode, how far the means of both lots are from their modes (nan: no points), and the
+    spread of the left lot around its mean, over the real one."""
     far = points[:, 0] > 0
     return {
+        "left_off": (points[~far].mean(0) - MODES[0]).norm().item(),
+        "right_off": (points[far].mean(0) - MODES[1]).norm().item(),
         "left": 1 - far.double().mean().item(),
         "right": far.double().mean().item(),
         "spread": (points[~far].std(0).mean() / STD).item(),

@@ -7,20 +7,40 @@ from distill_cli import bench
 from distill_cli.config import CMConfig, DMDConfig, PairsConfig
 
 
+@pytest.fixture(autouse=True)
+def any_precision():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # accelerate keeps one precision a process
+    yield
+    AcceleratorState._reset_state(True)
+
+
 def calls_of(case, monkeypatch):
-    """(forwards without gradient, forwards with) of the networks' images in one turn of each side."""
+    """For each side: images forward without gradient, with gradient, networks that got one, optimizer steps."""
     from diffusers import UNet2DModel
 
     counts = []
-    original = UNet2DModel.forward
+    original, stepped = UNet2DModel.forward, {}
 
     def counting(self, x, *arguments, **options):
         counts[-1][1 if torch.is_grad_enabled() else 0] += len(x)
         return original(self, x, *arguments, **options)
 
+    def stepping(optimizer):
+        def step(self, *arguments, **options):
+            counts[-1][2] += all(p.grad is not None for p in self.param_groups[0]["params"] if p.requires_grad and p.ndim == 4)
+            counts[-1][3] += 1
+            return stepped[optimizer](self, *arguments, **options)
+
+        return step
+
     monkeypatch.setattr(UNet2DModel, "forward", counting)
-    for side in (case.ours, case.raw):
-        counts.append([0, 0])
+    for optimizer in (torch.optim.AdamW, torch.optim.RAdam):
+        stepped[optimizer] = optimizer.step
+        monkeypatch.setattr(optimizer, "step", stepping(optimizer))
+    for side in (case.ours, case.bare()):
+        counts.append([0, 0, 0, 0])
         side()
     return counts
 
@@ -28,11 +48,12 @@ def calls_of(case, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [8, 12]),  # teacher and fake score; student on noise and on pairs, fake score
-        ({"fake_steps": 2}, [8, 16]),
-        ({"regression_weight": 0}, [8, 8]),
-        ({"matching_weight": 0}, [0, 8]),
-        ({"fake_score": False, "regression_weight": 0}, [4, 4]),
+        ({}, [8, 12, 2, 2]),  # teacher and fake score; student on noise and on pairs, fake score
+        ({"fake_steps": 2}, [8, 16, 3, 3]),
+        ({"regression_weight": 0}, [8, 8, 2, 2]),
+        ({"matching_weight": 0}, [0, 4, 1, 1]),
+        ({"fake_score": False, "regression_weight": 0}, [4, 4, 1, 1]),
+        ({"guidance_scale": 2.0, "precision": "bf16"}, [12, 12, 2, 2]),
     ],
 )
 def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, monkeypatch, tiny_pairs):
@@ -44,10 +65,11 @@ def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"method": "cd"}, [12, 4]),  # the teacher's Heun step, the target; the student
-        ({"method": "cd", "solver": "euler", "guidance_scale": 2.0}, [12, 4]),
-        ({"method": "ct"}, [4, 4]),
-        ({"method": "ect"}, [4, 4]),
+        ({"method": "cd"}, [12, 4, 1, 1]),  # the teacher's Heun step, the target; the student
+        ({"method": "cd", "solver": "euler", "guidance_scale": 2.0}, [12, 4, 1, 1]),
+        ({"method": "ct"}, [4, 4, 1, 1]),
+        ({"method": "ect"}, [4, 4, 1, 1]),
+        ({"method": "ect", "precision": "bf16"}, [4, 4, 1, 1]),
     ],
 )
 def test_both_sides_of_cm_call_the_networks_alike(options, expected, tmp_path, monkeypatch):
@@ -59,7 +81,7 @@ def test_both_sides_of_cm_call_the_networks_alike(options, expected, tmp_path, m
 def test_both_sides_of_pairs_call_the_networks_alike(tmp_path, monkeypatch):
     config = PairsConfig(teacher="tiny", batch_size=4, steps=2, device="cpu")
     ours, raw = calls_of(bench.bench_pairs(config, tmp_path), monkeypatch)
-    assert ours == raw == [3 * 4 * 3, 0]
+    assert ours == raw == [3 * 4 * 3, 0, 0, 0]
 
 
 @pytest.mark.parametrize("command", ["train", "dmd", "sample"])

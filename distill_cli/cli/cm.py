@@ -44,23 +44,27 @@ def cm(
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.data import open_images
-    from distill_cli.distill.consistency import Consistency
+    from distill_cli.distill.consistency import Consistency, new
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
 
     model = load(config.teacher) if config.teacher else None
     config = config.model_copy(update={"data": config.data or _set_of(config, model)})
-    objective = Consistency(config, model, open_images(str(config.data), config.resolution, config.flip))
+    images = open_images(str(config.data), config.resolution, config.flip)
     if dry_run:
-        count = sum(p.numel() for p in objective.networks["student"].parameters())
-        parts = {"teacher": bool(objective.frozen), "student": True, "target": bool(objective.kept)}
+        networks = new(config, images) if model is None else model
+        count = sum(p.numel() for p in networks.denoiser.parameters())
+        parts = {"teacher": config.method == "cd", "student": True, "target": config.method in ("cd", "ct")}
         common.dry_run(config, common.training_plan(config, {name: count for name, there in parts.items() if there}, count))
         return
+    objective = Consistency(config, model, images)
     engine = Engine(config, objective)
     common.start_run(engine, "cm", resume)
     student = engine.train()
     folder = engine.run.folder
-    rows = {} if model is None else {"teacher": (model, model.sampling)}
+    rows = {}
+    if model is not None:
+        rows["teacher"] = (model.to(engine.accelerator.device), objective.sampling if config.method == "cd" else model.sampling)
     rows |= {f"student, {n} step{'s' * (n > 1)}": (student, student.sampling.model_copy(update={"steps": n})) for n in (1, 2)}
     picture = folder / "comparison.png"
     common.compare(rows, config.seed, picture)

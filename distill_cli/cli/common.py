@@ -110,10 +110,11 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     assert config.out is not None
     given = {
         key: Path(value)
-        for key in ("teacher", "data", "pairs")
+        for key in ("teacher", "data", "pairs", "lpips_weights")
         if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN)
     }
-    absolute = {key: path.resolve() if key == "pairs" else str(path.resolve()) for key, path in given.items() if path.is_dir()}
+    paths = ("pairs", "lpips_weights")
+    absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
     text = dump(config.model_copy(update={**absolute, "out": None}))
     if resume is None:
         engine.open(Run.create(config.out, text, command))

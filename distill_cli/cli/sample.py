@@ -52,6 +52,8 @@ def sample(
 
     assert config.out is not None
     loaded = load(config.model)
+    if config.times is not None:
+        loaded = loaded.with_times(config.times, config.steps)
     if dry_run:
         calls = network_evaluations(loaded.with_defaults(config.solver, config.steps, config.guidance_scale))
         common.dry_run(config, {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})

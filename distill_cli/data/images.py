@@ -69,7 +69,11 @@ def open_picture(path: Path) -> tuple[PIL.Image.Image, bool]:
 
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I;16") or upright.mode in ("I", "F"):  # PIL would cut off what is over 255
+                deep = np.asarray(upright).astype(np.float64)
+                upright = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+            picture = upright.convert("RGBA")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
         raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
     background = Image.new("RGBA", picture.size, "white")
@@ -127,6 +131,8 @@ def split(images: Images, holdout: float, seed: int) -> tuple[list[int], list[in
     """Positions to train on, and those held out: the share `holdout`, chosen by `seed`."""
     positions = permutation(seed, HELD_OUT_EPOCH, len(images)).tolist()
     count = round(holdout * len(images))
+    if count == len(images):
+        raise UsageError(f"holdout {holdout:g}: leaves none of {count} images to train on")
     return positions[count:], positions[:count]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
-from distill_cli.models.pixel import create
+from distill_cli.models.pixel import check_resolution, create
 from distill_cli.models.times import PUBLISHED, from_indices
 
 
@@ -38,18 +40,22 @@ class Consistency:
 
     def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
         self.config, self.teacher, self.images = config, teacher, images
-        start = teacher.copy() if teacher is not None else _new(config, images)
+        self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
+        start = teacher.copy() if teacher is not None else new(config, images)
         check_images(config, start, images)
+        if start.few_step_times is not None and config.method in ("cd", "ect"):
+            raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
         schedule = start.denoiser.schedule
         if not isinstance(schedule, EDMSchedule):
             raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
         self.schedule, self.start = schedule, start
         student = start.denoiser.train().requires_grad_(True)
-        if config.method != "ect":  # which keeps EDM's scalings, whose boundary is at 0
+        if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
             student.parameterisation = "consistency"
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = config.dropout
+        for block in student.modules():
+            dropout = getattr(block, "dropout", None)
+            if isinstance(dropout, nn.Dropout):  # residual blocks have one; attention's is in a list
+                dropout.p = config.dropout
         self.networks: dict[str, nn.Module] = {"student": student}
         self.rates = {"student": config.lr}
         self.frozen: list[nn.Module] = []
@@ -97,6 +103,8 @@ class Consistency:
 
     def errors(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """Weighted distance of each sample, (B,): of the student's estimate at t to the target's at r."""
+        assert self.config.weighting is not None
+        weight = maths.weight(self.config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
         t, r = t.to(x), r.to(x)
         noisy = x + expand(t, x) * noise
         student = self.networks["student"]
@@ -108,13 +116,13 @@ class Consistency:
             else:
                 nearer = x + expand(r, x) * noise
             reference = torch.where(expand(r, x) > 0, target(nearer, r.clamp(min=1e-6), condition), x)
+        torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it (pytorch issue 112583)
         estimate = student(noisy, t, condition)
         if self.perceptual is not None:
             distances = self.perceptual(estimate, reference)
         else:
             distances = distance(self.config.metric, estimate, reference, self.huber_c)
-        assert self.config.weighting is not None
-        return maths.weight(self.config.weighting, t, r, self.start.denoiser.scales.sigma_data) * distances
+        return weight * distances
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
         step, place = divmod(draws.indices[0], self.config.batch_size)
@@ -143,25 +151,32 @@ class Consistency:
         torch._foreach_lerp_(list(self.kept["target"].parameters()), student, 1 - decay)
 
     def model(self, network: nn.Module) -> Model:
+        """The student; one by ect gets the boundary scalings too (sigma_min apart from its own), which diffusers' pipeline has."""
         assert isinstance(network, NetworkDenoiser)
+        network = copy.copy(network)
+        network.parameterisation = "consistency"
+        conditioner = self.start.conditioner
+        if self.config.label_dropout == 0:  # the null class has not been learned
+            conditioner = replace(conditioner, null_label=None)
         start, teacher = self.start.lineage, self.teacher
         lineage = Lineage(
             name=f"{start.name}-{self.config.method}",
             kind="student",
             method=self.config.method,
             teacher=start.name if teacher is not None else "",
-            teacher_hash=teacher.weights_hash() if teacher is not None else "",
+            teacher_hash=self.teacher_hash,
             licence=start.licence,
             data=self.config.data or start.data,
         )
-        return Model(network, self.start.conditioner, lineage, Sampling(solver="few-step", steps=1), from_indices(self.schedule, PUBLISHED))
+        return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), from_indices(self.schedule, PUBLISHED))
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""
 
 
-def _new(config: CMConfig, images: Images) -> Model:
+def new(config: CMConfig, images: Images) -> Model:
     """A student with random weights."""
+    check_resolution(images.shape[-1], config.network)
     options: dict[str, Any] = config.network.model_dump()
     return create(
         resolution=images.shape[1],
@@ -169,7 +184,7 @@ def _new(config: CMConfig, images: Images) -> Model:
         classes=list(images.classes),
         schedule=EDMSchedule(),
         parameterisation="consistency",
-        lineage=Lineage(name=str(config.data), data=str(config.data)),
+        lineage=Lineage(name=Path(str(config.data)).name, data=str(config.data)),
         seed=config.seed,
         **options,
     )
@@ -179,5 +194,5 @@ def check_images(config: CMConfig, model: Model, images: Images) -> None:
     """Refuse images of another shape or with other classes than the model's."""
     if tuple(images.shape) != model.shape:
         raise UsageError(f"--data {config.data}: images of {tuple(images.shape)}, the teacher's are {model.shape}")
-    if len(images.classes) != len(model.conditioner.classes):
+    if model.conditioner.classes and len(images.classes) != len(model.conditioner.classes):
         raise UsageError(f"--data {config.data}: {len(images.classes)} classes, the teacher has {len(model.conditioner.classes)}")

@@ -14,9 +14,8 @@ from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
 from distill_cli.distill.engine import Loss
-from distill_cli.errors import UsageError
 from distill_cli.models.model import Lineage, Model
-from distill_cli.models.pixel import create
+from distill_cli.models.pixel import check_resolution, create
 
 
 class Denoising:
@@ -26,9 +25,7 @@ class Denoising:
 
     def __init__(self, config: TrainConfig, images: Images) -> None:
         self.config, self.images = config, images
-        parts = 2 ** (len(config.network.channels) - 1)
-        if images.shape[-1] % parts:
-            raise UsageError(f"resolution {images.shape[-1]}: {len(config.network.channels)} network.channels need a multiple of {parts}")
+        check_resolution(images.shape[-1], config.network)
         edm = config.prediction == "edm"
         schedule: NoiseSchedule = EDMSchedule() if edm else TableSchedule.from_config({"beta_schedule": config.beta_schedule})
         self.schedule = schedule

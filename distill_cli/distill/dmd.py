@@ -72,14 +72,15 @@ class DMD:
     def turns(self, draws: Draws) -> Iterator[Loss]:
         device = next(self.networks["student"].parameters()).device
         shape = self.teacher.shape
-        noise = draws.normal("noise", shape)
-        labels = self.labels[(draws.uniform("label") * len(self.labels)).long()]
+        count = len(draws) if self.config.matching_weight else 0
+        noise = draws.normal("noise", shape)[:count]
+        labels = self.labels[(draws.uniform("label") * len(self.labels)).long()][:count]
         paired = None
         if self.pairs is not None and self.regression_weight:
             paired = self.pairs.batch([self.order[i] for i in draws.indices])
             noise, labels = torch.cat([noise, paired["noise"]]), torch.cat([labels, paired["label"]])
         images = self.generate(noise.to(device), labels.to(device))
-        x, condition = images[: len(draws)], self.teacher.conditioner(labels[: len(draws)].to(device))
+        x, condition = images[:count], self.teacher.conditioner(labels[:count].to(device))
 
         loss = images.new_zeros(())
         metrics: dict[str, Tensor] = {}
@@ -90,9 +91,9 @@ class DMD:
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None:
             reference = paired["x0"].to(device)
-            regression = self.distance(images[len(draws) :], reference).mean()
+            regression = self.distance(images[count:], reference).mean()
             loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
-            metrics |= {"spread": spread(images[len(draws) :]), "pairs_spread": spread(reference)}
+            metrics |= {"spread": spread(images[count:]), "pairs_spread": spread(reference)}
         yield Loss("student", loss, metrics)
 
         if "fake" in self.networks:

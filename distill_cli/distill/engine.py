@@ -138,10 +138,19 @@ class Engine:
                 group["lr"] = learning_rate(self.config, self.objective.rates[name], self.step)
             norm = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
             self._record({f"{name}_grad_norm": norm})
+            self._watch(f"the gradient norm of {name}", norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
+
+    def advance(self) -> dict[str, float]:
+        """One step, and its line in metrics.jsonl where one is due: the means that it holds, else nothing."""
+        self.train_step()
+        if self.step % self.config.log_every and self.step != self.config.steps:
+            return {}
+        self._check_finite()
+        return self._log()
 
     def _record(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
@@ -151,6 +160,8 @@ class Engine:
 
     def _watch(self, name: str, loss: Tensor) -> None:
         """Keep the first step at which a loss is no number, where the loss is: asking now would make a GPU wait."""
+        if self.accelerator.scaler:  # fp16: it leaves out such steps itself
+            return
         never = torch.full_like(loss, NEVER, dtype=torch.int64, requires_grad=False)
         now = torch.where(loss.detach().isfinite(), never, self.step + 1)
         self.bad[name] = torch.minimum(self.bad.get(name, never), now)
@@ -206,12 +217,10 @@ class Engine:
         warned = ""
         with stoppable() as stop:
             while self.step < config.steps:
-                self.train_step()
+                means = self.advance()
                 note = ""
                 last = self.step == config.steps
-                if self.step % config.log_every == 0 or last:
-                    self._check_finite()
-                    means = self._log()
+                if means:
                     note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
                     advice = self.objective.advice(means, self.step / config.steps)
                     if advice.partition(":")[0] not in ("", warned) and rank() == 0:
@@ -238,9 +247,12 @@ class Engine:
         found = checkpoint.steps(self.run.checkpoints)
         good = f"the checkpoint of step {found[-1]} is good: " if found else ""
         hint = f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"
-        for name, first in self.bad.items():
-            if first.item() != NEVER:
-                raise DistillError(f"{name} is not a number at step {first.item()}", hint)
+        first = {name: int(step.item()) for name, step in self.bad.items()}
+        name = min(first, key=lambda key: first[key], default="")
+        if name and first[name] != NEVER:
+            raise DistillError(f"{name} is not a number at step {first[name]}", hint)
+        if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 1:
+            raise DistillError(f"no finite gradient in fp16 for many steps up to {self.step}", "use --precision bf16")
         for name, network in self.plain.items():
-            if not all(torch.isfinite(p).all() for p in network.parameters()):
+            if not torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all():
                 raise DistillError(f"the weights of {name} are not numbers at step {self.step}", hint)

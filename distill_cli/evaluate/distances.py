@@ -20,7 +20,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     values, vectors = torch.linalg.eigh(one)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     mixed = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + one.trace() + other.trace() - 2 * mixed).item()
+    return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + one.trace() + other.trace() - 2 * mixed).item())
 
 
 def _radii(x: Tensor, neighbours: int) -> Tensor:

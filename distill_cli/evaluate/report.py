@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,16 @@ from distill_cli.files import write_atomic
 from distill_cli.models import load
 from distill_cli.models.classifier import Classifier
 from distill_cli.models.classifier import load as load_classifier
-from distill_cli.runs import versions
+from distill_cli.models.model import Model
+from distill_cli.runs import settle, versions
 from distill_cli.sample import batch
 
-AGAIN = "real images, drawn again"
+AGAIN = "the reference, resampled"
 REFERENCE_SEED, AGAIN_SEED = 0, 1
-SHOWN = 40
+SHOWN, PART = 40, 500
 ENOUGH = 10
 """Images a feature, under which a Fréchet distance gets a warning."""
-COLUMNS = ("model", "evaluations", "images/s", "accuracy", "frechet", "precision", "recall")
+COLUMNS = ("model", "images", "evaluations", "images/s", "accuracy", "frechet", "precision", "recall")
 
 
 class Reference:
@@ -44,17 +47,31 @@ class Reference:
                 f"--data {config.data} has {len(images.classes)} of {tuple(images.shape)}",
                 "distill classifier --data trains one for your images",
             )
+        if len(images) <= config.neighbours + 1:
+            raise UsageError(f"--data {config.data}: {len(images)} images are too few to measure against", "more, or fewer neighbours")
         self.config, self.images, self.classifier = config, images, classifier
-        every = range(len(images))
-        self.pixels, self.labels = images.batch(every, Draws(REFERENCE_SEED, every))
-        self.features, _ = classifier.measure(self.pixels)
+        self.features, self.predicted, self.labels, _ = self._measured(range(len(images)), Draws(REFERENCE_SEED, range(len(images))))
         self.text = f"all {len(images)} images of {config.data}, each once, what is random in them drawn with seed {REFERENCE_SEED}"
 
-    def again(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` images drawn from the set with replacement, with their labels: a generator that knows it by heart."""
+    def _measured(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features, predicted and true labels of images of the set, and the first few of them; a part at a time."""
+        parts = []
+        for first in range(0, len(positions), PART):
+            part = range(first, min(len(positions), first + PART))
+            images, labels = self.images.batch([positions[i] for i in part], Draws(draws.seed, [draws.indices[i] for i in part]))
+            parts.append((*self.classifier.measure(images), labels, images[: SHOWN if first == 0 else 0]))
+        features, predicted, true, shown = (torch.cat([part[k] for part in parts]) for k in range(4))
+        return features, predicted, true, shown
+
+    def again(self, count: int) -> tuple[dict[str, float | None], Tensor]:
+        """The scores of `count` images drawn from the set with replacement, and a few of them.
+
+        They are those of a generator that knows the set by heart: no bound, but the scale on which to read the others'.
+        """
         draws = Draws(AGAIN_SEED, range(count))
         positions = (draws.uniform("order") * len(self.images)).long().tolist()
-        return self.images.batch(positions, draws)
+        features, predicted, labels, shown = self._measured(positions, draws)
+        return self._scores(features, predicted, labels), shown
 
     def frechet(self, images: Tensor) -> float:
         """The Fréchet distance of images (N, C, H, W) to the real ones."""
@@ -62,7 +79,9 @@ class Reference:
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float | None]:
         """Accuracy (where the labels asked for are known), Fréchet distance, precision and recall of images (N, C, H, W)."""
-        features, predicted = self.classifier.measure(images)
+        return self._scores(*self.classifier.measure(images), labels)
+
+    def _scores(self, features: Tensor, predicted: Tensor, labels: Tensor | None) -> dict[str, float | None]:
         precision, recall = precision_recall(self.features, features, self.config.neighbours)
         return {
             "accuracy": None if labels is None else (predicted == labels).double().mean().item(),
@@ -73,72 +92,100 @@ class Reference:
 
 
 def split(spec: str) -> tuple[str, int | None]:
-    """`NAME@2` -> NAME, 2 steps; `NAME` -> NAME, the model's own."""
+    """`NAME@2` -> NAME, 2 steps; `NAME`, or a path that exists -> itself, the model's own."""
     name, at, steps = spec.rpartition("@")
-    if not at:
+    if not at or Path(spec).exists():
         return spec, None
-    if not steps.isdigit() or not int(steps):
+    if not steps.isdecimal() or not int(steps):
         raise UsageError(f"--model {spec}: after @ comes a number of steps")
     return name, int(steps)
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) in [-1, 1] and labels of a file as `distill sample --format npz` writes it."""
+    """Images (N, C, H, W) in [-1, 1] and labels (N,), where there are different ones, of a file as `distill sample` writes it."""
     if not path.is_file():
         raise UsageError(f"--model {path}: no such file")
     images, labels = batch.read_npz(path, "write it again with `distill sample --format npz`")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UsageError(f"--model {path}: arr_0 is {images.dtype} {images.shape}", "uint8 (N, H, W, 3) is expected")
-    return from_uint8(images), None if labels is None else torch.from_numpy(labels).long()
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)):
+        raise UsageError(f"--model {path}: arr_1 is {labels.dtype} {labels.shape}", "whole numbers, one an image, are expected")
+    unlabelled = labels is None or not labels.any()  # models without classes have label 0 throughout
+    return from_uint8(images), None if unlabelled else torch.from_numpy(labels).long()
 
 
-def _images(spec: str, config: EvaluateConfig, classes: tuple[str, ...]) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """The images of one row, their labels where the classifier knows them, and what making them cost."""
-    assert config.out is not None
-    if spec.endswith(".npz"):
-        images, labels = read_npz(Path(spec))
-        return images, labels, {"network_evaluations": None, "images_per_second": None}
-    name, steps = split(spec)
-    model = load(name)
-    folder = config.out / "samples" / re.sub(r"[^\w.@-]+", "_", spec).strip("_")
-    options = config.model_dump(include={"num", "seed", "device", "batch_size", "precision"})
-    made = batch.sample(SampleConfig(model=name, steps=steps, format="npz", **options), model, folder)
-    images, labels = read_npz(folder / "samples.npz")
-    return images, labels if model.conditioner.classes == classes else None, made
+@dataclass
+class Row:
+    """One line of the table before it is measured: images in a file, or a model that makes them."""
+
+    spec: str
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    model: Model | None = None
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, spec: str, config: EvaluateConfig, shape: tuple[int, ...]) -> Row:
+        """Read or load what `spec` names; raises UsageError before anything is sampled."""
+        if spec.endswith(".npz"):
+            row = cls(spec, *read_npz(Path(spec)))
+            assert row.images is not None
+            found, count = tuple(row.images.shape[1:]), len(row.images)
+        else:
+            name, steps = split(spec)
+            row = cls(spec, model=load(name), steps=steps)
+            assert row.model is not None
+            row.model.with_defaults(None, steps, None)
+            row.model.conditioner.labels(1, config.classes)
+            found, count = (3, *row.model.shape[1:]), config.num  # grey pictures are stored as colour ones
+        if found != shape:
+            raise UsageError(f"--model {spec}: images of {found}, the reference has {shape}")
+        if count <= config.neighbours + 1:
+            raise UsageError(f"--model {spec}: {count} images are too few to measure anything", f"more than {config.neighbours + 1}")
+        return row
+
+    def sampled(self, config: EvaluateConfig, folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
+        """Fill in the images and, where the classifier knows them, the labels; returns what making them cost."""
+        if self.model is None:
+            return {"network_evaluations": None, "images_per_second": None}
+        options = config.model_dump(include={"num", "seed", "device", "batch_size", "precision", "classes"})
+        made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", **options), self.model, folder)
+        self.images, labels = read_npz(folder / "samples.npz")
+        self.labels = labels if self.model.conditioner.classes == classes else None
+        return made
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Sample what `config.model` lists, measure it, and write report.json, report.md and picture.png; returns the report."""
     assert config.out is not None
+    if launch.world_size() > 1:
+        raise UsageError("evaluation on several processes is not supported", "share the sampling (distill sample), then evaluate its npz")
     classifier = load_classifier(config.classifier).to(launch.device(config.device))
     reference = Reference(config, open_images(config.data, config.resolution), classifier)
-    width = reference.features.shape[1]
+    todo = [Row.of(spec, config, tuple(reference.images.shape)) for spec in config.model]
+    settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device", "batch_size"}), "an evaluation")
     rates = _old_rates(config.out / "report.json")
     rows: list[dict[str, Any]] = []
     pictures = []
-    counts = set()
-    for spec in config.model:
-        images, labels, cost = _images(spec, config, classifier.info.classes)
-        if images.shape[1:] != reference.pixels.shape[1:]:
-            raise UsageError(f"--model {spec}: images of {tuple(images.shape[1:])}, the reference has {tuple(reference.pixels.shape[1:])}")
-        if len(images) <= config.neighbours + 1:
-            raise UsageError(f"--model {spec}: {len(images)} images are too few to measure anything", f"more than {config.neighbours + 1}")
-        rate = cost["images_per_second"] or rates.get(spec)
-        rows.append({"model": spec, "images": len(images), "network_evaluations": cost["network_evaluations"], "images_per_second": rate})
-        rows[-1] |= reference.measure(images, labels)
-        pictures.append((title(rows[-1]), to_uint8(images[:SHOWN])))
-        counts.add(len(images))
-    for count in sorted(counts):
-        images, labels = reference.again(count)
-        rows.append({"model": AGAIN, "images": count, "network_evaluations": None, "images_per_second": None})
-        rows[-1] |= reference.measure(images, labels)
-    pictures.append((AGAIN, to_uint8(images[:SHOWN])))
+    for k, row in enumerate(todo):
+        cost = row.sampled(config, config.out / "samples" / f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', row.spec)}", classifier.info.classes)
+        assert row.images is not None
+        rate = cost["images_per_second"] or rates.get(row.spec)
+        known = {"network_evaluations": cost["network_evaluations"], "images_per_second": rate}
+        rows.append({"model": row.spec, "images": len(row.images), **known, **reference.measure(row.images, row.labels)})
+        pictures.append((title(rows[-1]), to_uint8(row.images[:SHOWN])))
+        row.images = None
+    for count in sorted({row["images"] for row in rows}):
+        scores, shown = reference.again(count)
+        rows.append({"model": AGAIN, "images": count, "network_evaluations": None, "images_per_second": None, **scores})
+    pictures.append((AGAIN, to_uint8(shown)))
+    width = reference.features.shape[1]
     report = {
         "reference": reference.text,
         "features": f"{width} features of the classifier {config.classifier}, trained on {classifier.info.data}",
         "seed": config.seed,
         "rows": rows,
-        "warnings": [worth(row, rows, width) for row in rows if row["model"] != AGAIN and worth(row, rows, width)],
+        "warnings": [text for row in rows if (text := worth(row, rows, width, len(reference.features)))],
         "versions": versions(),
     }
     write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
@@ -147,15 +194,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int) -> str:
-    """What the Fréchet distance of too few images is worth, or ''."""
-    if row["images"] >= ENOUGH * width:
+def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int, reference: int) -> str:
+    """What the Fréchet distance of too few images, or against too few, is worth; or ''."""
+    count = min(row["images"], reference)
+    if row["model"] == AGAIN or count >= ENOUGH * width:
         return ""
     floor = next(r["frechet"] for r in rows if r["model"] == AGAIN and r["images"] == row["images"])
-    why = "their covariance is singular" if row["images"] <= width else f"fewer than {ENOUGH} a feature"
+    why = "their covariance is singular" if count <= width else f"fewer than {ENOUGH} a feature"
     return (
-        f"{row['model']}: {row['images']} images for {width} features, {why}: real images in that number get a "
-        f"Fréchet distance of {floor:.3g}, so that of the model, {row['frechet']:.3g}, says little; raise --num"
+        f"{row['model']}: {count} {'real ' * (count < row['images'])}images for {width} features, {why}: real images in that number "
+        f"get a Fréchet distance of {floor:.3g}, the model's is {row['frechet']:.3g}; take more (--num, with another --out)"
     )
 
 
@@ -177,14 +225,15 @@ def title(row: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table, with what the reference is below it."""
+    """The report as a Markdown table, with what the reference is and what is to be doubted below it."""
 
     def cell(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in report["rows"]:
-        cells = [row["model"], cell(row["network_evaluations"], 0), cell(row["images_per_second"], 1), cell(row["accuracy"], 3)]
-        cells += [cell(row["frechet"], 4), cell(row["precision"], 3), cell(row["recall"], 3)]
+        cells = [row["model"], cell(row["images"], 0), cell(row["network_evaluations"], 0), cell(row["images_per_second"], 1)]
+        cells += [cell(row["accuracy"], 3), cell(row["frechet"], 4), cell(row["precision"], 3), cell(row["recall"], 3)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Reference: {report['reference']}. {report['features']}."])
+    lines += ["", f"Reference: {report['reference']}. {report['features']}. Noise of seed {report['seed']}, classes in turn."]
+    return "\n".join(lines + [f"Warning: {warning}." for warning in report["warnings"]])

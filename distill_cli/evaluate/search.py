@@ -20,6 +20,9 @@ from distill_cli.models.classifier import load as load_classifier
 from distill_cli.models.model import Model
 from distill_cli.models.times import GRID, from_indices
 
+UNUSED = 2**41
+"""Where the noises begin that times are chosen on: no job that is measured afterwards reaches them by counting."""
+
 
 def lowest(score: Callable[[int], float], low: int, high: int) -> int:
     """The place of the lowest score among low .. high (both included) by ternary search, as if it fell and then rose."""
@@ -27,7 +30,7 @@ def lowest(score: Callable[[int], float], low: int, high: int) -> int:
         third = (high - low) // 3
         left, right = low + third, high - third
         if score(left) <= score(right):
-            high = right - 1 if right - 1 > left else left
+            high = right - 1
         else:
             low = left + 1
     return min(range(low, high + 1), key=score)
@@ -41,13 +44,16 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
     schedule = model.denoiser.schedule
     if not model.is_consistency or not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
-    if steps < 2:
-        raise UsageError(f"--search-times {steps}: one step starts at sigma_max", "2 or more")
+    if config.num < 2:
+        raise UsageError(f"--num {config.num}: too few images to measure")
     where = launch.device(config.device)
     model.to(where)
     classifier = load_classifier(config.classifier).to(where)
+    if classifier.info.shape != model.shape:
+        made = f"--classifier {config.classifier}: knows images of {classifier.info.shape}, the student makes {model.shape}"
+        raise UsageError(made, "distill classifier trains one for your images")
     data = classifier.info.data
-    reference = Reference(EvaluateConfig(data=data, classifier=config.classifier), open_images(data), classifier)
+    reference = Reference(EvaluateConfig(data=data, classifier=config.classifier), open_images(data, model.shape[-1]), classifier)
     labels = model.conditioner.labels(config.num, config.classes)
     found: list[int] = [0]
     known: dict[tuple[int, ...], float] = {}
@@ -62,7 +68,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
             )
             features = []
             for first in range(0, config.num, config.batch_size):
-                draws = Draws(config.seed, range(first, min(config.num, first + config.batch_size)))
+                draws = Draws(config.seed, range(UNUSED + first, UNUSED + min(config.num, first + config.batch_size)))
                 with launch.autocast(where, config.precision):
                     images = at.sample(draws, labels[first : first + config.batch_size])
                 features.append(from_uint8(to_uint8(images)))

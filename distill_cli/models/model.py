@@ -18,7 +18,7 @@ from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
 from distill_cli.errors import UsageError
-from distill_cli.models.times import parse
+from distill_cli.models.times import GRID, parse
 
 CONSISTENCY = ("cd", "ct", "ict", "ect")
 """Methods of `distill cm`."""
@@ -136,7 +136,7 @@ class Model:
     def is_consistency(self) -> bool:
         """Whether it maps every noise level to an image, as students of `distill cm` do, and not the largest alone."""
         learned = self.denoiser.parameterisation == "consistency" or self.lineage.method in CONSISTENCY
-        return self.few_step_times is not None and learned
+        return self.few_step_times is not None and learned and self.lineage.method != "dmd"
 
     def to(self, device: str | torch.device) -> Model:
         self.denoiser.to(device)
@@ -164,7 +164,9 @@ class Model:
                 return torch.tensor(self.few_step_times[:steps], dtype=torch.float64)
             if not self.is_consistency or not isinstance(schedule, EDMSchedule):
                 made = f"--steps {steps}: the student was made for at most {len(self.few_step_times)}"
-                raise UsageError(made, "consistency students (distill cm) take any number")
+                raise UsageError(made, f"consistency students (distill cm) take 1 to {GRID + 1}")
+            if steps > GRID + 1:
+                raise UsageError(f"--steps {steps}: a consistency student takes 1 to {GRID + 1}")
             return torch.tensor(parse("even", schedule, steps), dtype=torch.float64)
         if isinstance(schedule, TableSchedule) and solver == "heun":
             low = schedule.t_max / steps / 2  # sigma / alpha of the last times must not vanish
@@ -218,8 +220,9 @@ class Model:
         schedule = self.denoiser.schedule
         denoiser = guided(self.denoiser, sampling.guidance_scale, self.conditioner.null)
         condition = self.conditioner(labels.to(device))
-        x = schedule.prior_std * draws.normal("prior", self.shape).to(device)
         times = self.times(sampling.solver, sampling.steps)
+        few_step = sampling.solver == "few-step" and isinstance(schedule, EDMSchedule)
+        x = (times[0].item() if few_step else schedule.prior_std) * draws.normal("prior", self.shape).to(device)
 
         def noise(k: int) -> Tensor:
             return draws.normal("solver", self.shape, turn=k).to(device)
@@ -231,8 +234,8 @@ class Model:
         elif sampling.solver == "ancestral":
             x0 = solvers.ddim(denoiser, schedule, x, times, condition, eta=1.0, noise=noise)
         elif sampling.solver == "few-step":
-            sigma_min = self.denoiser.scales.sigma_min if isinstance(schedule, EDMSchedule) else 0.0
-            x0 = solvers.few_step(denoiser, schedule, x, times, condition, sigma_min=sigma_min, noise=noise)
+            options: dict[str, Any] = {"sigma_min": self.denoiser.scales.sigma_min, "project": self.codec.decode} if few_step else {}
+            x0 = solvers.few_step(denoiser, schedule, x, times, condition, noise=noise, **options)  # clamped as in diffusers' pipeline
         else:
             raise UsageError(f"--solver {sampling.solver}: unknown")
         return self.codec.decode(x0.float()).cpu()

@@ -25,7 +25,7 @@ def find_weights(given: Path | None) -> Path:
     """The file of VGG-16's weights: the one given, or that in torchvision's cache. Nothing is downloaded."""
     path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if not path.is_file():
-        message = f"lpips_weights {path}: no such file" if given else f"regression_loss lpips: VGG's weights are not in {path}"
+        message = f"lpips_weights {path}: no such file" if given else f"lpips: VGG's weights are not in {path}"
         raise DistillError(message, f"put {URL} (528 MB) there, or give a copy of it: lpips_weights=FILE")
     promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if promised and not sha256(path).startswith(promised[1]):
@@ -67,5 +67,11 @@ class Perceptual(nn.Module):
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
         with torch.no_grad():
             there = self._features(reference)
-        layers = zip(self.metric.lins, self._features(x), there, strict=True)
+        torch.clear_autocast_cache()
+        here = self._features(x)
+        with torch.autocast(x.device.type, enabled=False):  # small differences vanish in half precision
+            return self._compare(here, there)
+
+    def _compare(self, here: list[Tensor], there: list[Tensor]) -> Tensor:
+        layers = zip(self.metric.lins, here, there, strict=True)
         return torch.stack([lin((a - b).square()).mean((1, 2, 3)) for lin, a, b in layers]).sum(0)

@@ -17,9 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as to_bytes
 
+from distill_cli.config import NetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
 
@@ -104,14 +105,17 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
 
 
 def save_times(folder: Path, model: Model) -> None:
-    """Write a student's few-step times and number of steps into its folder's distill.json and card."""
+    """Write a student's few-step times and number of steps into its folder's distill.json, and into its card if that is ours."""
+    ours = (folder / EXTRA).exists()
     write_atomic(folder / EXTRA, _extra(model).model_dump_json(indent=2) + "\n")
-    write_atomic(folder / "README.md", card(model))
+    if ours:
+        write_atomic(folder / "README.md", card(model))
 
 
 def card(model: Model) -> str:
     """The README.md of a model's folder."""
     lineage, sampling = model.lineage, model.sampling
+    times = ", ".join(f"{time:.4g}" for time in model.few_step_times or [])
     rows = {
         "kind": f"{lineage.kind}{f', by {lineage.method}' if lineage.method else ''}",
         "teacher": f"{lineage.teacher} (weights {lineage.teacher_hash[:12]})" if lineage.teacher else "",
@@ -119,6 +123,7 @@ def card(model: Model) -> str:
         "data": lineage.data,
         "images": f"{model.shape[0]} x {model.shape[1]} x {model.shape[2]}, {len(model.conditioner.classes) or 'no'} classes",
         "sampling": f"{sampling.solver}, {sampling.steps} step{'s' * (sampling.steps > 1)}, guidance scale {sampling.guidance_scale:g}",
+        "times": f"sigma {times}" if times else "",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. Sample with `distill sample --model FOLDER`.\n"
@@ -201,6 +206,13 @@ def load(folder: Path, name: str) -> Model:
         sampling=extra.sampling,
         few_step_times=extra.few_step_times,
     )
+
+
+def check_resolution(resolution: int, network: NetworkConfig) -> None:
+    """Refuse pictures that the network's levels cannot halve evenly."""
+    parts = 2 ** (len(network.channels) - 1)
+    if resolution % parts:
+        raise UsageError(f"resolution {resolution}: {len(network.channels)} network.channels need a multiple of {parts}")
 
 
 def create(

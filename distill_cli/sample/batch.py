@@ -97,8 +97,6 @@ class Samples:
 
 def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
     """Make the images of `config` in `folder`, only those that are missing; returns counts and images per second."""
-    if config.times is not None:
-        model = model.with_times(config.times, config.steps)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale)
     samples = Samples(folder, config, model)
     settings = config.model_dump(

@@ -24,6 +24,8 @@ Projection = Callable[[Tensor], Tensor]
 """(B, C, H, W) -> its part in the known subspace; twice is once, and it never makes a picture longer."""
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)
+WHITE = sum(LUMINANCE) ** 2 / sum(weight**2 for weight in LUMINANCE)
+"""The sum over the channels of white's part along the luminance weights."""
 TIMES = {"sdedit": (20, 24, 28, 32, 36)}
 EVERY_FOURTH = tuple(range(0, 40, 4))
 GAMUT_ROUNDS = 1000

@@ -23,75 +23,88 @@ from distill_cli.sample import edit
 SHOWN = 20
 
 
-def find(path: Path) -> list[Path]:
-    """The pictures that `--input` names, in the order of their names."""
-    if path.is_dir():
-        found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-        if not found:
-            raise UsageError(f"--input {path}: no pictures in it", f"file names end in {', '.join(SUFFIXES)}")
-        return found
-    if not path.is_file():
+def find(config: EditConfig, folder: Path) -> list[Path]:
+    """The pictures that `--input` names, in the order of their names, without the mask."""
+    path = config.input
+    assert path is not None
+    if not path.exists():
         raise UsageError(f"--input {path}: no such file or folder")
-    return [path]
+    if not path.is_dir():
+        return [path]
+    if folder.resolve().is_relative_to(path.resolve()):
+        raise UsageError(f"--out {folder}: lies in --input {path}", "the results would be edited next time: choose another folder")
+    mask = config.mask.resolve() if config.mask else None
+    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.resolve() != mask)
+    if not found:
+        raise UsageError(f"--input {path}: no pictures in it", f"file names end in {', '.join(SUFFIXES)}")
+    return found
 
 
-def read(files: list[Path], height: int, width: int) -> Tensor:
-    """(N, 3, height, width) in [-1, 1]; what had to be done to a picture is said once for each kind."""
-    pictures, said = [], set()
-    for file in files:
+class Pictures:
+    """Reads files as the model wants them, and says once for each kind what had to be done to one."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        self.said: set[str] = set()
+
+    def _say(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            print(text, file=sys.stderr)
+            self.said.add(kind)
+
+    def read(self, file: Path, patch: int = 1) -> Tensor:
+        """(3, height, width) in [-1, 1]; a picture that is smaller by `patch` each way has each pixel repeated."""
         picture, transparent = open_picture(file)
-        if transparent and "alpha" not in said:
-            print(f"{file}: its alpha channel is laid on white", file=sys.stderr)
-            said.add("alpha")
-        if picture.size != (width, height) and "size" not in said:
-            print(f"{file}: {picture.width}x{picture.height} pixels, scaled and cut to {width}x{height}", file=sys.stderr)
-            said.add("size")
-        pictures.append(fit(picture, height, width))
-    return torch.stack(pictures)
+        if transparent:
+            self._say("alpha", f"{file}: its alpha channel is laid on white")
+        height, width = self.height // patch, self.width // patch
+        if patch > 1 and picture.size == (width, height):
+            return fit(picture, height, width).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+        if picture.size != (self.width, self.height):
+            self._say("size", f"{file}: {picture.width}x{picture.height} pixels, scaled and cut to {self.width}x{self.height}")
+        return fit(picture, self.height, self.width)
 
-
-def read_mask(path: Path, files: list[Path], height: int, width: int) -> Tensor:
-    """(1, 1, height, width): 1 where the picture stays (the mask is black), 0 where it is painted anew (white)."""
-    if not path.is_file():
-        raise UsageError(f"--mask {path}: no such file")
-    mask, _ = open_picture(path)
-    for file in files:
-        size = open_picture(file)[0].size
-        if size != mask.size:
-            raise UsageError(f"--mask {path}: {mask.width}x{mask.height} pixels, {file} has {size[0]}x{size[1]}", "they must be the same")
-    known = (fit(mask, height, width).mean(0, keepdim=True) < 0).float()[None]
-    if known.all() or not known.any():
-        raise UsageError(f"--mask {path}: all {'black: nothing is' if known.all() else 'white: everything is'} painted anew")
-    return known
+    def mask(self, path: Path, files: list[Path]) -> Tensor:
+        """(1, 1, height, width): 1 where the picture stays (the mask is black), 0 where it is painted anew (white)."""
+        if not path.is_file():
+            raise UsageError(f"--mask {path}: no such file")
+        mask, _ = open_picture(path)
+        for file in files:
+            size = open_picture(file)[0].size
+            if size != mask.size:
+                raise UsageError(
+                    f"--mask {path}: {mask.width}x{mask.height} pixels, {file} has {size[0]}x{size[1]}", "they must be the same"
+                )
+        known = (fit(mask, self.height, self.width).mean(0, keepdim=True) < 0).float()[None]
+        if known.all() or not known.any():
+            raise UsageError(f"--mask {path}: all {'black: nothing is' if known.all() else 'white: everything is'} painted anew")
+        return known
 
 
 def _times(config: EditConfig, model: Model) -> list[float]:
     schedule = edit.check_can_edit(model, config.model)
     if config.times is not None:
-        return parse(config.times, schedule, model.sampling.steps)
+        return parse(config.times, schedule, len(edit.EVERY_FOURTH))
     if config.task == "interpolate":
         return model.times("few-step", model.sampling.steps).tolist()
     return from_indices(schedule, edit.TIMES.get(config.task, edit.EVERY_FOURTH))
 
 
-def _known(config: EditConfig, files: list[Path], model: Model) -> tuple[Tensor, edit.Projection]:
-    """The pictures' known part and the projection onto it."""
-    _, height, width = model.shape
+def _projection(config: EditConfig, files: list[Path], pictures: Pictures) -> edit.Projection | None:
+    """Onto the part of a picture that the task keeps."""
     if config.task == "superres":
-        if height % config.patch or width % config.patch:
-            raise UsageError(f"--patch {config.patch}: does not divide the model's {height}x{width} pixels")
-        small = (width // config.patch, height // config.patch)
-        if all(open_picture(file)[0].size == small for file in files):  # as small as what is known of them
-            return torch.nn.functional.interpolate(read(files, small[1], small[0]), scale_factor=config.patch), edit.patch_means(
-                config.patch
-            )
-        projection = edit.patch_means(config.patch)
-    elif config.task == "inpaint":
+        if pictures.height % config.patch or pictures.width % config.patch:
+            raise UsageError(f"--patch {config.patch}: does not divide the model's {pictures.height}x{pictures.width} pixels")
+        return edit.patch_means(config.patch)
+    if config.task == "inpaint":
         assert config.mask is not None
-        projection = edit.inpainting(read_mask(config.mask, files, height, width))
-    else:
-        projection = edit.luminance
-    return projection(read(files, height, width)), projection
+        return edit.inpainting(pictures.mask(config.mask, files))
+    return edit.luminance if config.task == "colorize" else None
+
+
+def _write(folder: Path, names: list[str], images: Tensor) -> None:
+    for name, picture in zip(names, to_uint8(images), strict=True):
+        write_atomic(folder / f"{name}.png", png(picture))
 
 
 def run(config: EditConfig, model: Model, folder: Path) -> dict[str, Any]:
@@ -103,48 +116,33 @@ def run(config: EditConfig, model: Model, folder: Path) -> dict[str, Any]:
     if channels != 3:
         raise UsageError(f"--model {config.model}: pictures of {channels} channels", "editing is for colour pictures")
     model.to(launch.device(config.device))
-    prior = model.denoiser.schedule.prior_std
     if config.task == "interpolate":
+        count = config.frames
         ends = Draws(config.seed, range(2)).normal("prior", model.shape)
-        names = [f"{k:03d}" for k in range(config.frames)]
-        noise = edit.between(ends[0], ends[1], config.frames)
-        labels = edit.labels_of(model, 1, config.classes).expand(config.frames)
-        outputs = edit.edit(model, prior * noise, times, labels, Draws(config.seed, [0] * config.frames))
-        rows = [("from one noise to another", outputs)]
+        start = times[0] * edit.between(ends[0], ends[1], count)
+        labels = edit.labels_of(model, 1, config.classes).expand(count)
+        outputs = edit.edit(model, start, times, labels, Draws(config.seed, [0] * count))
+        _write(folder, [f"{k:03d}" for k in range(count)], outputs)
+        rows = [("from one noise to another", outputs[:SHOWN])]
     else:
-        assert config.input is not None
-        files = find(config.input)
-        names = [f"{i:04d}-{file.stem}" for i, file in enumerate(files)] if len(files) > 1 else [files[0].stem]
-        parts = []
-        for first in range(0, len(files), config.batch_size):
-            parts.append(_edit(config, model, files[first : first + config.batch_size], first, times))
-        inputs, shown, outputs = (torch.cat([part[k] for part in parts]) for k in range(3))
-        rows = [("input", inputs), ("what the student is given", shown), (config.task, outputs)]
-    for name, picture in zip(names, to_uint8(outputs), strict=True):
-        write_atomic(folder / f"{name}.png", png(picture))
+        files = find(config, folder)
+        count = len(files)
+        pictures = Pictures(height, width)
+        projection = _projection(config, files, pictures)
+        shown: list[tuple[Tensor, ...]] = []
+        for first in range(0, count, config.batch_size):
+            part = files[first : first + config.batch_size]
+            labels = edit.labels_of(model, len(part), config.classes, first)
+            draws = Draws(config.seed, range(first, first + len(part)))
+            inputs = torch.stack([pictures.read(file, config.patch if config.task == "superres" else 1) for file in part])
+            known = inputs if projection is None else projection(inputs)
+            start = known + times[0] * draws.normal("prior", model.shape)
+            outputs = edit.edit(model, start, times, labels, draws, known, projection)
+            _write(folder, [f"{first + i:04d}-{file.stem}" for i, file in enumerate(part)], outputs)
+            if first < SHOWN:
+                given = known.sum(1, keepdim=True).expand_as(known) / edit.WHITE if config.task == "colorize" else known
+                shown.append((inputs, given if projection else start.clamp(-1, 1), outputs))
+        rows = list(zip(("input", "what the student is given", config.task), map(torch.cat, zip(*shown, strict=True)), strict=True))
     grid = folder / "side-by-side.png"
-    save_comparison(
-        [(title, to_uint8(images[:SHOWN])) for title, images in rows], grid, columns=min(SHOWN, len(outputs)), scale=config.scale
-    )
-    return {"folder": str(folder), "pictures": len(outputs), "network_evaluations": len(times), "picture": str(grid)}
-
-
-def _edit(config: EditConfig, model: Model, files: list[Path], first: int, times: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """The pictures of `files`, number `first` and on: as read, as the student is given them, and edited."""
-    _, height, width = model.shape
-    draws = Draws(config.seed, range(first, first + len(files)))
-    labels = edit.labels_of(model, len(files), config.classes, first)
-    if config.task == "sdedit":
-        pictures = read(files, height, width)
-        start = pictures + times[0] * draws.normal("prior", model.shape)
-        return pictures, start.clamp(-1, 1), edit.edit(model, start, times, labels, draws)
-    known, projection = _known(config, files, model)
-    start = times[0] * draws.normal("prior", model.shape)
-    edited = edit.edit(model, start, times, labels, draws, known, projection)
-    shown = known if config.task != "colorize" else known.sum(1, keepdim=True).expand(-1, 3, -1, -1) / _grey()
-    return torch.stack([fit(open_picture(file)[0], height, width) for file in files]), shown, edited
-
-
-def _grey() -> float:
-    """The sum over the channels of the luminance part of white."""
-    return edit.luminance(torch.ones(1, 3, 1, 1)).sum().item()
+    save_comparison([(title, to_uint8(images[:SHOWN])) for title, images in rows], grid, min(SHOWN, count), config.scale)
+    return {"folder": str(folder), "pictures": count, "network_evaluations": len(times), "picture": str(grid)}

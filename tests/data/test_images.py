@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from distill_cli.data import open_images
-from distill_cli.data.images import hue_to_rgb
+from distill_cli.data.images import hue_to_rgb, open_picture
 from distill_cli.data.pictures import grid, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
@@ -86,6 +86,17 @@ def test_a_file_that_is_no_image_is_named(folder):
     (folder / "stray.png").write_bytes(b"")
     with pytest.raises(DistillError, match="stray.png is in no class"):
         open_images(str(folder), 4)
+
+
+def test_deep_grey_pictures_keep_their_levels(tmp_path):
+    """16 bits: PIL's own conversion would cut off what is over 255."""
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    picture, transparent = open_picture(tmp_path / "deep.png")
+    assert not transparent
+    assert np.abs(np.asarray(picture)[..., 0] - ramp / 257).max() <= 0.5
 
 
 def test_uint8_rounds_to_the_nearest():

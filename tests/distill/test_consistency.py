@@ -8,6 +8,7 @@ from torch import nn
 
 from distill_cli.config import CMConfig
 from distill_cli.data import open_images
+from distill_cli.data.images import split
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.losses import distance
@@ -181,8 +182,14 @@ def test_guided_teachers(tiny):
     [
         ({"method": "ect", "scales": 5}, "scales is not for method ect"),
         ({"method": "cd", "stages": 5}, "stages is not for method cd"),
-        ({"method": "ct", "guidance_scale": 2}, "guidance_scale is for method cd alone"),
+        ({"method": "ct", "guidance_scale": 2}, "guidance_scale is not for method ct"),
         ({"method": "ct", "scales": 20, "scales_end": 10}, "scales_end 10 is below scales 20"),
+        ({"method": "ct", "solver": "euler"}, "solver is not for method ct"),
+        ({"method": "cd", "p_mean": 0}, "p_mean is not for method cd"),
+        ({"method": "ct", "target_decay": 0}, "target_decay 0 has no schedule"),
+        ({"metric": "l2", "huber_c": 0.1}, "huber_c is for metric huber alone"),
+        ({"network": {"layers": 2}}, "network is for a student without a teacher"),
+        ({"method": "ct", "network": {"dropout": 0.1}}, "its dropout is the key dropout"),
         ({"lpips_weights": "x"}, "lpips_weights is for metric lpips alone"),
     ],
 )
@@ -197,6 +204,62 @@ def test_defaults_are_the_methods():
     assert (ct.teacher, ct.scales, ct.scales_end, ct.target_decay) == (None, 2, 150, 0.9)
     assert CMConfig(method="ict").weighting == "inverse-step"
     assert CMConfig(**CMConfig(method="ict").model_dump()) == CMConfig(method="ict")
+
+
+def test_students_are_no_teachers(tiny):
+    """Their estimates are no E[x0 | x]: the ODE would go elsewhere."""
+    student = tiny.copy(few_step_times=[80.0])
+    for method in ("cd", "ect"):
+        with pytest.raises(UsageError, match="--teacher tiny: a student"):
+            Consistency(CMConfig(teacher="tiny", method=method), student, open_images("digits"))
+
+
+def test_held_out_images_are_never_seen(tiny):
+    cm = objective(tiny, holdout=0.5, batch_size=7)
+    _, held_out = split(cm.images, 0.5, 0)
+    seen = {cm.seen[cm.order[i]] for i in range(4000)}
+    assert len(held_out) == 898
+    assert not seen & set(held_out)
+    assert len(seen) == 1797 - 898
+    with pytest.raises(UsageError, match="leaves none of 1797 images"):
+        objective(tiny, holdout=0.9999)
+
+
+def test_a_null_class_that_was_not_learned_is_not_kept(tiny):
+    cm = objective(tiny, label_dropout=0)
+    assert cm.model(cm.networks["student"]).conditioner.null_label is None
+    cm = objective(tiny, label_dropout=0.5)
+    assert cm.model(cm.networks["student"]).conditioner.null_label == 10
+
+
+def test_labels_are_dropped(tiny):
+    cm = objective(tiny, label_dropout=0.25)
+    seen = []
+    cm.errors = lambda x, noise, t, r, condition: seen.append(condition) or x.new_zeros(len(x))
+    next(cm.turns(Draws(0, range(2000))))
+    assert (seen[0] == 10).double().mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_students_of_easy_tuning_are_saved_with_diffusers_scalings(tiny):
+    cm = objective(tiny, method="ect")
+    student = cm.model(cm.networks["student"])
+    assert student.denoiser.parameterisation == "consistency"
+    assert cm.networks["student"].parameterisation == "edm"
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.full((2,), 1.38), torch.tensor([1, 2])
+    with torch.no_grad():
+        assert (student.denoiser(x, t, labels) - cm.networks["student"](x, t, labels)).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("method", ["cd", "ict", "ect"])
+def test_all_weights_learn_in_half_precision(method, tiny):
+    """The target's call without gradient must not leave casts that the student's call then uses."""
+    options = {} if method != "ict" else dict(teacher=None, network=dict(channels=[8, 16], attention=[False, True], groups=4, head=8))
+    cm = objective(tiny, method=method, **options)
+    torch.nn.init.normal_(cm.networks["student"].network.unet.conv_out.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = next(cm.turns(Draws(0, range(2))))
+    loss.value.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in cm.networks["student"].parameters() if p.ndim == 4)
 
 
 def test_images_that_do_not_fit_are_refused(tiny, tmp_path):

@@ -190,6 +190,24 @@ def test_nan_stops_at_the_last_good_checkpoint(tmp_path, tiny, tiny_pairs):
     assert checkpoint.steps(tmp_path / "run/checkpoints") == [2, 4]
 
 
+def test_the_first_loss_that_is_no_number_is_named(tmp_path, tiny, tiny_pairs):
+    """The fake score's, although the student's is no number either one step later."""
+    engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, steps=50, log_every=10, save_every=100)
+    step = engine.train_step
+
+    def poison(network, arguments):
+        return (arguments[0] * float("nan"), *arguments[1:]) if torch.is_grad_enabled() else None
+
+    def poisoned():
+        if engine.step == 2:
+            engine.plain["fake"].register_forward_pre_hook(poison)
+        step()
+
+    engine.train_step = poisoned
+    with pytest.raises(DistillError, match="fake_loss is not a number at step 3"):
+        engine.train()
+
+
 def test_an_existing_folder_is_never_overwritten(tmp_path, tiny, tiny_pairs):
     engine_of("train", tmp_path / "run", tiny, tiny_pairs, steps=1)
     with pytest.raises(UsageError, match="exists already") as error:

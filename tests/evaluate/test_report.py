@@ -60,7 +60,7 @@ def test_models_are_sampled_at_their_steps_and_kept(distill, tmp_path):
     assert [row["network_evaluations"] for row in first.json["rows"]] == [3, 35, None]
     assert all(row["images_per_second"] > 0 for row in first.json["rows"][:2])
     distill("sample", "--model", "tiny", "--steps", 2, "--num", 20, "--seed", 5, "--format", "npz", "--out", "s")
-    ours, direct = (np.load(tmp_path / path)["arr_0"] for path in ("e/samples/tiny@2/samples.npz", "s/samples.npz"))
+    ours, direct = (np.load(tmp_path / path)["arr_0"] for path in ("e/samples/0-tiny@2/samples.npz", "s/samples.npz"))
     assert np.array_equal(ours, direct)
     again = distill(*arguments)
     assert "sample:" not in again.err  # nothing was made again, and the speed is that of before
@@ -70,7 +70,7 @@ def test_models_are_sampled_at_their_steps_and_kept(distill, tmp_path):
 def test_too_few_images_are_said(distill):
     result = distill("evaluate", "--model", "tiny@1", "--num", 20, "--out", "e")
     assert result.code == 0
-    assert "warning: tiny@1: 20 images for 64 features, their covariance is singular: real images in that number get" in result.err
+    assert "warning: tiny@1: 20 images for 64 features, their covariance is singular: real images in that number get a Fr" in result.err
     none = distill("evaluate", "--model", "tiny@1", "--num", 4, "--out", "f")
     assert none.code == 2
     assert "4 images are too few to measure anything" in none.err
@@ -82,6 +82,9 @@ def test_too_few_images_are_said(distill):
         (["--model", "nowhere.npz"], "nowhere.npz: no such file"),
         (["--model", "bad.npz"], "bad.npz: corrupt"),
         (["--model", "flat.npz"], "flat.npz: arr_0 is float64 (3, 4)"),
+        (["--model", "named.npz"], "named.npz: arr_1 is <U1 (9,)"),
+        (["--model", "short.npz"], "short.npz: arr_1 is int64 (3,)"),
+        (["--data", "photos", "--resolution", "16", "neighbours=1"], "has 0 of (3, 16, 16)"),
         (["--model", "large.npz"], "large.npz: images of (3, 32, 32), the reference has (3, 16, 16)"),
         (["--model", "tiny@x"], "tiny@x: after @ comes a number of steps"),
         (["--classifier", "digitz"], "digitz: no classifier"),
@@ -93,12 +96,43 @@ def test_bad_input(arguments, says, distill, tmp_path):
 
     (tmp_path / "bad.npz").write_bytes(b"PK nothing")
     np.savez(tmp_path / "flat.npz", arr_0=np.zeros((3, 4)))
+    digits = np.zeros((9, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "named.npz", arr_0=digits, arr_1=np.array(list("123456789")))
+    np.savez(tmp_path / "short.npz", arr_0=digits, arr_1=np.arange(3))
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 32, 32, 3), dtype=np.uint8))
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "photos/a.png")
     result = distill("evaluate", *arguments)
     assert result.code in (1, 2)
     assert says in result.err.splitlines()[0]
+
+
+def test_nothing_is_sampled_before_all_is_right(distill, tmp_path):
+    result = distill("evaluate", "--model", "tiny", "--model", "nowhere.npz", "--out", "e")
+    assert result.code == 2
+    assert not (tmp_path / "e").exists()
+
+
+def test_another_evaluation_does_not_overwrite_one(distill, tmp_path):
+    assert distill("evaluate", "--model", "tiny@1", "--num", 20, "--out", "e").code == 0
+    other = distill("evaluate", "--model", "tiny@2", "--num", 20, "--out", "e")
+    assert other.code == 2
+    assert "made with other settings: model is ['tiny@1'], not ['tiny@2']" in other.err
+
+
+def test_models_without_classes_have_no_accuracy(tmp_path):
+    images = torch.zeros(5, 3, 16, 16)
+    npz(tmp_path / "x.npz", images, torch.zeros(5).long())
+    assert report.read_npz(tmp_path / "x.npz")[1] is None
+    npz(tmp_path / "y.npz", images, torch.arange(5))
+    assert report.read_npz(tmp_path / "y.npz")[1].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_evaluation_and_pairs_do_not_share_their_noise():
+    """A student knows the noise of its pairs; the default seeds differ."""
+    from distill_cli.config import PairsConfig
+
+    assert EvaluateConfig().seed != PairsConfig().seed
 
 
 def test_the_built_in_classifier_reads_the_digits():
@@ -142,6 +176,9 @@ def test_a_classifier_of_ones_own(distill, tmp_path):
     ]
     assert rows[0]["accuracy"] == 1.0
     assert rows[0]["frechet"] == pytest.approx(0, abs=1e-6)
+    few = distill("evaluate", "--model", file, "--data", "photos", "--resolution", 8, "--classifier", "c", "neighbours=39", "--out", "f")
+    assert few.code == 2
+    assert "40 images are too few to measure" in few.err
     flat = distill("classifier", "--data", "photos/red", "--resolution", 8)
     assert flat.code == 2
     assert "a classifier needs two or more" in flat.err

@@ -49,6 +49,16 @@ def test_it_is_lpips_on_images_of_224_pixels(metric, vgg):
     assert torch.allclose(grey, metric(x[:, :1].repeat(1, 3, 1, 1), y[:, :1].repeat(1, 3, 1, 1)))
 
 
+def test_half_precision_is_for_vgg_alone(metric):
+    x, y = (torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = metric(x, y)
+        near = metric(x, x + 1e-3)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, metric(x, y), rtol=0.02)
+    assert near.min() >= 0
+
+
 def test_its_gradient_is_a_number_where_all_features_are_0(metric):
     """sqrt has no derivative at 0; lpips' own normalisation gives NaN there."""
     x = torch.zeros(1, 3, 224, 224)

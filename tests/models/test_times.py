@@ -1,11 +1,14 @@
 """Times of students: as people write them, as diffusers counts them, and their search."""
 
+import numpy as np
 import pytest
 import torch
 
+from distill_cli.data.pictures import to_uint8
+from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
-from distill_cli.evaluate.search import lowest
+from distill_cli.evaluate.search import UNUSED, lowest
 from distill_cli.models.model import Sampling
 from distill_cli.models.times import parse
 
@@ -63,12 +66,24 @@ def test_models_that_take_no_times(tiny, student):
         student.with_times("even")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_students_open_in_plain_diffusers(steps, student, tmp_path):
-    """One step, two and three at times of diffusers' grid give the pictures that they give here, from the same noise."""
-    from diffusers import ConsistencyModelPipeline
+def test_several_steps_start_at_their_first_time(student):
+    """From noise of that level, not of sigma_max."""
+    other, draws = student.with_times("sigma:2"), Draws(0, range(2))
+    labels = torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = other.denoiser(2 * draws.normal("prior", other.shape), torch.full((2,), 2.0), labels)
+    assert torch.equal(other.sample(draws, labels), expected.clamp(-1, 1))
 
-    from distill_cli.diffusion.noise import Draws
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("strength", [1, 8])
+def test_students_open_in_plain_diffusers(steps, strength, student, tmp_path):
+    """One step, two and three at times of diffusers' grid give the pictures that they give here, from the same noise.
+
+    Also where the estimates leave [-1, 1]: both clamp them before noise is added again.
+    """
+    student.unet.conv_out.weight.data.mul_(strength)
+    from diffusers import ConsistencyModelPipeline
 
     indices = [0, 13, 26][:steps]
     student = student.with_times("index:" + ",".join(map(str, indices)))
@@ -80,6 +95,9 @@ def test_students_open_in_plain_diffusers(steps, student, tmp_path):
     fresh = iter([draws.normal("solver", student.shape, turn=k) for k in range(1, steps)])
     import diffusers.schedulers.scheduling_consistency_models as module
 
+    with torch.no_grad():
+        first = student.denoiser(80 * draws.normal("prior", student.shape), torch.full((2,), 80.0), labels)
+    assert (first.abs().max() > 1.5) == (strength > 1)
     original = module.randn_tensor
     module.randn_tensor = lambda shape, **_: next(fresh, torch.zeros(shape))
     try:
@@ -124,9 +142,10 @@ def test_the_search_writes_the_times_it_found(distill, student, tmp_path, monkey
     assert again.few_step_times == pytest.approx(parse("index:" + ",".join(map(str, best3)), EDMSchedule(), 3))
     assert again.sampling.steps == 3
     assert again.weights_hash() == before
-    # what was measured is what sampling at those times gives
-    distill("sample", "--model", "student", "--num", 12, "--format", "npz", "--out", "s")
-    row = distill("evaluate", "--model", "s/samples.npz", "--out", "e", "--json").json["rows"][0]
+    # what was measured is what sampling at those times gives, of noises that no job reaches
+    images = again.sample(Draws(0, range(UNUSED, UNUSED + 12)), again.conditioner.labels(12))
+    np.savez(tmp_path / "s.npz", arr_0=to_uint8(images))
+    row = distill("evaluate", "--model", "s.npz", "--out", "e", "--json").json["rows"][0]
     assert row["frechet"] == pytest.approx(min(r["frechet"] for r in tried if r["indices"] == best3), rel=1e-6)
 
 

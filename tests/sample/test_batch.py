@@ -71,7 +71,7 @@ def test_a_solvers_name_means_that_solver(tiny):
         "euler": solvers.ddim(tiny.denoiser, schedule, x, times, labels),
         "ddim": solvers.ddim(tiny.denoiser, schedule, x, times, labels),
         "ancestral": solvers.ddim(tiny.denoiser, schedule, x, times, labels, eta=1.0, noise=noise),
-        "few-step": solvers.few_step(tiny.denoiser, schedule, x, times, labels, sigma_min=0.002, noise=noise),
+        "few-step": solvers.few_step(tiny.denoiser, schedule, x, times, labels, sigma_min=0.002, noise=noise, project=tiny.codec.decode),
     }
     for name, images in expected.items():
         assert torch.equal(tiny.sample(draws, labels, Sampling(solver=name, steps=4)), images.clamp(-1, 1))

@@ -134,6 +134,15 @@ def test_superres_keeps_the_patches(size, distill, tmp_path, student):
         assert np.abs(after.reshape(4, 4, 4, 4, 3).mean((1, 3)) - small).max() < 2
 
 
+def test_superres_takes_each_picture_by_its_own_size(distill, tmp_path, student):
+    pictures(tmp_path / "in", count=2, size=4)
+    Image.fromarray(np.random.default_rng(7).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "in/x.png")
+    assert distill("edit", "superres", "--model", "student", "--input", "in", "--patch", 4, "--out", "o").code == 0
+    for i in range(2):
+        after = load(tmp_path / f"o/{i:04d}-p{i}.png").reshape(4, 4, 4, 4, 3).mean((1, 3))
+        assert np.abs(after - load(tmp_path / f"in/p{i}.png")).max() < 2
+
+
 def test_sdedit_starts_from_the_picture(distill, tmp_path, student):
     """At little noise the picture comes back; f(x, sigma_min) = x."""
     pictures(tmp_path / "in")
@@ -174,6 +183,7 @@ def test_alpha_and_size_are_said(distill, tmp_path, student):
         (["colorize"], "colorize needs input", ""),
         (["colorize", "--input", "nowhere"], "nowhere: no such file or folder", ""),
         (["colorize", "--input", "empty"], "empty: no pictures in it", ".png"),
+        (["colorize", "--input", "in", "--out", "in/o"], "--out in/o: lies in --input in", "edited next time"),
         (["interpolate", "--input", "in"], "interpolate takes no input", ""),
         (["superres", "--input", "in", "--patch", "5"], "--patch 5: does not divide the model's 16x16", ""),
         (["colorize", "--input", "in", "--model", "dmd"], "a student by distribution matching knows pure noise alone", "distill cm"),
@@ -194,7 +204,7 @@ def test_bad_input(arguments, says, hint, distill, tmp_path, student):
     student.lineage = replace_lineage(student.lineage, method="dmd")
     student.save(tmp_path / "dmd")
     chosen = [] if "--model" in arguments else ["--model", "student"]
-    result = distill("edit", *arguments, *chosen, "--out", "o")
+    result = distill("edit", *arguments, *chosen, *([] if "--out" in arguments else ["--out", "o"]))
     assert result.code in (1, 2)
     assert says in result.err.splitlines()[0]
     assert hint in result.err
