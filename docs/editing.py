@@ -3,7 +3,7 @@
     python -m docs.editing runs/methods/digits-cd runs/editing      # needs a student of recipes/digits-cd.yaml; a minute
 
 The held-out digits of the recipe (a tenth; the teacher has seen them) are written as files and edited by `distill edit`: the
-right half hidden and painted anew without its class being told, grey pictures coloured, 4x4 pictures enlarged. Prints what the
+right half hidden and painted anew with and without its class being told, grey pictures coloured, 4x4 pictures enlarged. Prints what the
 paper's projections promise, and how many inpainted digits the judge's classifier still reads as what they were; writes
 docs/editing.png.
 """
@@ -51,15 +51,17 @@ def main(model: str, folder: Path) -> None:
         mask = np.zeros((16, 16), dtype=np.uint8)
         mask[:, 8:] = 255
         Image.fromarray(mask).save(folder / "mask.png")
+    told = ["--classes", ",".join(map(str, labels.tolist()))]
     edits = {
-        "inpaint": ["--mask", str(folder / "mask.png")],
+        "inpaint": ["--mask", str(folder / "mask.png"), *told],
+        "inpaint-untold": ["--mask", str(folder / "mask.png")],
         "colorize": [],
         "superres": ["--patch", "4"],
         "sdedit": [],
     }
     for task, options in edits.items():
         if not (folder / task).exists():
-            distill("edit", task, "--model", model, "--input", str(inputs), "--out", str(folder / task), *options)
+            distill("edit", task.split("-")[0], "--model", model, "--input", str(inputs), "--out", str(folder / task), *options)
     original = read(inputs)
     made = {task: read(folder / task) for task in edits}
     classifier = SVC(gamma=0.001).fit(*load_digits(return_X_y=True))
@@ -73,7 +75,8 @@ def main(model: str, folder: Path) -> None:
     found = {
         "digits": len(original),
         "inpaint: largest change of the known half (of 255)": int(np.abs(original[:, :, :8].astype(int) - made["inpaint"][:, :, :8]).max()),
-        "inpaint: still read as the digit": round(kept(made["inpaint"]), 3),
+        "inpaint, class told: still read as the digit": round(kept(made["inpaint"]), 3),
+        "inpaint, class not told: still read as the digit": round(kept(made["inpaint-untold"]), 3),
         "left half alone: read as the digit": round(kept(np.where(np.arange(16)[:, None] < 8, original, 0)), 3),
         "colorize: largest change of the luminance (of 255)": round(float(grey), 2),
         "superres: largest change of a patch's mean (of 255)": round(float(np.abs(patches[0] - patches[1]).max()), 2),
@@ -87,7 +90,8 @@ def main(model: str, folder: Path) -> None:
     rows = [
         ("held-out digits", original),
         ("half hidden", half),
-        ("inpaint", made["inpaint"]),
+        ("inpaint, class told", made["inpaint"]),
+        ("inpaint, class not told", made["inpaint-untold"]),
         ("grey", luma),
         ("colorize", made["colorize"]),
     ]
