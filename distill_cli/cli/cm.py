@@ -58,6 +58,11 @@ def cm(
         common.dry_run(config, common.training_plan(config, {name: count for name, there in parts.items() if there}, count))
         return
     objective = Consistency(config, model, images)
+    known = objective.start.conditioner.classes
+    if images.classes and not known:
+        common.say(f"the teacher knows no classes: those of {config.data} are left aside")
+    elif list(images.classes) != list(known):
+        common.say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
     engine = Engine(config, objective)
     common.start_run(engine, "cm", resume)
     student = engine.train()
