@@ -25,7 +25,7 @@ import torch
 from distill_cli import launch
 from distill_cli.config import CMConfig, Config, DMDConfig, GenerateConfig, PairsConfig, SampleConfig, TrainConfig, TrainingConfig
 from distill_cli.data import open_images
-from distill_cli.distill.consistency import Consistency
+from distill_cli.distill.consistency import Consistency, images_of
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
 from distill_cli.distill.engine import Engine, make_optimizer
@@ -130,7 +130,7 @@ def bench_dmd(config: DMDConfig, folder: Path) -> Case:
 
 def bench_cm(config: CMConfig, folder: Path) -> Case:
     teacher = load(config.teacher) if config.teacher else None
-    images = open_images(config.data or config.teacher or "digits", config.resolution, config.flip)
+    images = open_images(images_of(config, teacher), config.resolution, config.flip)
     objective = Consistency(config, teacher, images)
     forwards = 1  # the target; the teacher below
     if config.method == "cd":

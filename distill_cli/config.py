@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+BUILTIN_SETS = ("digits",)
+"""Sets of images that are known by name (data/images.py)."""
 Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -89,8 +91,9 @@ class SampleConfig(GenerateConfig):
 
     @model_validator(mode="after")
     def _one_thing(self) -> SampleConfig:
-        if self.search_times and (self.times or self.steps or self.grid):
-            raise ValueError("search_times finds times and makes no samples: leave times, steps and grid out")
+        given = [key for key in ("times", "steps", "solver", "guidance_scale", "grid") if getattr(self, key)]
+        if self.search_times and given:
+            raise ValueError(f"search_times finds times and makes no samples: leave {given[0]} out")
         return self
 
 
@@ -296,7 +299,7 @@ class CMConfig(TrainingConfig):
     weighting: Literal["uniform", "karras", "snr+1", "inverse-step"] | None = Field(None, description="of times; default the method's")
     scales: Annotated[int, Field(ge=2)] | None = Field(None, description="cd: N, the grid's times; ct, ict: s0, default 18, 2, 10")
     scales_end: Annotated[int, Field(ge=2)] | None = Field(None, description="ct, ict: s1, N - 1 at the end; default 150, 1280")
-    target_decay: Fraction | None = Field(None, description="cd, ct: what the target keeps a step (ct: at first); default 0.95, 0.9")
+    target_decay: Momentum | None = Field(None, description="cd, ct: what the target keeps a step (ct: at first); default 0.95, 0.9")
     solver: Literal["heun", "euler"] = Field("heun", description="cd: the teacher's step")
     guidance_scale: Rate | None = Field(None, description="cd: of the teacher; default the teacher's own")
     p_mean: float = Field(-1.1, description="ict, ect: mean of ln sigma")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from distill_cli.cli import common
-
-if TYPE_CHECKING:
-    from distill_cli.config import CMConfig
-    from distill_cli.models.model import Model
 
 
 def cm(
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
     method: Annotated[str | None, typer.Option(help="cd, ct, ict or ect.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder or a hub id; not for ct, ict.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder or a hub id; optional for ct, ict.")] = None,
     data: Annotated[str | None, typer.Option(help="Real images: a built-in set or a folder; default the teacher's set.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
     out: common.Out = None,
@@ -44,12 +40,12 @@ def cm(
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.data import open_images
-    from distill_cli.distill.consistency import Consistency, new
+    from distill_cli.distill.consistency import Consistency, images_of, new
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
 
     model = load(config.teacher) if config.teacher else None
-    config = config.model_copy(update={"data": config.data or _set_of(config, model)})
+    config = config.model_copy(update={"data": images_of(config, model)})
     images = open_images(str(config.data), config.resolution, config.flip)
     if dry_run:
         networks = new(config, images) if model is None else model
@@ -75,18 +71,3 @@ def cm(
     common.compare(rows, config.seed, picture)
     result = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
     common.result(result, f"student: {folder / 'student'}\npicture: {picture}", json)
-
-
-def _set_of(config: CMConfig, model: Model | None) -> str:
-    """The images that the teacher has learned, where they are at hand."""
-    from pathlib import Path
-
-    from distill_cli.data.images import BUILTIN
-    from distill_cli.errors import UsageError
-
-    known = config.teacher if config.teacher in BUILTIN else model.lineage.data if model is not None else ""
-    if known in BUILTIN or (known and Path(known).is_dir()):
-        return known
-    raise UsageError(
-        f"--data: method {config.method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits"
-    )

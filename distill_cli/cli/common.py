@@ -75,6 +75,7 @@ def open_run(
     config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, flags: dict[str, Any]
 ) -> TrainingT:
     """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
+    from distill_cli.config import BUILTIN_SETS
     from distill_cli.errors import UsageError
     from distill_cli.recipes import resolve
     from distill_cli.runs import Run
@@ -82,6 +83,9 @@ def open_run(
     folder = flags.pop("resume")
     if folder is None:
         config = with_out(resolve(config_type, recipe, overrides or [], flags), recipe, command)
+        data = getattr(config, "data", None)
+        if data is not None and data not in BUILTIN_SETS and Path(data).is_dir():  # models and classifiers remember it
+            config = config.model_copy(update={"data": str(Path(data).resolve())})
         assert config.out is not None
         if not dry_run:
             Run(config.out).must_be_new(command)
@@ -100,7 +104,7 @@ def open_run(
 
 def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory."""
-    from distill_cli.data.images import BUILTIN
+    from distill_cli.config import BUILTIN_SETS
     from distill_cli.files import write_atomic
     from distill_cli.models.registry import REGISTRY
     from distill_cli.recipes import dump
@@ -111,7 +115,7 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     given = {
         key: Path(value)
         for key in ("teacher", "data", "pairs", "lpips_weights")
-        if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN)
+        if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN_SETS)
     }
     paths = ("pairs", "lpips_weights")
     absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
@@ -126,7 +130,8 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
 def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: int) -> dict[str, Any]:
     """Steps, images, disk and memory of a training run."""
     weights = sum(parameters.values()) * 4
-    checkpoint = 4 * trained * 4  # weights, two moments; the average of the first network is counted as one more
+    kept = parameters.get("target", 0)
+    checkpoint = 4 * (4 * trained + kept)  # weights, two moments; the average of the first network is counted as one more
     return {
         "steps": config.steps,
         "images": config.steps * config.batch_size,

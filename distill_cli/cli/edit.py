@@ -23,6 +23,7 @@ def edit(
     out: common.Out = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
     """Edit pictures with a consistency student that was never trained to edit."""
@@ -34,6 +35,9 @@ def edit(
     )
     config = common.with_out(resolve(EditConfig, recipe, overrides or [], flags), recipe, task)
     assert config.out is not None
+    if dry_run:
+        common.dry_run(config, {"pictures": "one in for one out" if config.input else config.frames})
+        return
     from distill_cli.models import load
     from distill_cli.sample.editing import run
 

@@ -26,6 +26,7 @@ def sample(
     search_times: Annotated[
         int | None, typer.Option(help="Find the best times of a student for N steps, and keep them.", metavar="N")
     ] = None,
+    classifier: Annotated[str | None, typer.Option(help="--search-times: in whose features it measures.")] = None,
     guidance_scale: common.Guidance = None,
     batch_size: common.BatchSize = None,
     format: Annotated[str | None, typer.Option(help="png or npz.")] = None,
@@ -42,7 +43,7 @@ def sample(
 
     flags = dict(
         model=model, num=num, out=out, classes=classes, solver=solver, steps=steps, times=times, search_times=search_times,
-        guidance_scale=guidance_scale, batch_size=batch_size, format=format, grid=grid or None, precision=precision,
+        classifier=classifier, guidance_scale=guidance_scale, batch_size=batch_size, format=format, grid=grid or None, precision=precision,
         seed=seed, device=device,
     )  # fmt: skip
     config = common.with_out(resolve(SampleConfig, recipe, overrides or [], flags), recipe, "samples")
@@ -54,6 +55,9 @@ def sample(
     loaded = load(config.model)
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
+    if dry_run and config.search_times:
+        common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
+        return
     if dry_run:
         calls = network_evaluations(loaded.with_defaults(config.solver, config.steps, config.guidance_scale))
         common.dry_run(config, {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
@@ -84,7 +88,6 @@ def _search(config: SampleConfig, model: Model, as_json: bool) -> None:
     assert config.search_times is not None
     best, tried = search_times(config, model, config.search_times)
     save_times(folder, best)
-    lines = [f"index:{','.join(map(str, row['indices']))}  Fréchet distance {row['frechet']:.4f}" for row in tried]
     times = ", ".join(f"{time:.4g}" for time in best.few_step_times or [])
-    lines.append(f"{folder}: sampled in {config.search_times} steps at sigma {times} from now on")
-    common.result({"folder": str(folder), "times": best.few_step_times, "tried": tried}, "\n".join(lines), as_json)
+    text = f"{folder}: sampled in {config.search_times} steps at sigma {times} from now on"
+    common.result({"folder": str(folder), "times": best.few_step_times, "tried": tried}, text, as_json)

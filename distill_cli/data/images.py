@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distill_cli.config import BUILTIN_SETS
 from distill_cli.data.pictures import from_uint8
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest
@@ -122,7 +123,7 @@ class Folder:
         return images, torch.tensor([self.labels[p] for p in positions])
 
 
-BUILTIN = {"digits": Digits}
+BUILTIN = dict(zip(BUILTIN_SETS, (Digits,), strict=True))
 HELD_OUT_EPOCH = 2**40
 """The permutation that chooses the held-out images: one that no training reaches."""
 

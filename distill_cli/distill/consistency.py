@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import CMConfig
 from distill_cli.data import Images
-from distill_cli.data.images import split
+from distill_cli.data.images import BUILTIN, split
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
@@ -172,6 +172,18 @@ class Consistency:
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""
+
+
+def images_of(config: CMConfig, teacher: Model | None) -> str:
+    """The set of real images: the one given, else that which the teacher has learned, where it is at hand."""
+    if config.data:
+        return config.data
+    known = config.teacher if config.teacher in BUILTIN else teacher.lineage.data if teacher is not None else ""
+    if known and (known in BUILTIN or Path(known).is_dir()):
+        return known
+    raise UsageError(
+        f"--data: method {config.method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits"
+    )
 
 
 def new(config: CMConfig, images: Images) -> Model:

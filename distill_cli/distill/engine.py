@@ -212,7 +212,7 @@ class Engine:
 
     def train(self) -> Any:
         """Train to the last step and save the result; ^C and SIGTERM leave a run that resumes."""
-        config = self.config
+        config, made = self.config, self.step < self.config.steps
         progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
         warned = ""
         with stoppable() as stop:
@@ -238,8 +238,9 @@ class Engine:
                     raise Interrupted(f"stopped at step {self.step} of {config.steps}", f"continue with --resume {self.run.folder}")
         progress.close()
         model = self.objective.model(self.ema.network)
-        if rank() == 0:
-            model.save(self.run.folder / self.objective.result)
+        place = self.run.folder / self.objective.result
+        if rank() == 0 and (made or not place.exists()):  # a finished run keeps what was written into its result since
+            model.save(place)
         return model
 
     def _check_finite(self) -> None:

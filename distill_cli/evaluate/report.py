@@ -31,6 +31,7 @@ from distill_cli.sample import batch
 AGAIN = "the reference, resampled"
 REFERENCE_SEED, AGAIN_SEED = 0, 1
 SHOWN, PART = 40, 500
+RATES = "rates.json"
 ENOUGH = 10
 """Images a feature, under which a Fréchet distance gets a warning."""
 COLUMNS = ("model", "images", "evaluations", "images/s", "accuracy", "frechet", "precision", "recall")
@@ -42,16 +43,24 @@ class Reference:
     def __init__(self, config: EvaluateConfig, images: Images, classifier: Classifier) -> None:
         info = classifier.info
         if tuple(images.shape) != info.shape or tuple(images.classes) != info.classes:
+            theirs = f"{len(images.classes)} of {tuple(images.shape)}"
+            if len(images.classes) == len(info.classes) and tuple(images.shape) == info.shape:
+                theirs = f"others: {', '.join(images.classes[:3])}, ..."
             raise UsageError(
-                f"--classifier {config.classifier}: knows {len(info.classes)} classes of {info.shape} images, "
-                f"--data {config.data} has {len(images.classes)} of {tuple(images.shape)}",
+                f"--classifier {config.classifier}: knows {len(info.classes)} classes of {info.shape} images, --data {config.data} has {theirs}",
                 "distill classifier --data trains one for your images",
             )
-        if len(images) <= config.neighbours + 1:
-            raise UsageError(f"--data {config.data}: {len(images)} images are too few to measure against", "more, or fewer neighbours")
         self.config, self.images, self.classifier = config, images, classifier
-        self.features, self.predicted, self.labels, _ = self._measured(range(len(images)), Draws(REFERENCE_SEED, range(len(images))))
-        self.text = f"all {len(images)} images of {config.data}, each once, what is random in them drawn with seed {REFERENCE_SEED}"
+        every = range(len(images))
+        self.features, _, labels, _ = self._measured(every, Draws(REFERENCE_SEED, every))
+        wanted = range(len(images.classes)) if config.classes is None else config.classes
+        of_them = torch.isin(labels, torch.tensor(list(wanted)))
+        self.positions, self.features = of_them.nonzero().flatten().tolist(), self.features[of_them]
+        if len(self.positions) <= config.neighbours + 1:
+            raise UsageError(f"--data {config.data}: {len(self.positions)} images are too few to measure against", "take more of them")
+        which = "all" if config.classes is None else f"of classes {', '.join(map(str, config.classes))} the"
+        drawn = f"each once, what is random in them drawn with seed {REFERENCE_SEED}"
+        self.text = f"{which} {len(self.positions)} images of {config.data}, {drawn}"
 
     def _measured(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features, predicted and true labels of images of the set, and the first few of them; a part at a time."""
@@ -69,7 +78,7 @@ class Reference:
         They are those of a generator that knows the set by heart: no bound, but the scale on which to read the others'.
         """
         draws = Draws(AGAIN_SEED, range(count))
-        positions = (draws.uniform("order") * len(self.images)).long().tolist()
+        positions = [self.positions[i] for i in (draws.uniform("order") * len(self.positions)).long().tolist()]
         features, predicted, labels, shown = self._measured(positions, draws)
         return self._scores(features, predicted, labels), shown
 
@@ -139,7 +148,8 @@ class Row:
             row.model.conditioner.labels(1, config.classes)
             found, count = (3, *row.model.shape[1:]), config.num  # grey pictures are stored as colour ones
         if found != shape:
-            raise UsageError(f"--model {spec}: images of {found}, the reference has {shape}")
+            hint = "--data FOLDER --resolution N --classifier RUN measure against images of your own"
+            raise UsageError(f"--model {spec}: images of {found}, the reference has {shape}", hint)
         if count <= config.neighbours + 1:
             raise UsageError(f"--model {spec}: {count} images are too few to measure anything", f"more than {config.neighbours + 1}")
         return row
@@ -150,8 +160,9 @@ class Row:
             return {"network_evaluations": None, "images_per_second": None}
         options = config.model_dump(include={"num", "seed", "device", "batch_size", "precision", "classes"})
         made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", **options), self.model, folder)
-        self.images, labels = read_npz(folder / "samples.npz")
-        self.labels = labels if self.model.conditioner.classes == classes else None
+        self.images, _ = read_npz(folder / "samples.npz")
+        if self.model.conditioner.classes == classes:
+            self.labels = self.model.conditioner.labels(config.num, config.classes)
         return made
 
 
@@ -163,14 +174,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     classifier = load_classifier(config.classifier).to(launch.device(config.device))
     reference = Reference(config, open_images(config.data, config.resolution), classifier)
     todo = [Row.of(spec, config, tuple(reference.images.shape)) for spec in config.model]
-    settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device", "batch_size"}), "an evaluation")
-    rates = _old_rates(config.out / "report.json")
+    settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
+    rates = _old_rates(config.out / RATES)
     rows: list[dict[str, Any]] = []
     pictures = []
     for k, row in enumerate(todo):
         cost = row.sampled(config, config.out / "samples" / f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', row.spec)}", classifier.info.classes)
         assert row.images is not None
-        rate = cost["images_per_second"] or rates.get(row.spec)
+        rate = rates[row.spec] = cost["images_per_second"] or rates.get(row.spec)
+        write_atomic(config.out / RATES, json.dumps(rates) + "\n")
         known = {"network_evaluations": cost["network_evaluations"], "images_per_second": rate}
         rows.append({"model": row.spec, "images": len(row.images), **known, **reference.measure(row.images, row.labels)})
         pictures.append((title(rows[-1]), to_uint8(row.images[:SHOWN])))
@@ -207,11 +219,11 @@ def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int, reference
     )
 
 
-def _old_rates(path: Path) -> dict[str, float]:
-    """Images a second of an earlier evaluation in this folder, whose samples are kept and not made again."""
+def _old_rates(path: Path) -> dict[str, float | None]:
+    """Images a second of models whose samples are kept in this folder and not made again."""
     try:
-        return {row["model"]: row["images_per_second"] for row in json.loads(path.read_text())["rows"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

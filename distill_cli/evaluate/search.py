@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from distill_cli.data.pictures import from_uint8, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
-from distill_cli.evaluate.report import Reference
+from distill_cli.evaluate.report import ENOUGH, Reference
 from distill_cli.models.classifier import load as load_classifier
 from distill_cli.models.model import Model
 from distill_cli.models.times import GRID, from_indices
@@ -46,6 +47,8 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
     if config.num < 2:
         raise UsageError(f"--num {config.num}: too few images to measure")
+    if launch.world_size() > 1:
+        raise UsageError("--search-times: one process searches", "start one")
     where = launch.device(config.device)
     model.to(where)
     classifier = load_classifier(config.classifier).to(where)
@@ -53,7 +56,11 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
         made = f"--classifier {config.classifier}: knows images of {classifier.info.shape}, the student makes {model.shape}"
         raise UsageError(made, "distill classifier trains one for your images")
     data = classifier.info.data
-    reference = Reference(EvaluateConfig(data=data, classifier=config.classifier), open_images(data, model.shape[-1]), classifier)
+    measure = EvaluateConfig(data=data, classifier=config.classifier, classes=config.classes)
+    reference = Reference(measure, open_images(data, model.shape[-1]), classifier)
+    if config.num < ENOUGH * classifier.info.width:
+        few = f"warning: {config.num} images for {classifier.info.width} features: the distances are mostly their number; raise --num"
+        print(few, file=sys.stderr)
     labels = model.conditioner.labels(config.num, config.classes)
     found: list[int] = [0]
     known: dict[tuple[int, ...], float] = {}
@@ -73,6 +80,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
                     images = at.sample(draws, labels[first : first + config.batch_size])
                 features.append(from_uint8(to_uint8(images)))
             known[indices] = reference.frechet(torch.cat(features))
+            print(f"index:{','.join(map(str, indices))}  Fréchet distance {known[indices]:.4f}", file=sys.stderr)
         return known[indices]
 
     for position in range(1, steps):

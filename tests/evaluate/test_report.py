@@ -128,6 +128,19 @@ def test_models_without_classes_have_no_accuracy(tmp_path):
     assert report.read_npz(tmp_path / "y.npz")[1].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_classes_narrow_both_sides(distill, tmp_path, real):
+    """Threes against threes: the distance is that of good images, and not that of one class against ten."""
+    images, labels = real
+    threes = npz(tmp_path / "threes.npz", images[labels == 3], labels[labels == 3])
+    found = distill("evaluate", "--model", threes, "classes=3", "--out", "a", "--json").json
+    assert found["reference"].startswith("of classes 3 the 183 images of digits")
+    against_all = distill("evaluate", "--model", threes, "--out", "b", "--json").json
+    assert found["rows"][0]["frechet"] < 0.2 * against_all["rows"][0]["frechet"]
+    assert found["rows"][0]["accuracy"] > 0.95
+    zeros = distill("evaluate", "--model", "tiny@1", "--num", 20, "classes=0", "--out", "c", "--json").json
+    assert zeros["rows"][0]["accuracy"] is not None
+
+
 def test_evaluation_and_pairs_do_not_share_their_noise():
     """A student knows the noise of its pairs; the default seeds differ."""
     from distill_cli.config import PairsConfig

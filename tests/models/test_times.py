@@ -149,6 +149,16 @@ def test_the_search_writes_the_times_it_found(distill, student, tmp_path, monkey
     assert row["frechet"] == pytest.approx(min(r["frechet"] for r in tried if r["indices"] == best3), rel=1e-6)
 
 
+def test_resuming_a_finished_run_keeps_the_times_found(distill, tmp_path):
+    from distill_cli.models import load
+
+    assert distill("cm", "--teacher", "tiny", "--data", "digits", "--steps", 1, "batch_size=2", "sample_every=0", "--out", "r").code == 0
+    assert distill("sample", "--model", "r", "--search-times", 2, "--num", 4).code == 0
+    times = load(str(tmp_path / "r")).few_step_times
+    assert distill("cm", "--resume", "r").code == 0
+    assert load(str(tmp_path / "r")).few_step_times == times
+
+
 def test_a_search_needs_a_students_folder(distill, tmp_path, tiny):
     result = distill("sample", "--model", "digits", "--search-times", 2)
     assert result.code == 2
