@@ -46,10 +46,8 @@ class Reference:
             theirs = f"{len(images.classes)} of {tuple(images.shape)}"
             if len(images.classes) == len(info.classes) and tuple(images.shape) == info.shape:
                 theirs = f"others: {', '.join(images.classes[:3])}, ..."
-            raise UsageError(
-                f"--classifier {config.classifier}: knows {len(info.classes)} classes of {info.shape} images, --data {config.data} has {theirs}",
-                "distill classifier --data trains one for your images",
-            )
+            known = f"--classifier {config.classifier}: knows {len(info.classes)} classes of {info.shape} images"
+            raise UsageError(f"{known}, --data {config.data} has {theirs}", "distill classifier --data trains one for your images")
         self.config, self.images, self.classifier = config, images, classifier
         every = range(len(images))
         self.features, _, labels, _ = self._measured(every, Draws(REFERENCE_SEED, every))
