@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,20 @@ def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
     mine = samples.batches[launch.rank() :: launch.world_size()]
     missing = [batch for batch in mine if not samples.done(batch)]
     progress = launch.Progress(sum(map(len, missing)), "sample", "images")
-    with launch.stoppable() as stop:
+    written: Future[None] | None = None
+    with launch.stoppable() as stop, ThreadPoolExecutor(1) as writer:  # files are synced while the next batch is made
         for batch in missing:
             if stop.requested:
                 raise Interrupted(f"stopped before image {batch.start}", "the same command makes what is missing")
             labels = model.conditioner.labels(len(batch), config.classes, start=batch.start)
             with launch.autocast(where, config.precision):
                 images = model.sample(Draws(config.seed, batch), labels, sampling)
-            samples.write(batch, to_uint8(images))
+            if written is not None:
+                written.result()
+            written = writer.submit(samples.write, batch, to_uint8(images))
             progress.add(len(batch))
+        if written is not None:
+            written.result()
     progress.close()
     rate = progress.rate()
     if all(samples.done(batch) for batch in samples.batches):

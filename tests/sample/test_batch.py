@@ -11,8 +11,7 @@ from distill_cli.config import SampleConfig
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import Interrupted
-from distill_cli.models.model import Sampling
-from distill_cli.sample import batch as module
+from distill_cli.models.model import Model, Sampling
 from distill_cli.sample.batch import sample
 
 SETTINGS = dict(model="tiny", num=7, batch_size=2, steps=2, format="npz", seed=3, device="cpu")
@@ -31,18 +30,19 @@ def whole(tiny, tmp_path_factory):
 
 
 def test_an_interrupted_job_ends_the_same(tmp_path, tiny, whole, monkeypatch):
-    original = module._write_npz
+    original, calls = Model.sample, []
 
-    def write_then_signal(*arguments):
-        original(*arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def sample_then_signal(self, *arguments):
+        calls.append(os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 1 else None)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(module, "_write_npz", write_then_signal)
-    with pytest.raises(Interrupted, match="stopped before image 2"):
+    monkeypatch.setattr(Model, "sample", sample_then_signal)
+    with pytest.raises(Interrupted, match="stopped before image 4"):
         sample(SampleConfig(**SETTINGS), tiny.copy(), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("part-*")) == ["part-000000.npz", "part-000002.npz"]  # the last one too is written
     monkeypatch.undo()
     done = sample(SampleConfig(**SETTINGS), tiny.copy(), tmp_path)
-    assert (done["made"], done["kept"]) == (5, 2)
+    assert (done["made"], done["kept"]) == (3, 4)
     for ours, theirs in zip(images(tmp_path), whole, strict=True):
         assert np.array_equal(ours, theirs)
 
