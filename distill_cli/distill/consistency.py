@@ -52,10 +52,9 @@ class Consistency:
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
             student.parameterisation = "consistency"
-        for block in student.modules():
-            dropout = getattr(block, "dropout", None)
-            if isinstance(dropout, nn.Dropout):  # residual blocks have one; attention's is in a list
-                dropout.p = config.dropout
+        for name, module in student.named_modules():
+            if name.endswith(".dropout") and isinstance(module, nn.Dropout):  # of residual blocks; attention's is in a list
+                module.p = config.dropout
         self.networks: dict[str, nn.Module] = {"student": student}
         self.rates = {"student": config.lr}
         self.frozen: list[nn.Module] = []
