@@ -85,10 +85,7 @@ def _engine(config: TrainingConfig, objective: Any, folder: Path) -> Engine:
 
 
 def _bench_training(engine: Engine, model: Model, forwards: int, steps: Sequence[int]) -> Case:
-    """Bare calls of networks like `model`'s: `forwards` of a batch, and steps of networks on so many images each.
-
-    The last of several forwards is that of the network that the last step trains, as DMD's fake score.
-    """
+    """Bare calls of networks like `model`'s: `forwards` of a batch, and `steps` of training on so many images each."""
     config, where = engine.config, engine.accelerator.device
     size = config.batch_size
 

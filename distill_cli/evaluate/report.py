@@ -184,7 +184,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         known = {"network_evaluations": cost["network_evaluations"], "images_per_second": rate}
         rows.append({"model": row.spec, "images": len(row.images), **known, **reference.measure(row.images, row.labels)})
         pictures.append((title(rows[-1]), to_uint8(row.images[:SHOWN])))
-        row.images = None
+        row.images = row.model = None  # the next row's need the room
     for count in sorted({row["images"] for row in rows}):
         scores, shown = reference.again(count)
         rows.append({"model": AGAIN, "images": count, "network_evaluations": None, "images_per_second": None, **scores})

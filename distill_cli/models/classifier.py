@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
@@ -100,8 +99,3 @@ def load(name: str) -> Classifier:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DistillError(f"{folder}: no readable classifier ({' '.join(str(error).split())[:200]})", "is the folder complete?") from error
     return network.eval().requires_grad_(False)
-
-
-def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, and the share of right answers."""
-    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
