@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +45,23 @@ def _no(value: Any) -> Any:
     return "no" if value is False else value
 
 
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds(every: int | str) -> float | None:
+    """`10m` -> 600; None for a number of steps."""
+    return None if isinstance(every, int) else float(every[:-1]) * _SECONDS[every[-1]]
+
+
+def _every(value: Any) -> Any:
+    """Steps, or a time such as 10m."""
+    text = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"(?=.*[1-9])(\d{1,9}|\d{1,9}(\.\d{1,9})?[smh])", text):
+        raise ValueError(f"{value!r} is neither a number of steps nor a time such as 30s, 10m, 2h")
+    return int(text) if text.isdigit() else text
+
+
+Every = Annotated[int | str, BeforeValidator(_every)]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
 
@@ -160,8 +178,11 @@ class TrainingConfig(Config):
     precision: Precision = Field("no", description="of the networks' arithmetic; weights stay float32")
     log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
-    save_every: Positive = Field(500, description="steps between checkpoints")
+    save_every: Every = Field(500, description="between checkpoints: steps, or a time such as 30s, 10m, 2h")
     keep: Positive = Field(2, description="newest checkpoints kept")
+    keep_best: Count = Field(0, description="older checkpoints kept, those whose loss was lowest since the one before")
+    on_nan: Literal["stop", "skip"] = Field("stop", description="at a gradient that is no number: end, or leave the step out")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field("none", description="beside metrics.jsonl; wandb offline")
 
     @model_validator(mode="after")
     def _parts(self) -> TrainingConfig:

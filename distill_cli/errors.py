@@ -24,9 +24,15 @@ class UsageError(DistillError):
 
 
 class Interrupted(DistillError):
-    """The user or the scheduler stopped the command; what was complete is kept."""
+    """The user (exit code 130) or the scheduler (`preempted`: 0, as planned) stopped the command; what was complete is kept."""
 
-    exit_code = 130
+    def __init__(self, message: str, hint: str = "", preempted: bool = False) -> None:
+        super().__init__(message, hint)
+        self.exit_code = 0 if preempted else 130
+
+
+class PeerLost(DistillError):
+    """Another process of this run has ended; it, or whoever started both, says why."""
 
 
 def nearest(word: str, known: Iterable[str], what: str = "known") -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from distill_cli.errors import DistillError
 
@@ -122,3 +124,24 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+SEAL = "seal"
+"""The key under which JSON of ours holds the SHA-256 of the rest."""
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(data: dict[str, Any], indent: int | None = None) -> str:
+    """JSON of `data` with a checksum of it, so that every flipped bit that changes a value shows."""
+    return json.dumps({**data, SEAL: _digest(json.loads(json.dumps(data)))}, indent=indent) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """What `sealed` was given; raises ValueError where it is damaged."""
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.pop(SEAL, None) != _digest(data):
+        raise ValueError("its checksum does not match")
+    return data

@@ -1,4 +1,4 @@
-"""One process or many: who we are, when to stop, how progress is shown."""
+"""This process: where it runs, when it stops, how it shows progress, what it hears from the others."""
 
 from __future__ import annotations
 
@@ -14,16 +14,8 @@ from typing import Any
 
 import torch
 
-from distill_cli.errors import UsageError
-
-
-def rank() -> int:
-    """This process's number, as torchrun, accelerate and Slurm's templates set it."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from distill_cli.errors import Interrupted, PeerLost, UsageError
+from distill_cli.processes import local_world_size, rank, usable_cpus, world_size
 
 
 def _keep_freed_memory() -> None:
@@ -36,9 +28,16 @@ def _keep_freed_memory() -> None:
         mallopt(option, size)
 
 
+def _share_cores() -> None:
+    """Divide the cores between the processes of a machine, where nobody else has: Slurm binds its tasks, torchrun sets OMP_NUM_THREADS."""
+    if local_world_size() > 1 and not {"OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"} & set(os.environ):
+        torch.set_num_threads(max(1, usable_cpus() // local_world_size()))
+
+
 def device(wanted: str) -> torch.device:
     """`auto` is the process's GPU where there is one."""
     _keep_freed_memory()
+    _share_cores()
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UsageError("--device cuda: no CUDA device", "distill env shows what torch sees")
@@ -59,28 +58,64 @@ def autocast(where: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(where.type, kinds[precision], enabled=precision != "no")
 
 
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
+
+
 class Stop:
-    """Whether ^C or SIGTERM came: `requested` is asked between units of work; a second signal stops at once."""
+    """Whether ^C, SIGTERM or SIGUSR1 came: `requested`, its number, is asked between units of work; a second ^C stops at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = 0
+        self._since = 0.0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        os.write(2, b"stopping after this step; once more stops at once\n")  # print may not be entered twice
+            if number == signal.SIGINT and time.monotonic() - self._since > 1:  # a terminal and torchrun both send the first
+                raise KeyboardInterrupt
+            return
+        self.requested, self._since = number, time.monotonic()
+        if rank() == 0:
+            os.write(2, b"stopping after this step; ^C once more stops at once\n")  # print may not be entered twice
+
+    @staticmethod
+    def interrupted(number: int, message: str, hint: str) -> Interrupted:
+        """The error that ends a command which signal `number` has stopped."""
+        return Interrupted(message, hint, preempted=number in PREEMPTION)
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
     stop = Stop()
-    old = {number: signal.signal(number, stop._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, stop._handle) for number in (signal.SIGINT, *PREEMPTION)}
     try:
         yield stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Turn a lost connection to another process of this run into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+        if world_size() == 1 or not lost:
+            raise
+        raise PeerLost("another process of this run has ended", "the same command, or --resume, goes on from what is complete") from error
+
+
+def all_of(mine: list[Any], where: torch.device) -> list[Any]:
+    """The lists of all processes, joined in the order of their numbers; waits for all of them."""
+    if world_size() == 1:
+        return mine
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=where.type == "cpu")
+    with peers():
+        return list(gather_object(mine))
 
 
 class Progress:

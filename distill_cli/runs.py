@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import is_empty, os_errors, remove_temporaries, write_atomic
+from distill_cli.files import is_empty, os_errors, remove_temporaries, sealed, unsealed, write_atomic
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "safetensors", "numpy", "pydantic", "typer")
 
@@ -34,17 +35,17 @@ def settle(path: Path, settings: dict[str, Any], what: str) -> None:
     folder = path.parent
     if path.exists():
         try:
-            old = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            old = unsealed(path.read_text())
+        except ValueError as error:
             raise DistillError(f"{path}: corrupt", f"choose another folder, or delete {folder}") from error
         settings = json.loads(json.dumps(settings))
         other = [f"{key} is {old.get(key)}, not {settings.get(key)}" for key in {**settings, **old} if old.get(key) != settings.get(key)]
         if other:
             raise UsageError(f"--out {folder}: made with other settings: {'; '.join(other)}", "choose another folder, or the same settings")
         return
-    if not is_empty(folder):
+    if not is_empty(folder) and not path.exists():  # another process may have begun it since
         raise UsageError(f"--out {folder}: not empty and no folder of {what}", "choose another folder")
-    write_atomic(path, json.dumps(settings, indent=2) + "\n")
+    write_atomic(path, sealed(settings, indent=2))
 
 
 class Run:
@@ -54,6 +55,8 @@ class Run:
         self.folder = Path(folder)
         self.recipe = self.folder / "recipe.yaml"
         self.metrics = self.folder / "metrics.jsonl"
+        self.speed = self.folder / "speed.jsonl"
+        self._clock = (0.0, 0)
         self.samples = self.folder / "samples"
         self.checkpoints = self.folder / "checkpoints"
 
@@ -69,10 +72,10 @@ class Run:
         """A new run in a folder that must be new."""
         run = cls(folder)
         run.must_be_new(command)
+        write_atomic(run.recipe, recipe)  # first: with it the run resumes, whatever happens now
         with os_errors(run.folder):
-            run.samples.mkdir(parents=True, exist_ok=True)
+            run.samples.mkdir(exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
-        write_atomic(run.recipe, recipe)
         env = {"versions": versions(), "platform": platform.platform(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
         write_atomic(run.folder / "env.json", json.dumps(env, indent=2) + "\n")
         return run
@@ -91,8 +94,22 @@ class Run:
         with os_errors(self.metrics), open(self.metrics, "a") as handle:
             handle.write(json.dumps(line) + "\n")
 
+    def log_speed(self, step: int, batch_size: int) -> None:
+        """Append one line to speed.jsonl, which metrics.jsonl leaves out because no two runs agree on it."""
+        now, (since, before) = time.time(), self._clock
+        self._clock = (now, step)
+        if since:
+            line = {
+                "step": step,
+                "time": round(now, 3),
+                "images_per_second": round((step - before) * batch_size / max(1e-9, now - since), 3),
+            }
+            with os_errors(self.speed), open(self.speed, "a") as handle:
+                handle.write(json.dumps(line) + "\n")
+
     def forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl past `step`, which a resumed run writes again, and a torn last line."""
+        self._clock = (time.time(), step)
         if not self.metrics.exists():
             return
         kept = []

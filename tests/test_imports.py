@@ -12,7 +12,7 @@ import distill_cli
 PACKAGE = Path(distill_cli.__file__).parent
 FLOORS = [
     {"errors"},
-    {"files"},
+    {"files", "processes"},
     {"config"},
     {"recipes"},
     {"diffusion"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
-NO_TORCH = {"errors", "files", "config", "recipes", "runs", "cli"}
+NO_TORCH = {"errors", "files", "processes", "config", "recipes", "runs", "cli"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from distill_cli import __version__
-from distill_cli.cli import models, recipes
+from distill_cli import __version__, processes
+from distill_cli.cli import common, models, recipes
 from distill_cli.cli.bench import bench
 from distill_cli.cli.classifier import classifier
 from distill_cli.cli.cm import cm
@@ -21,7 +21,7 @@ from distill_cli.cli.evaluate import evaluate
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
-from distill_cli.errors import DistillError, nearest
+from distill_cli.errors import DistillError, Interrupted, PeerLost, nearest
 
 app = typer.Typer(
     name="distill",
@@ -56,10 +56,12 @@ app.add_typer(recipes.app, name="recipes")
 app.command()(env)
 
 
-def _fail(message: str, hint: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+def _fail(message: str, hint: str, code: int, kind: str = "error: ") -> int:
+    """Print an error, once for processes that run together."""
+    if processes.first_to("error"):
+        print(f"{kind}{message}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
     return code
 
 
@@ -79,8 +81,10 @@ def _usage(error: Any) -> int:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 the user can fix it, 2 usage, 3 a bug, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done or preempted, 1 the user can fix it, 2 usage, 3 a bug, 130 interrupted."""
     debug = os.environ.get("DISTILL_DEBUG") == "1"
+    common.ARGUMENTS = sys.argv[1:] if arguments is None else arguments
+    processes.adopt_slurm()
     try:
         return app(arguments, prog_name="distill", standalone_mode=False) or 0
     except ClickError as error:
@@ -88,6 +92,10 @@ def run(arguments: list[str] | None = None) -> int:
             print(error.format_message(), file=sys.stderr)
             return 2
         return _usage(error)
+    except PeerLost as error:
+        return error.exit_code if processes.supervised() else _fail(error.message, error.hint, error.exit_code)
+    except Interrupted as error:
+        return _fail(error.message, error.hint, error.exit_code, kind="")
     except DistillError as error:
         if debug:
             raise
@@ -108,4 +116,12 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def main() -> None:
-    sys.exit(run())
+    processes.die_with_parent()
+    code = run()
+    processes.leave(code)
+    if code == 0 and "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+    sys.exit(code)

@@ -21,6 +21,7 @@ def classifier(
     seed: common.Seed = None,
     device: common.Device = None,
     resume: common.Resume = None,
+    num_processes: common.Processes = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
@@ -31,6 +32,8 @@ def classifier(
         data=data, resolution=resolution, out=out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, device=device, resume=resume
     )
     config = common.open_run(ClassifierConfig, "classifier", recipe, overrides, dry_run, flags)
+    if not dry_run:
+        common.start_processes(num_processes)
     from distill_cli.data import open_images
     from distill_cli.distill.classification import Classification
     from distill_cli.distill.engine import Engine
@@ -42,7 +45,10 @@ def classifier(
         return
     engine = Engine(config, objective)
     common.start_run(engine, "classifier", resume)
-    accuracy = engine.train().info.accuracy
+    trained = engine.train()
+    if trained is None:  # process 0 alone has it
+        return
+    accuracy = trained.info.accuracy
     folder = engine.run.folder / objective.result
     data_out = {"run": str(engine.run.folder), "classifier": str(folder), "accuracy": accuracy, "held_out": len(objective.held_out)}
     seen = f"\naccuracy on {len(objective.held_out)} images held out: {accuracy:.4f}" if accuracy is not None else ""

@@ -26,6 +26,7 @@ def cm(
     seed: common.Seed = None,
     device: common.Device = None,
     resume: common.Resume = None,
+    num_processes: common.Processes = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
@@ -37,6 +38,8 @@ def cm(
         metric=metric, guidance_scale=guidance_scale, precision=precision, seed=seed, device=device, resume=resume,
     )  # fmt: skip
     config = common.open_run(CMConfig, "cm", recipe, overrides, dry_run, flags)
+    if not dry_run:
+        common.start_processes(num_processes)
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.data import open_images
@@ -62,6 +65,8 @@ def cm(
     engine = Engine(config, objective)
     common.start_run(engine, "cm", resume)
     student = engine.train()
+    if student is None:  # process 0 alone has it
+        return
     folder = engine.run.folder
     rows = {}
     if model is not None:

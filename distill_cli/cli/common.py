@@ -31,17 +31,53 @@ Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
 Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16.")]
 Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - uncond).")]
 Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, ancestral or few-step.")]
+Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]
+Shards = Annotated[str | None, typer.Option(help="Make part I of N alone, 0/N to N-1/N: an array job.", metavar="I/N")]
 Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 or 3,5.")]
 
 
+ARGUMENTS: list[str] = []
+"""The command line, for the processes that it starts."""
+
+
+def start_processes(count: int | None) -> None:
+    """Where `count` processes are wanted and this is not one of them, start them, wait, and end this one with their exit code."""
+    from distill_cli import processes
+    from distill_cli.errors import UsageError
+
+    already = processes.world_size()
+    if count is None or count == already:
+        return
+    if already > 1:
+        raise UsageError(
+            f"--num-processes {count}: this is one of {already} processes already", "leave it out: whoever started them decides"
+        )
+    raise typer.Exit(processes.start(count, ARGUMENTS))
+
+
 def say(text: str) -> None:
-    """A line for the person who watches, on stderr."""
-    print(text, file=sys.stderr)
+    """A line for the person who watches, on stderr; of several processes the first says it."""
+    from distill_cli.processes import rank
+
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def result(data: dict[str, Any], text: str, as_json: bool) -> None:
     """The command's result, on stdout."""
     print(json.dumps(data, indent=2) if as_json else text)
+
+
+def shared_result(data: dict[str, Any], text: str, as_json: bool, unit: str) -> None:
+    """The result of a job whose processes do not talk to each other: the last one says it, a part of a job what is missing still."""
+    from distill_cli import processes
+
+    if data["missing"] and processes.world_size() > 1:
+        return
+    if data["missing"]:
+        text += f"; {data['missing']} {unit}, of other parts, are missing still"
+    if processes.first_to("result"):
+        result(data, text, as_json)
 
 
 def with_out(config: ConfigT, recipe: str | None, command: str) -> ConfigT:
@@ -77,6 +113,7 @@ def open_run(
     """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
     from distill_cli.config import BUILTIN_SETS
     from distill_cli.errors import UsageError
+    from distill_cli.processes import rank
     from distill_cli.recipes import resolve
     from distill_cli.runs import Run
 
@@ -87,7 +124,7 @@ def open_run(
         if data is not None and data not in BUILTIN_SETS and Path(data).is_dir():  # models and classifiers remember it
             config = config.model_copy(update={"data": str(Path(data).resolve())})
         assert config.out is not None
-        if not dry_run:
+        if not dry_run and rank() == 0:  # which makes the folder
             Run(config.out).must_be_new(command)
         return config
     given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value is not None and key != "steps"]
@@ -107,6 +144,7 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     from distill_cli.config import BUILTIN_SETS
     from distill_cli.files import write_atomic
     from distill_cli.models.registry import REGISTRY
+    from distill_cli.processes import rank
     from distill_cli.recipes import dump
     from distill_cli.runs import Run
 
@@ -120,11 +158,11 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     paths = ("pairs", "lpips_weights")
     absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
     text = dump(config.model_copy(update={**absolute, "out": None}))
-    if resume is None:
-        engine.open(Run.create(config.out, text, command))
-    else:
-        engine.open(Run.resume(resume))
-        write_atomic(engine.run.recipe, text)
+    run = Run(config.out)
+    if rank() == 0:
+        run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
+        write_atomic(run.recipe, text)
+    engine.open(run)
 
 
 def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: int) -> dict[str, Any]:

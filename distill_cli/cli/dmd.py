@@ -28,6 +28,7 @@ def dmd(
     seed: common.Seed = None,
     device: common.Device = None,
     resume: common.Resume = None,
+    num_processes: common.Processes = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
@@ -40,6 +41,8 @@ def dmd(
         precision=precision, seed=seed, device=device, resume=resume,
     )  # fmt: skip
     config = common.open_run(DMDConfig, "dmd", recipe, overrides, dry_run, flags)
+    if not dry_run:
+        common.start_processes(num_processes)
     if common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.distill.dmd import DMD
@@ -63,6 +66,8 @@ def dmd(
     engine = Engine(config, objective)
     common.start_run(engine, "dmd", resume)
     student = engine.train()
+    if student is None:  # process 0 alone has it
+        return
     folder = engine.run.folder
     picture = folder / "comparison.png"
     common.compare({"teacher": (model, objective.sampling), "student": (student, student.sampling)}, config.seed, picture, config.classes)

@@ -22,6 +22,7 @@ def evaluate(
     precision: common.Precision = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    num_processes: common.Processes = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
@@ -37,9 +38,13 @@ def evaluate(
     if dry_run:
         common.dry_run(config, {"images": f"{config.num} of each of {len(config.model)} models, kept in {config.out}/samples"})
         return
+    common.start_processes(num_processes)
     from distill_cli.evaluate.report import evaluate, table
+    from distill_cli.processes import rank
 
     report = evaluate(config)
+    if rank() > 0:
+        return
     for warning in report["warnings"]:
         common.say(f"warning: {warning}")
     common.result(report, f"{table(report)}\n\npicture: {config.out}/picture.png\nreport: {config.out}/report.json", json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,12 @@ def pairs(
     dtype: Annotated[str | None, typer.Option(help="float16 or float32, of the stored images.")] = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    num_processes: common.Processes = None,
+    shards: common.Shards = None,
     check: Annotated[Path | None, typer.Option(help="Verify every shard of a folder of pairs.", metavar="DIR")] = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Join folders that hold parts of one job in --out; once a folder.", metavar="DIR")
+    ] = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
@@ -34,13 +39,25 @@ def pairs(
         teacher=teacher, num=num, out=out, solver=solver, steps=steps, classes=classes, guidance_scale=guidance_scale,
         batch_size=batch_size, shard_size=shard_size, dtype=dtype, seed=seed, device=device,
     )  # fmt: skip
-    if check is not None:
-        from distill_cli.errors import UsageError
+    from distill_cli.processes import parse_part
 
-        if recipe or overrides or any(value is not None for value in flags.values()):
-            raise UsageError("--check: takes the folder alone")
+    if check is not None or merge:
+        _only(
+            "--check" if check is not None else "--merge",
+            recipe,
+            overrides,
+            flags,
+            num_processes,
+            shards,
+            allowed=() if check else ("out",),
+        )
+    if check is not None:
         _check(check, json)
         return
+    if merge:
+        _merge(merge, out, json)
+        return
+    part = parse_part(shards)
     from distill_cli.config import PairsConfig
     from distill_cli.recipes import resolve
 
@@ -51,13 +68,37 @@ def pairs(
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
     assert config.out is not None
+    if not dry_run:
+        common.start_processes(num_processes)
     model = load(config.teacher)
     if dry_run:
         common.dry_run(config, plan(manifest_of(config, model)))
         return
-    counts = generate(config, model, config.out)
+    counts = generate(config, model, config.out, part)
     text = f"pairs: {config.num} in {config.out} ({counts['made']} shards made, {counts['kept']} were there)"
-    common.result({"folder": str(config.out), "pairs": config.num, **counts}, text, json)
+    common.shared_result({"folder": str(config.out), "pairs": config.num, **counts}, text, json, "shards")
+
+
+def _only(
+    flag: str, recipe: str | None, overrides: list[str] | None, flags: dict[str, Any], *others: Any, allowed: tuple[str, ...]
+) -> None:
+    """Refuse what makes pairs beside a flag that makes none."""
+    from distill_cli.errors import UsageError
+
+    given = [key for key, value in flags.items() if value is not None and key not in allowed]
+    if recipe or overrides or given or any(value is not None for value in others):
+        raise UsageError(f"{flag}: takes {'--out and ' if allowed else ''}the folder alone")
+
+
+def _merge(folders: list[Path], out: Path | None, as_json: bool) -> None:
+    from distill_cli.errors import UsageError
+    from distill_cli.pairs.store import merge
+
+    if out is None:
+        raise UsageError("--merge: needs --out FOLDER")
+    counts = merge(folders, out)
+    text = f"pairs: {counts['shards']} of {counts['of']} shards in {out} ({counts['copied']} copied)"
+    common.result({"folder": str(out), **counts}, text, as_json)
 
 
 def _check(folder: Path, as_json: bool) -> None:

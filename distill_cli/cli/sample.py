@@ -34,11 +34,14 @@ def sample(
     precision: common.Precision = None,
     seed: common.Seed = None,
     device: common.Device = None,
+    num_processes: common.Processes = None,
+    shards: common.Shards = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
     """Make images with any model, teacher or student. A restart makes only what is missing."""
     from distill_cli.config import SampleConfig
+    from distill_cli.errors import UsageError
     from distill_cli.recipes import resolve
 
     flags = dict(
@@ -47,11 +50,18 @@ def sample(
         seed=seed, device=device,
     )  # fmt: skip
     config = common.with_out(resolve(SampleConfig, recipe, overrides or [], flags), recipe, "samples")
+    from distill_cli.processes import parse_part
+
+    part = parse_part(shards)
+    if not dry_run:
+        common.start_processes(num_processes)
     from distill_cli.models import load
     from distill_cli.models.model import network_evaluations
     from distill_cli.sample import batch
 
     assert config.out is not None
+    if config.search_times and part != (0, 1):
+        raise UsageError("--search-times: makes no samples to share out", "leave --shards out")
     loaded = load(config.model)
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
@@ -65,12 +75,12 @@ def sample(
     if config.search_times:
         _search(config, loaded, json)
         return
-    data = batch.sample(config, loaded, config.out)
+    data = batch.sample(config, loaded, config.out, part)
     speed = f", {data['images_per_second']} images/s" if data["made"] else ""
     text = f"samples: {config.num} in {config.out} ({data['made']} made, {data['kept']} were there){speed}"
-    if config.grid:
+    if config.grid and not data["missing"]:
         text += f"\npicture: {config.out / 'grid.png'}"
-    common.result(data, text, json)
+    common.shared_result(data, text, json, "images")
 
 
 def _search(config: SampleConfig, model: Model, as_json: bool) -> None:

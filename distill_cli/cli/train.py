@@ -22,6 +22,7 @@ def train(
     seed: common.Seed = None,
     device: common.Device = None,
     resume: common.Resume = None,
+    num_processes: common.Processes = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
 ) -> None:
@@ -33,6 +34,8 @@ def train(
         precision=precision, seed=seed, device=device, resume=resume,
     )  # fmt: skip
     config = common.open_run(TrainConfig, "train", recipe, overrides, dry_run, flags)
+    if not dry_run:
+        common.start_processes(num_processes)
     from distill_cli.data import open_images
     from distill_cli.distill.denoising import Denoising
     from distill_cli.distill.engine import Engine
@@ -44,6 +47,7 @@ def train(
         return
     engine = Engine(config, objective)
     common.start_run(engine, "train", resume)
-    engine.train()
+    if engine.train() is None:  # process 0 alone has it
+        return
     folder = engine.run.folder / objective.result
     common.result({"run": str(engine.run.folder), "model": str(folder), "steps": config.steps}, f"teacher: {folder}", json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from distill_cli.errors import DistillError
-from distill_cli.files import folder_atomic, remove_folder, sha256
+from distill_cli.files import folder_atomic, remove_folder, sealed, sha256, unsealed
+
+STATE = "state.json"
 
 
 def steps(folder: Path) -> list[int]:
@@ -27,9 +29,15 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(
-    folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any], state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep: int,
+    best: int = 0,
 ) -> Path:
-    """Write checkpoint `step`, then delete all but the newest `keep`. `state` is JSON."""
+    """Write checkpoint `step`, then delete all but the newest `keep` and the `best` of lowest state["score"]. `state` is JSON."""
     path = path_of(folder, step)
     with folder_atomic(path) as temporary:
         for name, network in networks.items():
@@ -40,23 +48,34 @@ def save(
         torch.save({name: optimizer.state_dict() for name, optimizer in optimizers.items()}, buffer)
         (temporary / "optimizers.pt").write_bytes(buffer.getbuffer())
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
-        (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": sums, "state": state}))
-    for old in steps(folder)[:-keep]:
-        remove_folder(path_of(folder, old))
+        (temporary / STATE).write_text(sealed({"step": step, "sha256": sums, "state": state}))
+    old = steps(folder)[:-keep]
+    for number in sorted(old, key=lambda number: _score(folder, number))[best:]:
+        remove_folder(path_of(folder, number))
     return path
+
+
+def _score(folder: Path, step: int) -> float:
+    """What a checkpoint's loss was; infinite where that is not known."""
+    try:
+        score = unsealed((path_of(folder, step) / STATE).read_text())["state"]["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+    return score if isinstance(score, float) and math.isfinite(score) else math.inf
 
 
 def load(folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> dict[str, Any]:
     """Fill networks and optimizers from checkpoint `step` and return its state; every file is verified first."""
     path = path_of(folder, step)
+    older = f"delete {path} to resume from an older checkpoint"
     try:
-        stored = json.loads((path / "state.json").read_text())
+        stored = unsealed((path / STATE).read_text())
         sums, state = dict(stored["sha256"]), dict(stored["state"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DistillError(f"{path / 'state.json'}: corrupt", f"delete {path} to resume from an older checkpoint") from error
+        raise DistillError(f"{path / STATE}: corrupt", older) from error
     for name in [*(f"{network}.safetensors" for network in networks), "optimizers.pt"]:
         if not (path / name).is_file() or sha256(path / name) != sums.get(name):
-            raise DistillError(f"{path / name}: corrupt or missing", f"delete {path} to resume from an older checkpoint")
+            raise DistillError(f"{path / name}: corrupt or missing", older)
     for name, network in networks.items():
         network.load_state_dict(load_file(path / f"{name}.safetensors"))
     saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)

@@ -7,27 +7,33 @@ All random numbers come from global sample indices, so a run resumes from the nu
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import TrainingConfig
+from distill_cli.config import TrainingConfig, seconds
 from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
 from distill_cli.distill import checkpoint
 from distill_cli.distill.ema import EMA
-from distill_cli.errors import DistillError, Interrupted, UsageError
-from distill_cli.launch import Progress, check_precision, device, rank, stoppable, world_size
+from distill_cli.distill.health import Health
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.launch import Progress, check_precision, device, peers, stoppable
 from distill_cli.models.model import Model
+from distill_cli.processes import rank, world_size
 from distill_cli.runs import Run
 
-NEVER = 2**62
-"""A step that no run reaches."""
+SKIPPED_AT_MOST = 50
+"""Steps in a row without a finite gradient, after which leaving them out is no help."""
 
 
 @dataclass
@@ -80,69 +86,122 @@ def make_optimizer(config: TrainingConfig, network: nn.Module, rate: float) -> t
     return torch.optim.AdamW(network.parameters(), **settings, fused=True)
 
 
+def tracker_of(config: TrainingConfig) -> str | None:
+    """The tracker that is wanted beside metrics.jsonl; raises UsageError where its package is not installed."""
+    if config.tracker == "none":
+        return None
+    if importlib.util.find_spec(config.tracker) is None:
+        raise UsageError(
+            f"tracker: {config.tracker} is not installed", f"pip install {config.tracker}; metrics.jsonl is written without it too"
+        )
+    return config.tracker
+
+
 class Engine:
     """Trains an objective in a run's folder."""
 
     run: Run
 
     def __init__(self, config: TrainingConfig, objective: Objective) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        if world_size() > 1:
-            raise UsageError("training on several processes is not supported yet", "start one process")
         self.config, self.objective = config, objective
         wanted = device(config.device)
         check_precision(wanted, config.precision)
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=wanted.type == "cpu")
+        self.part = config.batch_size // config.accumulate
+        if self.part % world_size():
+            parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
+            raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=wanted.type == "cpu",
+            log_with=tracker_of(config),
+            project_dir=config.out,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
         where = self.accelerator.device
         for answering in (*objective.frozen, *objective.kept.values()):
             answering.to(where)
         self.plain = {name: network.to(where) for name, network in objective.networks.items()}
         self.main = next(iter(self.plain))
-        self.ema = EMA(self.plain[self.main], config.ema_halflife)
+        self.ema = EMA(self.plain[self.main], config.ema_halflife) if rank() == 0 else None  # one copy serves all
         self.optimizers: dict[str, Any] = {}
         for name, network in self.plain.items():
             optimizer = make_optimizer(config, network, objective.rates[name])
             objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
         self.step = 0
         self.window: dict[str, tuple[Tensor, int]] = {}
-        self.bad: dict[str, Tensor] = {}
+        self.health = Health()
+        self.skipped = self.skipped_in_a_row = 0
         self.saved = -1
+        self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
+        self.asked: Tensor | None = None
+        self.started = time.monotonic()
 
     def draws(self, step: int) -> list[Draws]:
         """This process's samples of a step, in the parts of gradient accumulation."""
-        first, size = step * self.config.batch_size, self.config.batch_size // self.config.accumulate
-        parts = [range(first + k * size, first + (k + 1) * size) for k in range(self.config.accumulate)]
+        first = step * self.config.batch_size
+        parts = [range(first + k * self.part, first + (k + 1) * self.part) for k in range(self.config.accumulate)]
         return [Draws(self.config.seed, part[rank() :: world_size()]) for part in parts]
 
     def train_step(self) -> None:
         """One step: every turn of the objective, each over all parts of the batch."""
         torch.manual_seed(hash((self.config.seed, self.step, rank())) % 2**63)  # dropout alone uses torch's generator
-        parts = self.draws(self.step)
-        turns = [self.objective.turns(part) for part in parts]
-        while True:
-            name = ""
-            for turn in turns:
+        turns = [self.objective.turns(part) for part in self.draws(self.step)]
+        while name := self._turn(turns):
+            self._update(name)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
+
+    def _turn(self, turns: list[Iterator[Loss]]) -> str:
+        """The gradients of the next turn; returns the network that they are for, '' after the last turn."""
+        seen: list[dict[str, Tensor]] = []
+        name = ""
+        for k, turn in enumerate(turns):
+            with ExitStack() as apart:
+                if k + 1 < len(turns):  # processes exchange gradients once, with the last part's
+                    for network in self.objective.networks.values():
+                        apart.enter_context(self.accelerator.no_sync(network))
                 with self.accelerator.autocast():
                     loss = next(turn, None)
                 if loss is None:
-                    break
-                name = loss.network
+                    return ""
                 self.accelerator.backward(loss.value / len(turns))
-                self._record({f"{name}_loss": loss.value, **loss.metrics})
-                self._watch(f"{name}_loss", loss.value)
-            if not name:
-                break
-            optimizer = self.optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, self.objective.rates[name], self.step)
-            norm = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
-            self._record({f"{name}_grad_norm": norm})
-            self._watch(f"the gradient norm of {name}", norm)
+            name = loss.network
+            seen.append({f"{name}_loss": loss.value, **loss.metrics})
+        self.turn = self._mean(seen)
+        return name
+
+    def _mean(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The means of scalars over the parts of a batch and over all processes."""
+        values = torch.stack([torch.stack([part[name].detach().float() for name in parts[0]]) for part in parts]).mean(0)
+        if world_size() > 1:
+            values = self.accelerator.reduce(values, "mean")
+        return dict(zip(parts[0], values, strict=True))
+
+    def _update(self, name: str) -> None:
+        """Step a network, and take note of its loss."""
+        optimizer, scaler = self.optimizers[name], self.accelerator.scaler
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.objective.rates[name], self.step)
+        norm = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
+        loss = self.turn[f"{name}_loss"]
+        if self.config.on_nan == "skip" and not scaler and not (loss.isfinite() & torch.as_tensor(norm).isfinite()):
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            if self.skipped_in_a_row == SKIPPED_AT_MOST:
+                raise DistillError(f"{SKIPPED_AT_MOST} steps in a row up to {self.step + 1} had no finite gradient", self._hint())
+        else:
+            self.skipped_in_a_row = 0
+            self._record({**self.turn, f"{name}_grad_norm": norm})
+            self.health.count(f"{name}_loss", loss)
+            if name == self.main:
+                self.since = (self.since[0] + loss, self.since[1] + 1)
+            if not scaler:  # which leaves out such steps itself
+                self.health.watch(f"{name}_loss", loss, self.step + 1)
+                self.health.watch(f"the gradient norm of {name}", torch.as_tensor(norm), self.step + 1)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
+        optimizer.zero_grad(set_to_none=True)
 
     def advance(self) -> dict[str, float]:
         """One step, and its line in metrics.jsonl where one is due: the means that it holds, else nothing."""
@@ -158,22 +217,23 @@ class Engine:
             total, count = self.window.get(name, (torch.zeros_like(value), 0))
             self.window[name] = (total + value, count + 1)
 
-    def _watch(self, name: str, loss: Tensor) -> None:
-        """Keep the first step at which a loss is no number, where the loss is: asking now would make a GPU wait."""
-        if self.accelerator.scaler:  # fp16: it leaves out such steps itself
-            return
-        never = torch.full_like(loss, NEVER, dtype=torch.int64, requires_grad=False)
-        now = torch.where(loss.detach().isfinite(), never, self.step + 1)
-        self.bad[name] = torch.minimum(self.bad.get(name, never), now)
-
     def _log(self) -> dict[str, float]:
-        """Write the means since the last line."""
+        """Write the means since the last line, which are those of all processes, and, apart, how fast it went."""
         means = {name: (total / count).item() for name, (total, count) in self.window.items()}
         self.window = {}
+        counts = {"spikes": int(self.health.spikes.item())} | ({"skipped": self.skipped} if self.config.on_nan == "skip" else {})
         if rank() == 0:
             numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
-            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers})
+            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts})
+            self.run.log_speed(self.step, self.config.batch_size)
+            if self.config.tracker != "none":
+                self.accelerator.log({name: value for name, value in numbers.items() if value is not None} | counts, step=self.step)
         return means
+
+    def _kept(self) -> dict[str, nn.Module]:
+        """The networks of a checkpoint."""
+        average = {"average": self.ema.network} if self.ema is not None else {}
+        return {**self.plain, **self.objective.kept, **average}
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
@@ -181,11 +241,14 @@ class Engine:
             scaler = self.accelerator.scaler
             state = {
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
+                "health": self.health.state_dict(),
+                "skipped": self.skipped,
                 "scaler": scaler.state_dict() if scaler else None,
+                "score": (self.since[0] / self.since[1]).item() if self.since[1] else None,
             }
-            networks = {**self.plain, **self.objective.kept, "average": self.ema.network}
-            checkpoint.save(self.run.checkpoints, self.step, networks, self.optimizers, state, self.config.keep)
-        self.saved = self.step
+            best = self.config.keep_best
+            checkpoint.save(self.run.checkpoints, self.step, self._kept(), self.optimizers, state, self.config.keep, best)
+        self.saved, self.since, self.started = self.step, (torch.zeros_like(self.since[0]), 0), time.monotonic()
 
     def open(self, run: Run) -> None:
         """Train in `run`: go on from its newest checkpoint, from the start where there is none."""
@@ -194,34 +257,52 @@ class Engine:
         if found:
             if found[-1] > self.config.steps:
                 raise UsageError(f"--steps {self.config.steps}: the run is at step {found[-1]} already")
-            networks = {**self.plain, **self.objective.kept, "average": self.ema.network}
-            state = checkpoint.load(self.run.checkpoints, found[-1], networks, self.optimizers)
+            state = checkpoint.load(self.run.checkpoints, found[-1], self._kept(), self.optimizers)
             self.step = self.saved = found[-1]
             where = self.accelerator.device
             self.window = {name: (torch.tensor(total, device=where), count) for name, (total, count) in state["window"].items()}
+            self.health.load_state_dict(state["health"], where)
+            self.skipped = state["skipped"]
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        run.forget_after(self.step)
+        if rank() == 0:
+            run.forget_after(self.step)
+            if self.config.tracker != "none":
+                settings = {key: str(value) for key, value in self.config.model_dump(mode="json").items()}
+                os.environ.setdefault("WANDB_MODE", "offline")  # nothing leaves the machine unasked
+                self.accelerator.init_trackers("distill", settings)
 
     def sample_grid(self) -> None:
         """Write the average's images for 40 noises that are in no store of pairs."""
+        if self.ema is None:
+            return
         model = self.objective.model(self.ema.network)
-        if rank() == 0 and isinstance(model, Model):
+        if isinstance(model, Model):
             images, _ = model.examples(self.config.seed, 40)
             save_grid(images, self.run.samples / f"{self.step:06d}.png")
 
+    def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
+        """The signal that came and whether it is time to save, as all processes know it: of the step before, so that no GPU waits."""
+        if world_size() == 1:
+            return number, due
+        before, self.asked = self.asked, torch.tensor([number, due], device=self.accelerator.device)
+        torch.distributed.all_reduce(self.asked, torch.distributed.ReduceOp.MAX)
+        asked = (0, 0) if before is None else before.tolist()
+        return asked[0], bool(asked[1])
+
     def train(self) -> Any:
-        """Train to the last step and save the result; ^C and SIGTERM leave a run that resumes."""
+        """Train to the last step, save the result and return it (on process 0 alone); a signal leaves a run that resumes."""
         config, made = self.config, self.step < self.config.steps
         progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
         warned = ""
-        with stoppable() as stop:
+        every = seconds(config.save_every)
+        with stoppable() as stop, peers():
             while self.step < config.steps:
                 means = self.advance()
-                note = ""
                 last = self.step == config.steps
+                note = ""
                 if means:
-                    note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
+                    note = f"{self.main}_loss {means[f'{self.main}_loss']:.4g}" if f"{self.main}_loss" in means else ""
                     advice = self.objective.advice(means, self.step / config.steps)
                     if advice.partition(":")[0] not in ("", warned) and rank() == 0:
                         print(f"warning: step {self.step}: {advice}", file=sys.stderr)
@@ -229,31 +310,38 @@ class Engine:
                 progress.add(1, note)
                 if config.sample_every and (self.step % config.sample_every == 0 or last):
                     self.sample_grid()
-                if self.step % config.save_every == 0 or last:
+                late = every is not None and rank() == 0 and time.monotonic() - self.started >= every
+                stopped, due = self._agreed(stop.requested, late)
+                if due or last or stopped or (isinstance(config.save_every, int) and self.step % config.save_every == 0):
                     self._check_finite()
                     self.save()
-                if stop.requested and not last:
-                    self._check_finite()
-                    self.save()
-                    raise Interrupted(f"stopped at step {self.step} of {config.steps}", f"continue with --resume {self.run.folder}")
+                if stopped and not last:
+                    raise stop.interrupted(
+                        stopped, f"stopped at step {self.step} of {config.steps}", f"resume with --resume {self.run.folder}"
+                    )
         progress.close()
+        if config.tracker != "none":
+            self.accelerator.end_training()
+        if self.ema is None:
+            return None
         model = self.objective.model(self.ema.network)
         place = self.run.folder / self.objective.result
-        if rank() == 0 and (made or not place.exists()):  # a finished run keeps what was written into its result since
+        if made or not place.exists():  # a finished run keeps what was written into its result since
             model.save(place)
         return model
 
-    def _check_finite(self) -> None:
-        """Stop at the last good checkpoint, and never keep one with a loss or weights that are no numbers."""
+    def _hint(self) -> str:
         found = checkpoint.steps(self.run.checkpoints)
         good = f"the checkpoint of step {found[-1]} is good: " if found else ""
-        hint = f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"
-        first = {name: int(step.item()) for name, step in self.bad.items()}
-        name = min(first, key=lambda key: first[key], default="")
-        if name and first[name] != NEVER:
-            raise DistillError(f"{name} is not a number at step {first[name]}", hint)
+        return f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"
+
+    def _check_finite(self) -> None:
+        """Stop at the last good checkpoint, and never keep one with a loss or weights that are no numbers."""
+        bad = self.health.first_bad()
+        if bad:
+            raise DistillError(f"{bad[0]} is not a number at step {bad[1]}", self._hint())
         if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 1:
             raise DistillError(f"no finite gradient in fp16 for many steps up to {self.step}", "use --precision bf16")
         for name, network in self.plain.items():
             if not torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all():
-                raise DistillError(f"the weights of {name} are not numbers at step {self.step}", hint)
+                raise DistillError(f"the weights of {name} are not numbers at step {self.step}", self._hint())

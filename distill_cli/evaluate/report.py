@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_cli import launch
+from distill_cli import launch, processes
 from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data import Images, open_images
 from distill_cli.data.pictures import from_uint8, save_comparison, to_uint8
@@ -61,14 +61,12 @@ class Reference:
         self.text = f"{which} {len(self.positions)} images of {config.data}, {drawn}"
 
     def _measured(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, predicted and true labels of images of the set, and the first few of them; a part at a time."""
-        parts = []
-        for first in range(0, len(positions), PART):
-            part = range(first, min(len(positions), first + PART))
-            images, labels = self.images.batch([positions[i] for i in part], Draws(draws.seed, [draws.indices[i] for i in part]))
-            parts.append((*self.classifier.measure(images), labels, images[: SHOWN if first == 0 else 0]))
-        features, predicted, true, shown = (torch.cat([part[k] for part in parts]) for k in range(4))
-        return features, predicted, true, shown
+        """Features, predicted and true labels of images of the set, and the first few of them."""
+
+        def images(part: range) -> tuple[Tensor, Tensor]:
+            return self.images.batch([positions[i] for i in part], Draws(draws.seed, [draws.indices[i] for i in part]))
+
+        return measured(self.classifier, len(positions), images)
 
     def again(self, count: int) -> tuple[dict[str, float | None], Tensor]:
         """The scores of `count` images drawn from the set with replacement, and a few of them.
@@ -86,7 +84,11 @@ class Reference:
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float | None]:
         """Accuracy (where the labels asked for are known), Fréchet distance, precision and recall of images (N, C, H, W)."""
-        return self._scores(*self.classifier.measure(images), labels)
+        unknown = torch.zeros(len(images)) if labels is None else labels
+        features, predicted, _, _ = measured(
+            self.classifier, len(images), lambda part: (images[part.start : part.stop], unknown[part.start : part.stop])
+        )
+        return self._scores(features, predicted, labels)
 
     def _scores(self, features: Tensor, predicted: Tensor, labels: Tensor | None) -> dict[str, float | None]:
         precision, recall = precision_recall(self.features, features, self.config.neighbours)
@@ -96,6 +98,21 @@ class Reference:
             "precision": precision,
             "recall": recall,
         }
+
+
+def measured(classifier: Classifier, count: int, images: Callable[[range], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, predicted and true labels of `count` images, and the first few of them.
+
+    `images` gives those of a range and their labels. The parts are shared out over the processes, and all know the whole.
+    """
+    ranges = [range(first, min(count, first + PART)) for first in range(0, count, PART)]
+    mine = []
+    for k in processes.mine(len(ranges)):
+        pixels, labels = images(ranges[k])
+        mine.append((k, *classifier.measure(pixels), labels, pixels[: SHOWN if k == 0 else 0]))
+    parts = sorted(launch.all_of(mine, next(classifier.parameters()).device), key=lambda part: part[0])
+    features, predicted, true, shown = (torch.cat([part[k] for part in parts]) for k in range(1, 5))
+    return features, predicted, true, shown
 
 
 def split(spec: str) -> tuple[str, int | None]:
@@ -158,6 +175,7 @@ class Row:
             return {"network_evaluations": None, "images_per_second": None}
         options = config.model_dump(include={"num", "seed", "device", "batch_size", "precision", "classes"})
         made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", **options), self.model, folder)
+        launch.all_of([], launch.device(config.device))  # whoever was last has joined the parts
         self.images, _ = read_npz(folder / "samples.npz")
         if self.model.conditioner.classes == classes:
             self.labels = self.model.conditioner.labels(config.num, config.classes)
@@ -165,10 +183,11 @@ class Row:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Sample what `config.model` lists, measure it, and write report.json, report.md and picture.png; returns the report."""
+    """Sample what `config.model` lists, measure it, and write report.json, report.md and picture.png; returns the report.
+
+    Several processes share sampling and features; all return the same report, process 0 writes it.
+    """
     assert config.out is not None
-    if launch.world_size() > 1:
-        raise UsageError("evaluation on several processes is not supported", "share the sampling (distill sample), then evaluate its npz")
     classifier = load_classifier(config.classifier).to(launch.device(config.device))
     reference = Reference(config, open_images(config.data, config.resolution), classifier)
     todo = [Row.of(spec, config, tuple(reference.images.shape)) for spec in config.model]
@@ -180,7 +199,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         cost = row.sampled(config, config.out / "samples" / f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', row.spec)}", classifier.info.classes)
         assert row.images is not None
         rate = rates[row.spec] = cost["images_per_second"] or rates.get(row.spec)
-        write_atomic(config.out / RATES, json.dumps(rates) + "\n")
+        if processes.rank() == 0:
+            write_atomic(config.out / RATES, json.dumps(rates) + "\n")
         known = {"network_evaluations": cost["network_evaluations"], "images_per_second": rate}
         rows.append({"model": row.spec, "images": len(row.images), **known, **reference.measure(row.images, row.labels)})
         pictures.append((title(rows[-1]), to_uint8(row.images[:SHOWN])))
@@ -198,9 +218,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "warnings": [text for row in rows if (text := worth(row, rows, width, len(reference.features)))],
         "versions": versions(),
     }
-    write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
-    write_atomic(config.out / "report.md", table(report) + "\n")
-    save_comparison(pictures, config.out / "picture.png", columns=20)
+    if processes.rank() == 0:
+        write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
+        write_atomic(config.out / "report.md", table(report) + "\n")
+        save_comparison(pictures, config.out / "picture.png", columns=20)
     return report
 
 

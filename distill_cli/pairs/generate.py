@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from distill_cli import launch
+from distill_cli import launch, processes
 from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
-from distill_cli.errors import Interrupted
 from distill_cli.files import remove_temporaries
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, shard_path, write_shard
@@ -47,18 +46,19 @@ def plan(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def generate(config: PairsConfig, teacher: Model, folder: Path) -> dict[str, int]:
-    """Make the shards of `folder` that are missing; returns how many were made and kept. A damaged one is an error.
+def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, int]:
+    """Make the missing shards that fall to this process of part (i, n) of the job; a damaged one is an error.
 
-    A shard is made whole by one process, in batches that never cross its border, so its bytes do not depend on how
-    many processes share the work. ^C and SIGTERM stop between batches; finished shards stay.
+    Returns how many it made and kept, and how many of all are missing. A shard is made whole by one process, in batches
+    that never cross its border, so its bytes do not depend on how many share the work. ^C, SIGTERM and SIGUSR1 stop
+    between batches; finished shards stay.
     """
     manifest = manifest_of(config, teacher)
     settle(folder / MANIFEST, manifest.model_dump(mode="json"), "pairs")
     remove_temporaries(folder)
     where = launch.device(config.device)
     teacher.to(where)
-    mine = range(launch.rank(), manifest.shards, launch.world_size())
+    mine = processes.mine(manifest.shards, part)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
     for shard in sorted(set(mine) - set(missing)):
         check_shard(folder, manifest, shard, noise=False)
@@ -69,7 +69,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path) -> dict[str, int
             whole = manifest.range(shard)
             for first in range(whole.start, whole.stop, config.batch_size):
                 if stop.requested:
-                    raise Interrupted(f"stopped before pair {first}", "the same command makes what is missing")
+                    raise stop.interrupted(stop.requested, f"stopped before pair {first}", "the same command makes what is missing")
                 indices = range(first, min(whole.stop, first + config.batch_size))
                 label = teacher.conditioner.labels(len(indices), list(manifest.classes), start=first)
                 with launch.autocast(where, config.precision):
@@ -78,4 +78,5 @@ def generate(config: PairsConfig, teacher: Model, folder: Path) -> dict[str, int
                 progress.add(len(indices))
             write_shard(folder, manifest, shard, torch.cat(images), torch.cat(labels))
     progress.close()
-    return {"made": len(missing), "kept": len(mine) - len(missing)}
+    absent = sum(not shard_path(folder, shard).exists() for shard in range(manifest.shards))
+    return {"made": len(missing), "kept": len(mine) - len(missing), "missing": absent}

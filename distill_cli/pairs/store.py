@@ -23,8 +23,9 @@ from torch import Tensor
 
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import write_atomic
+from distill_cli.files import unsealed, write_atomic
 from distill_cli.models.model import Sampling
+from distill_cli.runs import settle
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -132,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UsageError(f"--pairs {folder}: no pairs: it has no {MANIFEST}", "distill pairs --out FOLDER makes some")
     try:
-        return Manifest.model_validate(json.loads(path.read_text()))
+        return Manifest.model_validate(unsealed(path.read_text()))
     except (ValueError, ValidationError) as error:
         raise DistillError(f"{path}: corrupt", "write it again with the same distill pairs command after deleting it") from error
 
@@ -175,6 +176,28 @@ class PairStore:
             x0.append(images[row : row + 1].float())  # before joining: autocast cannot join float16 on the CPU
             labels.append(label[row])
         return {"noise": noise_of(self.manifest, indices), "x0": torch.cat(x0), "label": torch.stack(labels).long()}
+
+
+def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
+    """Copy the shards of stores with equal manifests, parts of one job made apart, into `out`; each is verified first.
+
+    Returns how many shards `out` has, of how many, and how many were copied. One that is there already is kept.
+    """
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    manifest = manifests[folders[0]]
+    for folder, other in manifests.items():
+        if other != manifest:
+            raise UsageError(f"--merge {folder}: pairs of another job than {folders[0]}", "the manifests differ")
+    settle(out / MANIFEST, manifest.model_dump(mode="json"), "pairs")
+    copied = 0
+    for folder in folders:
+        for shard in range(manifest.shards):
+            if shard_path(folder, shard).exists() and not shard_path(out, shard).exists():
+                check_shard(folder, manifest, shard)
+                write_atomic(shard_path(out, shard), shard_path(folder, shard).read_bytes())
+                copied += 1
+    there = sum(shard_path(out, shard).exists() for shard in range(manifest.shards))
+    return {"shards": there, "of": manifest.shards, "copied": copied}
 
 
 def check_all(folder: Path, manifest: Manifest) -> Iterator[DistillError]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from distill_cli import launch
+from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
 from distill_cli.data.pictures import grid, png, to_uint8
 from distill_cli.diffusion.noise import Draws
-from distill_cli.errors import DistillError, Interrupted
+from distill_cli.errors import DistillError
 from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.runs import settle
@@ -96,8 +96,8 @@ class Samples:
         return np.stack([np.asarray(Image.open(self.png(i))) for i in range(min(count, self.config.num))])
 
 
-def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
-    """Make the images of `config` in `folder`, only those that are missing; returns counts and images per second."""
+def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Make the missing images of `config` that fall to this process of part (i, n) of the job; returns counts and images per second."""
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale)
     samples = Samples(folder, config, model)
     settings = config.model_dump(
@@ -110,14 +110,14 @@ def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
     remove_temporaries(folder)
     where = launch.device(config.device)
     model.to(where)
-    mine = samples.batches[launch.rank() :: launch.world_size()]
+    mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
     missing = [batch for batch in mine if not samples.done(batch)]
     progress = launch.Progress(sum(map(len, missing)), "sample", "images")
     written: Future[None] | None = None
     with launch.stoppable() as stop, ThreadPoolExecutor(1) as writer:  # files are synced while the next batch is made
         for batch in missing:
             if stop.requested:
-                raise Interrupted(f"stopped before image {batch.start}", "the same command makes what is missing")
+                raise stop.interrupted(stop.requested, f"stopped before image {batch.start}", "the same command makes what is missing")
             labels = model.conditioner.labels(len(batch), config.classes, start=batch.start)
             with launch.autocast(where, config.precision):
                 images = model.sample(Draws(config.seed, batch), labels, sampling)
@@ -129,13 +129,15 @@ def sample(config: SampleConfig, model: Model, folder: Path) -> dict[str, Any]:
             written.result()
     progress.close()
     rate = progress.rate()
-    if all(samples.done(batch) for batch in samples.batches):
+    absent = sum(len(batch) for batch in samples.batches if not samples.done(batch))
+    if not absent:
         samples.finish()
     made = sum(map(len, missing))
     return {
         "folder": str(folder),
         "made": made,
         "kept": sum(map(len, mine)) - made,
+        "missing": absent,
         "network_evaluations": network_evaluations(sampling),
         "images_per_second": round(rate, 2) if made else None,
     }

@@ -19,13 +19,13 @@ def test_from_nothing_to_pictures(distill, tmp_path):
     """pairs, dmd and sample on `tiny`, as in somebody's CI."""
     assert distill("pairs", "--teacher", "tiny", "--num", 8, "--steps", 3, "--out", "p").code == 0
     again = distill("pairs", "--teacher", "tiny", "--num", 8, "--steps", 3, "--out", "p", "--json")
-    assert again.json == {"folder": "p", "pairs": 8, "made": 0, "kept": 1}
+    assert again.json == {"folder": "p", "pairs": 8, "made": 0, "kept": 1, "missing": 0}
     assert "0 of them wrong" in distill("pairs", "--check", "p").out
     run = distill("dmd", "--teacher", "tiny", "--pairs", "p", "--steps", 2, "--out", "r", "--json", *SMALL)
     assert run.code == 0, run.err
     assert run.json["student"] == "r/student"
     names = {path.name for path in (tmp_path / "r").iterdir()}
-    assert names == {"recipe.yaml", "env.json", "metrics.jsonl", "samples", "checkpoints", "student", "comparison.png"}
+    assert names == {"recipe.yaml", "env.json", "metrics.jsonl", "speed.jsonl", "samples", "checkpoints", "student", "comparison.png"}
     assert [json.loads(line)["step"] for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert yaml.safe_load((tmp_path / "r/recipe.yaml").read_text())["steps"] == 2
     sampled = distill("sample", "--model", "r", "--num", 5, "--out", "s", "--grid", "--json")
@@ -341,6 +341,6 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "continue with --resume r" in err
+    assert "resume with --resume r" in err
     step = int(next((tmp_path / "r/checkpoints").iterdir()).name.removeprefix("step-"))
     assert len(metrics.read_text().splitlines()) == step

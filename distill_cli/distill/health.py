@@ -1,0 +1,56 @@
+"""What goes wrong in a run, kept on the device so that no step waits for a GPU: losses that are no numbers, and spikes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEVER = 2**62
+"""A step that no run reaches."""
+MEMORY, SPIKE, SETTLED = 0.98, 6.0, 20
+"""What running statistics keep a step; standard deviations that make a spike; steps before any is called one."""
+
+
+class Health:
+    """Of each loss: the first step at which it was no number, its running mean and variance, and how often it leapt above them."""
+
+    def __init__(self) -> None:
+        self.bad: dict[str, Tensor] = {}
+        self.running: dict[str, Tensor] = {}
+        self.spikes: Tensor = torch.zeros(())
+
+    def watch(self, name: str, value: Tensor, step: int) -> None:
+        """Keep the first step at which `value` (a scalar) is no number."""
+        never = torch.full_like(value, NEVER, dtype=torch.int64, requires_grad=False)
+        now = torch.where(value.detach().isfinite(), never, step)
+        self.bad[name] = torch.minimum(self.bad.get(name, never), now)
+
+    def first_bad(self) -> tuple[str, int] | None:
+        """The earliest of what was no number, and its step."""
+        first = {name: int(step.item()) for name, step in self.bad.items()}
+        name = min(first, key=lambda key: first[key], default="")
+        return (name, first[name]) if name and first[name] != NEVER else None
+
+    def count(self, name: str, loss: Tensor) -> None:
+        """Count a loss (a scalar) that lies `SPIKE` standard deviations above its running mean; it enters that mean cut off there."""
+        loss = loss.detach().float()
+        seen, mean, variance = self.running.get(name, torch.zeros(3, device=loss.device))
+        highest = mean + SPIKE * variance.sqrt()
+        settled, finite = seen >= SETTLED, loss.isfinite()
+        self.spikes = self.spikes.to(loss.device) + (settled & ~(loss <= highest)).float()
+        value = torch.where(settled, torch.minimum(loss, highest), loss)
+        memory = torch.minimum(seen / (seen + 1), torch.full_like(seen, MEMORY))  # a plain mean at first
+        step = value - mean
+        variance_new = memory * (variance + (1 - memory) * step.square())
+        new = torch.stack([seen + 1, mean + (1 - memory) * step, variance_new])
+        self.running[name] = torch.where(finite, new, torch.stack([seen, mean, variance]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON, exactly."""
+        return {"spikes": self.spikes.item(), "running": {name: values.tolist() for name, values in self.running.items()}}
+
+    def load_state_dict(self, state: dict[str, Any], where: torch.device) -> None:
+        self.spikes = torch.tensor(state["spikes"], device=where)
+        self.running = {name: torch.tensor(values, device=where) for name, values in state["running"].items()}

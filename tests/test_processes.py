@@ -1,0 +1,198 @@
+"""Several processes: shares of the work, what starts them, and how they end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+
+import pytest
+import torch
+
+from distill_cli import processes
+from distill_cli.config import PairsConfig, SampleConfig
+from distill_cli.errors import UsageError
+from distill_cli.pairs.generate import generate
+from distill_cli.pairs.store import merge
+from distill_cli.sample.batch import sample
+
+PAIRS = ("pairs", "--teacher", "tiny", "--num", "20", "--steps", "2", "shard_size=4")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+NODE = {"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[03-07,09]-ib,x1", "SLURM_STEP_NUM_TASKS": "7"}
+
+
+def distill(folder, *arguments, **options):
+    """A command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill_cli", *arguments],
+        cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def ended(process):
+    out, err = process.communicate(timeout=240)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
+
+
+def hashes(folder):
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_every_unit_falls_to_one_process(monkeypatch):
+    seen = []
+    for part in range(3):
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            seen += processes.mine(20, (part, 3))
+    assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "/2", "-1/2", "a/b", "0/0"])
+def test_parts_that_are_none(text):
+    with pytest.raises(UsageError, match=f"--shards {text}"):
+        processes.parse_part(text)
+    assert processes.parse_part("2/3") == (2, 3)
+
+
+def test_slurm_says_what_torchrun_would():
+    env = {**NODE, "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2),3"}
+    processes.adopt_slurm(env)
+    got = {key: env[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+    assert got == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu03-ib"}
+    other = {**NODE, "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "7"}
+    processes.adopt_slurm(other)
+    assert env["MASTER_PORT"] == other["MASTER_PORT"]
+    assert 15000 <= int(env["MASTER_PORT"]) < 30000
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script outside srun
+        {**NODE, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # one task, which starts torchrun
+        {**NODE, "SLURM_PROCID": "0", "RANK": "3", "WORLD_SIZE": "4"},  # torchrun inside srun
+    ],
+)
+def test_slurm_is_left_alone(env):
+    before = dict(env)
+    processes.adopt_slurm(env)
+    assert env == before
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"), [("node7", "node7"), ("a1,b2", "a1"), ("n[1-4]", "n1"), ("r-2-gpu[017,020-031]", "r-2-gpu017")]
+)
+def test_first_host(hosts, first):
+    assert processes.first_host(hosts) == first
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_pairs_do_not_depend_on_who_makes_them(tmp_path, tiny, one_thread):
+    """One, two and three processes, three array parts in one folder and in three: equal byte for byte at one thread each."""
+    config = PairsConfig(teacher="tiny", num=20, steps=2, shard_size=4)
+    assert generate(config, tiny.copy(), tmp_path / "one") == {"made": 5, "kept": 0, "missing": 0}
+    for part, missing in ((2, 4), (0, 2), (1, 0)):
+        assert generate(config, tiny.copy(), tmp_path / "parts", (part, 3))["missing"] == missing
+        generate(config, tiny.copy(), tmp_path / f"part-{part}", (part, 3))
+    assert merge([tmp_path / f"part-{k}" for k in (1, 0, 2)], tmp_path / "merged") == {"shards": 5, "of": 5, "copied": 5}
+    for count in (2, 3):
+        code, out, err = ended(distill(tmp_path, *PAIRS, "--num-processes", str(count), "--out", str(count), "--json"))
+        assert code == 0, err
+        assert json.loads(out)["missing"] == 0  # said once, by the last
+    whole = hashes(tmp_path / "one")
+    assert len(whole) == 6
+    assert all(hashes(tmp_path / name) == whole for name in ("2", "3", "parts", "merged"))
+
+
+@pytest.mark.slow
+def test_samples_do_not_depend_on_who_makes_them(tmp_path, tiny, one_thread):
+    config = SampleConfig(model="tiny", steps=2, num=18, batch_size=4)
+    sample(config, tiny.copy(), tmp_path / "one")
+    for part in (1, 0):
+        sample(config, tiny.copy(), tmp_path / "parts", (part, 2))
+    command = ("sample", "--model", "tiny", "--steps", "2", "--num", "18", "--batch-size", "4")
+    code, out, err = ended(distill(tmp_path, *command, "--num-processes", "2", "--out", "two"))
+    assert code == 0, err
+    assert out.startswith("samples: 18 in two")
+    whole = hashes(tmp_path / "one")
+    assert len(whole) == 20
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "parts") == whole
+
+
+def test_parts_of_other_jobs_are_not_merged(tmp_path, tiny):
+    for seed in (0, 1):
+        generate(PairsConfig(teacher="tiny", num=2, steps=2, seed=seed), tiny.copy(), tmp_path / str(seed))
+    with pytest.raises(UsageError, match="pairs of another job"):
+        merge([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_shared_by_two_processes_is_the_same(tmp_path):
+    command = ("evaluate", "--model", "digits@2", "--num", "600", "--json")
+    reports = []
+    for more in ((), ("--num-processes", "2")):
+        code, out, err = ended(distill(tmp_path, *command, *more, "--out", f"e{len(more)}"))
+        assert code == 0, err
+        reports.append(json.loads(out))
+        assert (tmp_path / f"e{len(more)}" / "picture.png").is_file()
+    for row, other in zip(*(report["rows"] for report in reports), strict=True):
+        assert {**row, "images_per_second": 0} == {**other, "images_per_second": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["batch_size=4", "lr=1e30", "clip_norm=1e30"], 1, "error: student_loss is not a number at step"),
+        (["batch_size=3"], 2, "error: --batch-size 3: cannot be shared evenly by 2 processes"),
+    ],
+)
+def test_an_error_of_two_processes_is_said_once(options, code, says, tmp_path):
+    process = distill(tmp_path, "dmd", "--teacher", "tiny", "--num-processes", "2", "--steps", "50", *options, "--out", "r")
+    found, out, err = ended(process)
+    assert (found, out) == (code, "")
+    assert err.count("error: ") == 1
+    assert says in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["launcher", "one"])
+def test_two_processes_end_together(whom, tmp_path):
+    """SIGTERM at the launcher: both stop after the same step, with a checkpoint. SIGKILL at one: the other does not wait for it."""
+    process = distill(
+        tmp_path, "dmd", "--teacher", "tiny", "--num-processes", "2", "--steps", "9999", "batch_size=2", "log_every=1", "--out", "r"
+    )
+    metrics = tmp_path / "r/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    assert len(children) == 2
+    if whom == "launcher":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.kill(children[1], signal.SIGKILL)
+    code, out, err = ended(process)
+    if whom == "launcher":
+        assert (code, out) == (0, "")
+        assert "hint: resume with --resume r" in err
+        (saved,) = (tmp_path / "r/checkpoints").iterdir()
+        assert int(saved.name.removeprefix("step-")) == len(metrics.read_text().splitlines())
+    else:
+        assert code == 128 + signal.SIGKILL
+        assert err.count("error: ") == 1
+        assert "error: process 1 was killed by SIGKILL" in err
+    assert not any(os.path.exists(f"/proc/{child}") for child in children)
