@@ -166,15 +166,13 @@ def start(count: int, arguments: list[str]) -> int:
         except SignalException as stopped:
             codes = [int(path.read_text()) for path in Path(folder).glob("code-*")]
             if len(codes) < count and stopped.sigval != signal.SIGINT:
-                print(f"error: {count - len(codes)} of {count} processes did not stop in time and were killed", file=sys.stderr)
-                return 137
+                print(f"error: {count - len(codes)} of {count} processes were ended before they could stop in order", file=sys.stderr)
+                return 128 + signal.SIGTERM
             return max(codes, default=130)
         except ChildFailedError as failed:
-            codes = {number: failure.exitcode for number, failure in failed.failures.items()}
-            codes = {number: code for number, code in codes.items() if code != -signal.SIGTERM} or codes  # which stopped the others
-            number, code = min(
-                codes.items(), key=lambda item: (item[1] > 0, -item[1])
-            )  # killed, else the highest code: 1 may be one that lost the other
+            ends = {number: failure.exitcode for number, failure in failed.failures.items()}
+            ends = {number: code for number, code in ends.items() if code != -signal.SIGTERM} or ends  # which stopped the others
+            number, code = min(ends.items(), key=lambda end: (end[1] > 0, -end[1]))  # killed, else the highest: 1 may have lost another
             if code > 0:
                 return code
             print(f"error: process {number} was killed by {signal.Signals(-code).name}", file=sys.stderr)

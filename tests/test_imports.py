@@ -17,13 +17,13 @@ FLOORS = [
     {"recipes"},
     {"diffusion"},
     {"models", "data", "launch", "runs"},
-    {"pairs", "sample"},
+    {"pairs", "sample", "watch"},
     {"distill", "evaluate"},
     {"bench"},
     {"cli"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
-NO_TORCH = {"errors", "files", "processes", "config", "recipes", "runs", "cli"}
+NO_TORCH = {"errors", "files", "processes", "config", "recipes", "runs", "watch", "cli"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 
 

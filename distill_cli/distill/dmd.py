@@ -93,7 +93,8 @@ class DMD:
             reference = paired["x0"].to(device)
             regression = self.distance(images[count:], reference).mean()
             loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
-            metrics |= {"spread": spread(images[count:]), "pairs_spread": spread(reference)}
+            drawn = labels[count:].to(device)
+            metrics |= {"spread": spread(images[count:], drawn), "pairs_spread": spread(reference, drawn)}
         yield Loss("student", loss, metrics)
 
         if "fake" in self.networks:
@@ -149,15 +150,18 @@ class DMD:
         if done > 0.25 and metrics.get("spread", 1.0) < SPREAD_LOST * metrics.get("pairs_spread", 0.0):
             share = metrics["spread"] / metrics["pairs_spread"]
             return (
-                f"the student's images are collapsing: their spread is {share:.2f} times the teacher's. "
+                f"the student's images are collapsing: their spread inside a class is {share:.2f} times the teacher's. "
                 "Lower lr, or raise regression_weight"
             )
         return ""
 
 
-def spread(images: Tensor) -> Tensor:
-    """How much images (B, C, H, W) differ: the standard deviation of each value over the batch, averaged."""
-    return images.detach().float().std(0, correction=0).mean()
+def spread(images: Tensor, labels: Tensor) -> Tensor:
+    """How much images (B, C, H, W) of one class (B,) differ: the standard deviation of each value inside a class, averaged."""
+    x = images.detach().float().flatten(1)
+    same = (labels[:, None] == labels[None]).to(x)
+    means = same @ x / same.sum(1, keepdim=True)
+    return (x - means).square().mean(0).sqrt().mean()
 
 
 def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str, classes: list[int] | None = None) -> None:

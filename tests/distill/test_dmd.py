@@ -133,12 +133,15 @@ def test_a_fake_score_that_falls_behind_is_reported(tiny):
     dmd = objective(tiny)
     assert dmd.advice({"real_error": 1.0, "fake_error": 0.9}, 0.5) == ""
     assert "fallen behind: its error on the student's images is 1.50 times" in dmd.advice({"real_error": 1.0, "fake_error": 1.5}, 0.5)
-    assert "collapsing: their spread is 0.50 times" in dmd.advice({"spread": 0.2, "pairs_spread": 0.4}, 0.5)
+    assert "collapsing: their spread inside a class is 0.50 times" in dmd.advice({"spread": 0.2, "pairs_spread": 0.4}, 0.5)
     assert dmd.advice({"spread": 0.2, "pairs_spread": 0.4}, 0.1) == ""
 
 
-def test_spread():
-    images = torch.zeros(4, 1, 2, 2)
-    assert spread(images) == 0
+def test_spread_is_that_inside_a_class():
+    images = torch.zeros(6, 1, 2, 2)
+    labels = torch.tensor([3, 3, 3, 3, 5, 5])
+    images[4:] = 7.0  # another class, elsewhere, without any spread of its own
+    assert spread(images, labels) == 0
     images[:2] = 1.0
-    assert spread(images) == pytest.approx(0.5)
+    assert spread(images, labels) == pytest.approx((4 * 0.25 / 6) ** 0.5)
+    assert spread(images[:4], labels[:4]) == pytest.approx(0.5)

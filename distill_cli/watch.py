@@ -1,0 +1,190 @@
+"""A run's folder as one page: losses, sample grids, throughput, what was warned of. It needs no network and no script."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import time
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from distill_cli.errors import UsageError
+from distill_cli.files import write_atomic
+from distill_cli.runs import Run
+
+REPORT = "report.html"
+WIDE, HIGH, LEFT, BOTTOM = 440, 190, 64, 22
+POINTS, GRIDS = 400, 9
+Points = list[tuple[float, float]]
+STYLE = """
+:root { color-scheme: light dark; --line: #2563a8; --rule: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } dt { opacity: .7; } dd { margin: 0; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; }
+figcaption { font-size: .9rem; } svg text { font-size: 11px; fill: currentColor; }
+svg .rule { stroke: var(--rule); } svg polyline { fill: none; stroke: var(--line); stroke-width: 1.5; }
+svg circle { fill: var(--line); } .grids { display: flex; flex-wrap: wrap; gap: 1rem; }
+img { max-width: 100%; image-rendering: pixelated; } pre { overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that a run may be writing just now: a torn one is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def series(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
+    """Each metric's finite values by step."""
+    out: dict[str, Points] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key not in ("step", "images", "time") and isinstance(value, int | float) and math.isfinite(value):
+                out.setdefault(key, []).append((line["step"], value))
+    return out
+
+
+def thinned(points: Points, most: int = POINTS) -> Points:
+    """At most about `most` points; of each stretch the lowest and the highest stay, so that no spike is lost."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(2 * len(points) / most)
+    out: Points = []
+    for first in range(0, len(points), size):
+        part = points[first : first + size]
+        out += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return out
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Two to six round numbers between `low` and `high`."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / 4
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(name: str, points: Points) -> str:
+    """A metric as SVG; logarithmic where it spans more than a factor of 50."""
+    values = [value for _, value in points]
+    logarithmic = min(values) > 0 and max(values) > 50 * min(values)
+    shape = [(step, math.log10(value) if logarithmic else value) for step, value in thinned(points)]
+    low, high = min(y for _, y in shape), max(y for _, y in shape)
+    pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    low, high, first, last = low - pad, high + pad, shape[0][0], shape[-1][0]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - first) / (last - first) if last > first else 0.5
+        return LEFT + (WIDE - LEFT - 8) * across, (HIGH - BOTTOM - 8) * (high - y) / (high - low) + 8
+
+    parts = []
+    for value in ticks(low, high):
+        y = place(first, value)[1]
+        shown = 10**value if logarithmic else value
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDE - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown:.3g}</text>')
+    for step in sorted({first, last}):
+        x, anchor = place(step, low)[0], "end" if step == last > first else "start"
+        parts.append(f'<text x="{x:.1f}" y="{HIGH - 6}" text-anchor="{anchor}">{step:,.0f}</text>')
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in shape))
+    x, y = place(*shape[-1])
+    parts.append(f'<polyline points="{path}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
+    scale = ", logarithmic" if logarithmic else ""
+    title = f"{escape(name)}: {points[-1][1]:.4g} at step {points[-1][0]:,.0f}{scale}"
+    svg = f'<svg viewBox="0 0 {WIDE} {HIGH}" width="{WIDE}" height="{HIGH}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{title}</figcaption>{svg}</figure>"
+
+
+def picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><figcaption>{escape(caption)}</figcaption><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def grids(run: Run) -> list[Path]:
+    """At most `GRIDS` sample grids, evenly over the run, the first and the newest among them."""
+    found = sorted(path for path in run.samples.glob("*.png") if re.fullmatch(r"\d+\.png", path.name) and not path.is_symlink())
+    if len(found) <= GRIDS:
+        return found
+    return [found[round(k * (len(found) - 1) / (GRIDS - 1))] for k in range(GRIDS)]
+
+
+def facts(run: Run, recipe: dict[str, Any], lines: list[dict[str, Any]], speed: list[dict[str, Any]]) -> dict[str, str]:
+    """Where the run is."""
+    total, step = recipe.get("steps"), lines[-1]["step"] if lines else 0
+    done = isinstance(total, int) and step >= total
+    out = {"command": str(recipe.get("command", "")), "step": f"{step:,} of {total:,}" if isinstance(total, int) else f"{step:,}"}
+    if speed and speed[-1].get("images_per_second"):
+        rate = float(speed[-1]["images_per_second"])
+        out["throughput"] = f"{rate:,.1f} images a second"
+        if isinstance(total, int) and not done and isinstance(recipe.get("batch_size"), int):
+            out["left"] = f"{(total - step) * recipe['batch_size'] / rate / 3600:.2f} hours at this rate"
+    if speed:
+        out["newest line"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(speed[-1].get("time", 0))))
+    if run.checkpoints.is_dir():
+        out["checkpoints"] = ", ".join(sorted(p.name for p in run.checkpoints.glob("step-*"))) or "none yet"
+    if lines and lines[-1].get("spikes"):
+        out["loss spikes"] = f"{lines[-1]['spikes']} so far"
+    if lines and lines[-1].get("skipped"):
+        out["steps left out"] = f"{lines[-1]['skipped']} without a finite gradient"
+    return {key: value for key, value in out.items() if value}
+
+
+def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
+    """The run's page as HTML, and whether the run has come to its last step; `refresh` seconds make a live page load itself again."""
+    import yaml
+
+    if not run.recipe.is_file():
+        raise UsageError(f"{run.folder}: no run: it has no recipe.yaml")
+    text = run.recipe.read_text()
+    loaded = yaml.safe_load(text)
+    recipe = loaded if isinstance(loaded, dict) else {}
+    lines, speed = read_lines(run.metrics), read_lines(run.speed)
+    known = facts(run, recipe, lines, speed)
+    done = bool(lines) and lines[-1]["step"] == recipe.get("steps")
+    metrics = series(lines)
+    losses = [name for name in metrics if name.endswith("_loss")]
+    rest = [name for name in metrics if name not in losses]
+    charts = [chart(name, metrics[name]) for name in (*losses, *rest)]
+    rates = series(speed).get("images_per_second")
+    if rates:
+        charts.append(chart("images_per_second", rates))
+    pictures = [picture(path, f"step {int(path.stem):,}") for path in grids(run)]
+    compared = run.folder / "comparison.png"
+    if compared.is_file() and not compared.is_symlink():
+        pictures.insert(0, picture(compared, "comparison"))
+    name = escape(run.folder.resolve().name)
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh and not done else ""
+    described = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in known.items())
+    nothing = "<p>Nothing is logged yet.</p>"
+    html = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{again}
+<title>{name}</title><style>{STYLE}</style></head><body>
+<h1>{name}</h1><dl>{described}</dl>
+<h2>Metrics</h2><div class="charts">{"".join(charts) or nothing}</div>
+<h2>Pictures</h2><div class="grids">{"".join(pictures) or "<p>None yet.</p>"}</div>
+<h2>Recipe</h2><pre>{escape(text)}</pre>
+</body></html>
+"""
+    return html, done
+
+
+def write(folder: Path, out: Path | None = None, refresh: int = 0) -> tuple[Path, bool]:
+    """Write the run's page, by default into its folder; returns where it is and whether the run has come to its last step."""
+    html, done = page(Run(folder), refresh)
+    path = out or folder / REPORT
+    write_atomic(path, html)
+    return path, done
