@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -126,22 +127,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-SEAL = "seal"
-"""The key under which JSON of ours holds the SHA-256 of the rest."""
-
-
-def _digest(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+_SEAL = re.compile(r'"seal": "([0-9a-f]{64})"')
+_ZEROS = "0" * 64
 
 
 def sealed(data: dict[str, Any], indent: int | None = None) -> str:
-    """JSON of `data` with a checksum of it, so that every flipped bit that changes a value shows."""
-    return json.dumps({**data, SEAL: _digest(json.loads(json.dumps(data)))}, indent=indent) + "\n"
+    """JSON of `data` with the SHA-256 of the whole text, computed with that field zeroed, so that every flipped bit shows."""
+    text = json.dumps({**data, "seal": _ZEROS}, indent=indent) + "\n"
+    return text.replace(f'"seal": "{_ZEROS}"', f'"seal": "{hashlib.sha256(text.encode()).hexdigest()}"')
 
 
-def unsealed(text: str) -> dict[str, Any]:
+def unsealed(content: bytes) -> dict[str, Any]:
     """What `sealed` was given; raises ValueError where it is damaged."""
-    data = json.loads(text)
-    if not isinstance(data, dict) or data.pop(SEAL, None) != _digest(data):
+    text = content.decode()
+    found = _SEAL.search(text)
+    if not found or hashlib.sha256(text.replace(found[1], _ZEROS, 1).encode()).hexdigest() != found[1]:
         raise ValueError("its checksum does not match")
+    data = dict(json.loads(text))
+    del data["seal"]
     return data
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a file; a symbolic link, which may lead anywhere, is an OSError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(handle, "rb") as file:
+        return file.read()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import sys
 import time
 from importlib import metadata
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import is_empty, os_errors, remove_temporaries, sealed, unsealed, write_atomic
+from distill_cli.files import is_empty, os_errors, read_plain, remove_temporaries, sealed, unsealed, write_atomic
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "safetensors", "numpy", "pydantic", "typer")
 
@@ -27,6 +29,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **out}
 
 
+_TOKENS = re.compile(r"(hf_|ghp_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}|(?<=://)[^/@\s]+(?=@)")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY")
+
+
+def redacted(text: str) -> str:
+    """`text` with *** for what looks like a token, and for the values of environment variables that are named as secrets."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name.upper()) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return _TOKENS.sub("***", text)
+
+
 def settle(path: Path, settings: dict[str, Any], what: str) -> None:
     """Begin a job's folder by writing its settings to `path`, or continue it where they are the same.
 
@@ -35,8 +49,8 @@ def settle(path: Path, settings: dict[str, Any], what: str) -> None:
     folder = path.parent
     if path.exists():
         try:
-            old = unsealed(path.read_text())
-        except ValueError as error:
+            old = unsealed(read_plain(path))
+        except (OSError, ValueError) as error:
             raise DistillError(f"{path}: corrupt", f"choose another folder, or delete {folder}") from error
         settings = json.loads(json.dumps(settings))
         other = [f"{key} is {old.get(key)}, not {settings.get(key)}" for key in {**settings, **old} if old.get(key) != settings.get(key)]
@@ -76,7 +90,8 @@ class Run:
         with os_errors(run.folder):
             run.samples.mkdir(exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
-        env = {"versions": versions(), "platform": platform.platform(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+        command_line = [Path(sys.argv[0]).name, *map(redacted, sys.argv[1:])]
+        env = {"versions": versions(), "platform": platform.platform(), "command": command_line}
         write_atomic(run.folder / "env.json", json.dumps(env, indent=2) + "\n")
         return run
 

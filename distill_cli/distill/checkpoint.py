@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from distill_cli.errors import DistillError
-from distill_cli.files import folder_atomic, remove_folder, sealed, sha256, unsealed
+from distill_cli.files import folder_atomic, read_plain, remove_folder, sealed, sha256, unsealed
 
 STATE = "state.json"
 
@@ -58,7 +58,7 @@ def save(
 def _score(folder: Path, step: int) -> float:
     """What a checkpoint's loss was; infinite where that is not known."""
     try:
-        score = unsealed((path_of(folder, step) / STATE).read_text())["state"]["score"]
+        score = unsealed(read_plain(path_of(folder, step) / STATE))["state"]["score"]
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf
     return score if isinstance(score, float) and math.isfinite(score) else math.inf
@@ -69,12 +69,12 @@ def load(folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers:
     path = path_of(folder, step)
     older = f"delete {path} to resume from an older checkpoint"
     try:
-        stored = unsealed((path / STATE).read_text())
+        stored = unsealed(read_plain(path / STATE))
         sums, state = dict(stored["sha256"]), dict(stored["state"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DistillError(f"{path / STATE}: corrupt", older) from error
     for name in [*(f"{network}.safetensors" for network in networks), "optimizers.pt"]:
-        if not (path / name).is_file() or sha256(path / name) != sums.get(name):
+        if not (path / name).is_file() or (path / name).is_symlink() or sha256(path / name) != sums.get(name):
             raise DistillError(f"{path / name}: corrupt or missing", older)
     for name, network in networks.items():
         network.load_state_dict(load_file(path / f"{name}.safetensors"))

@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from distill_cli import processes
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import unsealed, write_atomic
+from distill_cli.files import read_plain, unsealed, write_atomic
 from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 
@@ -106,7 +107,7 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
     path = shard_path(folder, shard)
     again = "delete it and run distill pairs again: only missing shards are made"
     try:
-        content = path.read_bytes()
+        content = read_plain(path)
         with safe_open(path, "pt") as handle:
             metadata = json.loads((handle.metadata() or {}).get("distill", "{}"))
             stored = str(metadata.get("sha256")).encode()
@@ -114,7 +115,7 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
     except FileNotFoundError as error:
         raise DistillError(f"{path}: missing", "run distill pairs again: only missing shards are made") from error
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        raise DistillError(f"{path}: corrupt or truncated", again) from error
+        raise DistillError(f"{path}: {'a symbolic link' if path.is_symlink() else 'corrupt or truncated'}", again) from error
     if len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored:
         raise DistillError(f"{path}: corrupt: its checksum does not match", again)
     indices = manifest.range(shard)
@@ -133,8 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UsageError(f"--pairs {folder}: no pairs: it has no {MANIFEST}", "distill pairs --out FOLDER makes some")
     try:
-        return Manifest.model_validate(unsealed(path.read_text()))
-    except (ValueError, ValidationError) as error:
+        return Manifest.model_validate(unsealed(read_plain(path)))
+    except (OSError, ValueError, ValidationError) as error:
         raise DistillError(f"{path}: corrupt", "write it again with the same distill pairs command after deleting it") from error
 
 
@@ -201,8 +202,8 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
 
 
 def check_all(folder: Path, manifest: Manifest) -> Iterator[DistillError]:
-    """Verify every shard; yields what is wrong, shard after shard."""
-    for shard in range(manifest.shards):
+    """Verify every shard (of several processes each its share); yields what is wrong, shard after shard."""
+    for shard in processes.mine(manifest.shards):
         try:
             check_shard(folder, manifest, shard)
         except DistillError as error:

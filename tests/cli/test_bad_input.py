@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from distill_cli.distill import checkpoint
+from distill_cli.files import sealed, unsealed
 
 DMD = ("dmd", "--teacher", "tiny", "batch_size=4", "log_every=2", "save_every=2", "sample_every=0", "warmup_steps=0")
 
@@ -83,7 +84,7 @@ def test_shards_flipped_and_missing(distill, tmp_path, pairs):
 def test_pairs_of_another_teacher_or_resolution(distill, tmp_path, pairs):
     one_line(distill("dmd", "--teacher", "digits", "--pairs", "p", "--out", "r"), 2, "--pairs p: made by another teacher (tiny)")
     manifest = tmp_path / "p/manifest.json"
-    manifest.write_text(manifest.read_text().replace("16", "32"))
+    manifest.write_text(sealed(unsealed(manifest.read_bytes()) | {"shape": [3, 32, 32]}))
     result = distill(*DMD, "--pairs", "p", "--out", "r")
     assert result.code in (1, 2)
     assert "Traceback" not in result.err
@@ -187,3 +188,22 @@ def test_evaluation_of_too_few_images(distill, tmp_path):
     assert result.code == 0
     assert "warning: few.npz: 30 images for 64 features, their covariance is singular: real images in that number get" in result.err
     Image.open(tmp_path / "e/picture.png").verify()
+
+
+def test_no_secret_gets_into_a_run(distill, tmp_path, monkeypatch):
+    """Not the environment's, not one that is typed."""
+    secrets = {"HF_TOKEN": "hf_AbCdEfGhIjKlMnOp", "WANDB_API_KEY": "0123456789abcdef0123", "MY_PASSWORD": "correct horse"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    typed = "hf_ZyXwVuTsRqPoNmLk"
+    monkeypatch.setattr(
+        sys, "argv", ["distill", "dmd", "--out", "r", f"x={typed}", f"y={secrets['MY_PASSWORD']}", "https://me:pass@host/x"]
+    )
+    result = distill(*DMD, "--steps", 1, "--out", "r")
+    assert result.code == 0
+    content = b"".join(path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file())
+    content += (result.out + result.err).encode()
+    for secret in (*secrets.values(), typed, "me:pass"):
+        assert secret.encode() not in content
+    assert b"x=***" in content
+    assert b"https://***@host/x" in content

@@ -1,7 +1,8 @@
 """A store of pairs: the same bytes however it was made, and nothing corrupt gets through."""
 
-import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ import torch
 from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, Interrupted, UsageError
-from distill_cli.files import sha256
+from distill_cli.files import sealed, sha256, unsealed
 from distill_cli.models.model import Sampling
 from distill_cli.pairs import generate as module
 from distill_cli.pairs.generate import generate
-from distill_cli.pairs.store import PairStore, check_all, read_manifest, shard_path
+from distill_cli.pairs.store import Manifest, PairStore, check_all, read_manifest, shard_path, write_shard
 
 SETTINGS = dict(teacher="tiny", num=12, shard_size=5, batch_size=4, steps=3)
 
@@ -44,7 +45,7 @@ def test_restart_makes_only_what_is_missing(store, tiny, tiny_pairs):
     shard_path(store, 1).unlink()
     kept = shard_path(store, 0).stat().st_mtime_ns
     counts = generate(PairsConfig(**SETTINGS), tiny.copy(), store)
-    assert counts == {"made": 1, "kept": 2}
+    assert counts == {"made": 1, "kept": 2, "missing": 0}
     assert shard_path(store, 0).stat().st_mtime_ns == kept
     assert sums(store) == sums(tiny_pairs)
 
@@ -136,9 +137,28 @@ def test_a_spoiled_manifest_is_found(store):
         PairStore(store)
 
 
+def test_every_flipped_bit_of_a_manifest_is_found(store):
+    path = store / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content) * 8):
+        spoiled = bytearray(content)
+        spoiled[place // 8] ^= 1 << place % 8
+        path.write_bytes(spoiled)
+        with pytest.raises(DistillError, match="manifest.json: corrupt"):
+            read_manifest(store)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-000000.safetensors"])
+def test_symbolic_links_in_a_store_are_refused(store, name):
+    (store / name).rename(store.parent / name)
+    (store / name).symlink_to(store.parent / name)
+    with pytest.raises(DistillError, match=f"{name}: (corrupt|a symbolic link)"):
+        PairStore(store)[0]
+
+
 def test_an_edited_manifest_does_not_fit_its_shards(store):
-    manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps(manifest | {"guidance_scale": 3.0}))
+    manifest = unsealed((store / "manifest.json").read_bytes())
+    (store / "manifest.json").write_text(sealed(manifest | {"guidance_scale": 3.0}))
     with pytest.raises(DistillError, match="belongs to another store"):
         PairStore(store)[0]
 
@@ -150,3 +170,28 @@ def test_images_that_are_no_numbers_are_not_stored(tmp_path, tiny):
     with pytest.raises(DistillError, match="not numbers"):
         generate(PairsConfig(**SETTINGS), broken, tmp_path / "p")
     assert not list((tmp_path / "p").glob("*.safetensors"))
+
+
+def resident():
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as handle:
+        return int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_a_million_pairs_open_at_once_and_serve_random_batches(tmp_path, tiny_pairs):
+    manifest = Manifest(**read_manifest(tiny_pairs).model_dump() | {"num": 1_000_000, "shape": (1, 1, 2), "shard_size": 2000})
+    (tmp_path / "manifest.json").write_text(sealed(manifest.model_dump(mode="json")))
+    for shard in range(manifest.shards):
+        indices = torch.arange(manifest.range(shard).start, manifest.range(shard).stop)
+        x0 = torch.stack([indices % 1000, indices // 1000], 1).view(-1, 1, 1, 2) / 1024
+        write_shard(tmp_path, manifest, shard, x0, indices % 10)
+    before, start = resident(), time.process_time()
+    store = PairStore(tmp_path)
+    assert time.process_time() - start < 1
+    for turn in range(3):
+        wanted = Draws(turn, range(64)).uniform("order").mul(1_000_000).long()
+        batch = store.batch(wanted.tolist())
+        assert torch.equal(batch["x0"].flatten(1) * 1024, torch.stack([wanted % 1000, wanted // 1000], 1).float())
+        assert torch.equal(batch["label"], wanted % 10)
+    assert resident() - before < 200e6
