@@ -13,6 +13,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill_cli.errors import Interrupted, PeerLost, UsageError
 from distill_cli.processes import local_world_size, rank, usable_cpus, world_size
@@ -116,6 +118,18 @@ def all_of(mine: list[Any], where: torch.device) -> list[Any]:
     PartialState(cpu=where.type == "cpu")
     with peers():
         return list(gather_object(mine))
+
+
+def whole(values: Tensor) -> Tensor:
+    """A tensor that FSDP has spread over processes, gathered: all of them have to ask. Any other tensor as it is."""
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def like(values: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, known to all processes, spread as `pattern` is where that has its shape."""
+    if not isinstance(pattern, DTensor) or values.shape != pattern.shape:
+        return values
+    return distribute_tensor(values.to(pattern.device), pattern.device_mesh, pattern.placements)
 
 
 class Progress:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,10 +11,12 @@ from hashlib import sha256
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill_cli import processes
 from distill_cli.config import PairsConfig, SampleConfig
 from distill_cli.errors import UsageError
+from distill_cli.models import load
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import merge
 from distill_cli.sample.batch import sample
@@ -23,11 +26,11 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 NODE = {"SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[03-07,09]-ib,x1", "SLURM_STEP_NUM_TASKS": "7"}
 
 
-def distill(folder, *arguments, **options):
+def distill(folder, *arguments, env=ONE_THREAD):
     """A command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "distill_cli", *arguments],
-        cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -196,3 +199,57 @@ def test_two_processes_end_together(whom, tmp_path):
         assert err.count("error: ") == 1
         assert "error: process 1 was killed by SIGKILL" in err
     assert not any(os.path.exists(f"/proc/{child}") for child in children)
+
+
+DIGITS = ("dmd", "--teacher", "digits", "--steps", "50", "batch_size=4", "log_every=1", "sample_every=0", "save_every=50", "warmup_steps=5")
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {name: torch.tensor([line[name] for line in lines]) for name in ("student_loss", "fake_loss", "matching_loss")}
+
+
+@pytest.mark.slow
+def test_two_processes_and_two_nodes_follow_the_run_of_one(tmp_path):
+    """DMD on digits, the same global batch: 50 losses within 1e-4; the checkpoint of two processes goes on in one."""
+    assert ended(distill(tmp_path, *DIGITS, "--out", "one"))[0] == 0
+    code, _, err = ended(distill(tmp_path, *DIGITS, "--num-processes", "2", "--out", "two"))
+    assert code == 0, err
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    command = [*launcher, "-m", "distill_cli", *DIGITS, "--out", "nodes"]
+    nodes = [subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for node in nodes:
+        _, err = node.communicate(timeout=240)
+        assert node.returncode == 0, err
+    one = losses(tmp_path / "one")
+    for other in (losses(tmp_path / "two"), losses(tmp_path / "nodes")):
+        for name, values in one.items():
+            assert len(values) == len(other[name]) == 50
+            assert ((values - other[name]).abs() <= 1e-4 * values.abs()).all(), name
+    code, _, err = ended(distill(tmp_path, "dmd", "--resume", "two", "--steps", "52"))
+    assert code == 0, err
+    assert [path.name for path in sorted((tmp_path / "two/checkpoints").iterdir())] == ["step-000050", "step-000052"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dmd", "cm"])
+def test_fsdp_is_the_same_training(method, tmp_path):
+    """Networks spread over two processes (gloo, CPU) against one process: the same weights; its checkpoint resumes in one process."""
+    options = ("--steps", "4", "batch_size=8", "accumulate=2", "log_every=1", "save_every=2", "sample_every=0", "ema_halflife=20")
+    command = (method, "--teacher", "tiny", *(("--data", "digits") if method == "cm" else ()), *options)
+    assert ended(distill(tmp_path, *command, "--out", "one"))[0] == 0
+    env = {**ONE_THREAD, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    code, _, err = ended(distill(tmp_path, *command, "--num-processes", "2", "--out", "spread", env=env))
+    assert code == 0, err
+    checkpoint = "checkpoints/step-000004"
+    names = {path.name for path in (tmp_path / "one" / checkpoint).iterdir()}
+    assert names == {path.name for path in (tmp_path / "spread" / checkpoint).iterdir()}
+    for name in names - {"state.json", "optimizers.pt"}:
+        one, other = (load_file(tmp_path / run / checkpoint / name) for run in ("one", "spread"))
+        assert max((one[key] - other[key]).abs().max() for key in one) < 1e-5
+    assert load(str(tmp_path / "spread/student")).lineage.method == ("dmd" if method == "dmd" else "cd")
+    code, _, err = ended(distill(tmp_path, method, "--resume", "spread", "--steps", "5"))
+    assert code == 0, err

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from distill_cli.errors import DistillError
 from distill_cli.files import folder_atomic, read_plain, remove_folder, sealed, sha256, unsealed
+from distill_cli.launch import like, whole
+from distill_cli.processes import rank
 
 STATE = "state.json"
 
@@ -36,23 +38,37 @@ def save(
     state: Mapping[str, Any],
     keep: int,
     best: int = 0,
-) -> Path:
-    """Write checkpoint `step`, then delete all but the newest `keep` and the `best` of lowest state["score"]. `state` is JSON."""
-    path = path_of(folder, step)
-    with folder_atomic(path) as temporary:
-        for name, network in networks.items():
+) -> None:
+    """Write checkpoint `step`, then delete all but the newest `keep` and the `best` of lowest state["score"]. `state` is JSON.
+
+    Whatever processes share, process 0 writes it whole, so that any number of them can resume; all of them have to call.
+    """
+    weights = {name: {key: whole(value) for key, value in network.state_dict().items()} for name, network in networks.items()}
+    moments = {name: _whole_moments(optimizer.state_dict()) for name, optimizer in optimizers.items()}
+    if rank() > 0:
+        return
+    with folder_atomic(path_of(folder, step)) as temporary:
+        for name, tensors in weights.items():
             # bytes first: a full disk is then an OSError, which safetensors and torch would hide
-            weights = {key: value.contiguous() for key, value in network.state_dict().items()}
-            (temporary / f"{name}.safetensors").write_bytes(to_bytes(weights))
+            content = to_bytes({key: value.contiguous() for key, value in tensors.items()})
+            (temporary / f"{name}.safetensors").write_bytes(content)
         buffer = io.BytesIO()
-        torch.save({name: optimizer.state_dict() for name, optimizer in optimizers.items()}, buffer)
+        torch.save(moments, buffer)
         (temporary / "optimizers.pt").write_bytes(buffer.getbuffer())
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(sealed({"step": step, "sha256": sums, "state": state}))
     old = steps(folder)[:-keep]
     for number in sorted(old, key=lambda number: _score(folder, number))[best:]:
         remove_folder(path_of(folder, number))
-    return path
+
+
+def _whole_moments(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with every tensor whole."""
+    each = {
+        index: {key: whole(value) if isinstance(value, Tensor) else value for key, value in moments.items()}
+        for index, moments in state["state"].items()
+    }
+    return {**state, "state": each}
 
 
 def _score(folder: Path, step: int) -> float:
@@ -77,8 +93,12 @@ def load(folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers:
         if not (path / name).is_file() or (path / name).is_symlink() or sha256(path / name) != sums.get(name):
             raise DistillError(f"{path / name}: corrupt or missing", older)
     for name, network in networks.items():
-        network.load_state_dict(load_file(path / f"{name}.safetensors"))
+        there, weights = network.state_dict(), load_file(path / f"{name}.safetensors")
+        network.load_state_dict({key: like(value, there[key]) if key in there else value for key, value in weights.items()})
     saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
     for name, optimizer in optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, moments in saved[name]["state"].items():
+            moments.update({key: like(value, parameters[index]) for key, value in moments.items() if isinstance(value, Tensor)})
         optimizer.load_state_dict(saved[name])
     return state

@@ -7,18 +7,21 @@ import copy
 import torch
 from torch import nn
 
+from distill_cli.launch import whole
+from distill_cli.processes import rank
+
 RAMP = 0.05
 
 
 class EMA:
     """Averages with a half-life in images, shortened at the start to 5% of the images seen (as EDM's training does).
 
-    A half-life of 0 follows the network itself.
+    A half-life of 0 follows the network itself. Of several processes the first alone keeps it, whole: one copy serves all.
     """
 
     def __init__(self, network: nn.Module, halflife: int) -> None:
         self.halflife = halflife
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = copy.deepcopy(network).eval().requires_grad_(False) if rank() == 0 else None
 
     def decay(self, seen: int, batch: int) -> float:
         """The factor of the old average after a batch of `batch` images, the last of `seen`."""
@@ -27,7 +30,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, seen: int, batch: int) -> None:
-        weight = 1 - self.decay(seen, batch)
-        torch._foreach_lerp_(list(self.network.parameters()), [p.detach() for p in network.parameters()], weight)
+        """Take in the network as it is now; where FSDP has spread it, all processes have to call."""
+        weights = [whole(p.detach()) for p in network.parameters()]
+        if self.network is None:
+            return
+        torch._foreach_lerp_(list(self.network.parameters()), weights, 1 - self.decay(seen, batch))
         for old, new in zip(self.network.buffers(), network.buffers(), strict=True):
             old.copy_(new)

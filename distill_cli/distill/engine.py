@@ -27,7 +27,7 @@ from distill_cli.distill import checkpoint
 from distill_cli.distill.ema import EMA
 from distill_cli.distill.health import Health
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.launch import Progress, check_precision, device, peers, stoppable
+from distill_cli.launch import Progress, check_precision, device, peers, stoppable, whole
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
 from distill_cli.runs import Run
@@ -97,6 +97,19 @@ def tracker_of(config: TrainingConfig) -> str | None:
     return config.tracker
 
 
+def honour_fsdp(accelerator: Any) -> None:
+    """Have accelerate's FSDP wanted by its configuration work on the CPU too, where it leaves it out although torch can."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UsageError("DeepSpeed is not supported", "accelerate's FSDP (fsdp_version 2) shards the networks of every method")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise UsageError("FSDP of version 1 is not supported", "fsdp_version: 2 in accelerate's configuration, or FSDP_VERSION=2")
+
+
 class Engine:
     """Trains an objective in a run's folder."""
 
@@ -119,12 +132,13 @@ class Engine:
             project_dir=config.out,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
+        honour_fsdp(self.accelerator)
         where = self.accelerator.device
         for answering in (*objective.frozen, *objective.kept.values()):
             answering.to(where)
         self.plain = {name: network.to(where) for name, network in objective.networks.items()}
         self.main = next(iter(self.plain))
-        self.ema = EMA(self.plain[self.main], config.ema_halflife) if rank() == 0 else None  # one copy serves all
+        self.ema = EMA(self.plain[self.main], config.ema_halflife)
         self.optimizers: dict[str, Any] = {}
         for name, network in self.plain.items():
             optimizer = make_optimizer(config, network, objective.rates[name])
@@ -151,8 +165,7 @@ class Engine:
         while name := self._turn(turns):
             self._update(name)
         self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
+        self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
 
     def _turn(self, turns: list[Iterator[Loss]]) -> str:
         """The gradients of the next turn; returns the network that they are for, '' after the last turn."""
@@ -185,9 +198,10 @@ class Engine:
         optimizer, scaler = self.optimizers[name], self.accelerator.scaler
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.objective.rates[name], self.step)
-        norm = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
+        clipped = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
+        norm = whole(torch.as_tensor(clipped))
         loss = self.turn[f"{name}_loss"]
-        if self.config.on_nan == "skip" and not scaler and not (loss.isfinite() & torch.as_tensor(norm).isfinite()):
+        if self.config.on_nan == "skip" and not scaler and not (loss.isfinite() & norm.isfinite()):
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             if self.skipped_in_a_row == SKIPPED_AT_MOST:
                 raise DistillError(f"{SKIPPED_AT_MOST} steps in a row up to {self.step + 1} had no finite gradient", self._hint())
@@ -199,7 +213,7 @@ class Engine:
                 self.since = (self.since[0] + loss, self.since[1] + 1)
             if not scaler:  # which leaves out such steps itself
                 self.health.watch(f"{name}_loss", loss, self.step + 1)
-                self.health.watch(f"the gradient norm of {name}", torch.as_tensor(norm), self.step + 1)
+                self.health.watch(f"the gradient norm of {name}", norm, self.step + 1)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -232,12 +246,12 @@ class Engine:
 
     def _kept(self) -> dict[str, nn.Module]:
         """The networks of a checkpoint."""
-        average = {"average": self.ema.network} if self.ema is not None else {}
+        average = {"average": self.ema.network} if self.ema.network is not None else {}
         return {**self.plain, **self.objective.kept, **average}
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
-        if rank() == 0 and self.saved != self.step:
+        if self.saved != self.step:
             scaler = self.accelerator.scaler
             state = {
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
@@ -274,7 +288,7 @@ class Engine:
 
     def sample_grid(self) -> None:
         """Write the average's images for 40 noises that are in no store of pairs."""
-        if self.ema is None:
+        if self.ema.network is None:
             return
         model = self.objective.model(self.ema.network)
         if isinstance(model, Model):
@@ -322,7 +336,7 @@ class Engine:
         progress.close()
         if config.tracker != "none":
             self.accelerator.end_training()
-        if self.ema is None:
+        if self.ema.network is None:
             return None
         model = self.objective.model(self.ema.network)
         place = self.run.folder / self.objective.result
@@ -343,5 +357,5 @@ class Engine:
         if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 1:
             raise DistillError(f"no finite gradient in fp16 for many steps up to {self.step}", "use --precision bf16")
         for name, network in self.plain.items():
-            if not torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all():
+            if not torch.stack([whole(torch.isfinite(p).all()) for p in network.parameters()]).all():
                 raise DistillError(f"the weights of {name} are not numbers at step {self.step}", self._hint())
