@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -179,6 +180,28 @@ def test_corrupt_checkpoints_are_found(name, tmp_path, tiny, tiny_pairs):
         engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, resume=True, steps=9)
 
 
+def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, tiny, tiny_pairs):
+    """200 random ones, evenly over the files, before anything of the checkpoint is used."""
+    engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, steps=9)
+    engine.train_step()
+    engine.save()
+    before = {name: p.clone() for name, p in engine.plain["student"].named_parameters()}
+    files = sorted(checkpoint.path_of(engine.run.checkpoints, 1).iterdir())
+    assert len(files) == 5
+    chance = random.Random(0)
+    for turn in range(200):
+        path = files[turn % len(files)]
+        content = path.read_bytes()
+        spoiled = bytearray(content)
+        spoiled[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(spoiled)
+        with pytest.raises(DistillError, match=f"{path.name}: corrupt"):
+            checkpoint.load(engine.run.checkpoints, 1, engine._kept(), engine.optimizers)
+        path.write_bytes(content)
+    assert all(torch.equal(before[name], p) for name, p in engine.plain["student"].named_parameters())
+    checkpoint.load(engine.run.checkpoints, 1, engine._kept(), engine.optimizers)
+
+
 def test_nan_stops_at_the_last_good_checkpoint(tmp_path, tiny, tiny_pairs):
     engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, steps=50)
     step = engine.train_step
@@ -296,6 +319,20 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, tiny, tiny_pai
     assert [path.name for path in engine.run.checkpoints.iterdir()] == ["step-000002"]
     monkeypatch.undo()
     assert engine_of("train", tmp_path / "run", tiny, tiny_pairs, resume=True, steps=6, network=NETWORK).step == 2
+
+
+def test_a_tracker_gets_what_the_log_gets(tmp_path, tiny, tiny_pairs):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = dict(steps=4, log_every=2, tracker="tensorboard", out=tmp_path / "run", network=NETWORK)
+    engine = engine_of("train", tmp_path / "run", tiny, tiny_pairs, **changes)
+    engine.train()
+    lines = [json.loads(line) for line in engine.run.metrics.read_text().splitlines()]
+    (file,) = (path for path in (tmp_path / "run/distill").glob("*tfevents*"))
+    found = events.EventAccumulator(str(file))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("teacher_loss")] == [(line["step"], line["teacher_loss"]) for line in lines]
+    with pytest.raises(UsageError, match="wandb is not installed"):
+        engine_of("train", tmp_path / "other", tiny, tiny_pairs, tracker="wandb", network=NETWORK)
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path, tiny, tiny_pairs):
