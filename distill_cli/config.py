@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-BUILTIN_SETS = ("digits",)
+BUILTIN_SETS = ("digits", "shapes")
 """Sets of images that are known by name (data/images.py)."""
 Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step"]
 Positive = Annotated[int, Field(gt=0)]

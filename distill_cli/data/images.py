@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill_cli.config import BUILTIN_SETS
 from distill_cli.data.pictures import from_uint8
+from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest
 
@@ -123,7 +124,7 @@ class Folder:
         return images, torch.tensor([self.labels[p] for p in positions])
 
 
-BUILTIN = dict(zip(BUILTIN_SETS, (Digits,), strict=True))
+BUILTIN = dict(zip(BUILTIN_SETS, (Digits, Shapes), strict=True))
 HELD_OUT_EPOCH = 2**40
 """The permutation that chooses the held-out images: one that no training reaches."""
 
