@@ -45,7 +45,10 @@ def device(wanted: str) -> torch.device:
         raise UsageError("--device cuda: no CUDA device", "distill env shows what torch sees")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise UsageError(f"process {number} of this machine has no GPU: there are {torch.cuda.device_count()}", "start fewer processes")
+    return torch.device("cuda", number)
 
 
 def check_precision(where: torch.device, precision: str) -> None:

@@ -64,10 +64,11 @@ def adopt_slurm(variables: MutableMapping[str, str] | None = None) -> None:
         return
     job = int(env.get("SLURM_JOB_ID", "0"))
     local = _tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(env.get("SLURM_NODEID", "0")))
+    bound = local > 1 and env.get("CUDA_VISIBLE_DEVICES", "0,1").count(",") == 0  # to one GPU a task, which is then the first
     found = {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": "0" if bound else env.get("SLURM_LOCALID", "0"),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
         "MASTER_PORT": str(15000 + (job * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 15000),

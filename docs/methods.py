@@ -1,20 +1,27 @@
 """DMD, CD, CT and ECT on the built-in digits: quality against network evaluations and training cost, in one picture.
 
-    python -m docs.methods runs/methods        # trains what is not there yet: 2 hours on 2 cores
+    python -m docs.methods runs/methods        # everything anew: 2 hours on 2 cores, after deleting docs/methods.json
 
 Each recipe's student in one, two and four steps (DMD's in one), by tests/judge.py; prints the table and writes docs/methods.png.
-Cost counts network evaluations in training, a backward pass as two; pairs are included.
+What was measured stands in docs/methods.json beside the settings' hash: a recipe is trained and judged again when its settings change,
+and a run that lies in the folder already is not trained again. Cost counts network evaluations in training, a backward pass as
+two; pairs are included.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
+from distill_cli.recipes import find, read
 from docs.measure import distill, judged, trained
 
 PAIRS = 6000 * 35
+RESULTS = Path(__file__).with_name("methods.json")
 RUNS = {
     # recipe: (what it is, evaluations of an image of a step, other evaluations, steps it is sampled in)
     "digits-dmd": ("DMD", 11, PAIRS, (1,)),  # student on noise and pairs (3 each), teacher, fake score (1 + 3)
@@ -25,14 +32,14 @@ RUNS = {
 COLOURS = {"teacher": "#222222", "DMD": "#cc2222", "CD": "#2255cc", "ECT": "#228833", "CT (improved)": "#cc8800"}
 
 
-def draw(rows: list[dict[str, object]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Fréchet distance against network evaluations an image, both logarithmic; a line a method."""
     from PIL import Image, ImageDraw
 
     wide, high, left, bottom = 640, 420, 60, 40
     canvas = Image.new("RGB", (wide, high), "white")
     pen = ImageDraw.Draw(canvas)
-    distances = [float(str(row["frechet"])) for row in rows]
+    distances = [row["frechet"] for row in rows]
     low, top = min(distances) * 0.8, max(distances) * 1.25
 
     def place(calls: float, distance: float) -> tuple[float, float]:
@@ -51,7 +58,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     pen.text((left, high - 18), "network evaluations an image", fill="black")
     pen.text((8, 4), "Frechet distance", fill="black")
     for k, (method, colour) in enumerate(COLOURS.items()):
-        points = [place(float(str(row["evaluations"])), float(str(row["frechet"]))) for row in rows if row["method"] == method]
+        points = [place(row["evaluations"], row["frechet"]) for row in rows if row["method"] == method]
         if len(points) > 1:
             pen.line(points, colour, width=2)
         for x, y in points:
@@ -61,24 +68,35 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     canvas.save(path)
 
 
-def main(folder: Path) -> None:
-    distill("pairs", "--recipe", "digits-pairs", "--out", str(folder / "pairs"))
-    teacher = judged("digits", folder / "teacher")
-    rows: list[dict[str, object]] = [{"method": "teacher", "evaluations": 35, "cost": "", **teacher}]
-    for recipe, (method, calls, others, steps) in RUNS.items():
+def measured(recipe: str, folder: Path) -> list[dict[str, Any]]:
+    """A row a number of steps, from docs/methods.json where it knows these settings."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    digest = hashlib.sha256(json.dumps(read(find(recipe)), sort_keys=True).encode()).hexdigest()
+    if known.get(recipe, {}).get("settings") != digest:
+        method, _, _, steps = RUNS[recipe]
         run = folder / recipe
-        command, extra = ("dmd", ["--pairs", str(folder / "pairs")]) if recipe == "digits-dmd" else ("cm", [])
-        trained(command, run, "--recipe", recipe, *extra)
-        from distill_cli.recipes import check
+        extra: list[str] = []
+        if method == "DMD":
+            distill("pairs", "--recipe", "digits-pairs", "--out", str(folder / "pairs"))
+            extra = ["--pairs", str(folder / "pairs")]
+        trained("dmd" if method == "DMD" else "cm", run, "--recipe", recipe, *extra)
+        rows = [{"evaluations": count, **judged(run, run / f"images-{count}", count)} for count in steps]
+        known[recipe] = {"settings": digest, "rows": rows}
+        RESULTS.write_text(json.dumps(known, indent=2) + "\n")
+    return list(known[recipe]["rows"])
 
-        config = check(recipe).model_dump()
+
+def main(folder: Path) -> None:
+    teacher = judged("digits", folder / "teacher")
+    rows: list[dict[str, Any]] = [{"method": "teacher", "evaluations": 35, "cost": "", **teacher}]
+    for recipe, (method, calls, others, _) in RUNS.items():
+        config = read(find(recipe))
         cost = f"{(config['steps'] * config['batch_size'] * calls + others) / 1e6:.1f} M evaluations"
-        for count in steps:
-            rows.append({"method": method, "evaluations": count, "cost": cost, **judged(run, run / f"images-{count}", count)})
+        rows += [{"method": method, "cost": cost, **row} for row in measured(recipe, folder)]
     print("| method | network evaluations an image | training cost | accuracy | Fréchet distance | over the teacher's | spread |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        accuracy, distance, spread = (float(str(row[key])) for key in ("accuracy", "frechet", "spread"))
+        accuracy, distance, spread = (row[key] for key in ("accuracy", "frechet", "spread"))
         cells = [row["method"], row["evaluations"], row["cost"], f"{accuracy:.3f}", f"{distance:.4f}"]
         print("|", " | ".join(map(str, [*cells, f"{distance / teacher['frechet']:.2f}", f"{spread:.3f}"])), "|")
     path = Path(__file__).with_name("methods.png")

@@ -70,6 +70,9 @@ def test_slurm_says_what_torchrun_would():
     processes.adopt_slurm(other)
     assert env["MASTER_PORT"] == other["MASTER_PORT"]
     assert 15000 <= int(env["MASTER_PORT"]) < 30000
+    bound = {**NODE, "SLURM_PROCID": "6", "SLURM_LOCALID": "6", "SLURM_STEP_TASKS_PER_NODE": "7", "CUDA_VISIBLE_DEVICES": "6"}
+    processes.adopt_slurm(bound)
+    assert bound["LOCAL_RANK"] == "0"  # it sees one GPU alone
 
 
 @pytest.mark.parametrize(
