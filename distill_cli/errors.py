@@ -31,10 +31,6 @@ class Interrupted(DistillError):
         self.exit_code = 0 if preempted else 130
 
 
-class PeerLost(DistillError):
-    """Another process of this run has ended; it, or whoever started both, says why."""
-
-
 def nearest(word: str, known: Iterable[str], what: str = "known") -> str:
     """A hint: the nearest of `known` to `word`, or the first of them where nothing is near."""
     names = sorted(known)

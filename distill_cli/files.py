@@ -17,7 +17,7 @@ from typing import Any
 from distill_cli.errors import DistillError
 
 TEMPORARY = ".tmp-"
-_OURS = f"{TEMPORARY}{socket.gethostname()}-"
+_OURS = f"{TEMPORARY}{socket.gethostname()}+"  # which no name of a host has
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from distill_cli.errors import Interrupted, PeerLost, UsageError
-from distill_cli.processes import local_world_size, rank, usable_cpus, world_size
+from distill_cli.errors import Interrupted, UsageError
+from distill_cli.processes import rank, supervised, world_size
 
 
 def _keep_freed_memory() -> None:
@@ -30,16 +31,9 @@ def _keep_freed_memory() -> None:
         mallopt(option, size)
 
 
-def _share_cores() -> None:
-    """Divide the cores between the processes of a machine, where nobody else has: Slurm binds its tasks, torchrun sets OMP_NUM_THREADS."""
-    if local_world_size() > 1 and not {"OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"} & set(os.environ):
-        torch.set_num_threads(max(1, usable_cpus() // local_world_size()))
-
-
 def device(wanted: str) -> torch.device:
     """`auto` is the process's GPU where there is one."""
     _keep_freed_memory()
-    _share_cores()
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UsageError("--device cuda: no CUDA device", "distill env shows what torch sees")
@@ -79,8 +73,8 @@ class Stop:
                 raise KeyboardInterrupt
             return
         self.requested, self._since = number, time.monotonic()
-        if rank() == 0:
-            os.write(2, b"stopping after this step; ^C once more stops at once\n")  # print may not be entered twice
+        if rank() == 0:  # print may not be entered twice
+            os.write(2, b"stopping after this step\n" if supervised() else b"stopping after this step; ^C once more stops at once\n")
 
     @staticmethod
     def interrupted(number: int, message: str, hint: str) -> Interrupted:
@@ -99,18 +93,6 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def peers() -> Iterator[None]:
-    """Turn a lost connection to another process of this run into PeerLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-        if world_size() == 1 or not lost:
-            raise
-        raise PeerLost("another process of this run has ended", "the same command, or --resume, goes on from what is complete") from error
-
-
 def all_of(mine: list[Any], where: torch.device) -> list[Any]:
     """The lists of all processes, joined in the order of their numbers; waits for all of them."""
     if world_size() == 1:
@@ -118,9 +100,8 @@ def all_of(mine: list[Any], where: torch.device) -> list[Any]:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState(cpu=where.type == "cpu")
-    with peers():
-        return list(gather_object(mine))
+    PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))  # some may have nothing to do
+    return list(gather_object(mine))
 
 
 def whole(values: Tensor) -> Tensor:

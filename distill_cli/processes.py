@@ -64,7 +64,8 @@ def adopt_slurm(variables: MutableMapping[str, str] | None = None) -> None:
         return
     job = int(env.get("SLURM_JOB_ID", "0"))
     local = _tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(env.get("SLURM_NODEID", "0")))
-    bound = local > 1 and env.get("CUDA_VISIBLE_DEVICES", "0,1").count(",") == 0  # to one GPU a task, which is then the first
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    bound = local > 1 and visible != "" and "," not in visible  # to one GPU a task, which is then its first
     found = {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
@@ -93,18 +94,30 @@ def mine(units: int, part: tuple[int, int] = (0, 1)) -> range:
     return range(index + count * rank(), units, count * world_size())
 
 
+def share_cores() -> None:
+    """Before torch is imported: divide the cores between the processes of a machine, unless whoever started them has."""
+    if local_world_size() > 1:
+        bound = os.environ.get("SLURM_CPUS_PER_TASK")
+        os.environ.setdefault("OMP_NUM_THREADS", bound or str(max(1, usable_cpus() // local_world_size())))
+
+
+def supervised() -> bool:
+    """Whether somebody watches over this process who stops the others when one fails."""
+    return TOGETHER in os.environ or "TORCHELASTIC_ERROR_FILE" in os.environ
+
+
 def _claims() -> Path | None:
     """Where processes of this machine that run together can see what another has done."""
     if TOGETHER in os.environ:
         return Path(os.environ[TOGETHER])
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent
+    if world_size() > 1 and "SLURM_JOB_ID" in os.environ:
+        step = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', 0)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        folder = Path(tempfile.gettempdir(), f"distill-{os.getuid()}-{step}")
+        folder.mkdir(exist_ok=True)
+        return folder
     return None
-
-
-def supervised() -> bool:
-    """Whether somebody watches over this process who tells how the others ended."""
-    return _claims() is not None
 
 
 def first_to(what: str) -> bool:
@@ -113,7 +126,8 @@ def first_to(what: str) -> bool:
     if folder is None:
         return True
     try:
-        os.close(os.open(folder / f"distill-{what}", os.O_CREAT | os.O_EXCL))
+        with open(folder / f"distill-{what}", "x") as file:
+            file.write(str(rank()))
     except FileExistsError:
         return False
     except OSError:  # the folder is gone: say it rather than not
@@ -132,7 +146,9 @@ def die_with_parent() -> None:
 def leave(code: int) -> None:
     """Tell the process that started this one how it ends."""
     if TOGETHER in os.environ:
-        Path(os.environ[TOGETHER], f"code-{rank()}").write_text(str(code))
+        place = Path(os.environ[TOGETHER], f"code-{rank()}")
+        place.with_name(f"half-{rank()}").write_text(str(code))
+        place.with_name(f"half-{rank()}").rename(place)
 
 
 def start(count: int, arguments: list[str]) -> int:
@@ -171,6 +187,9 @@ def start(count: int, arguments: list[str]) -> int:
                 return 128 + signal.SIGTERM
             return max(codes, default=130)
         except ChildFailedError as failed:
+            told = Path(folder, "distill-error")  # by which process
+            if told.exists() and Path(folder, f"code-{told.read_text()}").exists():
+                return int(Path(folder, f"code-{told.read_text()}").read_text())
             ends = {number: failure.exitcode for number, failure in failed.failures.items()}
             ends = {number: code for number, code in ends.items() if code != -signal.SIGTERM} or ends  # which stopped the others
             number, code = min(ends.items(), key=lambda end: (end[1] > 0, -end[1]))  # killed, else the highest: 1 may have lost another

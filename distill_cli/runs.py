@@ -29,8 +29,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **out}
 
 
-_TOKENS = re.compile(r"(hf_|ghp_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}|(?<=://)[^/@\s]+(?=@)")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY")
+_TOKENS = re.compile(r"(?<![A-Za-z0-9])(hf_|ghp_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}|(?<=://)[^/@\s]+(?=@)")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY($|_)")
 
 
 def redacted(text: str) -> str:
@@ -86,6 +86,7 @@ class Run:
         """A new run in a folder that must be new."""
         run = cls(folder)
         run.must_be_new(command)
+        remove_temporaries(run.folder)
         write_atomic(run.recipe, recipe)  # first: with it the run resumes, whatever happens now
         with os_errors(run.folder):
             run.samples.mkdir(exist_ok=True)

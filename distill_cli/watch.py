@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import UsageError
+from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import write_atomic
 from distill_cli.runs import Run
 
@@ -150,11 +150,15 @@ def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
     if not run.recipe.is_file():
         raise UsageError(f"{run.folder}: no run: it has no recipe.yaml")
     text = run.recipe.read_text()
-    loaded = yaml.safe_load(text)
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DistillError(f"{run.recipe}: not readable as YAML") from error
     recipe = loaded if isinstance(loaded, dict) else {}
     lines, speed = read_lines(run.metrics), read_lines(run.speed)
     known = facts(run, recipe, lines, speed)
-    done = bool(lines) and lines[-1]["step"] == recipe.get("steps")
+    made = any((run.folder / name).exists() for name in ("comparison.png", "teacher", "classifier"))  # what a run ends with
+    done = made and bool(lines) and lines[-1]["step"] == recipe.get("steps")
     metrics = series(lines)
     losses = [name for name in metrics if name.endswith("_loss")]
     rest = [name for name in metrics if name not in losses]

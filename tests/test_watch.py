@@ -11,7 +11,7 @@ from PIL import Image
 
 from distill_cli import watch
 from distill_cli.config import DMDConfig
-from distill_cli.errors import UsageError
+from distill_cli.errors import DistillError, UsageError
 from distill_cli.recipes import dump
 from distill_cli.runs import Run
 
@@ -105,6 +105,8 @@ def test_a_live_page_loads_itself_again_until_the_run_is_done(run):
     assert '<meta http-equiv="refresh" content="7">' in watch.page(run, 7)[0]
     run.forget_after(300)
     run.log({"step": 1000, "images": 8000, "student_loss": 0.1})
+    assert not watch.page(run, 7)[1]  # its pictures are not made yet
+    Image.new("RGB", (40, 20)).save(run.folder / "comparison.png")
     html, done = watch.page(run, 7)
     assert done
     assert "refresh" not in html
@@ -115,12 +117,16 @@ def test_a_run_that_has_logged_nothing(tmp_path):
     assert "Nothing is logged yet" in watch.page(run)[0]
     with pytest.raises(UsageError, match="no run: it has no recipe.yaml"):
         watch.write(tmp_path)
+    run.recipe.write_text("a: [")
+    with pytest.raises(DistillError, match="not readable as YAML"):
+        watch.page(run)
 
 
 def test_follow_writes_until_the_run_is_done(run, distill, monkeypatch):
     def end(seconds):
         run.forget_after(300)
         run.log({"step": 1000, "images": 8000, "student_loss": 0.1})
+        Image.new("RGB", (40, 20)).save(run.folder / "comparison.png")
 
     monkeypatch.setattr("time.sleep", end)
     found = distill("watch", run.folder, "--follow", "--every", 3, "--json")

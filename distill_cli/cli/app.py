@@ -22,7 +22,7 @@ from distill_cli.cli.pairs import pairs
 from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
 from distill_cli.cli.watch import watch
-from distill_cli.errors import DistillError, Interrupted, PeerLost, nearest
+from distill_cli.errors import DistillError, Interrupted, nearest
 
 app = typer.Typer(
     name="distill",
@@ -57,10 +57,10 @@ app.add_typer(recipes.app, name="recipes")
 app.command()(env)
 
 
-def _fail(message: str, hint: str, code: int, kind: str = "error: ") -> int:
-    """Print an error, once for processes that run together."""
-    if processes.first_to("error"):
-        print(f"{kind}{message}", file=sys.stderr)
+def _fail(message: str, hint: str, code: int, what: str = "error") -> int:
+    """Print an error, once for processes that run together; `what` else than an error without that word."""
+    if processes.first_to(what):
+        print(f"error: {message}" if what == "error" else message, file=sys.stderr)
         if hint:
             print(f"hint: {hint}", file=sys.stderr)
     return code
@@ -86,6 +86,7 @@ def run(arguments: list[str] | None = None) -> int:
     debug = os.environ.get("DISTILL_DEBUG") == "1"
     common.ARGUMENTS = sys.argv[1:] if arguments is None else arguments
     processes.adopt_slurm()
+    processes.share_cores()
     try:
         return app(arguments, prog_name="distill", standalone_mode=False) or 0
     except ClickError as error:
@@ -93,10 +94,8 @@ def run(arguments: list[str] | None = None) -> int:
             print(error.format_message(), file=sys.stderr)
             return 2
         return _usage(error)
-    except PeerLost as error:
-        return error.exit_code if processes.supervised() else _fail(error.message, error.hint, error.exit_code)
     except Interrupted as error:
-        return _fail(error.message, error.hint, error.exit_code, kind="")
+        return _fail(error.message, error.hint, error.exit_code, "stop")
     except DistillError as error:
         if debug:
             raise
@@ -110,10 +109,22 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:  # the last line of defence: a bug, said in one line
         if debug:
             raise
+        if _lost_another(error):
+            lost = "another process of this run has ended"
+            return 1 if processes.supervised() else _fail(lost, "the same command, or --resume, goes on from what is complete", 1)
         text = " ".join(str(error).split())[:300]
         if "torch" in sys.modules and (trouble := torchvision_trouble(sys.modules["torch"].__version__, str(error))):
             return _fail(trouble, REINSTALL, 1)
         return _fail(f"{type(error).__name__}: {text}", "this is a bug of distill; DISTILL_DEBUG=1 shows where", 3)
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether an error is that of a connection to another process of this run, which says itself why it ended."""
+    if processes.world_size() == 1 or "torch" not in sys.modules:
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def main() -> None:

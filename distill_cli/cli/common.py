@@ -69,11 +69,17 @@ def result(data: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 def shared_result(data: dict[str, Any], text: str, as_json: bool, unit: str) -> None:
-    """The result of a job whose processes do not talk to each other: the last one says it, a part of a job what is missing still."""
+    """The result of a job whose processes do not talk to each other: the last one says it, a part of a job what is missing still.
+
+    `data["left"]` counts what other processes of this command have still to make, `data["missing"]` what is missing of the whole.
+    """
     from distill_cli import processes
 
-    if data["missing"] and processes.world_size() > 1:
+    if data.pop("left"):
         return
+    if processes.world_size() > 1:  # what the last one alone has made says nothing
+        data = {key: value for key, value in data.items() if key not in ("made", "kept", "images_per_second")}
+        text = text.partition(" (")[0]
     if data["missing"]:
         text += f"; {data['missing']} {unit}, of other parts, are missing still"
     if processes.first_to("result"):
@@ -161,8 +167,9 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     run = Run(config.out)
     if rank() == 0:
         run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
-        write_atomic(run.recipe, text)
     engine.open(run)
+    if rank() == 0 and resume is not None:
+        write_atomic(run.recipe, text)
 
 
 def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: int) -> dict[str, Any]:

@@ -64,12 +64,12 @@ def pairs(
     config = common.with_out(resolve(PairsConfig, recipe, overrides or [], flags), recipe, "pairs")
     if common.planned_without(config.teacher, config, dry_run):
         return
+    if not dry_run:
+        common.start_processes(num_processes)
     from distill_cli.models import load
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
     assert config.out is not None
-    if not dry_run:
-        common.start_processes(num_processes)
     model = load(config.teacher)
     if dry_run:
         common.dry_run(config, plan(manifest_of(config, model)))

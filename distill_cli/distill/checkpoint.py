@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill_cli.errors import DistillError
 from distill_cli.files import folder_atomic, read_plain, remove_folder, sealed, sha256, unsealed
@@ -43,8 +44,8 @@ def save(
 
     Whatever processes share, process 0 writes it whole, so that any number of them can resume; all of them have to call.
     """
-    weights = {name: {key: whole(value) for key, value in network.state_dict().items()} for name, network in networks.items()}
-    moments = {name: _whole_moments(optimizer.state_dict()) for name, optimizer in optimizers.items()}
+    weights = {name: _kept(network.state_dict()) for name, network in networks.items()}
+    moments = {name: _kept(optimizer.state_dict()) for name, optimizer in optimizers.items()}
     if rank() > 0:
         return
     with folder_atomic(path_of(folder, step)) as temporary:
@@ -57,18 +58,24 @@ def save(
         (temporary / "optimizers.pt").write_bytes(buffer.getbuffer())
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(sealed({"step": step, "sha256": sums, "state": state}))
+    prune(folder, keep, best)
+
+
+def prune(folder: Path, keep: int, best: int) -> None:
+    """Delete all but the newest `keep` and, of the older ones, the `best` of lowest state["score"]."""
     old = steps(folder)[:-keep]
     for number in sorted(old, key=lambda number: _score(folder, number))[best:]:
         remove_folder(path_of(folder, number))
 
 
-def _whole_moments(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with every tensor whole."""
-    each = {
-        index: {key: whole(value) if isinstance(value, Tensor) else value for key, value in moments.items()}
-        for index, moments in state["state"].items()
-    }
-    return {**state, "state": each}
+def _kept(state: Any) -> Any:
+    """A state with every tensor that FSDP has spread whole on process 0, in the CPU's memory, one after another; gone elsewhere."""
+    if isinstance(state, dict):
+        return {key: _kept(value) for key, value in state.items()}
+    if isinstance(state, DTensor):
+        gathered = whole(state)
+        return gathered.cpu() if rank() == 0 else None
+    return state
 
 
 def _score(folder: Path, step: int) -> float:

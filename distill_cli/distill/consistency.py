@@ -25,9 +25,9 @@ from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, expand
+from distill_cli.distill.ema import follow
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
-from distill_cli.launch import whole
 from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
@@ -147,8 +147,7 @@ class Consistency:
         if config.method == "ct":
             assert config.scales is not None
             decay = maths.ct_decay(self.scales(step), config.scales, decay)
-        student = [whole(p.detach()) for p in self.networks["student"].parameters()]
-        torch._foreach_lerp_(list(self.kept["target"].parameters()), student, 1 - decay)
+        follow(self.kept["target"], self.networks["student"], 1 - decay)
 
     def model(self, network: nn.Module) -> Model:
         """The student; one by ect gets the boundary scalings too (sigma_min apart from its own), which diffusers' pipeline has."""

@@ -5,12 +5,27 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill_cli.launch import whole
 from distill_cli.processes import rank
 
 RAMP = 0.05
+
+
+@torch.no_grad()
+def follow(average: nn.Module | None, network: nn.Module, weight: float) -> None:
+    """Move an average by `weight` towards a network; None takes part in gathering what FSDP has spread, one tensor at a time."""
+    now = [p.detach() for p in network.parameters()]
+    before: list[Tensor] = [] if average is None else list(average.parameters())
+    if isinstance(now[0], DTensor):
+        for k, value in enumerate(now):
+            gathered = whole(value)
+            if before:
+                before[k].lerp_(gathered, weight)
+    elif before:
+        torch._foreach_lerp_(before, now, weight)
 
 
 class EMA:
@@ -31,9 +46,8 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, seen: int, batch: int) -> None:
         """Take in the network as it is now; where FSDP has spread it, all processes have to call."""
-        weights = [whole(p.detach()) for p in network.parameters()]
+        follow(self.network, network, 1 - self.decay(seen, batch))
         if self.network is None:
             return
-        torch._foreach_lerp_(list(self.network.parameters()), weights, 1 - self.decay(seen, batch))
         for old, new in zip(self.network.buffers(), network.buffers(), strict=True):
             old.copy_(new)

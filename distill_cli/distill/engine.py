@@ -27,7 +27,7 @@ from distill_cli.distill import checkpoint
 from distill_cli.distill.ema import EMA
 from distill_cli.distill.health import Health
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.launch import Progress, check_precision, device, peers, stoppable, whole
+from distill_cli.launch import Progress, check_precision, device, stoppable, whole
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
 from distill_cli.runs import Run
@@ -146,11 +146,12 @@ class Engine:
         self.step = 0
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped: dict[str, list[int]] = {name: [0, 0] for name in self.plain}
+        """Updates of each network that were left out: in a row until now, and in all."""
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
-        self.asked: Tensor | None = None
         self.started = time.monotonic()
+        self.talk: Any = torch.distributed.new_group(backend="gloo") if world_size() > 1 else None  # apart: no GPU waits for it
 
     def draws(self, step: int) -> list[Draws]:
         """This process's samples of a step, in the parts of gradient accumulation."""
@@ -202,11 +203,12 @@ class Engine:
         norm = whole(torch.as_tensor(clipped))
         loss = self.turn[f"{name}_loss"]
         if self.config.on_nan == "skip" and not scaler and not (loss.isfinite() & norm.isfinite()):
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            if self.skipped_in_a_row == SKIPPED_AT_MOST:
-                raise DistillError(f"{SKIPPED_AT_MOST} steps in a row up to {self.step + 1} had no finite gradient", self._hint())
+            self.skipped[name] = [count + 1 for count in self.skipped[name]]
+            if self.skipped[name][0] == SKIPPED_AT_MOST:
+                worst = f"{SKIPPED_AT_MOST} steps in a row up to {self.step + 1} had no finite gradient of {name}"
+                raise DistillError(worst, self._hint())
         else:
-            self.skipped_in_a_row = 0
+            self.skipped[name][0] = 0
             self._record({**self.turn, f"{name}_grad_norm": norm})
             self.health.count(f"{name}_loss", loss)
             if name == self.main:
@@ -235,7 +237,9 @@ class Engine:
         """Write the means since the last line, which are those of all processes, and, apart, how fast it went."""
         means = {name: (total / count).item() for name, (total, count) in self.window.items()}
         self.window = {}
-        counts = {"spikes": int(self.health.spikes.item())} | ({"skipped": self.skipped} if self.config.on_nan == "skip" else {})
+        counts = {"spikes": int(self.health.spikes.item())}
+        if self.config.on_nan == "skip":
+            counts["skipped"] = sum(count for _, count in self.skipped.values())
         if rank() == 0:
             numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
             self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts})
@@ -280,6 +284,7 @@ class Engine:
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         if rank() == 0:
+            checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best)
             run.forget_after(self.step)
             if self.config.tracker != "none":
                 settings = {key: str(value) for key, value in self.config.model_dump(mode="json").items()}
@@ -296,13 +301,12 @@ class Engine:
             save_grid(images, self.run.samples / f"{self.step:06d}.png")
 
     def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
-        """The signal that came and whether it is time to save, as all processes know it: of the step before, so that no GPU waits."""
-        if world_size() == 1:
-            return number, due
-        before, self.asked = self.asked, torch.tensor([number, due], device=self.accelerator.device)
-        torch.distributed.all_reduce(self.asked, torch.distributed.ReduceOp.MAX)
-        asked = (0, 0) if before is None else before.tolist()
-        return asked[0], bool(asked[1])
+        """The signal that came to any process, and whether process 0's clock says to save: the same to all after the same step."""
+        if self.talk is not None:
+            asked = torch.tensor([number, due])
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.talk)
+            number, due = int(asked[0]), bool(asked[1])
+        return number, due
 
     def train(self) -> Any:
         """Train to the last step, save the result and return it (on process 0 alone); a signal leaves a run that resumes."""
@@ -310,7 +314,7 @@ class Engine:
         progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
         warned = ""
         every = seconds(config.save_every)
-        with stoppable() as stop, peers():
+        with stoppable() as stop:
             while self.step < config.steps:
                 means = self.advance()
                 last = self.step == config.steps
@@ -330,6 +334,7 @@ class Engine:
                     self._check_finite()
                     self.save()
                 if stopped and not last:
+                    self._agreed(0, False)  # process 0 has written it
                     raise stop.interrupted(
                         stopped, f"stopped at step {self.step} of {config.steps}", f"resume with --resume {self.run.folder}"
                     )
@@ -340,7 +345,9 @@ class Engine:
             return None
         model = self.objective.model(self.ema.network)
         place = self.run.folder / self.objective.result
-        if made or not place.exists():  # a finished run keeps what was written into its result since
+        newest = checkpoint.path_of(self.run.checkpoints, self.step)
+        older = place.exists() and newest.exists() and place.stat().st_mtime < newest.stat().st_mtime  # killed between the two
+        if made or older or not place.exists():  # else a finished run keeps what was written into its result since
             model.save(place)
         return model
 

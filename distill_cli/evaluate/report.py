@@ -20,7 +20,7 @@ from distill_cli.data.pictures import from_uint8, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.evaluate.distances import frechet, precision_recall
-from distill_cli.files import write_atomic
+from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
 from distill_cli.models.classifier import Classifier
 from distill_cli.models.classifier import load as load_classifier
@@ -175,7 +175,8 @@ class Row:
             return {"network_evaluations": None, "images_per_second": None}
         options = config.model_dump(include={"num", "seed", "device", "batch_size", "precision", "classes"})
         made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", **options), self.model, folder)
-        launch.all_of([], launch.device(config.device))  # whoever was last has joined the parts
+        rates = launch.all_of([made["images_per_second"]], launch.device(config.device))  # the last one has joined the parts by now
+        made["images_per_second"] = None if None in rates else sum(rates)
         self.images, _ = read_npz(folder / "samples.npz")
         if self.model.conditioner.classes == classes:
             self.labels = self.model.conditioner.labels(config.num, config.classes)
@@ -192,6 +193,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     reference = Reference(config, open_images(config.data, config.resolution), classifier)
     todo = [Row.of(spec, config, tuple(reference.images.shape)) for spec in config.model]
     settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
+    remove_temporaries(config.out)
     rates = _old_rates(config.out / RATES)
     rows: list[dict[str, Any]] = []
     pictures = []

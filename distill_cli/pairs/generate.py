@@ -49,9 +49,9 @@ def plan(manifest: Manifest) -> dict[str, str]:
 def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, int]:
     """Make the missing shards that fall to this process of part (i, n) of the job; a damaged one is an error.
 
-    Returns how many it made and kept, and how many of all are missing. A shard is made whole by one process, in batches
-    that never cross its border, so its bytes do not depend on how many share the work. ^C, SIGTERM and SIGUSR1 stop
-    between batches; finished shards stay.
+    Returns how many it made and kept, how many of all are missing, and how many of those are left to this part's other
+    processes. A shard is made whole by one process, in batches that never cross its border, so its bytes do not depend on
+    how many share the work. ^C, SIGTERM and SIGUSR1 stop between batches; finished shards stay.
     """
     manifest = manifest_of(config, teacher)
     settle(folder / MANIFEST, manifest.model_dump(mode="json"), "pairs")
@@ -78,5 +78,6 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
                 progress.add(len(indices))
             write_shard(folder, manifest, shard, torch.cat(images), torch.cat(labels))
     progress.close()
-    absent = sum(not shard_path(folder, shard).exists() for shard in range(manifest.shards))
-    return {"made": len(missing), "kept": len(mine) - len(missing), "missing": absent}
+    absent = [shard for shard in range(manifest.shards) if not shard_path(folder, shard).exists()]
+    left = sum(shard % part[1] == part[0] for shard in absent)
+    return {"made": len(missing), "kept": len(mine) - len(missing), "missing": len(absent), "left": left}

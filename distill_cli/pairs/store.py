@@ -24,7 +24,7 @@ from torch import Tensor
 from distill_cli import processes
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import read_plain, unsealed, write_atomic
+from distill_cli.files import read_plain, remove_temporaries, unsealed, write_atomic
 from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 
@@ -190,6 +190,7 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
         if other != manifest:
             raise UsageError(f"--merge {folder}: pairs of another job than {folders[0]}", "the manifests differ")
     settle(out / MANIFEST, manifest.model_dump(mode="json"), "pairs")
+    remove_temporaries(out)
     copied = 0
     for folder in folders:
         for shard in range(manifest.shards):

@@ -129,7 +129,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
             written.result()
     progress.close()
     rate = progress.rate()
-    absent = sum(len(batch) for batch in samples.batches if not samples.done(batch))
+    absent = [k for k, batch in enumerate(samples.batches) if not samples.done(batch)]
     if not absent:
         samples.finish()
     made = sum(map(len, missing))
@@ -137,7 +137,8 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         "folder": str(folder),
         "made": made,
         "kept": sum(map(len, mine)) - made,
-        "missing": absent,
+        "missing": sum(len(samples.batches[k]) for k in absent),
+        "left": sum(k % part[1] == part[0] for k in absent),
         "network_evaluations": network_evaluations(sampling),
         "images_per_second": round(rate, 2) if made else None,
     }

@@ -12,6 +12,7 @@ from PIL import Image
 
 from distill_cli.distill import checkpoint
 from distill_cli.files import sealed, unsealed
+from distill_cli.runs import redacted
 
 DMD = ("dmd", "--teacher", "tiny", "batch_size=4", "log_every=2", "save_every=2", "sample_every=0", "warmup_steps=0")
 
@@ -206,4 +207,5 @@ def test_no_secret_gets_into_a_run(distill, tmp_path, monkeypatch):
     for secret in (*secrets.values(), typed, "me:pass"):
         assert secret.encode() not in content
     assert b"x=***" in content
+    assert redacted("runs/task-digits-dmd mask-digits-0001") == "runs/task-digits-dmd mask-digits-0001"
     assert b"https://***@host/x" in content

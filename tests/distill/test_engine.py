@@ -266,7 +266,18 @@ def test_steps_without_a_finite_gradient_are_left_out(tmp_path, tiny, tiny_pairs
 def test_leaving_out_every_step_ends(tmp_path, tiny, tiny_pairs):
     engine = engine_of("train", tmp_path / "run", tiny, tiny_pairs, steps=60, on_nan="skip", network=NETWORK, batch_size=1)
     engine.plain["teacher"].register_forward_pre_hook(poison)
-    with pytest.raises(DistillError, match="50 steps in a row up to 50 had no finite gradient"):
+    with pytest.raises(DistillError, match="50 steps in a row up to 50 had no finite gradient of teacher"):
+        engine.train()
+
+
+def test_each_network_is_counted_by_itself(tmp_path, tiny, tiny_pairs):
+    """The student's gradient never is a number, the fake score's always: the run ends all the same, after a resume, too."""
+    for steps, resume in ((20, False), (90, True)):
+        engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, resume, steps=steps, on_nan="skip", fake_steps=1, save_every=20)
+        engine.plain["student"].register_forward_pre_hook(poison)
+        if not resume:
+            engine.train()
+    with pytest.raises(DistillError, match="50 steps in a row up to 50 had no finite gradient of student"):
         engine.train()
 
 
@@ -302,6 +313,25 @@ def test_the_best_checkpoints_stay(tmp_path):
     for step, score in enumerate([5.0, 1.0, 4.0, None, 2.0, 3.0, 9.0], start=1):
         checkpoint.save(tmp_path, step, {"student": network}, {}, {"score": score}, keep=1, best=2)
     assert checkpoint.steps(tmp_path) == [2, 5, 7]
+
+
+def test_a_result_that_is_older_than_the_last_checkpoint_is_made_again(tmp_path, tiny, tiny_pairs):
+    """Killed after the last checkpoint of a longer run and before its result: the shorter run's result must not stay."""
+    short = engine_of("train", tmp_path / "run", tiny, tiny_pairs, steps=2, network=NETWORK)
+    short.train()
+    file = tmp_path / "run/teacher/unet/diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    longer = engine_of("train", tmp_path / "run", tiny, tiny_pairs, resume=True, steps=4, network=NETWORK)
+    while longer.step < 4:
+        longer.advance()
+    os.utime(tmp_path / "run/teacher", (1, 1))  # long ago
+    longer.save()
+    assert file.read_bytes() == before
+    engine_of("train", tmp_path / "run", tiny, tiny_pairs, resume=True, steps=4, network=NETWORK).train()
+    assert file.read_bytes() != before
+    (tmp_path / "run/teacher/README.md").write_text("edited since")
+    engine_of("train", tmp_path / "run", tiny, tiny_pairs, resume=True, steps=4, network=NETWORK).train()
+    assert (tmp_path / "run/teacher/README.md").read_text() == "edited since"
 
 
 def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, tiny, tiny_pairs, monkeypatch):

@@ -45,7 +45,7 @@ def test_restart_makes_only_what_is_missing(store, tiny, tiny_pairs):
     shard_path(store, 1).unlink()
     kept = shard_path(store, 0).stat().st_mtime_ns
     counts = generate(PairsConfig(**SETTINGS), tiny.copy(), store)
-    assert counts == {"made": 1, "kept": 2, "missing": 0}
+    assert counts == {"made": 1, "kept": 2, "missing": 0, "left": 0}
     assert shard_path(store, 0).stat().st_mtime_ns == kept
     assert sums(store) == sums(tiny_pairs)
 
