@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import tempfile
+import zlib
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def _claims() -> Path | None:
         return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent
     if world_size() > 1 and "SLURM_JOB_ID" in os.environ:
         step = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', 0)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-        folder = Path(tempfile.gettempdir(), f"distill-{os.getuid()}-{step}")
+        command = zlib.crc32(" ".join(sys.argv[1:]).encode())  # one step may run several after another
+        folder = Path(tempfile.gettempdir(), f"distill-{os.getuid()}-{step}-{command}")
         folder.mkdir(exist_ok=True)
         return folder
     return None
