@@ -96,6 +96,33 @@ def test_first_host(hosts, first):
     assert processes.first_host(hosts) == first
 
 
+def test_under_srun_one_task_of_a_machine_speaks(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for key, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["distill", "pairs"])
+    assert [processes.first_to("error") for _ in range(3)] == [True, False, False]
+    assert processes.first_to("result")
+    monkeypatch.setattr(sys, "argv", ["distill", "sample"])  # the next command of the step
+    assert processes.first_to("result")
+    assert not processes.supervised()
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [({}, "2"), ({"SLURM_CPUS_PER_TASK": "7"}, "7"), ({"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "7"}, "3")]
+)
+def test_cores_are_divided(given, wanted, monkeypatch):
+    monkeypatch.setattr(processes, "usable_cpus", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    for key in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    processes.share_cores()
+    assert os.environ.pop("OMP_NUM_THREADS") == wanted
+
+
 @pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
