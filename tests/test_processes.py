@@ -294,7 +294,7 @@ def test_fsdp_is_the_same_training(method, tmp_path):
         one, other = (load_file(tmp_path / run / checkpoint / name) for run in ("one", "spread"))
         moved = torch.cat([(one[key] - start[key]).flatten() for key in one])
         apart = torch.cat([(one[key] - other[key]).flatten() for key in one])
-        assert moved.abs().max() > 1e-3
+        assert moved.abs().max() > 1e-4
         assert apart.norm() < 1e-2 * moved.norm(), name  # Adam takes rounding for signs where gradients vanish
     moments = [
         torch.load(tmp_path / run / checkpoint / "optimizers.pt", weights_only=True)["student"]["state"] for run in ("one", "spread")
