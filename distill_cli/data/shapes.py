@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -115,13 +115,3 @@ class Shapes:
 
     def captions(self, positions: Sequence[int]) -> list[str]:
         return [self.things[position].caption for position in positions]
-
-
-def parse(caption: str) -> Thing:
-    """The thing that a caption describes; raises KeyError for another sentence."""
-    return {thing.caption: thing for thing in THINGS}[caption]
-
-
-def attributes(thing: Thing) -> tuple[str, ...]:
-    """size, colour, shape, place, background."""
-    return astuple(thing)

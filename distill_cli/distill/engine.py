@@ -320,7 +320,7 @@ class Engine:
                 last = self.step == config.steps
                 note = ""
                 if means:
-                    note = f"{self.main}_loss {means[f'{self.main}_loss']:.4g}" if f"{self.main}_loss" in means else ""
+                    note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
                     advice = self.objective.advice(means, self.step / config.steps)
                     if advice.partition(":")[0] not in ("", warned) and rank() == 0:
                         print(f"warning: step {self.step}: {advice}", file=sys.stderr)
