@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 BUILTIN_SETS = ("digits", "shapes")
 """Sets of images that are known by name (data/images.py)."""
-Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step"]
+PROMPT_SETS = ("shapes", "shapes-held")
+"""Sets of prompts that are known by name (data/prompts.py)."""
+Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step", "pndm", "dpm++"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -216,6 +218,23 @@ class NetworkConfig(BaseModel):
         return self
 
 
+class TextConfig(BaseModel):
+    """The text encoder of a text-to-image teacher: transformers' CLIPTextModel."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: Positive = Field(96, description="channels of an embedding")
+    layers: Positive = Field(2, description="of the transformer")
+    heads: Positive = Field(4, description="of its attention")
+    length: Annotated[int, Field(ge=3)] = Field(16, description="tokens of a caption, start and end among them")
+
+    @model_validator(mode="after")
+    def _even(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
 class TrainConfig(TrainingConfig):
     """distill train"""
 
@@ -226,8 +245,50 @@ class TrainConfig(TrainingConfig):
     p_mean: float = Field(-1.2, description="edm: mean of ln sigma")
     p_std: Rate = Field(1.2, description="edm: standard deviation of ln sigma")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("linear", description="eps, v: betas over 1000 times")
-    label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that guidance works")
+    label_dropout: Fraction = Field(0.1, description="share of labels or captions replaced by the null one, so that guidance works")
+    vae: Path | None = Field(None, description="a folder of `distill vae`: then a text-to-image teacher; data needs captions")
+    variants: Positive = Field(32, description="vae: random versions of each picture, encoded once")
+    guidance_scale: Rate = Field(3.0, description="vae: what the teacher is sampled with")
+    text: TextConfig = Field(TextConfig(), description="vae: the text encoder, trained with it")
     network: NetworkConfig = NetworkConfig()
+
+    @model_validator(mode="after")
+    def _of_latents(self) -> TrainConfig:
+        if self.vae is not None and self.prediction == "edm":
+            raise ValueError("prediction edm is for pixels: latents need eps or v")
+        given = [key for key in ("variants", "guidance_scale", "text") if getattr(self, key) != type(self).model_fields[key].default]
+        if self.vae is None and given:
+            raise ValueError(f"{given[0]} needs vae: the autoencoder of a text-to-image teacher")
+        return self
+
+
+class VAENetworkConfig(BaseModel):
+    """diffusers' AutoencoderKL, as far as people change it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channels: list[Positive] = Field([16, 32, 64, 64], min_length=1, description="of each resolution, from the finest")
+    latent_channels: Positive = Field(4, description="of the latents")
+    layers: Positive = Field(1, description="residual blocks a resolution")
+    groups: Positive = Field(8, description="of group normalisation")
+
+    @model_validator(mode="after")
+    def _groups(self) -> VAENetworkConfig:
+        for width in self.channels:
+            if width % self.groups:
+                raise ValueError(f"channels {width} is not a multiple of groups {self.groups}")
+        return self
+
+
+class VAEConfig(TrainingConfig):
+    """distill vae"""
+
+    data: str = Field("shapes", description="a built-in set or a folder of images")
+    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
+    flip: bool = Field(False, description="mirror images at random")
+    kl_weight: Weight = Field(1e-4, description="of the latents' divergence from a standard normal, a mean over their values")
+    sample_every: Literal[0] = Field(0, description="an autoencoder makes no images of its own")
+    network: VAENetworkConfig = VAENetworkConfig()
 
 
 class ClassifierConfig(TrainingConfig):
@@ -366,6 +427,7 @@ CONFIGS: dict[str, type[Config]] = {
     "cm": CMConfig,
     "sample": SampleConfig,
     "classifier": ClassifierConfig,
+    "vae": VAEConfig,
     "edit": EditConfig,
     "evaluate": EvaluateConfig,
 }

@@ -21,6 +21,7 @@ from distill_cli.cli.evaluate import evaluate
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
+from distill_cli.cli.vae import vae
 from distill_cli.cli.watch import watch
 from distill_cli.errors import DistillError, Interrupted, nearest
 
@@ -50,7 +51,7 @@ def distill(
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
-for command in (train, pairs, dmd, cm, sample, edit, evaluate, watch, classifier, bench, convert):
+for command in (train, pairs, dmd, cm, sample, edit, evaluate, watch, classifier, vae, bench, convert):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")

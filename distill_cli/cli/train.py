@@ -39,9 +39,11 @@ def train(
     from distill_cli.data import open_images
     from distill_cli.distill.denoising import Denoising
     from distill_cli.distill.engine import Engine
+    from distill_cli.distill.text_to_image import TextToImage
 
-    objective = Denoising(config, open_images(config.data, config.resolution, config.flip))
-    count = sum(p.numel() for p in objective.teacher.denoiser.parameters())
+    images = open_images(config.data, config.resolution, config.flip)
+    objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)
+    count = sum(p.numel() for p in objective.networks["teacher"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"teacher": count}, count))
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,14 @@ class Images(Protocol):
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64; what is random in them comes from `draws`."""
+
+
+@runtime_checkable
+class Captioned(Images, Protocol):
+    """A set whose pictures have captions."""
+
+    def captions(self, positions: Sequence[int]) -> list[str]:
+        """What the pictures at `positions` show."""
 
 
 def hue_to_rgb(hue: Tensor) -> Tensor:

@@ -107,6 +107,12 @@ class NetworkDenoiser(nn.Module):
         output = self.network(c_in * x, TIME_INPUTS[self.time_input](t), condition)
         return c_skip * x + c_out * output.to(x.dtype)
 
+    def prediction(self, x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """What the network would have predicted at x_t = `x` where the estimate is `x0`: the table's row solved for it."""
+        a, s = expand(self.schedule.alpha(t.to(x)), x), expand(self.schedule.sigma(t.to(x)), x)
+        _, c_skip, c_out = PARAMETERISATIONS[self.parameterisation](a, s, self.scales)
+        return (x0 - c_skip * x) / c_out
+
 
 class MixtureDenoiser:
     """The exact posterior mean for data from sum_k w_k N(mu_k, std^2 I): the perfect teacher of tests.

@@ -12,23 +12,26 @@ class Guided:
     """Classifier-free guidance (Ho & Salimans 2207.12598): uncond + scale (cond - uncond).
 
     Where a paper's weight is w = scale - 1, convert before. `null` is the null condition of one sample, (...).
+    Both come from one call of twice the batch, or from two `calls` of half the memory.
     The same combination of noise predictions gives the same x0, so it does not matter which of them is combined.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, null: Tensor) -> None:
-        self.denoiser, self.scale, self.null = denoiser, scale, null
+    def __init__(self, denoiser: Denoiser, scale: float, null: Tensor, calls: int = 1) -> None:
+        self.denoiser, self.scale, self.null, self.calls = denoiser, scale, null, calls
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         if condition is None:
             raise ValueError("guidance needs a condition")
         null = self.null.to(condition.device, condition.dtype).expand_as(condition)
-        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null]))
-        cond, uncond = both.chunk(2)
+        if self.calls == 1:
+            cond, uncond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)
+        else:
+            cond, uncond = self.denoiser(x, t, condition), self.denoiser(x, t, null)
         return uncond + self.scale * (cond - uncond)
 
 
-def guided(denoiser: Denoiser, scale: float, null: Tensor | None) -> Denoiser:
+def guided(denoiser: Denoiser, scale: float, null: Tensor | None, calls: int = 1) -> Denoiser:
     """`denoiser` under guidance; the denoiser itself where scale is 1 (no second evaluation)."""
     if scale == 1 or null is None:
         return denoiser
-    return Guided(denoiser, scale, null)
+    return Guided(denoiser, scale, null, calls)

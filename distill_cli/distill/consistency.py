@@ -28,7 +28,7 @@ from distill_cli.diffusion.schedule import EDMSchedule, expand
 from distill_cli.distill.ema import follow
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
-from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.models.times import PUBLISHED, from_indices
@@ -155,7 +155,7 @@ class Consistency:
         network = copy.copy(network)
         network.parameterisation = "consistency"
         conditioner = self.start.conditioner
-        if self.config.label_dropout == 0:  # the null class has not been learned
+        if self.config.label_dropout == 0 and isinstance(conditioner, ClassConditioner):  # the null class has not been learned
             conditioner = replace(conditioner, null_label=None)
         start, teacher = self.start.lineage, self.teacher
         lineage = Lineage(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,10 +19,43 @@ from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
 from distill_cli.errors import UsageError
+from distill_cli.models import schedulers
+from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.text import PromptConditioner
 from distill_cli.models.times import GRID, parse
 
 CONSISTENCY = ("cd", "ct", "ict", "ect")
 """Methods of `distill cm`."""
+
+
+class Conditioner(Protocol):
+    """Between the labels of a job's images and what the denoiser takes: ClassConditioner, or PromptConditioner (models/text.py)."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def null_label(self) -> int | None: ...
+
+    @property
+    def null(self) -> Tensor | None:
+        """The null condition of one sample; None where the model knows none."""
+
+    def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
+        """(count,) labels in turn, from position `start` of the job."""
+
+    def __call__(self, labels: Tensor) -> Condition:
+        """What the denoiser takes for these labels, on their device."""
+
+
+class Codec(Protocol):
+    """Between images in [-1, 1] and what the denoiser works on: IdentityCodec, or VAECodec (models/autoencoder.py)."""
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1]."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest thing that `x` may be."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +91,8 @@ class IdentityCodec:
     def decode(self, x: Tensor) -> Tensor:
         return x.clamp(-1, 1)
 
+    project = decode
+
 
 class Sampling(BaseModel):
     """How a model likes to be sampled."""
@@ -66,6 +102,7 @@ class Sampling(BaseModel):
     solver: str = "heun"
     steps: int = 18
     guidance_scale: float = 1.0
+    guidance_calls: Literal[1, 2] = 1
 
 
 class Lineage(BaseModel):
@@ -97,17 +134,19 @@ class TimeFeatures(nn.Module):
 
 
 class UNet(nn.Module):
-    """diffusers' UNet2DModel, or EDMUNet, as `network(x, time, condition)`."""
+    """diffusers' UNet2DModel, UNet2DConditionModel, or EDMUNet, as `network(x, time, condition)`."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        if getattr(unet.config, "time_embedding_type", "") == "positional" and unet.config.block_out_channels[0] % 2 == 0:
-            config = unet.config
+        config = unet.config
+        self.takes = "encoder_hidden_states" if "cross_attention_dim" in config else "class_labels"
+        sines = self.takes == "class_labels" and getattr(config, "time_embedding_type", "") == "positional"
+        if sines and config.block_out_channels[0] % 2 == 0:
             unet.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        return self.unet(x, time, class_labels=condition, return_dict=False)[0]
+        return self.unet(x, time, **{self.takes: condition}, return_dict=False)[0]
 
 
 @dataclass
@@ -115,11 +154,15 @@ class Model:
     """A teacher or a student; `few_step_times` (decreasing) are a student's, None for a teacher."""
 
     denoiser: NetworkDenoiser
-    conditioner: ClassConditioner
+    conditioner: Conditioner
     lineage: Lineage
     sampling: Sampling = Sampling()
     few_step_times: list[float] | None = None
-    codec: IdentityCodec = field(default_factory=IdentityCodec)
+    codec: Codec = field(default_factory=IdentityCodec)
+    scheduler: dict[str, Any] | None = None
+    """diffusers' configuration of the scheduler, where the model came with one: how its solvers space their times."""
+    size: tuple[int, int] | None = None
+    """(H, W) of what the denoiser works on, where it is not the network's own."""
 
     @property
     def unet(self) -> Any:
@@ -128,9 +171,19 @@ class Model:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the denoiser works on."""
-        size = self.unet.config.sample_size
+        size = self.size or self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @property
+    def latent(self) -> VAECodec | None:
+        """The autoencoder of a latent model."""
+        return self.codec if isinstance(self.codec, VAECodec) else None
+
+    @property
+    def text(self) -> PromptConditioner | None:
+        """The conditioner of a model that makes pictures of prompts."""
+        return self.conditioner if isinstance(self.conditioner, PromptConditioner) else None
 
     @property
     def is_consistency(self) -> bool:
@@ -138,8 +191,18 @@ class Model:
         learned = self.denoiser.parameterisation == "consistency" or self.lineage.method in CONSISTENCY
         return self.few_step_times is not None and learned and self.lineage.method != "dmd"
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks, by the names that they have in a pipeline."""
+        out: dict[str, nn.Module] = {"unet": self.unet}
+        if self.latent is not None:
+            out["vae"] = self.latent.vae
+        if self.text is not None:
+            out["text_encoder"] = self.text.encoder
+        return out
+
     def to(self, device: str | torch.device) -> Model:
-        self.denoiser.to(device)
+        for network in (self.denoiser, *self.parts().values()):
+            network.to(device)
         return self
 
     def copy(self, **changes: Any) -> Model:
@@ -149,7 +212,9 @@ class Model:
     def weights_hash(self) -> str:
         """SHA-256 over the names, dtypes, shapes and bytes of the weights, in the order of their names."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.unet.state_dict().items()):
+        prefixes = {part: "" if part == "unet" else f"{part}." for part in self.parts()}
+        named = {prefixes[part] + name: value for part, network in self.parts().items() for name, value in network.state_dict().items()}
+        for name, value in sorted(named.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -183,12 +248,37 @@ class Model:
             raise UsageError(f"--times {spec}: {len(times)} times for --steps {steps}", "leave --steps out")
         return replace(self, few_step_times=times, sampling=self.sampling.model_copy(update={"steps": len(times)}))
 
-    def with_defaults(self, solver: str | None, steps: int | None, guidance_scale: float | None) -> Sampling:
+    def with_prompts(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> Model:
+        """This model for prompts, each `repeat` times in turn, away from the negative one; raises UsageError for one without text."""
+        if self.text is None:
+            flag = "--negative-prompt" if negative else "--prompts"
+            raise UsageError(f"{flag}: {self.lineage.name} has no text", f"it has {len(self.conditioner.classes) or 'no'} classes")
+        if negative and self.few_step_times is not None:
+            raise UsageError("--negative-prompt: a student's guidance is built in", "give it to distill pairs and distill dmd")
+        return replace(self, conditioner=self.text.given(prompts, negative, repeat))
+
+    def with_resolution(self, pixels: int) -> Model:
+        """This latent model at pictures of `pixels` x `pixels`; raises UsageError where its networks cannot make them."""
+        if self.latent is None:
+            raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.shape[-1]} pixels alone")
+        factor = self.latent.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if pixels % factor:
+            raise UsageError(f"resolution {pixels}: the autoencoder and the network make multiples of {factor} pixels")
+        return replace(self, size=(pixels // self.latent.factor,) * 2)
+
+    @property
+    def pixels(self) -> int:
+        """Width of its pictures."""
+        return self.shape[-1] * (self.latent.factor if self.latent is not None else 1)
+
+    def with_defaults(
+        self, solver: str | None, steps: int | None, guidance_scale: float | None, guidance_calls: Literal[1, 2] = 1
+    ) -> Sampling:
         """The sampling settings that result from what the user gave.
 
         Raises UsageError where the model cannot be sampled so: a student has its solver, steps and guidance built in.
         """
-        own = self.sampling
+        own, table = self.sampling, isinstance(self.denoiser.schedule, TableSchedule)
         if self.few_step_times is not None:
             if solver not in (None, "few-step"):
                 raise UsageError(f"--solver {solver}: a student is sampled by few-step alone", "leave --solver out")
@@ -196,10 +286,15 @@ class Model:
                 raise UsageError(f"--guidance-scale {guidance_scale}: a student's guidance is built in", "leave --guidance-scale out")
         out = Sampling(
             solver=solver or own.solver,
-            steps=steps or (own.steps if solver in (None, own.solver) else (1 if solver == "few-step" else 18)),
+            steps=steps or (own.steps if solver in (None, own.solver) else (1 if solver == "few-step" else 50 if table else 18)),
             guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_calls=guidance_calls,
         )
-        if out.guidance_scale != 1 and self.conditioner.null is None:
+        if out.guidance_scale < 1:
+            raise UsageError(f"--guidance-scale {out.guidance_scale:g}: below 1 it leads away from the condition", "1 is without guidance")
+        if out.solver in ("pndm", "dpm++") and not table:
+            raise UsageError(f"--solver {out.solver}: for models with a table of times, such as Stable Diffusion's", "use heun or ddim")
+        if out.guidance_scale != 1 and self.text is None and self.conditioner.null is None:
             raise UsageError(f"--guidance-scale {out.guidance_scale}: the model knows no null class", "use 1")
         schedule = self.denoiser.schedule
         if out.solver == "heun" and not (schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0):
@@ -215,10 +310,15 @@ class Model:
     @torch.no_grad()
     def sample(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] on the CPU, from the noise of `draws` (one row a label), under `sampling`."""
+        return self.codec.decode(self.generate(draws, labels, sampling)).cpu()
+
+    @torch.no_grad()
+    def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
+        """As `sample`, but what the denoiser works on, on its device: the images of a pixel model, latents (B, c, h, w)."""
         sampling = sampling or self.sampling
         device = next(self.denoiser.parameters()).device
         schedule = self.denoiser.schedule
-        denoiser = guided(self.denoiser, sampling.guidance_scale, self.conditioner.null)
+        denoiser = guided(self.denoiser, sampling.guidance_scale, self.conditioner.null, sampling.guidance_calls)
         condition = self.conditioner(labels.to(device))
         times = self.times(sampling.solver, sampling.steps)
         few_step = sampling.solver == "few-step" and isinstance(schedule, EDMSchedule)
@@ -229,25 +329,28 @@ class Model:
 
         if sampling.solver == "heun":
             x0 = solvers.heun(denoiser, schedule, x, times, condition)
+        elif isinstance(schedule, TableSchedule) and sampling.solver in (schedulers.SOLVERS if self.scheduler else ("pndm", "dpm++")):
+            config = self.scheduler or schedulers.config_of(schedule, self.denoiser.parameterisation)
+            x0 = schedulers.run(config, sampling.solver, sampling.steps, denoiser, self.denoiser, x, condition)
         elif sampling.solver in ("euler", "ddim"):
             x0 = solvers.ddim(denoiser, schedule, x, times, condition)
         elif sampling.solver == "ancestral":
             x0 = solvers.ddim(denoiser, schedule, x, times, condition, eta=1.0, noise=noise)
         elif sampling.solver == "few-step":
-            options: dict[str, Any] = {"sigma_min": self.denoiser.scales.sigma_min, "project": self.codec.decode} if few_step else {}
+            options: dict[str, Any] = {"sigma_min": self.denoiser.scales.sigma_min, "project": self.codec.project} if few_step else {}
             x0 = solvers.few_step(denoiser, schedule, x, times, condition, noise=noise, **options)  # clamped as in diffusers' pipeline
         else:
             raise UsageError(f"--solver {sampling.solver}: unknown")
-        return self.codec.decode(x0.float()).cpu()
+        return self.codec.project(x0.float())
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write an ordinary diffusers pipeline folder with one JSON file of ours beside it."""
-        from distill_cli.models.pixel import save
+        from distill_cli.models import pixel, stable_diffusion
 
-        save(self, Path(folder), dtype)
+        (pixel.save if self.latent is None else stable_diffusion.save)(self, Path(folder), dtype)
 
 
 def network_evaluations(sampling: Sampling) -> int:
     """Denoiser calls a sample costs (guidance counts twice)."""
-    calls = 2 * sampling.steps - 1 if sampling.solver == "heun" else sampling.steps
+    calls = {"heun": 2 * sampling.steps - 1, "pndm": sampling.steps + 1}.get(sampling.solver, sampling.steps)
     return calls * (1 if sampling.guidance_scale == 1 else 2)

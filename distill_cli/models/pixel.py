@@ -22,13 +22,14 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import folder_atomic, write_atomic
+from distill_cli.models import schedulers
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
+from distill_cli.models.schedulers import config_of, table_of
 
 EXTRA = "distill.json"
 EDM_PIPELINE, DDPM_PIPELINE = "ConsistencyModelPipeline", "DDPMPipeline"
 PIPELINES = (EDM_PIPELINE, DDPM_PIPELINE, "DDIMPipeline")
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 class Extra(BaseModel):
@@ -46,7 +47,7 @@ class Extra(BaseModel):
     lineage: Lineage
 
 
-def _extra(model: Model) -> Extra:
+def extra_of(model: Model) -> Extra:
     return Extra(
         parameterisation=model.denoiser.parameterisation,
         time_input=model.denoiser.time_input,
@@ -79,13 +80,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         pipeline = EDM_PIPELINE
     else:
         assert isinstance(schedule, TableSchedule)
-        betas = 1 - schedule.alphas_cumprod / torch.cat([torch.ones(1).double(), schedule.alphas_cumprod[:-1]])
-        scheduler = diffusers.DDPMScheduler(
-            num_train_timesteps=len(betas),
-            trained_betas=betas.tolist(),
-            prediction_type=PREDICTION_TYPES[denoiser.parameterisation],
-            timestep_spacing="trailing",  # one step is then t = 999, as ours
-        )
+        scheduler = schedulers.make(config_of(schedule, denoiser.parameterisation), "DDPMScheduler")
         pipeline = DDPM_PIPELINE
     unet = model.unet if dtype == torch.float32 else copy.deepcopy(model.unet).to(dtype)
     with folder_atomic(folder) as temporary:
@@ -100,14 +95,14 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
             "scheduler": ["diffusers", type(scheduler).__name__],
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (temporary / EXTRA).write_text(_extra(model).model_dump_json(indent=2) + "\n")
+        (temporary / EXTRA).write_text(extra_of(model).model_dump_json(indent=2) + "\n")
         (temporary / "README.md").write_text(card(model))
 
 
 def save_times(folder: Path, model: Model) -> None:
     """Write a student's few-step times and number of steps into its folder's distill.json, and into its card if that is ours."""
     ours = (folder / EXTRA).exists()
-    write_atomic(folder / EXTRA, _extra(model).model_dump_json(indent=2) + "\n")
+    write_atomic(folder / EXTRA, extra_of(model).model_dump_json(indent=2) + "\n")
     if ours:
         write_atomic(folder / "README.md", card(model))
 
@@ -129,7 +124,7 @@ def card(model: Model) -> str:
     return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. Sample with `distill sample --model FOLDER`.\n"
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         out = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -139,22 +134,28 @@ def _json(path: Path) -> dict[str, Any]:
     return out
 
 
+def read_extra(folder: Path) -> Extra | None:
+    """What distill.json says; None where there is none."""
+    if not (folder / EXTRA).exists():
+        return None
+    try:
+        return Extra.model_validate(read_json(folder / EXTRA))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise DistillError(f"{folder / EXTRA}: {key}: {problem['msg'].lower()}") from error
+
+
 def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
     """The schedule, its constants and the network's prediction, from scheduler_config.json."""
     path = folder / "scheduler" / "scheduler_config.json"
-    config = _json(path)
+    config = read_json(path)
     if pipeline == EDM_PIPELINE or config.get("_class_name") == "EDMEulerScheduler":
         low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
         scales = Scales(sigma_data=float(config.get("sigma_data", 0.5)), sigma_min=low)
         return EDMSchedule(low, high, float(config.get("rho", 7.0))), scales, "consistency" if pipeline == EDM_PIPELINE else "edm"
-    kinds = {value: key for key, value in PREDICTION_TYPES.items()}
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in kinds:
-        raise DistillError(f"{path}: prediction_type {prediction!r} is none of {', '.join(kinds)}")
-    try:
-        return TableSchedule.from_config(config), Scales(), kinds[prediction]
-    except ValueError as error:
-        raise DistillError(f"{path}: {error}") from error
+    schedule, prediction = table_of({"beta_schedule": "linear"} | config, str(path))
+    return schedule, Scales(), prediction
 
 
 def load(folder: Path, name: str) -> Model:
@@ -164,7 +165,7 @@ def load(folder: Path, name: str) -> Model:
     """
     import diffusers
 
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise DistillError(f"{folder}: a {pipeline} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
@@ -178,27 +179,15 @@ def load(folder: Path, name: str) -> Model:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistillError(f"{folder / 'unet'}: no readable network ({reason})", "is the folder complete?") from error
     count = unet.config.num_class_embeds
-    if (folder / EXTRA).exists():
-        try:
-            extra = Extra.model_validate(_json(folder / EXTRA))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise DistillError(f"{folder / EXTRA}: {key}: {problem['msg'].lower()}") from error
-    else:
-        few = pipeline == EDM_PIPELINE
-        extra = Extra(
-            parameterisation=prediction,
-            time_input="250 ln sigma" if few else "ln sigma / 4" if prediction == "edm" else "t",
-            classes=[str(i) for i in range(count or 0)],
-            sampling=Sampling(solver="few-step", steps=1)
-            if few
-            else Sampling()
-            if prediction == "edm"
-            else Sampling(solver="ddim", steps=50),
-            few_step_times=[schedule.t_max] if few else None,
-            lineage=Lineage(name=name, kind="student" if few else "teacher"),
-        )
+    few = pipeline == EDM_PIPELINE
+    extra = read_extra(folder) or Extra(
+        parameterisation=prediction,
+        time_input="250 ln sigma" if few else "ln sigma / 4" if prediction == "edm" else "t",
+        classes=[str(i) for i in range(count or 0)],
+        sampling=Sampling(solver="few-step", steps=1) if few else Sampling() if prediction == "edm" else Sampling(solver="ddim", steps=50),
+        few_step_times=[schedule.t_max] if few else None,
+        lineage=Lineage(name=name, kind="student" if few else "teacher"),
+    )
     return Model(
         denoiser=NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input).eval().requires_grad_(False),
         conditioner=ClassConditioner(tuple(extra.classes), extra.null_label),

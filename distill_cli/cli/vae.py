@@ -1,0 +1,51 @@
+"""distill vae"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distill_cli.cli import common
+
+
+def vae(
+    overrides: common.Overrides = None,
+    recipe: common.Recipe = None,
+    data: Annotated[str | None, typer.Option(help="A built-in set or a folder of images.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
+    out: common.Out = None,
+    steps: common.Steps = None,
+    batch_size: common.BatchSize = None,
+    lr: common.Rate = None,
+    seed: common.Seed = None,
+    device: common.Device = None,
+    resume: common.Resume = None,
+    num_processes: common.Processes = None,
+    dry_run: common.DryRun = False,
+    json: common.Json = False,
+) -> None:
+    """Train the autoencoder of a latent model."""
+    from distill_cli.config import VAEConfig
+
+    flags = dict(
+        data=data, resolution=resolution, out=out, steps=steps, batch_size=batch_size, lr=lr, seed=seed, device=device, resume=resume
+    )
+    config = common.open_run(VAEConfig, "vae", recipe, overrides, dry_run, flags)
+    if not dry_run:
+        common.start_processes(num_processes)
+    from distill_cli.data import open_images
+    from distill_cli.distill.autoencoding import Autoencoding
+    from distill_cli.distill.engine import Engine
+
+    objective = Autoencoding(config, open_images(config.data, config.resolution, config.flip))
+    count = sum(p.numel() for p in objective.networks["vae"].parameters())
+    if dry_run:
+        common.dry_run(config, common.training_plan(config, {"vae": count}, count))
+        return
+    engine = Engine(config, objective)
+    common.start_run(engine, "vae", resume)
+    if engine.train() is None:  # process 0 alone has it
+        return
+    folder = engine.run.folder / objective.result
+    common.result({"run": str(engine.run.folder), "vae": str(folder), "steps": config.steps}, f"autoencoder: {folder}", json)

@@ -1,0 +1,131 @@
+"""Trains a latent text-to-image teacher from captioned pictures (Rombach et al. 2112.10752), its text encoder with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.config import TrainConfig
+from distill_cli.data.images import Captioned, Images
+from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.losses import denoising_loss
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.distill.engine import Loss
+from distill_cli.errors import UsageError
+from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.model import Lineage, Model
+from distill_cli.models.stable_diffusion import create, load_vae
+from distill_cli.models.text import PromptConditioner, make_tokenizer
+
+ENCODED = 64
+"""Pictures encoded at a time."""
+
+
+class TextDenoiser(nn.Module):
+    """A denoiser whose condition are tokens (B, L): what is trained."""
+
+    def __init__(self, denoiser: NetworkDenoiser, encoder: nn.Module) -> None:
+        super().__init__()
+        self.denoiser, self.encoder = denoiser, encoder
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.denoiser(x, t, self.encoder(tokens)[0])
+
+
+class Latents:
+    """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
+
+    def __init__(self, images: Captioned, codec: VAECodec, variants: int, seed: int) -> None:
+        self.images, self.count = images, len(images)
+        means, spreads = [], []
+        for first in range(0, variants * self.count, ENCODED):
+            picks = range(first, min(variants * self.count, first + ENCODED))
+            x, _ = images.batch([k % self.count for k in picks], Draws(seed, picks))
+            with torch.no_grad():
+                mean, spread = codec.moments(x)
+            means.append(mean.cpu())
+            spreads.append(spread.cpu())
+        self.means, self.spreads = torch.cat(means), torch.cat(spreads)
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+    def batch(self, positions: Sequence[int], noise: Tensor) -> Tensor:
+        """Latents (B, c, h, w) at positions, drawn by standard-normal `noise`."""
+        return self.means[list(positions)] + self.spreads[list(positions)] * noise
+
+    def captions(self, positions: Sequence[int]) -> list[str]:
+        return self.images.captions([position % self.count for position in positions])
+
+
+class TextToImage:
+    """Denoising of latents under their captions; a caption is dropped now and then, so that guidance works."""
+
+    result = "teacher"
+
+    def __init__(self, config: TrainConfig, images: Images) -> None:
+        if config.vae is None or not isinstance(images, Captioned):
+            raise UsageError(f"--data {config.data}: has no captions", "a text-to-image teacher needs them: data=shapes")
+        self.config = config
+        vae = load_vae(config.vae).eval().requires_grad_(False)
+        tokenizer = make_tokenizer(images.captions(range(len(images))), config.text.length)
+        zero = config.prediction == "v"
+        self.teacher = create(
+            vae=vae,
+            tokenizer=tokenizer,
+            pixels=images.shape[-1],
+            network=config.network,
+            text=config.text,
+            scheduler={
+                "_class_name": "DDIMScheduler",
+                "num_train_timesteps": 1000,
+                "beta_schedule": config.beta_schedule,
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "clip_sample": False,
+                "steps_offset": 1,
+                "timestep_spacing": "trailing",
+                "rescale_betas_zero_snr": zero,
+            },
+            parameterisation=config.prediction,
+            lineage=Lineage(name=config.data, method="denoising", data=config.data),
+            guidance_scale=config.guidance_scale,
+            seed=config.seed,
+        )
+        assert self.teacher.text is not None
+        assert self.teacher.latent is not None
+        self.conditioner, self.schedule = self.teacher.text, self.teacher.denoiser.schedule
+        self.latents = Latents(images, self.teacher.latent, config.variants, config.seed)
+        self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
+        self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
+        self.empty = self.conditioner.tokens([""])[0]
+        self.networks: dict[str, nn.Module] = {"teacher": TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train()}
+        self.rates = {"teacher": config.lr}
+        self.frozen: list[nn.Module] = [vae]
+        self.kept: dict[str, nn.Module] = {}
+        self.order = Order(config.seed, len(self.latents))
+
+    def turns(self, draws: Draws) -> Iterator[Loss]:
+        positions = [self.order[i] for i in draws.indices]
+        shape = self.teacher.shape
+        tokens = self.tokens[[position % self.latents.count for position in positions]]
+        dropped = draws.uniform("label_dropout") < self.config.label_dropout
+        tokens = torch.where(dropped[:, None], self.empty, tokens)
+        network = self.networks["teacher"]
+        device = next(network.parameters()).device
+        x = self.latents.batch(positions, draws.normal("augment", shape)).to(device)
+        noise = draws.normal("noise", shape).to(device)
+        t = (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float().to(device)
+        error = "velocity" if self.config.prediction == "v" else "noise"
+        yield Loss("teacher", denoising_loss(network, self.schedule, x, noise, t, tokens.to(device), error=error).mean())
+
+    def model(self, network: nn.Module) -> Model:
+        assert isinstance(network, TextDenoiser)
+        trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
+        teacher = self.teacher
+        return Model(network.denoiser, trained, teacher.lineage, teacher.sampling, codec=teacher.codec, scheduler=teacher.scheduler)
+
+    def advice(self, metrics: dict[str, float], done: float) -> str:
+        return ""

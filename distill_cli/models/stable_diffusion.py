@@ -1,0 +1,173 @@
+"""Stable Diffusion's pipelines: a UNet on latents that reads text, an autoencoder, a CLIP text encoder (Rombach et al. 2112.10752).
+
+A folder is a plain diffusers StableDiffusionPipeline, a one-step student one with LCMScheduler, so that
+`num_inference_steps=1, guidance_scale=1` gives there the picture that it gives here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_cli.config import NetworkConfig, TextConfig
+from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
+from distill_cli.diffusion.schedule import TableSchedule
+from distill_cli.errors import DistillError
+from distill_cli.files import folder_atomic
+from distill_cli.models import schedulers
+from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.model import Lineage, Model, Sampling, UNet
+from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra, read_json
+from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
+from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, save_tokenizer
+
+PIPELINE = "StableDiffusionPipeline"
+SOLVER_OF = {"PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++"}
+PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+
+
+def create(
+    *,
+    vae: Any,
+    tokenizer: Any,
+    pixels: int,
+    network: NetworkConfig,
+    text: TextConfig,
+    scheduler: dict[str, Any],
+    parameterisation: str,
+    lineage: Lineage,
+    guidance_scale: float,
+    steps: int = 50,
+    solver: str = "ddim",
+    seed: int = 0,
+) -> Model:
+    """A latent text-to-image model with random weights of `seed` on this autoencoder; `scheduler` is diffusers' configuration."""
+    import diffusers
+
+    codec = VAECodec(vae)
+    channels = tuple(network.channels)
+    latents = codec.vae.config.latent_channels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=pixels // codec.factor,
+            in_channels=latents,
+            out_channels=latents,
+            block_out_channels=channels,
+            layers_per_block=network.layers,
+            down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in network.attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(network.attention)),
+            norm_num_groups=network.groups,
+            attention_head_dim=tuple(max(1, width // network.head) for width in channels),  # which diffusers reads as their number
+            cross_attention_dim=text.width,
+            dropout=network.dropout,
+        )
+    config = {**scheduler, "prediction_type": PREDICTION_TYPES[parameterisation]}
+    return Model(
+        denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t"),
+        conditioner=PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed)),
+        lineage=lineage,
+        sampling=Sampling(solver=solver, steps=steps, guidance_scale=guidance_scale),
+        codec=codec,
+        scheduler=config,
+    )
+
+
+def load_vae(folder: Path) -> Any:
+    """The AutoencoderKL in a folder, float32, on the CPU."""
+    import diffusers
+
+    return _part(diffusers.AutoencoderKL, Path(folder)).eval().requires_grad_(False)
+
+
+def _part(kind: Any, folder: Path) -> Any:
+    """A network of a pipeline, from safetensors alone, of full precision where there are several."""
+    if not folder.is_dir():
+        raise DistillError(f"{folder}: no such folder", "is the model complete?")
+    names = sorted(path.name for path in folder.iterdir())
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt"))]
+        kinds = f"only {pickled[0]}, which is not read: it may run code" if pickled else "no weights"
+        raise DistillError(f"{folder}: {kinds}", "get the .safetensors files, or save the model in diffusers with safe_serialization=True")
+    plain = [name for name in names if name.endswith(".safetensors") and ".fp16." not in name and ".non_ema." not in name]
+    try:
+        options = {} if plain else {"variant": "fp16"}
+        return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **options)
+    except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistillError(f"{folder}: no readable network ({reason})", "is the folder complete?") from error
+
+
+def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write `model` to `folder`, which is complete or absent; an older one is replaced. Weights are stored as `dtype`."""
+    import diffusers
+
+    text, config = model.text, model.scheduler
+    assert text is not None
+    assert config is not None
+    scheduler = schedulers.make(config, "LCMScheduler" if model.few_step_times is not None else config["_class_name"])
+    with folder_atomic(folder) as temporary:
+        for name, network in model.parts().items():
+            stored: Any = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
+            stored.save_pretrained(temporary / name)
+        save_tokenizer(text.tokenizer, temporary / "tokenizer")
+        scheduler.save_pretrained(temporary / "scheduler")
+        index = {
+            "_class_name": PIPELINE,
+            "_diffusers_version": diffusers.__version__,
+            **{name: ["transformers" if name == "text_encoder" else "diffusers", kind] for name, kind in PARTS.items()},
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", type(scheduler).__name__],
+            "feature_extractor": [None, None],
+            "safety_checker": [None, None],
+            "requires_safety_checker": False,
+        }
+        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (temporary / EXTRA).write_text(extra_of(model).model_dump_json(indent=2) + "\n")
+        (temporary / "README.md").write_text(card(model))
+
+
+def load(folder: Path, name: str) -> Model:
+    """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
+
+    A folder without distill.json is read as diffusers would: guidance 7.5 and 50 steps, with LCMScheduler a one-step student.
+    """
+    import diffusers
+    import transformers
+
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
+    index = read_json(folder / "model_index.json")
+    for part, kind in PARTS.items():
+        found = (index.get(part) or ["", "missing"])[1] or "missing"
+        if found != kind:
+            raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    schedule, prediction = table_of(config, str(path))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    unet, vae, encoder = (_part(kind, folder / part).eval().requires_grad_(False) for part, kind in kinds.items())
+    codec = VAECodec(vae)
+    if codec.vae.config.latent_channels != unet.config.in_channels:
+        raise DistillError(f"{folder}: the autoencoder has {vae.config.latent_channels} channels, the network {unet.config.in_channels}")
+    student = config["_class_name"] == "LCMScheduler"
+    solver = "few-step" if student else SOLVER_OF.get(config["_class_name"], "ddim")
+    extra = read_extra(folder) or Extra(
+        parameterisation=prediction,
+        time_input="t",
+        sampling=Sampling(solver="few-step", steps=1) if student else Sampling(solver=solver, steps=50, guidance_scale=7.5),
+        few_step_times=[schedule.t_max] if student else None,
+        lineage=Lineage(name=name, kind="student" if student else "teacher", licence=""),
+    )
+    return Model(
+        denoiser=NetworkDenoiser(UNet(unet), schedule, prediction, Scales(), "t").eval().requires_grad_(False),
+        conditioner=PromptConditioner(tokenizer, encoder),
+        lineage=extra.lineage,
+        sampling=extra.sampling,
+        few_step_times=extra.few_step_times,
+        codec=codec,
+        scheduler=config,
+    )

@@ -1,0 +1,150 @@
+"""Prompts as conditions: a CLIP tokenizer and text encoder (Radford et al. 2103.00020), as Stable Diffusion has them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.config import TextConfig
+from distill_cli.errors import UsageError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+class PromptConditioner:
+    """Prompts by their position in `prompts`, which is the label of an image; `negative` is the null condition.
+
+    Position i of a job has prompt i // repeat, in turn. Embeddings are computed when asked for, or come from `table`.
+    """
+
+    classes: tuple[str, ...] = ()
+    null_label = None
+
+    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.length = min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+        self.prompts: Sequence[str] = ()
+        self.negative, self.repeat = "", 1
+        self.table: Any = None
+
+    def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> PromptConditioner:
+        """The same tokenizer and encoder for these prompts."""
+        out = copy.copy(self)
+        out.prompts, out.negative, out.repeat, out.table = prompts, negative, repeat, None
+        return out
+
+    def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
+        """(count,) positions of prompts in turn, from position `start` of the job."""
+        if classes is not None:
+            raise UsageError(f"--classes {classes[0]}: the model has no classes", "it has prompts: --prompts FILE")
+        if not self.prompts:
+            raise UsageError(
+                "the model makes pictures of prompts", "--prompts FILE: a line a prompt, or .jsonl or .csv with a column prompt"
+            )
+        return torch.arange(start, start + count) // self.repeat % len(self.prompts)
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L) tokens, cut or filled to the encoder's length."""
+        made = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        return made.input_ids
+
+    def cut(self, prompts: Iterable[str]) -> int:
+        """How many of the prompts are longer than the encoder reads."""
+        made = self.tokenizer(list(prompts), truncation=True, max_length=self.length + 1).input_ids
+        return sum(len(tokens) > self.length for tokens in made)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, L, D), float32, on the encoder's device."""
+        place = next(self.encoder.parameters()).device
+        with torch.autocast(place.type, enabled=False):
+            return self.encoder(self.tokens(prompts).to(place))[0].float()
+
+    @property
+    def null(self) -> Tensor:
+        """(L, D): the embedding of the negative prompt."""
+        return self.table.null if self.table is not None else self.encode([self.negative])[0]
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """Embeddings (B, L, D) of the prompts at positions (B,), on the device of these; equal prompts are encoded once."""
+        if self.table is not None:
+            return self.table(labels)
+        texts = [self.prompts[position] for position in labels.tolist()]
+        unique = list(dict.fromkeys(texts))
+        return self.encode(unique).to(labels.device)[[unique.index(text) for text in texts]]
+
+    def to(self, device: str | torch.device) -> None:
+        self.encoder.to(device)
+
+
+def make_tokenizer(captions: Iterable[str], length: int) -> Any:
+    """CLIP's tokenizer with a vocabulary of its own: every word of `captions` is one token, any other text is spelt."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trained.train_from_iterator(sorted(set(captions)), trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False))
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    letters = byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair.split()) for pair in pairs), START, END]
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "bos_token": START, "eos_token": END, "unk_token": END}
+    files = {
+        "vocab.json": json.dumps({word: number for number, word in enumerate(dict.fromkeys(words))}),
+        "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n",
+        "tokenizer_config.json": json.dumps({**config, "pad_token": END}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text)
+        return load_tokenizer(Path(folder))
+
+
+def byte_letters() -> list[str]:
+    """The 256 letters that stand for bytes in GPT-2's and CLIP's vocabularies (Radford et al. 2019)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) for byte in shown] + [chr(256 + k) for k in range(len(hidden))]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer so that transformers of any version reads it: newer ones alone do without the two files of CLIP."""
+    tokenizer.save_pretrained(folder)
+    if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+
+
+def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
+    """A CLIPTextModel with random weights of `seed`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=text.width,
+        intermediate_size=4 * text.width,
+        num_hidden_layers=text.layers,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.length,
+        projection_dim=text.width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPTextModel(config)
