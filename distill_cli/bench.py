@@ -25,12 +25,13 @@ import torch
 from distill_cli import launch
 from distill_cli.config import CMConfig, Config, DMDConfig, GenerateConfig, PairsConfig, SampleConfig, TrainConfig, TrainingConfig
 from distill_cli.data import open_images
+from distill_cli.data.shapes import TRAINED
 from distill_cli.distill.consistency import Consistency, images_of
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
 from distill_cli.distill.engine import Engine, make_optimizer
 from distill_cli.errors import UsageError
-from distill_cli.models import load
+from distill_cli.models import load, schedulers
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
@@ -62,13 +63,16 @@ class Raw:
         self.network: Any = model.copy().unet.to(where).eval().requires_grad_(trained is not None)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
-        self.labels = torch.zeros(size, dtype=torch.long, device=where) if model.conditioner.classes else None
+        labels = torch.zeros(size, dtype=torch.long, device=where) if model.conditioner.classes else None
+        text = model.text
+        embedded = None if text is None else torch.randn(size, text.length, self.network.config.cross_attention_dim, device=where)
+        self.condition = {"class_labels": labels} if text is None else {"encoder_hidden_states": embedded}
         if trained is not None:
             self.optimizer = make_optimizer(trained, self.network, 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad), self.autocast():
-            return self.network(self.x, self.t, class_labels=self.labels, return_dict=False)[0]
+            return self.network(self.x, self.t, **self.condition, return_dict=False)[0]
 
     def step(self) -> None:
         self.call(grad=True).float().square().mean().backward()
@@ -82,6 +86,11 @@ def _engine(config: TrainingConfig, objective: Any, folder: Path) -> Engine:
     engine = Engine(config, objective)
     engine.open(Run.create(folder / "run", "", "bench"))
     return engine
+
+
+def prompted(model: Model) -> Model:
+    """A model with text with some prompts: what they say costs nothing."""
+    return model if model.text is None else model.with_prompts([thing.caption for thing in TRAINED])
 
 
 def _bench_training(engine: Engine, model: Model, forwards: int, steps: Sequence[int]) -> Case:
@@ -111,12 +120,16 @@ def bench_train(config: TrainConfig, folder: Path) -> Case:
 
 
 def bench_dmd(config: DMDConfig, folder: Path) -> Case:
-    teacher = load(config.teacher)
+    teacher = prompted(load(config.teacher))
     pairs = config.pairs
     if pairs is None and config.regression_weight != 0:  # any pairs will do
         pairs = folder / "pairs"
         options = config.model_dump(include={"teacher", "classes", "device", "precision"})
-        generate(PairsConfig(num=4 * config.batch_size, solver="euler", steps=1, **options), teacher, pairs)
+        generate(
+            PairsConfig(num=4 * config.batch_size, steps=1, solver="ddim" if teacher.text is not None else "euler", **options),
+            teacher,
+            pairs,
+        )
     objective = DMD(config, teacher, PairStore(pairs) if pairs else None)
     size, matching, fake = config.batch_size, bool(config.matching_weight), "fake" in objective.networks
     guided = objective.sampling.guidance_scale != 1
@@ -138,7 +151,8 @@ def bench_cm(config: CMConfig, folder: Path) -> Case:
 def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int], Any]) -> Case:
     """`make(k)` makes BATCHES batches into the k-th folder."""
     where = launch.device(config.device)
-    calls = network_evaluations(model.with_defaults(config.solver, config.steps, config.guidance_scale))
+    sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
+    calls = network_evaluations(sampling)
     turn = iter(range(10**9))
 
     def bare() -> Callable[[], None]:
@@ -153,16 +167,51 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     return Case(lambda: make(next(turn)), bare, config.num, f"{calls} forwards a batch of {config.batch_size}", where)
 
 
+def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
+    """Against diffusers' StableDiffusionPipeline at the same prompts, steps, batch and precision, its pictures written as PNG files."""
+    import diffusers
+
+    where = launch.device(config.device)
+    sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
+    turn = iter(range(10**9))
+    assert model.text is not None
+    prompts = [model.text.prompts[k] for k in model.text.labels(config.num).tolist()]
+
+    def bare() -> Callable[[], None]:
+        model.save(folder / "pipeline")
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(where)
+        if sampling.solver != "few-step":
+            pipeline.scheduler = schedulers.make(model.scheduler or {}, schedulers.SOLVERS[sampling.solver])
+        pipeline.set_progress_bar_config(disable=True)
+
+        def calls() -> None:
+            for first in range(0, config.num, config.batch_size):
+                part = prompts[first : first + config.batch_size]
+                x = torch.randn(len(part), *model.shape).to(where)
+                with launch.autocast(where, config.precision):
+                    made = pipeline(part, latents=x, num_inference_steps=sampling.steps, guidance_scale=sampling.guidance_scale)
+                for k, picture in enumerate(made.images):
+                    picture.save(folder / "pipeline" / f"{first + k:06d}.png")
+
+        return calls
+
+    how = f"{sampling.solver} {sampling.steps}, guidance {sampling.guidance_scale:g}, batch {config.batch_size}"
+    text = f"diffusers' StableDiffusionPipeline, {how}"
+    return Case(lambda: batch.sample(config, model, folder / str(next(turn))), bare, config.num, text, where)
+
+
 def bench_pairs(config: PairsConfig, folder: Path) -> Case:
     size = config.batch_size
     config = config.model_copy(update={"num": BATCHES * size, "shard_size": size})
-    model = load(config.teacher)
+    model = prompted(load(config.teacher))
     return _bench_generation(config, model, lambda k: generate(config, model, folder / str(k)))
 
 
 def bench_sample(config: SampleConfig, folder: Path) -> Case:
     config = config.model_copy(update={"num": BATCHES * config.batch_size})
-    model = load(config.model)
+    model = prompted(load(config.model))
+    if model.text is not None:
+        return _bench_pipeline(config, model, folder)
     if config.times is not None:
         model = model.with_times(config.times, config.steps)
     return _bench_generation(config, model, lambda k: batch.sample(config, model, folder / str(k)))

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,19 @@ def _sync(path: Path) -> None:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` so that `path` holds all of it or what it held before, even if the machine dies."""
+    write_atomic_lines(path, [content])
+
+
+def write_atomic_lines(path: Path, parts: Iterable[bytes | str]) -> None:
+    """As write_atomic, of parts that need not be in memory together."""
     path = Path(path)
     temporary = _temporary(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            with open(temporary, "wb") as handle:
+                for part in parts:
+                    handle.write(part.encode() if isinstance(part, str) else part)
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
-    from distill_cli.config import Config, TrainingConfig
+    from distill_cli.config import Config, GenerateConfig, TrainingConfig
     from distill_cli.distill.engine import Engine
     from distill_cli.models.model import Model, Sampling
 
     ConfigT = TypeVar("ConfigT", bound=Config)
+    GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
     TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other key of the recipe.")]
@@ -33,6 +36,8 @@ Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - unc
 Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, ancestral or few-step.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]
 Shards = Annotated[str | None, typer.Option(help="Make part I of N alone, 0/N to N-1/N: an array job.", metavar="I/N")]
+Prompts = Annotated[str | None, typer.Option(help="Of a model with text: a .txt, .jsonl or .csv file, or a built-in set.")]
+Negative = Annotated[str | None, typer.Option(help="Of a model with text: what guidance leads away from.")]
 Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 or 3,5.")]
 
 
@@ -105,12 +110,55 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
 
 def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
     """Whether a dry run is done because its teacher is not here yet: it downloads nothing, and the plan says what it would."""
-    from distill_cli.models.published import to_download
+    from distill_cli.models import hub, published
 
-    download = to_download(teacher) if dry_run_wanted else ""
+    download = (published.to_download(teacher) or hub.to_download(teacher)) if dry_run_wanted else ""
     if download:
         dry_run(config, {"download": download})
     return bool(download)
+
+
+def open_model(name: str, config: GenerateT) -> tuple[Model, GenerateT]:
+    """The model, at the resolution and for the prompts of a job, and the job's options with what depends on the two."""
+    from distill_cli.data.prompts import chosen
+    from distill_cli.errors import UsageError
+    from distill_cli.models import load
+    from distill_cli.models.model import LARGE
+
+    model = load(name)
+    if config.resolution is not None:
+        model = model.with_resolution(config.resolution)
+    repeat = getattr(config, "images_per_prompt", 1)
+    if repeat > 1 and model.text is None:
+        raise UsageError(f"images_per_prompt {repeat}: {model.lineage.name} has no text")
+    if config.prompts is not None or config.negative_prompt or model.text is not None:
+        given = chosen(config.prompts, model.lineage.data if model.text is not None else "")
+        model = model.with_prompts(given, config.negative_prompt, repeat)
+        if config.prompts is not None and "num" not in config.model_fields_set:
+            config = config.model_copy(update={"num": len(given) * repeat})
+        note_cut(model)
+    if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
+        config = config.model_copy(update={"batch_size": 8})
+    return model, config
+
+
+def note_cut(model: Model) -> None:
+    """Say how many prompts are longer than the text encoder reads."""
+    from distill_cli.processes import rank
+
+    text = model.text
+    if text is None or rank() > 0:
+        return
+    cut = sum(text.cut(part) for part in batched(text.prompts, 1000))
+    if cut:
+        say(f"{cut} of {len(text.prompts)} prompts are longer than the {text.length} tokens that the text encoder reads: cut there")
+
+
+def batched(items: Iterable[str], count: int) -> Iterator[list[str]]:
+    """Lists of `count` items, the last one of what is left."""
+    iterator = iter(items)
+    while part := list(islice(iterator, count)):
+        yield part
 
 
 def open_run(
@@ -147,7 +195,7 @@ def open_run(
 
 def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory."""
-    from distill_cli.config import BUILTIN_SETS
+    from distill_cli.config import BUILTIN_SETS, PROMPT_SETS
     from distill_cli.files import write_atomic
     from distill_cli.models.registry import REGISTRY
     from distill_cli.processes import rank
@@ -158,10 +206,10 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     assert config.out is not None
     given = {
         key: Path(value)
-        for key in ("teacher", "data", "pairs", "lpips_weights")
-        if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN_SETS)
+        for key in ("teacher", "data", "pairs", "lpips_weights", "vae", "prompts", "decoder")
+        if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN_SETS, *PROMPT_SETS)
     }
-    paths = ("pairs", "lpips_weights")
+    paths = ("pairs", "lpips_weights", "vae")
     absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
     text = dump(config.model_copy(update={**absolute, "out": None}))
     run = Run(config.out)
@@ -193,7 +241,7 @@ def compare(models: dict[str, tuple[Model, Sampling]], seed: int, path: Path, cl
 
     rows = []
     for name, (model, sampling) in models.items():
-        images, _ = model.examples(seed, 40, sampling, classes)
+        images, _ = model.examples(seed, model.shown, sampling, classes)
         calls = network_evaluations(sampling)
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
-    save_comparison(rows, path, columns=20)
+    save_comparison(rows, path, columns=20 if model.shown == 40 else 8, scale=model.enlarged)

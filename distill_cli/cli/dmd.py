@@ -70,6 +70,8 @@ def dmd(
         return
     folder = engine.run.folder
     picture = folder / "comparison.png"
-    common.compare({"teacher": (model, objective.sampling), "student": (student, student.sampling)}, config.seed, picture, config.classes)
+    common.compare(
+        {"teacher": (objective.teacher, objective.sampling), "student": (student, student.sampling)}, config.seed, picture, config.classes
+    )
     data = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
     common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)

@@ -17,6 +17,8 @@ def evaluate(
     resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
     classifier: Annotated[str | None, typer.Option(help="Whose features are measured: built in, or of `distill classifier`.")] = None,
     num: Annotated[int | None, typer.Option(help="Images of each model.")] = None,
+    prompts: common.Prompts = None,
+    clip: Annotated[str | None, typer.Option(help="A CLIP model for --prompts: a folder or hub id.")] = None,
     out: common.Out = None,
     batch_size: common.BatchSize = None,
     precision: common.Precision = None,
@@ -31,20 +33,22 @@ def evaluate(
     from distill_cli.recipes import resolve
 
     flags = dict(
-        model=model or None, data=data, resolution=resolution, classifier=classifier, num=num, out=out, batch_size=batch_size,
-        precision=precision, seed=seed, device=device,
+        model=model or None, data=data, resolution=resolution, classifier=classifier, prompts=prompts, clip=clip, num=num, out=out,
+        batch_size=batch_size, precision=precision, seed=seed, device=device,
     )  # fmt: skip
     config = common.with_out(resolve(EvaluateConfig, recipe, overrides or [], flags), recipe, "evaluation")
     if dry_run:
         common.dry_run(config, {"images": f"{config.num} of each of {len(config.model)} models, kept in {config.out}/samples"})
         return
     common.start_processes(num_processes)
-    from distill_cli.evaluate.report import evaluate, table
+    from distill_cli.evaluate import report as of_images
+    from distill_cli.evaluate import text as of_prompts
     from distill_cli.processes import rank
 
-    report = evaluate(config)
+    kind = of_images if config.prompts is None else of_prompts
+    report = kind.evaluate(config)
     if rank() > 0:
         return
     for warning in report["warnings"]:
         common.say(f"warning: {warning}")
-    common.result(report, f"{table(report)}\n\npicture: {config.out}/picture.png\nreport: {config.out}/report.json", json)
+    common.result(report, f"{kind.table(report)}\n\npicture: {config.out}/picture.png\nreport: {config.out}/report.json", json)

@@ -19,6 +19,8 @@ def pairs(
     solver: common.Solver = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default the teacher's own.")] = None,
     classes: common.Classes = None,
+    prompts: common.Prompts = None,
+    negative_prompt: common.Negative = None,
     guidance_scale: common.Guidance = None,
     batch_size: common.BatchSize = None,
     shard_size: Annotated[int | None, typer.Option(help="Pairs a file.")] = None,
@@ -36,7 +38,8 @@ def pairs(
 ) -> None:
     """Precompute noise-image pairs with a teacher. A restart makes only what is missing."""
     flags = dict(
-        teacher=teacher, num=num, out=out, solver=solver, steps=steps, classes=classes, guidance_scale=guidance_scale,
+        teacher=teacher, num=num, out=out, solver=solver, steps=steps, classes=classes, prompts=prompts,
+        negative_prompt=negative_prompt, guidance_scale=guidance_scale,
         batch_size=batch_size, shard_size=shard_size, dtype=dtype, seed=seed, device=device,
     )  # fmt: skip
     from distill_cli.processes import parse_part
@@ -66,13 +69,12 @@ def pairs(
         return
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.models import load
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
+    model, config = common.open_model(config.teacher, config)
     assert config.out is not None
-    model = load(config.teacher)
     if dry_run:
-        common.dry_run(config, plan(manifest_of(config, model)))
+        common.dry_run(config, plan(manifest_of(config, model), model))
         return
     counts = generate(config, model, config.out, part)
     text = f"pairs: {config.num} in {config.out} ({counts['made']} shards made, {counts['kept']} were there)"

@@ -20,6 +20,9 @@ def sample(
     num: Annotated[int | None, typer.Option(help="Images to make.")] = None,
     out: common.Out = None,
     classes: common.Classes = None,
+    prompts: common.Prompts = None,
+    negative_prompt: common.Negative = None,
+    images_per_prompt: Annotated[int | None, typer.Option(help="Pictures of each prompt.")] = None,
     solver: common.Solver = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default the model's own.")] = None,
     times: Annotated[str | None, typer.Option(help="A student's: index:0,22 (of diffusers' 40), sigma:80,1.4, or even.")] = None,
@@ -45,7 +48,8 @@ def sample(
     from distill_cli.recipes import resolve
 
     flags = dict(
-        model=model, num=num, out=out, classes=classes, solver=solver, steps=steps, times=times, search_times=search_times,
+        model=model, num=num, out=out, classes=classes, prompts=prompts, negative_prompt=negative_prompt,
+        images_per_prompt=images_per_prompt, solver=solver, steps=steps, times=times, search_times=search_times,
         classifier=classifier, guidance_scale=guidance_scale, batch_size=batch_size, format=format, grid=grid or None, precision=precision,
         seed=seed, device=device,
     )  # fmt: skip
@@ -55,21 +59,20 @@ def sample(
     part = parse_part(shards)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.models import load
     from distill_cli.models.model import network_evaluations
     from distill_cli.sample import batch
 
-    assert config.out is not None
     if config.search_times and part != (0, 1):
         raise UsageError("--search-times: makes no samples to share out", "leave --shards out")
-    loaded = load(config.model)
+    loaded, config = common.open_model(config.model, config)
+    assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
     if dry_run and config.search_times:
         common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
         return
     if dry_run:
-        calls = network_evaluations(loaded.with_defaults(config.solver, config.steps, config.guidance_scale))
+        calls = network_evaluations(loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls))
         common.dry_run(config, {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
         return
     if config.search_times:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from distill_cli.files import write_atomic
+
+LETTER = (6, 12)
+"""Pixels of a letter of a caption: width, height."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -35,15 +39,21 @@ def png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
-    """(B, H, W, 3) uint8 in rows of `columns`, each pixel `scale` times as large, with grey gaps."""
+def grid(images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> np.ndarray:
+    """(B, H, W, 3) uint8 in rows of `columns`, each pixel `scale` times as large, with grey gaps, captions below the pictures."""
     count, height, width, _ = images.shape
-    rows, gap = math.ceil(count / columns), max(1, scale // 2)
-    canvas = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 128, dtype=np.uint8)
-    for i, image in enumerate(images):
-        y, x = gap + i // columns * (height * scale + gap), gap + i % columns * (width * scale + gap)
+    lines = [textwrap.wrap(text, max(8, width * scale // LETTER[0])) for text in captions or []]
+    rows, gap, under = math.ceil(count / columns), max(1, scale // 2), LETTER[1] * min(4, max(map(len, lines), default=0))
+    canvas = np.full((rows * (height * scale + under + gap) + gap, columns * (width * scale + gap) + gap, 3), 128, dtype=np.uint8)
+    places = [(gap + i // columns * (height * scale + under + gap), gap + i % columns * (width * scale + gap)) for i in range(count)]
+    for image, (y, x) in zip(images, places, strict=True):
         canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
-    return canvas
+    if not lines:
+        return canvas
+    picture = Image.fromarray(canvas)
+    for wrapped, (y, x) in zip(lines, places, strict=False):
+        ImageDraw.Draw(picture).text((x, y + height * scale), "\n".join(wrapped[:4]), fill="white", spacing=0)
+    return np.asarray(picture)
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10, scale: int = 4) -> None:

@@ -125,6 +125,13 @@ def open_prompts(name: str | Path) -> Sequence[str]:
     return PromptFile(path)
 
 
+def chosen(name: str | None, data: str) -> Sequence[str]:
+    """The prompts asked for; by default those of the set that the model has learned, or none."""
+    if name is None and data not in BUILTIN:
+        return ()
+    return open_prompts(name or data)
+
+
 def digest_of(prompts: Sequence[str]) -> str:
     """SHA-256 of prompts, a line each."""
     if isinstance(prompts, PromptFile):

@@ -8,20 +8,26 @@ they were before the student's step. Dropout is off everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill_cli.config import DMDConfig
-from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.data.prompts import chosen
+from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
-from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.launch import device
+from distill_cli.models.autoencoder import VAECodec, load_decoder
+from distill_cli.models.embeddings import Embeddings
+from distill_cli.models.model import Conditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.pairs.store import PairStore
 
@@ -35,27 +41,43 @@ class DMD:
     result = "student"
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None) -> None:
-        self.config, self.teacher, self.pairs = config, teacher, pairs
+        self.config, self.pairs = config, pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
-        self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
-        self.real = guided(teacher.denoiser, self.sampling.guidance_scale, teacher.conditioner.null)
+        self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
+        if pairs is not None:
+            if teacher.latent is not None:
+                teacher = replace(teacher, size=pairs.manifest.shape[1:])
+            check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
+        teacher, self.of_pairs = prompted(config, teacher, pairs)
+        self.teacher = teacher
+        self.sampling = teacher.with_defaults(None, None, config.guidance_scale, config.guidance_calls)
+        null = teacher.conditioner.null
+        self.real = guided(teacher.denoiser, self.sampling.guidance_scale, null, self.sampling.guidance_calls)
         self.rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
             self.rates["fake"] = config.fake_lr or config.lr
         self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
         self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
+        if teacher.latent is not None:  # for the pictures to look at
+            self.frozen.append(teacher.latent.vae)
+        if teacher.text is not None and teacher.text.table is None:
+            self.frozen.append(teacher.text.encoder)
         self.kept: dict[str, nn.Module] = {}
         self.regression_weight = 0.0
         if pairs is not None:
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
-            check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
             self.order = Order(config.seed, len(pairs))
         self.distance: Callable[[Tensor, Tensor], Tensor] = partial(regression_loss, config.regression_loss)
         if self.regression_weight and config.regression_loss == "lpips":
-            perceptual = Perceptual(config.lpips_weights)
+            perceptual = Perceptual(config.lpips_weights, resized=teacher.latent is None)
             self.frozen.append(perceptual)
             self.distance = perceptual
-        self.labels = teacher.conditioner.labels(len(config.classes or teacher.conditioner.classes) or 1, config.classes)
+            if teacher.latent is not None:
+                codec = VAECodec(load_decoder(config.decoder)) if config.decoder else teacher.latent
+                self.frozen.append(codec.vae)
+                self.distance = partial(of_decoded, perceptual, codec)
+        count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
+        self.labels = teacher.conditioner.labels(count or 1, config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
@@ -64,46 +86,56 @@ class DMD:
         place = (first + uniform * (last - first + 1)).floor()
         return self.schedule.at(place / max(1, bins - 1)).float()
 
-    def generate(self, noise: Tensor, labels: Tensor) -> Tensor:
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's images (B, C, H, W) from standard-normal noise: sigma_max * noise for EDM, pure noise else."""
         t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
-        return self.networks["student"](self.schedule.prior_std * noise, t, self.teacher.conditioner(labels))
+        return self.networks["student"](self.schedule.prior_std * noise, t, condition)
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
-        device = next(self.networks["student"].parameters()).device
+        where = next(self.networks["student"].parameters()).device
         shape = self.teacher.shape
         count = len(draws) if self.config.matching_weight else 0
         noise = draws.normal("noise", shape)[:count]
-        labels = self.labels[(draws.uniform("label") * len(self.labels)).long()][:count]
+        labels = self.labels[(draws.uniform("label") * len(self.labels)).long()][:count].to(where)
+        condition = self.teacher.conditioner(labels)
         paired = None
-        if self.pairs is not None and self.regression_weight:
-            paired = self.pairs.batch([self.order[i] for i in draws.indices])
-            noise, labels = torch.cat([noise, paired["noise"]]), torch.cat([labels, paired["label"]])
-        images = self.generate(noise.to(device), labels.to(device))
-        x, condition = images[:count], self.teacher.conditioner(labels[:count].to(device))
+        if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
+            paired = {key: value.to(where) for key, value in self.pairs.batch([self.order[i] for i in draws.indices]).items()}
+            noise = torch.cat([noise.to(where), paired["noise"]])
+            theirs = self.of_pairs(paired["label"])
+            condition = None if condition is None or theirs is None else torch.cat([condition, theirs])
+        images = self.generate(noise.to(where), condition)
+        generated = images[count:]
+        if self.config.match_pairs:
+            count = len(images)
+        x, condition = images[:count], None if condition is None else condition[:count]
+
+        def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
+            """A draw for each image that is matched, those of pairs with turns of their own."""
+            turns = [turn, turn + self.config.fake_steps] if count > len(draws) else [turn]
+            return torch.cat([draw(*what, turn=k) for k in turns]).to(where)
 
         loss = images.new_zeros(())
         metrics: dict[str, Tensor] = {}
         if self.config.matching_weight:
-            t = self.times(draws.uniform("matching_time"), self.config.t_low, self.config.t_high).to(device)
-            gradient, metrics = self._match(x, draws.normal("matching_noise", shape).to(device), t, condition)
+            t = self.times(each(draws.uniform, "matching_time"), self.config.t_low, self.config.t_high)
+            gradient, metrics = self._match(x, each(draws.normal, "matching_noise", shape), t, condition)
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None:
-            reference = paired["x0"].to(device)
-            regression = self.distance(images[count:], reference).mean()
+            regression = self.distance(generated, paired["x0"]).mean()
             loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
-            drawn = labels[count:].to(device)
-            metrics |= {"spread": spread(images[count:], drawn), "pairs_spread": spread(reference, drawn)}
+            drawn = paired["label"] if self.teacher.text is None else torch.zeros_like(paired["label"])  # prompts hardly come twice
+            metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
         yield Loss("student", loss, metrics)
 
         if "fake" in self.networks:
             x = x.detach()
             for turn in range(self.config.fake_steps):
-                t = self.times(draws.uniform("score_time", turn), 0.0, 1.0).to(device)
-                eps = draws.normal("score_noise", shape, turn).to(device)
-                sigma_data = self.teacher.denoiser.scales.sigma_data
-                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data)
+                t = self.times(each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
+                eps = each(draws.normal, "score_noise", shape, turn=turn)
+                sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.error
+                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
                 yield Loss("fake", errors.mean())
 
     @torch.no_grad()
@@ -124,10 +156,10 @@ class DMD:
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)
         lineage = self.teacher.lineage
-        return Model(
-            network,
-            self.teacher.conditioner,
-            Lineage(
+        return replace(
+            self.teacher,
+            denoiser=network,
+            lineage=Lineage(
                 name=f"{lineage.name}-dmd",
                 kind="student",
                 method="dmd",
@@ -136,8 +168,8 @@ class DMD:
                 licence=lineage.licence,
                 data=lineage.data,
             ),
-            Sampling(solver="few-step", steps=1),
-            [self.schedule.t_max],
+            sampling=Sampling(solver="few-step", steps=1),
+            few_step_times=[self.schedule.t_max],
         )
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
@@ -154,6 +186,37 @@ class DMD:
                 "Lower lr, or raise regression_weight"
             )
         return ""
+
+
+def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tuple[Model, Conditioner]:
+    """The teacher for the prompts of a run, and what makes conditions of its pairs' labels.
+
+    With pairs the embeddings of all prompts stand beside them, and the text encoder is not needed while training runs.
+    """
+    if teacher.text is None:
+        if config.prompts or config.negative_prompt:
+            teacher.with_prompts((), config.negative_prompt or "")
+        return teacher, teacher.conditioner
+    stored = pairs.manifest.negative_prompt if pairs is not None else ""
+    negative = stored if config.negative_prompt is None else config.negative_prompt
+    theirs = pairs.prompts() if pairs is not None else ()
+    teacher = teacher.with_prompts(theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data), negative)
+    assert teacher.text is not None
+    if pairs is None:
+        return teacher, teacher.text
+    both = {"own": teacher.text, "pairs": teacher.text.given(theirs, negative)}
+    for conditioner in both.values():
+        conditioner.table = Embeddings(conditioner, pairs.folder, pairs.manifest.dtype)
+        conditioner.table.complete(device(config.device))
+    return teacher, both["pairs"]
+
+
+def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:
+    """(B,) distances of latents, between the pictures that they stand for."""
+    with torch.no_grad():
+        there = codec.raw(reference)
+    torch.clear_autocast_cache()
+    return metric(codec.raw(x), there)
 
 
 def spread(images: Tensor, labels: Tensor) -> Tensor:

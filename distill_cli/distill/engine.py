@@ -292,13 +292,13 @@ class Engine:
                 self.accelerator.init_trackers("distill", settings)
 
     def sample_grid(self) -> None:
-        """Write the average's images for 40 noises that are in no store of pairs."""
+        """Write the average's images for some noises that are in no store of pairs."""
         if self.ema.network is None:
             return
         model = self.objective.model(self.ema.network)
         if isinstance(model, Model):
-            images, _ = model.examples(self.config.seed, 40)
-            save_grid(images, self.run.samples / f"{self.step:06d}.png")
+            images, _ = model.examples(self.config.seed, model.shown)
+            save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
 
     def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
         """The signal that came to any process, and whether process 0's clock says to save: the same to all after the same step."""

@@ -159,6 +159,8 @@ class Row:
             name, steps = split(spec)
             row = cls(spec, model=load(name), steps=steps)
             assert row.model is not None
+            if row.model.text is not None:
+                raise UsageError(f"--model {spec}: makes pictures of prompts", "--prompts FILE clip=FOLDER measures how well they fit them")
             row.model.with_defaults(None, steps, None)
             row.model.conditioner.labels(1, config.classes)
             found, count = (3, *row.model.shape[1:]), config.num  # grey pictures are stored as colour ones

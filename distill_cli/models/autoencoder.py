@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import VAENetworkConfig
+from distill_cli.errors import DistillError
 from distill_cli.files import folder_atomic
 
 AT_A_TIME = 2**20
@@ -94,3 +95,15 @@ def create(pixels: int, image_channels: int, network: VAENetworkConfig, seed: in
             scaling_factor=1.0,
         )
     return Autoencoder(vae)
+
+
+def load_decoder(spec: str) -> Any:
+    """An AutoencoderTiny, which decodes in a fraction of the time, from a folder or by its hub id."""
+    import diffusers
+
+    try:
+        tiny = diffusers.AutoencoderTiny.from_pretrained(spec, use_safetensors=True, torch_dtype=torch.float32)
+    except Exception as error:  # diffusers raises many kinds for a missing or foreign folder, and without a network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistillError(f"decoder {spec}: no AutoencoderTiny ({reason})", "a folder, or a hub id such as madebyollin/taesd") from error
+    return tiny.eval().requires_grad_(False)

@@ -24,6 +24,8 @@ from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.text import PromptConditioner
 from distill_cli.models.times import GRID, parse
 
+LARGE = 256
+"""Pixels from which pictures are few at a time."""
 CONSISTENCY = ("cd", "ct", "ict", "ect")
 """Methods of `distill cm`."""
 
@@ -301,6 +303,16 @@ class Model:
             raise UsageError("--solver heun: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
         self.times(out.solver, out.steps)
         return out
+
+    @property
+    def shown(self) -> int:
+        """How many of its pictures are looked at together."""
+        return 40 if self.pixels < LARGE else 8
+
+    @property
+    def enlarged(self) -> int:
+        """How many times its pictures are enlarged to be looked at."""
+        return max(1, 64 // self.pixels)
 
     def examples(self, seed: int, count: int, sampling: Sampling | None = None, classes: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Images (count, C, H, W) of noises that no job reaches by counting, and their labels: to look at while training."""

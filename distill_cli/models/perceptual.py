@@ -1,4 +1,5 @@
-"""LPIPS (Zhang et al. 1801.03924) on VGG-16, as DMD and consistency distillation use it: on images resized to 224 pixels.
+"""LPIPS (Zhang et al. 1801.03924) on VGG-16, as DMD and consistency distillation use it: on images resized to 224 pixels,
+or as they are (decoded latents).
 
 The lpips package brings its linear layers; VGG's own weights are torchvision's file, from its cache or given by the user.
 """
@@ -36,8 +37,9 @@ def find_weights(given: Path | None) -> Path:
 class Perceptual(nn.Module):
     """Distance (B,) of images (B, C, H, W) in [-1, 1]; differentiable in the first."""
 
-    def __init__(self, weights: Path | None = None) -> None:
+    def __init__(self, weights: Path | None = None, resized: bool = True) -> None:
         super().__init__()
+        self.resized = resized
         path = find_weights(weights)
         import lpips
 
@@ -58,7 +60,7 @@ class Perceptual(nn.Module):
     def _features(self, images: Tensor) -> list[Tensor]:
         """Feature maps of unit length in each place."""
         images = images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()
-        if images.shape[-2:] != (PIXELS, PIXELS):
+        if self.resized and images.shape[-2:] != (PIXELS, PIXELS):
             images = F.interpolate(images, size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)
         maps = [m.float() for m in self.metric.net(self.metric.scaling_layer(images))]
         # as lpips.normalize_tensor, whose gradient is not a number where all features are 0

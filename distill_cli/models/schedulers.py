@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ def make(config: dict[str, Any], kind: str) -> Any:
     options: dict[str, Any] = {"skip_prk_steps": True} if kind == "PNDMScheduler" else {}
     if kind == "DPMSolverMultistepScheduler":  # dpm++ is the second-order multistep, whatever the model's own scheduler was
         options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
-    known = {key: value for key, value in config.items() if key not in ("_class_name", "_diffusers_version")}
-    return getattr(diffusers, kind).from_config(known, **options)
+    scheduler = getattr(diffusers, kind)
+    known = set(inspect.signature(scheduler.__init__).parameters)
+    return scheduler.from_config({key: value for key, value in config.items() if key in known}, **options)
 
 
 def run(

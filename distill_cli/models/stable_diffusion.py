@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distill_cli.config import NetworkConfig, TextConfig
+from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import DistillError
@@ -23,7 +23,7 @@ from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.model import Lineage, Model, Sampling, UNet
 from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra, read_json
 from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
-from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, save_tokenizer
+from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_tokenizer
 
 PIPELINE = "StableDiffusionPipeline"
 SOLVER_OF = {"PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++"}
@@ -77,6 +77,16 @@ def create(
     )
 
 
+def quiet() -> None:
+    """No bars of diffusers and transformers for files that are read or written in no time."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # prompts that are too long are counted here
+
+
 def load_vae(folder: Path) -> Any:
     """The AutoencoderKL in a folder, float32, on the CPU."""
     import diffusers
@@ -106,6 +116,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     """Write `model` to `folder`, which is complete or absent; an older one is replaced. Weights are stored as `dtype`."""
     import diffusers
 
+    quiet()
     text, config = model.text, model.scheduler
     assert text is not None
     assert config is not None
@@ -139,6 +150,7 @@ def load(folder: Path, name: str) -> Model:
     import diffusers
     import transformers
 
+    quiet()
     kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
     index = read_json(folder / "model_index.json")
     for part, kind in PARTS.items():
@@ -170,4 +182,35 @@ def load(folder: Path, name: str) -> Model:
         few_step_times=extra.few_step_times,
         codec=codec,
         scheduler=config,
+    )
+
+
+def tiny() -> Model:
+    """Stable Diffusion's parts, 64x64 pictures, with random weights, made in memory: for smoke runs."""
+    from distill_cli.data.shapes import TRAINED
+    from distill_cli.models import autoencoder
+
+    tokenizer = make_tokenizer((thing.caption for thing in TRAINED), 16)
+    return create(
+        vae=autoencoder.create(64, 3, VAENetworkConfig(channels=[8, 8, 8, 8], groups=4), 0).vae.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        pixels=64,
+        network=NetworkConfig(channels=[16, 16], attention=[False, True], groups=4, head=8),
+        text=TextConfig(width=16, layers=1, heads=2),
+        scheduler={
+            "_class_name": "PNDMScheduler",
+            "num_train_timesteps": 1000,
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "skip_prk_steps": True,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            "timestep_spacing": "leading",
+            "clip_sample": False,
+        },
+        parameterisation="eps",
+        lineage=Lineage(name="tiny-sd", licence="Apache-2.0", data="shapes"),
+        guidance_scale=7.5,
+        solver="pndm",
     )

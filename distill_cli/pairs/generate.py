@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from distill_cli import launch, processes
 from distill_cli.config import PairsConfig
+from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
+from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import Model, network_evaluations
-from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, shard_path, write_shard
+from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, keep_prompts, shard_path, write_shard
 from distill_cli.runs import settle
+
+COUNTED = 100_000
+"""Prompts that a plan looks through for different ones."""
 
 
 def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
     """The manifest that a config and its teacher come to."""
-    sampling = teacher.with_defaults(config.solver, config.steps, config.guidance_scale)
+    sampling = teacher.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     count = max(1, len(teacher.conditioner.classes))
     teacher.conditioner.labels(1, config.classes)
+    text = teacher.text
     return Manifest(
         teacher=teacher.lineage.name,
         teacher_hash=teacher.weights_hash(),
         precision=config.precision,
         seed=config.seed,
         num=config.num,
-        classes=config.classes or list(range(count)),
+        classes=config.classes or (list(range(count)) if text is None else []),
+        prompts=digest_of(text.prompts) if text is not None else "",
+        negative_prompt=text.negative if text is not None else "",
         shape=teacher.shape,
         dtype=config.dtype,
         shard_size=config.shard_size,
@@ -35,14 +44,26 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
     )
 
 
-def plan(manifest: Manifest) -> dict[str, str]:
+def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
     """What making the pairs costs, for --dry-run."""
     calls = network_evaluations(manifest.sampling)
-    size = manifest.num * (torch.Size(manifest.shape).numel() * DTYPES[manifest.dtype].itemsize + 4)
+    item = DTYPES[manifest.dtype].itemsize
+    size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
+    text = {}
+    if teacher.text is not None:
+        config = teacher.text.encoder.config
+        different = len(set(islice(teacher.text.prompts, COUNTED)))
+        bound = "at most " if len(teacher.text.prompts) > COUNTED else ""
+        count = different if not bound else len(teacher.text.prompts)
+        text = {
+            "text embeddings": f"{bound}{count * teacher.text.length * config.hidden_size * item / 1e6:.1f} MB of {count} different prompts"
+        }
     return {
         "pairs": f"{manifest.num} in {manifest.shards} shards",
         "network evaluations": f"{manifest.num * calls:,} ({calls} an image)",
         "disk": f"{size / 1e6:.1f} MB",
+        **text,
+        "memory": f"about {sum(p.numel() for part in teacher.parts().values() for p in part.parameters()) * 4 / 1e6:.0f} MB of weights",
     }
 
 
@@ -58,6 +79,9 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     remove_temporaries(folder)
     where = launch.device(config.device)
     teacher.to(where)
+    if teacher.text is not None:
+        keep_prompts(folder, teacher.text.prompts)
+        teacher.text.table = Embeddings(teacher.text, folder, config.dtype)
     mine = processes.mine(manifest.shards, part)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
     for shard in sorted(set(mine) - set(missing)):
@@ -71,9 +95,9 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
                 if stop.requested:
                     raise stop.interrupted(stop.requested, f"stopped before pair {first}", "the same command makes what is missing")
                 indices = range(first, min(whole.stop, first + config.batch_size))
-                label = teacher.conditioner.labels(len(indices), list(manifest.classes), start=first)
+                label = teacher.conditioner.labels(len(indices), list(manifest.classes) or None, start=first)
                 with launch.autocast(where, config.precision):
-                    images.append(teacher.sample(Draws(config.seed, indices), label, manifest.sampling))
+                    images.append(teacher.generate(Draws(config.seed, indices), label, manifest.sampling).cpu())
                 labels.append(label)
                 progress.add(len(indices))
             write_shard(folder, manifest, shard, torch.cat(images), torch.cat(labels))

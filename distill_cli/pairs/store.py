@@ -1,5 +1,7 @@
 """A folder of noise-image pairs in shards of fixed size.
 
+    prompts.jsonl                the prompts, of a model that has text: labels are their positions
+    text-KEY/                    their embeddings (models/embeddings.py)
     manifest.json                what the pairs are: teacher's weights hash, solver, steps, guidance, seed, shapes, dtype
     shard-000000.safetensors     x0 (N, C, H, W), label (N,); in its header which pairs, and two checksums
 
@@ -17,20 +19,19 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors import safe_open
 from torch import Tensor
 
-from distill_cli import processes
+from distill_cli import processes, shards
+from distill_cli.data.prompts import PromptFile
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import read_plain, remove_temporaries, unsealed, write_atomic
+from distill_cli.files import read_plain, remove_temporaries, unsealed, write_atomic, write_atomic_lines
 from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 
-MANIFEST = "manifest.json"
+MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_ZEROS = b"0" * 64
 
 
 class Manifest(BaseModel):
@@ -52,6 +53,10 @@ class Manifest(BaseModel):
     dtype: Literal["float32", "float16"]
     shard_size: int
     batch_size: int
+    guidance_calls: Literal[1, 2] = 1
+    prompts: str = ""
+    """SHA-256 of the prompts, whose positions are the labels; they stand beside the shards."""
+    negative_prompt: str = ""
 
     @property
     def shards(self) -> int:
@@ -63,7 +68,8 @@ class Manifest(BaseModel):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(solver=self.solver, steps=self.steps, guidance_scale=self.guidance_scale)
+        scale, calls = self.guidance_scale, self.guidance_calls
+        return Sampling(solver=self.solver, steps=self.steps, guidance_scale=scale, guidance_calls=calls)
 
     @property
     def settings_hash(self) -> str:
@@ -83,6 +89,13 @@ def noise_checksum(noise: Tensor) -> str:
     return hashlib.sha256(noise.contiguous().numpy().tobytes()).hexdigest()
 
 
+def keep_prompts(folder: Path, prompts: Sequence[str]) -> None:
+    """Write the prompts of a job beside its shards, one at a time, unless they are there."""
+    path = folder / PROMPTS
+    if not path.exists():
+        write_atomic_lines(path, (json.dumps({"prompt": text}) + "\n" for text in prompts))
+
+
 def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label: Tensor) -> None:
     """Write one shard, complete or absent. x0 (N, C, H, W) and label (N,) of all pairs in `manifest.range(shard)`."""
     indices = manifest.range(shard)
@@ -92,32 +105,16 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
         "pairs": f"{indices.start}-{indices.stop - 1}",
         "settings": manifest.settings_hash,
         "noise_sha256": noise_checksum(noise_of(manifest, indices)),
-        "sha256": _ZEROS.decode(),
     }
-    # one key: safetensors writes several in random order
     tensors = {"x0": x0.to(DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}
-    content = to_bytes(tensors, {"distill": json.dumps(metadata)})
-    place = content.index(_ZEROS)
-    digest = hashlib.sha256(content).hexdigest().encode()
-    write_atomic(shard_path(folder, shard), content[:place] + digest + content[place + 64 :])
+    shards.write(shard_path(folder, shard), tensors, metadata)
 
 
 def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True) -> None:
     """Raise DistillError where a shard is missing, corrupt, of other settings, or made from other noise."""
     path = shard_path(folder, shard)
     again = "delete it and run distill pairs again: only missing shards are made"
-    try:
-        content = read_plain(path)
-        with safe_open(path, "pt") as handle:
-            metadata = json.loads((handle.metadata() or {}).get("distill", "{}"))
-            stored = str(metadata.get("sha256")).encode()
-            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise DistillError(f"{path}: missing", "run distill pairs again: only missing shards are made") from error
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        raise DistillError(f"{path}: {'a symbolic link' if path.is_symlink() else 'corrupt or truncated'}", again) from error
-    if len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored:
-        raise DistillError(f"{path}: corrupt: its checksum does not match", again)
+    metadata, shapes = shards.check(path, again)
     indices = manifest.range(shard)
     if metadata["settings"] != manifest.settings_hash or metadata["pairs"] != f"{indices.start}-{indices.stop - 1}":
         raise DistillError(f"{path}: belongs to another store than {folder / MANIFEST}", again)
@@ -155,6 +152,15 @@ class PairStore:
 
     def __len__(self) -> int:
         return self.manifest.num
+
+    def prompts(self) -> Sequence[str]:
+        """The prompts that its labels are positions of; none for a model without text."""
+        if not self.manifest.prompts:
+            return ()
+        found = PromptFile(self.folder / PROMPTS)
+        if found.digest != self.manifest.prompts:
+            raise DistillError(f"{found.path}: corrupt: not the prompts of these pairs", "run distill pairs again after deleting it")
+        return found
 
     def _shard(self, shard: int) -> Any:
         if shard not in self._open:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
 from distill_cli.data.pictures import grid, png, to_uint8
+from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
-from distill_cli.files import remove_temporaries, write_atomic
+from distill_cli.files import remove_temporaries, write_atomic, write_atomic_lines
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.runs import settle
 
@@ -45,6 +47,7 @@ class Samples:
         self.folder, self.config = folder, config
         self.labels = model.conditioner.labels(config.num, config.classes).numpy()
         self.classes = model.conditioner.classes
+        self.prompts: Sequence[str] = model.text.prompts if model.text is not None else ()
         self.batches = [range(first, min(config.num, first + config.batch_size)) for first in range(0, config.num, config.batch_size)]
         self.npz = folder / "samples.npz"
 
@@ -78,14 +81,20 @@ class Samples:
             _write_npz(self.npz, np.concatenate(parts), self.labels)
         for batch in self.batches:
             self.part(batch).unlink(missing_ok=True)
-        lines = []
-        for i, label in enumerate(self.labels.tolist()):
-            place = {"file": self.png(i).name} if self.config.format == "png" else {}
-            named = {"label": label, "class": self.classes[label]} if self.classes else {}
-            lines.append(json.dumps({"index": i, **place, "seed": self.config.seed, **named}) + "\n")
-        write_atomic(self.folder / LIST, "".join(lines))
+        write_atomic_lines(self.folder / LIST, map(self.line, range(self.config.num)))
         if self.config.grid:
-            write_atomic(self.folder / "grid.png", png(grid(self.first(GRID), 10, self.config.scale)))
+            images = self.first(GRID)
+            captions = [self.prompts[label] for label in self.labels[: len(images)].tolist()] if self.prompts else None
+            write_atomic(self.folder / "grid.png", png(grid(images, min(10, len(images)), self.config.scale, captions)))
+
+    def line(self, i: int) -> str:
+        """What samples.jsonl says of image i."""
+        label = int(self.labels[i])
+        place = {"file": self.png(i).name} if self.config.format == "png" else {}
+        named: dict[str, Any] = {"label": label, "class": self.classes[label]} if self.classes else {}
+        if self.prompts:
+            named = {"prompt": self.prompts[label]}
+        return json.dumps({"index": i, **place, "seed": self.config.seed, **named}) + "\n"
 
     def first(self, count: int) -> np.ndarray:
         """The first `count` images (B, H, W, 3) uint8, from disk."""
@@ -98,11 +107,13 @@ class Samples:
 
 def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """Make the missing images of `config` that fall to this process of part (i, n) of the job; returns counts and images per second."""
-    sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale)
+    sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     samples = Samples(folder, config, model)
     settings = config.model_dump(
         mode="json", exclude={"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
     )
+    if model.text is not None:
+        settings["prompts"] = digest_of(model.text.prompts)
     settings |= {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
     if sampling.solver == "few-step":
         settings["times"] = model.times("few-step", sampling.steps).tolist()

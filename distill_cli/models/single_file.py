@@ -1,0 +1,64 @@
+"""Stable Diffusion from a single .safetensors checkpoint, in the layout of its first publishers (CompVis, Stability)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_cli.errors import DistillError
+from distill_cli.models.hub import HUB, cached
+from distill_cli.models.model import Model
+
+
+def configuration(path: Path) -> Path:
+    """The folder with the configurations and the tokenizer that such a file lacks: the file's own folder, or the cached sd15 or sd21."""
+    if (path.parent / "model_index.json").is_file():
+        return path.parent
+    second = _is_second(path)
+    known = HUB["sd21" if second else "sd15"]
+    found = cached(known.id)
+    if found is None:
+        raise DistillError(
+            f"{path}: the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache",
+            f"hf download {known.id} --include '*.json' 'tokenizer/*', and put the file into that folder",
+        )
+    return found
+
+
+def _is_second(path: Path) -> bool:
+    """Whether it is Stable Diffusion 2, whose text has 1024 channels."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as handle:
+            names = set(handle.keys())
+            name = next(name for name in sorted(names) if name.endswith("attn2.to_k.weight"))
+            return handle.get_slice(name).get_shape()[1] == 1024
+    except Exception as error:  # safetensors raises its own kind; StopIteration for another model's file
+        raise DistillError(f"{path}: no single-file checkpoint of Stable Diffusion in safetensors", "only .safetensors are read") from error
+
+
+def load(path: Path) -> Model:
+    """The model in a single file, in float32, evaluation mode, on the CPU."""
+    import diffusers
+
+    from distill_cli.models import stable_diffusion
+
+    if path.suffix != ".safetensors":
+        raise DistillError(f"{path}: not a .safetensors file", "only safetensors are read: other checkpoints may run code")
+    _is_second(path)
+    folder = configuration(path)
+    pipeline: Any = diffusers.StableDiffusionPipeline
+    try:
+        made = pipeline.from_single_file(
+            str(path), config=str(folder), local_files_only=True, safety_checker=None, feature_extractor=None, torch_dtype=torch.float32
+        )
+    except Exception as error:  # diffusers raises many kinds for a file that is not of the configuration
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistillError(f"{path}: not a checkpoint of {folder} ({reason})") from error
+    with tempfile.TemporaryDirectory() as temporary:
+        made.save_pretrained(temporary)
+        return stable_diffusion.load(Path(temporary), path.stem)

@@ -1,0 +1,43 @@
+"""Files of tensors that know their own checksum: every flipped bit shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from distill_cli.errors import DistillError
+from distill_cli.files import read_plain, write_atomic
+
+_ZEROS = b"0" * 64
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors to `path`, complete or absent; its header holds `metadata` and the SHA-256 of the file with that field zeroed."""
+    # one key: safetensors writes several in random order
+    content = to_bytes(tensors, {"distill": json.dumps({**metadata, "sha256": _ZEROS.decode()})})
+    place = content.index(_ZEROS)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    write_atomic(path, content[:place] + digest + content[place + 64 :])
+
+
+def check(path: Path, again: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The metadata of a file and the shapes of its tensors; raises DistillError, with the hint `again`, for a damaged one."""
+    try:
+        content = read_plain(path)
+        with safe_open(path, "pt") as handle:
+            metadata = json.loads((handle.metadata() or {}).get("distill", "{}"))
+            stored = str(metadata.get("sha256")).encode()
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise DistillError(f"{path}: missing", again.rpartition("and ")[2]) from error
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        raise DistillError(f"{path}: {'a symbolic link' if path.is_symlink() else 'corrupt or truncated'}", again) from error
+    if len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored:
+        raise DistillError(f"{path}: corrupt: its checksum does not match", again)
+    return metadata, shapes
