@@ -17,7 +17,7 @@ def test_the_teacher_ships_small(distill):
 
     assert (BUILTIN / "digits/unet/diffusion_pytorch_model.safetensors").stat().st_size < 4e6
     shown = distill("models", "show", "digits", "--json").json
-    assert shown["sampling"] == {"solver": "heun", "steps": 18, "guidance_scale": 1.0}
+    assert shown["sampling"] == {"solver": "heun", "steps": 18, "guidance_scale": 1.0, "guidance_calls": 1}
     assert shown["null_label"] == 10
     assert 0.8e6 < shown["parameters"] < 2e6
 

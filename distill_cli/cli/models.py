@@ -26,8 +26,14 @@ def show(
     json: common.Json = False,
 ) -> None:
     """Show what a model is, how it is sampled, and where it came from."""
-    from distill_cli.models import load
+    from distill_cli.models import hub, load, published
+    from distill_cli.models.registry import REGISTRY
 
+    download = published.to_download(name) or hub.to_download(name)
+    if download:  # showing it is no reason to fetch gigabytes
+        known = {"name": name, "summary": REGISTRY[name].summary, "licence": REGISTRY[name].licence, "download": download}
+        common.result(known, "\n".join(f"{key:17} {value}" for key, value in known.items()), json)
+        return
     model = load(name)
     denoiser = model.denoiser
     rows = {
@@ -35,8 +41,10 @@ def show(
         "kind": model.lineage.kind,
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "shape": list(model.shape),
+        "pixels": model.pixels,
         "classes": list(model.conditioner.classes),
         "null_label": model.conditioner.null_label,
+        "text": f"prompts of at most {model.text.length} tokens" if model.text is not None else "none",
         "schedule": type(denoiser.schedule).__name__,
         "parameterisation": denoiser.parameterisation,
         "time_input": denoiser.time_input,

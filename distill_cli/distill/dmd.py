@@ -144,7 +144,7 @@ class DMD:
 
         Without a fake score x stands in for its estimate, which leaves the real score's part alone (in the mean over the noise).
         """
-        x = x.detach().float()
+        x = x.detach() if x.dtype == torch.float64 else x.detach().float()
         noisy = add_noise(self.schedule, x, noise, t)
         estimates = {"real": self.real(noisy, t, condition)}
         if "fake" in self.networks:

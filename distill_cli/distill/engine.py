@@ -30,6 +30,7 @@ from distill_cli.errors import DistillError, UsageError
 from distill_cli.launch import Progress, check_precision, device, stoppable, whole
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
+from distill_cli.recipes import dump
 from distill_cli.runs import Run
 
 SKIPPED_AT_MOST = 50
@@ -347,6 +348,8 @@ class Engine:
         place = self.run.folder / self.objective.result
         newest = checkpoint.path_of(self.run.checkpoints, self.step)
         older = place.exists() and newest.exists() and place.stat().st_mtime < newest.stat().st_mtime  # killed between the two
+        if isinstance(model, Model):
+            model.recipe = dump(config.model_copy(update={"out": None}))
         if made or older or not place.exists():  # else a finished run keeps what was written into its result since
             model.save(place)
         return model

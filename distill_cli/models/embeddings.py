@@ -63,8 +63,8 @@ class Embeddings:
         if self.path(shard).exists():
             return
         texts = [self.conditioner.prompts[int(k)] for k in self.firsts[shard * SHARD : (shard + 1) * SHARD]]
-        parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).to("cpu", self.dtype) for k in range(0, len(texts), AT_A_TIME)]
-        shards.write(self.path(shard), {"text": torch.cat(parts)}, {"key": self.key})
+        parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).cpu() for k in range(0, len(texts), AT_A_TIME)]
+        shards.write(self.path(shard), {"text": torch.cat(parts).to(self.dtype)}, {"key": self.key})  # autocast joins no float16
 
     def complete(self, device: torch.device) -> None:
         """Make what is missing on `device`, of several processes each its share; the encoder is back on the CPU then."""

@@ -142,7 +142,7 @@ class UNet(nn.Module):
         super().__init__()
         self.unet = unet
         config = unet.config
-        self.takes = "encoder_hidden_states" if "cross_attention_dim" in config else "class_labels"
+        self.takes = "encoder_hidden_states" if getattr(config, "cross_attention_dim", None) else "class_labels"
         sines = self.takes == "class_labels" and getattr(config, "time_embedding_type", "") == "positional"
         if sines and config.block_out_channels[0] % 2 == 0:
             unet.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
@@ -163,6 +163,8 @@ class Model:
     codec: Codec = field(default_factory=IdentityCodec)
     scheduler: dict[str, Any] | None = None
     """diffusers' configuration of the scheduler, where the model came with one: how its solvers space their times."""
+    recipe: str = ""
+    """The resolved recipe that made it."""
     size: tuple[int, int] | None = None
     """(H, W) of what the denoiser works on, where it is not the network's own."""
 

@@ -30,6 +30,11 @@ EXTRA = "distill.json"
 EDM_PIPELINE, DDPM_PIPELINE = "ConsistencyModelPipeline", "DDPMPipeline"
 PIPELINES = (EDM_PIPELINE, DDPM_PIPELINE, "DDIMPipeline")
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
+SNIPPET = """from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")
+pipeline("PROMPT", num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0].save("picture.png")
+"""
 
 
 class Extra(BaseModel):
@@ -45,6 +50,7 @@ class Extra(BaseModel):
     sampling: Sampling = Sampling()
     few_step_times: list[float] | None = None
     lineage: Lineage
+    recipe: str = ""
 
 
 def extra_of(model: Model) -> Extra:
@@ -56,6 +62,7 @@ def extra_of(model: Model) -> Extra:
         sampling=model.sampling,
         few_step_times=model.few_step_times,
         lineage=model.lineage,
+        recipe=model.recipe,
     )
 
 
@@ -109,19 +116,24 @@ def save_times(folder: Path, model: Model) -> None:
 
 def card(model: Model) -> str:
     """The README.md of a model's folder."""
-    lineage, sampling = model.lineage, model.sampling
+    lineage, sampling, kinds = model.lineage, model.sampling, f"{len(model.conditioner.classes) or 'no'} classes"
     times = ", ".join(f"{time:.4g}" for time in model.few_step_times or [])
     rows = {
         "kind": f"{lineage.kind}{f', by {lineage.method}' if lineage.method else ''}",
         "teacher": f"{lineage.teacher} (weights {lineage.teacher_hash[:12]})" if lineage.teacher else "",
         "licence": lineage.licence,
         "data": lineage.data,
-        "images": f"{model.shape[0]} x {model.shape[1]} x {model.shape[2]}, {len(model.conditioner.classes) or 'no'} classes",
+        "images": f"{model.pixels} pixels wide, of {'prompts' if model.text is not None else kinds}",
         "sampling": f"{sampling.solver}, {sampling.steps} step{'s' * (sampling.steps > 1)}, guidance scale {sampling.guidance_scale:g}",
-        "times": f"sigma {times}" if times else "",
+        "times": f"{'t' if model.denoiser.time_input == 't' else 'sigma'} {times}" if times else "",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
-    return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. Sample with `distill sample --model FOLDER`.\n"
+    how = "Sample with `distill sample --model FOLDER`."
+    if model.text is not None:
+        snippet = SNIPPET.format(**sampling.model_dump())
+        how = f"Sample with `distill sample --model FOLDER --prompts FILE`, or in diffusers:\n\n```python\n{snippet}```"
+    recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{model.recipe}```" if model.recipe else ""
+    return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -194,6 +206,7 @@ def load(folder: Path, name: str) -> Model:
         lineage=extra.lineage,
         sampling=extra.sampling,
         few_step_times=extra.few_step_times,
+        recipe=extra.recipe,
     )
 
 

@@ -182,6 +182,7 @@ def load(folder: Path, name: str) -> Model:
         few_step_times=extra.few_step_times,
         codec=codec,
         scheduler=config,
+        recipe=extra.recipe,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import TextConfig
-from distill_cli.errors import UsageError
+from distill_cli.errors import DistillError, UsageError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -114,9 +114,16 @@ def byte_letters() -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder of a pipeline."""
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if not folder.is_dir():
+        raise DistillError(f"{folder}: no such folder", "is the model complete?")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a missing or broken file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistillError(f"{folder}: no readable tokenizer ({reason})", "is the folder complete?") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -150,7 +150,7 @@ def broken(tmp_path, tiny):
         (lambda m: (m / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 40), "unet"),
         (lambda m: (m / "unet/diffusion_pytorch_model.safetensors").unlink(), "unet"),
         (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
-        (lambda m: (m / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"})), "StableDiffusionPipeline"),
+        (lambda m: (m / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"})), "FluxPipeline"),
         (lambda m: (m / "distill.json").write_text('{"format": 2}'), "format"),
         (lambda m: (m / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json"),
     ],

@@ -1,0 +1,79 @@
+"""Stable Diffusion 1.5 at full size with random weights, and what one guided step and a pair take of memory.
+
+python -m tests.models.full_size FOLDER        # makes the model there (2.1 GB), prints peak memory of both commands
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+COMMAND = (
+    "import json, resource, sys; from distill_cli.cli.app import run; code = run(sys.argv[1:]);"
+    "print(json.dumps({'code': code, 'gib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))"
+)
+
+
+def filled(kind, config):
+    """A network of small random weights in fp16, made without first making it in float32."""
+    with torch.device("meta"):
+        network = kind(config) if "Text" in kind.__name__ else kind(**config)
+    network = network.half().to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            value.fill_(1) if "norm" in name and name.endswith("weight") else value.normal_(0, 0.02)
+        for name, value in network.named_buffers():
+            value.copy_(torch.arange(value.numel()).view(value.shape) if "position_ids" in name else torch.zeros(value.shape))
+    return network
+
+
+def make(folder: Path) -> None:
+    """The architecture of stable-diffusion-v1-5 (its unet/, vae/ and text_encoder/config.json), as a diffusers folder."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from distill_cli.data.shapes import TRAINED
+    from distill_cli.models.text import make_tokenizer, save_tokenizer
+
+    filled(UNet2DConditionModel, dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)).save_pretrained(folder / "unet")
+    blocks = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, latent_channels=4)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    filled(AutoencoderKL, {**blocks, **kinds}).save_pretrained(folder / "vae")
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+    filled(CLIPTextModel, text).save_pretrained(folder / "text_encoder")
+    save_tokenizer(make_tokenizer((thing.caption for thing in TRAINED), 77), folder / "tokenizer")
+    PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """GiB at most of one guided sampling step with its picture, and of a pair of two steps, each a process, in bf16."""
+    (folder / "prompts.txt").write_text("a small red circle in the centre of a white background\n")
+    common = ["--prompts", str(folder / "prompts.txt"), "--device", "cpu", "precision=bf16"]
+    commands = {
+        "sample": ["sample", "--model", str(folder), "--num", "1", "--solver", "ddim", "--steps", "1", "--out", str(folder / "s"), *common],
+        "pairs": ["pairs", "--teacher", str(folder), "--num", "1", "--solver", "ddim", "--steps", "2", "--out", str(folder / "p"), *common],
+    }
+    out = {}
+    for name, command in commands.items():
+        done = subprocess.run([sys.executable, "-c", COMMAND, *command], capture_output=True, text=True, check=True, env=os.environ)
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["code"] == 0, done.stderr
+        out[name] = result["gib"]
+    return out
+
+
+if __name__ == "__main__":
+    if not Path(sys.argv[1], "model_index.json").exists():
+        make(Path(sys.argv[1]))
+    print(json.dumps(measure(Path(sys.argv[1]))))

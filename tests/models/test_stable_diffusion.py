@@ -1,0 +1,244 @@
+"""Stable Diffusion's folders: the same pictures as plain diffusers makes, and one line for what cannot be read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
+from distill_cli.diffusion.noise import Draws
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.models import autoencoder, load, schedulers, stable_diffusion
+from distill_cli.models.model import Lineage, Sampling, network_evaluations
+
+PROMPTS = ["a small red circle", "a large blue cross in the centre"]
+
+
+def made(prediction="eps", **scheduler):
+    """A small pipeline of random weights whose network does not predict nothing."""
+    tiny = load("tiny-sd")
+    model = stable_diffusion.create(
+        vae=autoencoder.create(32, 3, VAENetworkConfig(channels=[8, 8], groups=4), 0).vae,
+        tokenizer=tiny.text.tokenizer,
+        pixels=32,
+        network=NetworkConfig(channels=[16, 16], attention=[False, True], groups=4, head=8),
+        text=TextConfig(width=16, layers=1, heads=2),
+        scheduler={**{key: value for key, value in tiny.scheduler.items() if key != "prediction_type"}, **scheduler},
+        parameterisation=prediction,
+        lineage=Lineage(name="made"),
+        guidance_scale=3.0,
+    )
+    model.latent.vae.register_to_config(scaling_factor=0.7)
+    model.codec = autoencoder.VAECodec(model.latent.vae)
+    return model.with_prompts(PROMPTS)
+
+
+KINDS = {
+    "sd15": dict(prediction="eps"),
+    "sd21": dict(prediction="v", _class_name="DDIMScheduler"),
+    "zero-snr": dict(prediction="v", _class_name="DDIMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param) / "model"
+    made(**KINDS[request.param]).save(path)
+    return path
+
+
+def plain(folder, kind=None):
+    import diffusers
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if kind:
+        pipeline.scheduler = schedulers.make(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()), kind)
+    return pipeline
+
+
+@pytest.mark.parametrize("solver", ["ddim", "pndm", "dpm++"])
+def test_solvers_are_those_of_diffusers_pipeline(folder, solver):
+    """The same pictures from the same noise, guided and away from a negative prompt, over every kind of schedule."""
+    model = load(str(folder)).with_prompts(PROMPTS, "green")
+    if solver == "pndm" and model.scheduler.get("rescale_betas_zero_snr"):
+        pytest.skip("PNDM knows no zero terminal SNR")
+    draws = Draws(3, range(2))
+    ours = model.sample(draws, torch.tensor([0, 1]), model.with_defaults(solver, 8, 4.0))
+    pipeline = plain(folder, schedulers.SOLVERS[solver])
+    theirs = pipeline(
+        PROMPTS, negative_prompt=["green"] * 2, latents=draws.normal("prior", model.shape), num_inference_steps=8, guidance_scale=4.0,
+        output_type="pt",
+    ).images  # fmt: skip
+    assert (ours - (2 * theirs - 1)).abs().max() < 1e-4
+    assert ours.std() > 0.01
+
+
+def test_guidance_in_one_call_or_two(folder):
+    model = load(str(folder)).with_prompts(PROMPTS)
+    one, two = (model.sample(Draws(0, range(2)), torch.tensor([0, 1]), model.with_defaults("ddim", 3, 5.0, calls)) for calls in (1, 2))
+    assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_a_one_step_student_opens_in_plain_diffusers(folder, tmp_path):
+    from distill_cli.data.pictures import to_uint8
+
+    student = load(str(folder)).with_prompts(PROMPTS)
+    student.few_step_times, student.sampling = [999.0], Sampling(solver="few-step", steps=1)
+    student.save(tmp_path / "student")
+    again = load(str(tmp_path / "student")).with_prompts(PROMPTS)
+    draws = Draws(3, range(2))
+    ours = to_uint8(again.sample(draws, torch.tensor([0, 1])))
+    pipeline = plain(tmp_path / "student")
+    assert type(pipeline.scheduler).__name__ == "LCMScheduler"
+    latents = draws.normal("prior", again.shape)
+    theirs = pipeline(PROMPTS, latents=latents, num_inference_steps=1, guidance_scale=1, output_type="np").images
+    assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+
+
+def test_save_and_load_keep_everything(folder, tmp_path):
+    model = load(str(folder))
+    model.save(tmp_path / "again")
+    again = load(str(tmp_path / "again"))
+    assert again.weights_hash() == model.weights_hash()
+    assert again.sampling == model.sampling
+    assert again.scheduler["prediction_type"] == model.scheduler["prediction_type"]
+    assert torch.equal(again.denoiser.schedule.alphas_cumprod, model.denoiser.schedule.alphas_cumprod)
+
+
+def test_half_precision_files_are_read(folder, tmp_path):
+    model = load(str(folder))
+    model.save(tmp_path / "half", torch.float16)
+    for part, stem in {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}.items():
+        (tmp_path / "half" / part / f"{stem}.safetensors").rename(tmp_path / "half" / part / f"{stem}.fp16.safetensors")
+    again = load(str(tmp_path / "half"))
+    assert next(again.denoiser.parameters()).dtype == torch.float32
+    assert torch.equal(again.unet.conv_in.weight, model.unet.conv_in.weight.half().float())
+
+
+def test_a_folder_of_diffusers_alone_is_read_as_diffusers_does(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "theirs")
+    (tmp_path / "theirs" / "distill.json").unlink()
+    model = load(str(tmp_path / "theirs"))
+    solver = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim"}[model.scheduler["_class_name"]]
+    assert model.sampling == Sampling(solver=solver, steps=50, guidance_scale=7.5)
+    assert network_evaluations(model.sampling) == (102 if solver == "pndm" else 100)
+
+
+def edit_json(path, **changes):
+    data = json.loads(path.read_text())
+    data.update(changes)
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+BROKEN = {
+    "without a VAE": (lambda f: shutil.rmtree(f / "vae"), "vae: no such folder"),
+    "no VAE in the index": (lambda f: edit_json(f / "model_index.json", vae=None), "its vae is missing"),
+    ".bin weights only": (
+        lambda f: next((f / "unet").glob("*.safetensors")).rename(f / "unet" / "diffusion_pytorch_model.bin"),
+        "run code",
+    ),
+    "truncated": (lambda f: next((f / "unet").glob("*.safetensors")).write_bytes(b"123"), "no readable network"),
+    "a flow scheduler": (
+        lambda f: (f / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}'),
+        "no table of betas",
+    ),
+    "unknown betas": (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"),
+    "unknown prediction": (
+        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", prediction_type="flow"),
+        "prediction_type 'flow'",
+    ),
+    "eps at zero SNR": (
+        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", prediction_type="epsilon", rescale_betas_zero_snr=True),
+        "zero terminal SNR",
+    ),
+    "another text encoder": (
+        lambda f: edit_json(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
+        "T5EncoderModel",
+    ),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path, name):
+    made().save(tmp_path / "model")
+    breaking, message = BROKEN[name]
+    breaking(tmp_path / "model")
+    with pytest.raises(DistillError, match=message) as caught:
+        load(str(tmp_path / "model"))
+    assert "\n" not in caught.value.message
+
+
+def test_other_resolutions(tmp_path):
+    model = made()
+    assert model.with_resolution(48).shape == (4, 24, 24)
+    images = model.with_resolution(48).sample(Draws(0, [0]), torch.tensor([0]), model.with_defaults("ddim", 1, 1.0))
+    assert images.shape == (1, 3, 48, 48)
+    with pytest.raises(UsageError, match="multiples of 4"):
+        model.with_resolution(50)
+
+
+def test_the_codec(tmp_path):
+    """Latents are scaled as diffusers scales them; parts decoded one after another are those decoded together."""
+    codec = made().latent
+    assert codec.factor == 2
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        found = codec.vae.encode(x).latent_dist
+        noise = torch.randn(found.mean.shape)
+        assert torch.allclose(codec.encode(x, noise), (found.mean + found.std * noise) * 0.7, atol=1e-5)
+        z = codec.encode(x, noise)
+        whole = codec.raw(z)
+        assert torch.allclose(whole, codec.vae.decode(z / 0.7).sample, atol=1e-5)
+        autoencoder.AT_A_TIME, before = 32 * 32, autoencoder.AT_A_TIME
+        try:
+            assert torch.allclose(codec.raw(z), whole, atol=1e-5)
+        finally:
+            autoencoder.AT_A_TIME = before
+
+
+def test_a_tiny_decoder(tmp_path):
+    import diffusers
+
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).save_pretrained(tmp_path / "taesd")  # fmt: skip
+    codec = autoencoder.VAECodec(autoencoder.load_decoder(str(tmp_path / "taesd")))
+    z = torch.randn(2, 4, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(codec.raw(z), codec.vae.decode(z).sample, atol=1e-5)
+    assert codec.raw(z).shape == (2, 3, 32, 32)
+    with pytest.raises(DistillError, match="no AutoencoderTiny"):
+        autoencoder.load_decoder(str(tmp_path / "nothing"))
+
+
+def test_hub_models_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DistillError, match="not in the Hugging Face cache") as caught:
+        load("sd15")
+    assert "2134 MB" in caught.value.hint
+    assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5" in caught.value.hint
+    assert "folder" in caught.value.hint
+
+
+def test_which_files_of_the_hub_are_fetched():
+    from types import SimpleNamespace
+
+    from distill_cli.models.hub import files_of
+
+    names = [
+        "model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/config.json", "vae/config.json",
+        "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/config.json",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json", "safety_checker/model.safetensors",
+    ]  # fmt: skip
+    wanted = files_of([SimpleNamespace(rfilename=name, size=7) for name in names])
+    assert {name for name in wanted if name.endswith((".safetensors", ".bin", ".ckpt"))} == {
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors",
+    }  # fmt: skip
+    assert {"tokenizer/vocab.json", "scheduler/scheduler_config.json", "unet/config.json"} <= set(wanted)
+    with pytest.raises(DistillError, match="no safetensors"):
+        files_of([SimpleNamespace(rfilename="unet/diffusion_pytorch_model.bin", size=7)])
