@@ -110,22 +110,34 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
 
 def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
     """Whether a dry run is done because its teacher is not here yet: it downloads nothing, and the plan says what it would."""
-    from distill_cli.models import hub, published
+    from distill_cli.models.published import to_download
 
-    download = (published.to_download(teacher) or hub.to_download(teacher)) if dry_run_wanted else ""
+    download = to_download(teacher) if dry_run_wanted else ""
     if download:
         dry_run(config, {"download": download})
     return bool(download)
 
 
-def open_model(name: str, config: GenerateT) -> tuple[Model, GenerateT]:
-    """The model, at the resolution and for the prompts of a job, and the job's options with what depends on the two."""
+def sketched(teacher: str, dry_run_wanted: bool) -> tuple[Model | None, dict[str, str]]:
+    """For a dry run with a hub model that is not here yet: its sketch, and what the plan says of the download."""
+    from distill_cli.models.hub import to_download
+
+    download = to_download(teacher) if dry_run_wanted else ""
+    if not download:
+        return None, {}
+    from distill_cli.models.cost import sketch
+
+    return sketch(teacher), {"download": download}
+
+
+def open_model(name: str, config: GenerateT, sketched: Model | None = None) -> tuple[Model, GenerateT]:
+    """The model, or its sketch, at the resolution and for the prompts of a job, and the job's options with what depends on the two."""
     from distill_cli.data.prompts import chosen
     from distill_cli.errors import UsageError
     from distill_cli.models import load
     from distill_cli.models.model import LARGE
 
-    model = load(name)
+    model = load(name) if sketched is None else sketched
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
     repeat = getattr(config, "images_per_prompt", 1)
@@ -136,7 +148,8 @@ def open_model(name: str, config: GenerateT) -> tuple[Model, GenerateT]:
         model = model.with_prompts(given, config.negative_prompt, repeat)
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
-        note_cut(model)
+        if sketched is None:
+            note_cut(model)
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config

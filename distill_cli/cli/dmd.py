@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distill_cli.cli import common
+
+if TYPE_CHECKING:
+    from distill_cli.config import DMDConfig
+    from distill_cli.models.model import Model
 
 
 def dmd(
@@ -50,11 +54,10 @@ def dmd(
     from distill_cli.models import load
     from distill_cli.pairs.store import PairStore, check_all
 
-    model = load(config.teacher)
+    sketch, download = common.sketched(config.teacher, dry_run)
+    model = sketch or load(config.teacher)
     if dry_run:
-        count = sum(p.numel() for p in model.denoiser.parameters())
-        names = ["teacher", "student", *(["fake"] if config.matching_weight and config.fake_score else [])]
-        common.dry_run(config, common.training_plan(config, dict.fromkeys(names, count), (len(names) - 1) * count))
+        common.dry_run(config, {**download, **_plan(config, model)})
         return
     store = PairStore(config.pairs) if config.pairs else None
     if store is not None:
@@ -75,3 +78,16 @@ def dmd(
     )
     data = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
     common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)
+
+
+def _plan(config: DMDConfig, model: Model) -> dict[str, Any]:
+    """The plan of a run: what any training takes, and the arithmetic."""
+    from distill_cli.models.cost import distillation, time_of
+
+    count = sum(p.numel() for p in model.denoiser.parameters())
+    names = ["teacher", "student", *(["fake"] if config.matching_weight and config.fake_score else [])]
+    parameters = dict.fromkeys(names, count)
+    parameters |= {part: sum(p.numel() for p in network.parameters()) for part, network in model.parts().items() if part == "vae"}
+    guided = (config.guidance_scale or model.sampling.guidance_scale) != 1
+    flop = distillation(config, model, guided, config.pairs is not None and config.regression_weight != 0)
+    return {**common.training_plan(config, parameters, (len(names) - 1) * count), "arithmetic": time_of(flop)}

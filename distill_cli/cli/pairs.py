@@ -71,10 +71,11 @@ def pairs(
         common.start_processes(num_processes)
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
-    model, config = common.open_model(config.teacher, config)
+    sketch, download = common.sketched(config.teacher, dry_run)
+    model, config = common.open_model(config.teacher, config, sketch)
     assert config.out is not None
     if dry_run:
-        common.dry_run(config, plan(manifest_of(config, model), model))
+        common.dry_run(config, {**download, **plan(manifest_of(config, model), model)})
         return
     counts = generate(config, model, config.out, part)
     text = f"pairs: {config.num} in {config.out} ({counts['made']} shards made, {counts['kept']} were there)"

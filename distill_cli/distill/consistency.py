@@ -43,13 +43,12 @@ class Consistency:
         self.config, self.teacher, self.images = config, teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
         start = teacher.copy() if teacher is not None else new(config, images)
+        if not isinstance(start.denoiser.schedule, EDMSchedule):
+            raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
         check_images(config, start, images)
         if start.few_step_times is not None and config.method in ("cd", "ect"):
             raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
-        schedule = start.denoiser.schedule
-        if not isinstance(schedule, EDMSchedule):
-            raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
-        self.schedule, self.start = schedule, start
+        self.schedule, self.start = start.denoiser.schedule, start
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
             student.parameterisation = "consistency"

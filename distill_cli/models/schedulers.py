@@ -46,7 +46,8 @@ def make(config: dict[str, Any], kind: str) -> Any:
         options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
     scheduler = getattr(diffusers, kind)
     known = set(inspect.signature(scheduler.__init__).parameters)
-    return scheduler.from_config({key: value for key, value in config.items() if key in known}, **options)
+    wanted = {**config, "clip_sample": False}  # latents have no range, as diffusers' pipeline insists too
+    return scheduler.from_config({key: value for key, value in wanted.items() if key in known}, **options)
 
 
 def run(

@@ -23,7 +23,7 @@ from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.model import Lineage, Model, Sampling, UNet
 from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra, read_json
 from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
-from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_tokenizer
+from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_encoder, save_tokenizer
 
 PIPELINE = "StableDiffusionPipeline"
 SOLVER_OF = {"PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++"}
@@ -124,7 +124,10 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     with folder_atomic(folder) as temporary:
         for name, network in model.parts().items():
             stored: Any = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
-            stored.save_pretrained(temporary / name)
+            if name == "text_encoder":
+                save_encoder(stored, temporary / name)
+            else:
+                stored.save_pretrained(temporary / name)
         save_tokenizer(text.tokenizer, temporary / "tokenizer")
         scheduler.save_pretrained(temporary / "scheduler")
         index = {

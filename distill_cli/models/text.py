@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from distill_cli.config import TextConfig
@@ -155,3 +156,12 @@ def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIPTextModel(config)
+
+
+def save_encoder(encoder: Any, folder: Path) -> None:
+    """Write a CLIPTextModel with the names of published files, which transformers of any version reads; newer ones write others."""
+    weights = {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in encoder.state_dict().items()}
+    encoder.config.architectures = ["CLIPTextModel"]
+    encoder.config.save_pretrained(folder)
+    contiguous = {name: value.contiguous() for name, value in weights.items() if not name.endswith("position_ids")}
+    (folder / "model.safetensors").write_bytes(to_bytes(contiguous, {"format": "pt"}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from distill_cli.config import PairsConfig
 from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
+from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, keep_prompts, shard_path, write_shard
@@ -51,16 +51,15 @@ def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
     size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
     text = {}
     if teacher.text is not None:
-        config = teacher.text.encoder.config
-        different = len(set(islice(teacher.text.prompts, COUNTED)))
-        bound = "at most " if len(teacher.text.prompts) > COUNTED else ""
-        count = different if not bound else len(teacher.text.prompts)
-        text = {
-            "text embeddings": f"{bound}{count * teacher.text.length * config.hidden_size * item / 1e6:.1f} MB of {count} different prompts"
-        }
+        prompts, each = teacher.text.prompts, teacher.text.length * teacher.text.encoder.config.hidden_size * item
+        known = prompts and len(prompts) <= COUNTED
+        count = len(set(prompts)) if known else min(manifest.num, len(prompts) or manifest.num)
+        text = {"text embeddings": f"{count * each / 1e6:,.1f} MB of {count:,} prompts{'' if known else ', where all are different'}"}
+    flop = evaluation(teacher)
     return {
         "pairs": f"{manifest.num} in {manifest.shards} shards",
-        "network evaluations": f"{manifest.num * calls:,} ({calls} an image)",
+        "network evaluations": f"{manifest.num * calls:,} ({calls} an image), each of {amount(flop)}",
+        "arithmetic": time_of(manifest.num * calls * flop),
         "disk": f"{size / 1e6:.1f} MB",
         **text,
         "memory": f"about {sum(p.numel() for part in teacher.parts().values() for p in part.parameters()) * 4 / 1e6:.0f} MB of weights",

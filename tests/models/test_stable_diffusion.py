@@ -11,6 +11,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import autoencoder, load, schedulers, stable_diffusion
 from distill_cli.models.model import Lineage, Sampling, network_evaluations
+from tests.models import full_size, original
 
 PROMPTS = ["a small red circle", "a large blue cross in the centre"]
 
@@ -242,3 +243,36 @@ def test_which_files_of_the_hub_are_fetched():
     assert {"tokenizer/vocab.json", "scheduler/scheduler_config.json", "unet/config.json"} <= set(wanted)
     with pytest.raises(DistillError, match="no safetensors"):
         files_of([SimpleNamespace(rfilename="unet/diffusion_pytorch_model.bin", size=7)])
+
+
+def test_a_single_file_of_the_original_layout(tmp_path):
+    """The same pictures as the folder that it was made from, whose configuration and tokenizer stand beside it."""
+    model = made()
+    model.save(tmp_path / "model")
+    original.write(tmp_path / "model", tmp_path / "file.safetensors", 2, 1, [False, True], 2)
+    with pytest.raises(DistillError, match="configuration and tokenizer"):
+        load(str(tmp_path / "file.safetensors"))
+    for part, stem in {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}.items():
+        (tmp_path / "model" / part / f"{stem}.safetensors").unlink()
+    (tmp_path / "file.safetensors").rename(tmp_path / "model" / "file.safetensors")
+    again = load(str(tmp_path / "model" / "file.safetensors")).with_prompts(PROMPTS)
+    draws, labels = Draws(0, range(2)), torch.tensor([0, 1])
+    sampling = model.with_defaults("ddim", 3, 4.0)
+    assert torch.allclose(again.sample(draws, labels, sampling), model.sample(draws, labels, sampling), atol=1e-5)
+    (tmp_path / "x.ckpt").write_bytes(b"123")
+    with pytest.raises(DistillError, match="safetensors"):
+        load(str(tmp_path / "x.ckpt"))
+    (tmp_path / "x.safetensors").write_bytes(b"123")
+    with pytest.raises(DistillError, match="no single-file checkpoint"):
+        load(str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.slow
+def test_full_size_in_12_gib(tmp_path):
+    """Stable Diffusion 1.5's architecture with random weights: a guided step with its picture, and a pair of two steps, in bf16."""
+    if shutil.disk_usage(tmp_path).free < 4e9:
+        pytest.skip("needs 4 GB of disk")
+    full_size.make(tmp_path)
+    found = full_size.measure(tmp_path)
+    shutil.rmtree(tmp_path / "unet")
+    assert max(found.values()) < 12, found

@@ -1,0 +1,108 @@
+"""What a model costs before it is run: its networks without weights, and the arithmetic of one evaluation."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_cli.config import DMDConfig
+from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
+from distill_cli.diffusion.schedule import TableSchedule
+from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.hub import HUB
+from distill_cli.models.model import Lineage, Model, Sampling, UNet
+from distill_cli.models.text import PromptConditioner
+
+RATE = 150e12
+"""FLOP a second that plans reckon with: about half of what an A100's data sheet promises in bf16. A guess, not a measurement."""
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
+}
+TEXTS: dict[str, dict[str, Any]] = {
+    "sd15": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768),
+    "sd21": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512),
+}
+VAE: dict[str, Any] = dict(
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=4,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
+TABLE: dict[str, Any] = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+
+
+def sketch(name: str) -> Model:
+    """A model of the hub as plans need it: the published architecture on the meta device, without weights or vocabulary."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**UNETS[name])
+        vae = diffusers.AutoencoderKL(**VAE, sample_size=UNETS[name]["sample_size"] * 8)
+        encoder = CLIPTextModel(CLIPTextConfig(**TEXTS[name]))
+    return Model(
+        denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(TABLE), "v" if name == "sd21" else "eps", Scales(), "t"),
+        conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
+        lineage=Lineage(name=name, licence=HUB[name].licence),
+        sampling=Sampling(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
+        codec=VAECodec(vae),
+        scheduler=TABLE,
+    )
+
+
+def counted(call: Any) -> int:
+    """FLOP of a call on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def evaluation(model: Model) -> int:
+    """FLOP of one evaluation of the network, of one image: multiplications and additions of its products of matrices."""
+    unet, width = model.unet, int(getattr(model.unet.config, "cross_attention_dim", None) or 0)
+
+    def call() -> Tensor:
+        network: Any = type(unet).from_config(unet.config)
+        x, t = torch.empty(1, *model.shape), torch.ones(1)
+        if model.text is not None:
+            return network(x, t, encoder_hidden_states=torch.empty(1, model.text.length, width))[0]
+        labels = torch.zeros(1, dtype=torch.long) if unet.config.num_class_embeds else None
+        return network(x, t, class_labels=labels, return_dict=False)[0]
+
+    return counted(call)
+
+
+def decoding(model: Model) -> int:
+    """FLOP of decoding one image's latents."""
+    latent = model.latent
+    if latent is None:
+        return 0
+    return counted(lambda: type(latent.vae).from_config(latent.vae.config).decode(torch.empty(1, *model.shape)))
+
+
+def time_of(flop: float) -> str:
+    """Arithmetic as plans say it."""
+    return f"{amount(flop)}, {flop / RATE / 3600:,.3g} GPU-hours at {amount(RATE)}/s (a guess at an A100 in bf16)"
+
+
+def amount(flop: float) -> str:
+    """FLOP with their unit."""
+    exponent = max(1, min(6, int(math.log10(max(flop, 1)) // 3)))
+    return f"{flop / 1000**exponent:.3g} {' kMGTPE'[exponent]}FLOP"
+
+
+def distillation(config: DMDConfig, model: Model, guided: bool, paired: bool) -> float:
+    """FLOP of a run of `distill dmd`; a backward pass counts twice. LPIPS' own network is left out."""
+    matched = 2 if config.match_pairs else 1
+    matching = matched * ((2 if guided else 1) + (1 + 3 * config.fake_steps if config.fake_score else 0)) if config.matching_weight else 0
+    student = 3 * (bool(config.matching_weight) + paired)
+    decoded = 4 * decoding(model) if paired and config.regression_loss == "lpips" else 0
+    return config.steps * config.batch_size * ((matching + student) * evaluation(model) + decoded)
