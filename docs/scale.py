@@ -38,6 +38,7 @@ def main() -> None:
     read = dmd.batch_size * (latents + 2 * text)
     print(
         f"\nA training step reads {read / 1e6:,.0f} MB of latents and embeddings, from all processes together, and exchanges gradients of"
+    )
     print(f"2 x {4 * size / 1e9:.2f} GB a GPU. Weights, gradients and moments take 2 x {16 * size / 1e9:.1f} GB,")
     print(f"the teacher {4 * size / 1e9:.1f} GB.")
 
