@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from distill_cli import processes
 from distill_cli.config import PairsConfig, SampleConfig
+from distill_cli.data.prompts import open_prompts
 from distill_cli.errors import UsageError
 from distill_cli.models import load
 from distill_cli.pairs.generate import generate
@@ -41,7 +42,7 @@ def ended(process):
 
 
 def hashes(folder):
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_every_unit_falls_to_one_process(monkeypatch):
@@ -132,20 +133,25 @@ def one_thread():
 
 
 @pytest.mark.slow
-def test_pairs_do_not_depend_on_who_makes_them(tmp_path, tiny, one_thread):
+@pytest.mark.parametrize(("teacher", "files"), [("tiny", 6), ("tiny-sd", 8)])
+def test_pairs_do_not_depend_on_who_makes_them(tmp_path, teacher, files, one_thread):
     """One, two and three processes, three array parts in one folder and in three: equal byte for byte at one thread each."""
-    config = PairsConfig(teacher="tiny", num=20, steps=2, shard_size=4)
+    config = PairsConfig(teacher=teacher, num=20, steps=2, shard_size=4)
+    tiny = load(teacher)
+    if tiny.text is not None:
+        tiny = tiny.with_prompts(open_prompts("shapes"))
     assert generate(config, tiny.copy(), tmp_path / "one") == {"made": 5, "kept": 0, "missing": 0, "left": 0}
     for part, missing in ((2, 4), (0, 2), (1, 0)):  # shards 2; 0 and 3; 1 and 4
         assert generate(config, tiny.copy(), tmp_path / "parts", (part, 3))["missing"] == missing
         generate(config, tiny.copy(), tmp_path / f"part-{part}", (part, 3))
     assert merge([tmp_path / f"part-{k}" for k in (1, 0, 2)], tmp_path / "merged") == {"shards": 5, "of": 5, "copied": 5}
     for count in (2, 3):
-        code, out, err = ended(distill(tmp_path, *PAIRS, "--num-processes", str(count), "--out", str(count), "--json"))
+        arguments = [teacher if word == "tiny" else word for word in PAIRS]
+        code, out, err = ended(distill(tmp_path, *arguments, "--num-processes", str(count), "--out", str(count), "--json"))
         assert code == 0, err
         assert json.loads(out)["missing"] == 0  # said once, by the last
     whole = hashes(tmp_path / "one")
-    assert len(whole) == 6
+    assert len(whole) == files  # with text also the prompts and their embeddings
     assert all(hashes(tmp_path / name) == whole for name in ("2", "3", "parts", "merged"))
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,11 +156,20 @@ class PairStore:
 
     def prompts(self) -> Sequence[str]:
         """The prompts that its labels are positions of; none for a model without text."""
-        if not self.manifest.prompts:
-            return ()
-        found = PromptFile(self.folder / PROMPTS)
-        if found.digest != self.manifest.prompts:
-            raise DistillError(f"{found.path}: corrupt: not the prompts of these pairs", "run distill pairs again after deleting it")
+        return self.prompts_in(self.folder, self.manifest) if self.manifest.prompts else ()
+
+    @staticmethod
+    def prompts_in(folder: Path, manifest: Manifest) -> PromptFile:
+        """The prompts beside shards, verified."""
+        again = "run distill pairs again after deleting it"
+        if not (folder / PROMPTS).is_file():
+            raise DistillError(f"{folder / PROMPTS}: missing", "run distill pairs again")
+        try:
+            found = PromptFile(folder / PROMPTS)
+        except DistillError as error:
+            raise DistillError(f"{folder / PROMPTS}: corrupt", again) from error
+        if found.digest != manifest.prompts:
+            raise DistillError(f"{folder / PROMPTS}: corrupt: not the prompts of these pairs", again)
         return found
 
     def _shard(self, shard: int) -> Any:
@@ -204,14 +214,27 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
                 check_shard(folder, manifest, shard)
                 write_atomic(shard_path(out, shard), shard_path(folder, shard).read_bytes())
                 copied += 1
+        if manifest.prompts and not (out / PROMPTS).exists():
+            keep_prompts(out, PairStore.prompts_in(folder, manifest))
+        for path in sorted(folder.glob("text-*/shard-*.safetensors")):  # others are made again when they are asked for
+            target = out / path.relative_to(folder)
+            if not target.exists():
+                shards.check(path, "delete it: it is made again when it is asked for")
+                write_atomic(target, path.read_bytes())
     there = sum(shard_path(out, shard).exists() for shard in range(manifest.shards))
     return {"shards": there, "of": manifest.shards, "copied": copied}
 
 
 def check_all(folder: Path, manifest: Manifest) -> Iterator[DistillError]:
-    """Verify every shard (of several processes each its share); yields what is wrong, shard after shard."""
-    for shard in processes.mine(manifest.shards):
+    """Verify every shard (of several processes each its share), prompts and embeddings; yields what is wrong, one after another."""
+    texts: list[Callable[[], Any]] = [
+        partial(shards.check, path, "delete it: it is made again when it is asked for") for path in sorted(folder.glob("text-*/shard-*"))
+    ]
+    if manifest.prompts:
+        texts.append(partial(PairStore.prompts_in, folder, manifest))
+    mine: list[Callable[[], Any]] = [partial(check_shard, folder, manifest, shard) for shard in processes.mine(manifest.shards)]
+    for check in mine + texts:
         try:
-            check_shard(folder, manifest, shard)
+            check()
         except DistillError as error:
             yield error

@@ -43,8 +43,9 @@ def test_sample_names_prompts_and_seed(distill, prompts, tmp_path):
     assert again.code == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "s").glob("*.png")} == before
     (tmp_path / "other.txt").write_text("something else\n" * 3)
+    others = ("--prompts", "other.txt", "--images-per-prompt", 2, "--steps", 2, "--seed", 5, "--out", "s")
     one_line(
-        distill("sample", "--model", "tiny-sd", "--prompts", "other.txt", "--images-per-prompt", 2, "--steps", 2, "--seed", 5, "--out", "s"),
+        distill("sample", "--model", "tiny-sd", *others),
         2, "made with other settings: prompts",
     )  # fmt: skip
 
@@ -93,6 +94,14 @@ def test_the_main_job_on_text(distill, prompts, tmp_path, precision):
     assert distill("pairs", *options, "--out", "p").code == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "p").rglob("*.safetensors")} == before
     (tmp_path / prompts).unlink()  # the store has its own copy
+    assert distill("pairs", "--check", "p").code == 0
+    kept = (tmp_path / "p/prompts.jsonl").read_text()
+    (tmp_path / "p/prompts.jsonl").write_text(kept.replace("red", "rad"))
+    one_line(distill(*DMD, "--pairs", "p", "--out", "d"), 1, "prompts.jsonl: corrupt")
+    checked = distill("pairs", "--check", "p")
+    assert checked.code == 1
+    assert "prompts.jsonl: corrupt" in checked.err
+    (tmp_path / "p/prompts.jsonl").write_text(kept)
     AcceleratorState._reset_state(True)  # one precision a process
     done = distill(*DMD, "--pairs", "p", "--out", "d", f"precision={precision}")
     AcceleratorState._reset_state(True)
@@ -194,8 +203,13 @@ def test_plans_and_licences_without_a_download(distill, prompts):
     assert "2134 MB" in shown.out
     plan = distill("pairs", "--teacher", "tiny-sd", "--prompts", prompts, "--num", 10, "--dry-run").out
     assert "text embeddings" in plan
-    assert "3 different prompts" in plan
-    assert "download" in distill("dmd", "--recipe", "sd15-dmd", "--dry-run").out
+    assert "of 3 prompts" in plan
+    plan = distill("pairs", "--recipe", "sd15-pairs", "--prompts", prompts, "--dry-run").out
+    assert "download: sd15: about 2134 MB" in plan
+    assert "51,000,000 (102 an image), each of 803 GFLOP" in plan
+    assert "disk: 16386.0 MB" in plan  # 4 x 64 x 64 in fp16, and a label
+    plan = distill("dmd", "--recipe", "sd15-dmd", "--dry-run").out
+    assert "fake 859,520,964, vae 83,653,863" in plan  # the published sizes
 
 
 def test_a_text_teacher_is_trained_from_captions(distill, tmp_path):
