@@ -28,7 +28,6 @@ from distill_cli.models.schedulers import config_of, table_of
 
 EXTRA = "distill.json"
 EDM_PIPELINE, DDPM_PIPELINE = "ConsistencyModelPipeline", "DDPMPipeline"
-PIPELINES = (EDM_PIPELINE, DDPM_PIPELINE, "DDIMPipeline")
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
 SNIPPET = """from diffusers import StableDiffusionPipeline
 
@@ -179,8 +178,6 @@ def load(folder: Path, name: str) -> Model:
 
     index = read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
-    if pipeline not in PIPELINES:
-        raise DistillError(f"{folder}: a {pipeline} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
     schedule, scales, prediction = _schedule(folder, pipeline)
     network: Any = diffusers.UNet2DModel
     if index.get("unet") == [LIBRARIES["EDMUNet"], "EDMUNet"]:

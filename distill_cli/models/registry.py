@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.hub import HUB
+from distill_cli.models.hub import HUB, PIPELINES
 from distill_cli.models.published import PUBLISHED, fetch
 
 if TYPE_CHECKING:
@@ -117,9 +117,8 @@ def open_folder(folder: Path, name: str) -> Model:
     from distill_cli.models import pixel, stable_diffusion
 
     kind = pixel.read_json(folder / "model_index.json").get("_class_name")
-    if kind not in (*pixel.PIPELINES, stable_diffusion.PIPELINE):
-        known = ", ".join((*pixel.PIPELINES, stable_diffusion.PIPELINE))
-        raise DistillError(f"{folder}: a {kind} folder, which this version does not read", f"it reads {known}")
+    if kind not in PIPELINES:
+        raise DistillError(f"{folder}: a {kind} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
     return (stable_diffusion if kind == stable_diffusion.PIPELINE else pixel).load(folder, name)
 
 
