@@ -30,6 +30,7 @@ from distill_cli.distill.consistency import Consistency, images_of
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
 from distill_cli.distill.engine import Engine, make_optimizer
+from distill_cli.distill.text_to_image import TextToImage
 from distill_cli.errors import UsageError
 from distill_cli.models import load, schedulers
 from distill_cli.models.model import Model, network_evaluations
@@ -115,7 +116,8 @@ def _bench_training(engine: Engine, model: Model, forwards: int, steps: Sequence
 
 
 def bench_train(config: TrainConfig, folder: Path) -> Case:
-    objective = Denoising(config, open_images(config.data, config.resolution, config.flip))
+    images = open_images(config.data, config.resolution, config.flip)
+    objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)
     return _bench_training(_engine(config, objective, folder), objective.teacher, 0, [config.batch_size])
 
 
@@ -124,7 +126,7 @@ def bench_dmd(config: DMDConfig, folder: Path) -> Case:
     pairs = config.pairs
     if pairs is None and config.regression_weight != 0:  # any pairs will do
         pairs = folder / "pairs"
-        options = config.model_dump(include={"teacher", "classes", "device", "precision"})
+        options = config.model_dump(include={"teacher", "classes", "device", "precision", "batch_size"})
         generate(
             PairsConfig(num=4 * config.batch_size, steps=1, solver="ddim" if teacher.text is not None else "euler", **options),
             teacher,

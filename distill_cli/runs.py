@@ -41,6 +41,17 @@ def redacted(text: str) -> str:
     return _TOKENS.sub("***", text)
 
 
+ALWAYS: dict[str, Any] = {
+    "guidance_calls": 1,
+    "prompts": None,
+    "negative_prompt": "",
+    "images_per_prompt": 1,
+    "guidance_scale": None,
+    "clip": None,
+}
+"""What folders from before there was text mean by saying nothing."""
+
+
 def settle(path: Path, settings: dict[str, Any], what: str) -> None:
     """Begin a job's folder by writing its settings to `path`, or continue it where they are the same.
 
@@ -52,7 +63,8 @@ def settle(path: Path, settings: dict[str, Any], what: str) -> None:
             old = unsealed(read_plain(path))
         except (OSError, ValueError) as error:
             raise DistillError(f"{path}: corrupt", f"choose another folder, or delete {folder}") from error
-        settings = json.loads(json.dumps(settings))
+        settings = ALWAYS | json.loads(json.dumps(settings))
+        old = ALWAYS | old
         other = [f"{key} is {old.get(key)}, not {settings.get(key)}" for key in {**settings, **old} if old.get(key) != settings.get(key)]
         if other:
             raise UsageError(f"--out {folder}: made with other settings: {'; '.join(other)}", "choose another folder, or the same settings")

@@ -73,6 +73,6 @@ def cm(
         rows["teacher"] = (model.to(engine.accelerator.device), objective.sampling if config.method == "cd" else model.sampling)
     rows |= {f"student, {n} step{'s' * (n > 1)}": (student, student.sampling.model_copy(update={"steps": n})) for n in (1, 2)}
     picture = folder / "comparison.png"
-    common.compare(rows, config.seed, picture)
+    common.compare(rows, config, picture)
     result = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
     common.result(result, f"student: {folder / 'student'}\npicture: {picture}", json)

@@ -33,7 +33,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Images at a time.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
 Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16.")]
 Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - uncond).")]
-Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, ancestral or few-step.")]
+Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, pndm, dpm++, ancestral or few-step.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]
 Shards = Annotated[str | None, typer.Option(help="Make part I of N alone, 0/N to N-1/N: an array job.", metavar="I/N")]
 Prompts = Annotated[str | None, typer.Option(help="Of a model with text: a .txt, .jsonl or .csv file, or a built-in set.")]
@@ -110,9 +110,11 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
 
 def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
     """Whether a dry run is done because its teacher is not here yet: it downloads nothing, and the plan says what it would."""
-    from distill_cli.models.published import to_download
+    from distill_cli.models import hub, published
 
-    download = to_download(teacher) if dry_run_wanted else ""
+    if not dry_run_wanted or hub.short_name(teacher):  # whose sketch is known
+        return False
+    download = published.to_download(teacher) or hub.to_download(teacher)
     if download:
         dry_run(config, {"download": download})
     return bool(download)
@@ -120,14 +122,15 @@ def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
 
 def sketched(teacher: str, dry_run_wanted: bool) -> tuple[Model | None, dict[str, str]]:
     """For a dry run with a hub model that is not here yet: its sketch, and what the plan says of the download."""
-    from distill_cli.models.hub import to_download
+    from distill_cli.models.hub import short_name, to_download
 
-    download = to_download(teacher) if dry_run_wanted else ""
+    known = short_name(teacher)
+    download = to_download(teacher) if dry_run_wanted and known else ""
     if not download:
         return None, {}
     from distill_cli.models.cost import sketch
 
-    return sketch(teacher), {"download": download}
+    return sketch(known), {"download": download}
 
 
 def open_model(name: str, config: GenerateT, sketched: Model | None = None) -> tuple[Model, GenerateT]:
@@ -247,14 +250,16 @@ def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: i
     }
 
 
-def compare(models: dict[str, tuple[Model, Sampling]], seed: int, path: Path, classes: list[int] | None = None) -> None:
+def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, path: Path, classes: list[int] | None = None) -> None:
     """Models below one another, from the same noise, which is in no store of pairs."""
     from distill_cli.data.pictures import save_comparison, to_uint8
+    from distill_cli.launch import autocast, device
     from distill_cli.models.model import network_evaluations
 
     rows = []
     for name, (model, sampling) in models.items():
-        images, _ = model.examples(seed, model.shown, sampling, classes)
+        with autocast(device(config.device), config.precision if model.latent is not None else "no"):
+            images, _ = model.examples(config.seed, model.shown, sampling, classes)
         calls = network_evaluations(sampling)
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
     save_comparison(rows, path, columns=20 if model.shown == 40 else 8, scale=model.enlarged)

@@ -19,6 +19,8 @@ def dmd(
     recipe: common.Recipe = None,
     teacher: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder, or a hub id.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="A folder of `distill pairs`, for the regression loss.")] = None,
+    prompts: common.Prompts = None,
+    negative_prompt: common.Negative = None,
     out: common.Out = None,
     steps: common.Steps = None,
     batch_size: common.BatchSize = None,
@@ -40,9 +42,9 @@ def dmd(
     from distill_cli.config import DMDConfig
 
     flags = dict(
-        teacher=teacher, pairs=pairs, out=out, steps=steps, batch_size=batch_size, lr=lr, fake_lr=fake_lr, fake_steps=fake_steps,
-        regression_loss=regression_loss, regression_weight=regression_weight, guidance_scale=guidance_scale,
-        precision=precision, seed=seed, device=device, resume=resume,
+        teacher=teacher, pairs=pairs, prompts=prompts, negative_prompt=negative_prompt, out=out, steps=steps, batch_size=batch_size, lr=lr,
+        fake_lr=fake_lr, fake_steps=fake_steps, regression_loss=regression_loss, regression_weight=regression_weight,
+        guidance_scale=guidance_scale, precision=precision, seed=seed, device=device, resume=resume,
     )  # fmt: skip
     config = common.open_run(DMDConfig, "dmd", recipe, overrides, dry_run, flags)
     if not dry_run:
@@ -66,6 +68,8 @@ def dmd(
     else:
         common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
     objective = DMD(config, model, store)
+    if config.prompts is not None:
+        common.note_cut(objective.teacher)
     engine = Engine(config, objective)
     common.start_run(engine, "dmd", resume)
     student = engine.train()
@@ -73,9 +77,9 @@ def dmd(
         return
     folder = engine.run.folder
     picture = folder / "comparison.png"
-    common.compare(
-        {"teacher": (objective.teacher, objective.sampling), "student": (student, student.sampling)}, config.seed, picture, config.classes
-    )
+    engine.release()
+    rows = {"teacher": (objective.teacher, objective.sampling), "student": (student, student.sampling)}
+    common.compare(rows, config, picture, config.classes)
     data = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
     common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)
 

@@ -38,7 +38,11 @@ def evaluate(
     )  # fmt: skip
     config = common.with_out(resolve(EvaluateConfig, recipe, overrides or [], flags), recipe, "evaluation")
     if dry_run:
-        common.dry_run(config, {"images": f"{config.num} of each of {len(config.model)} models, kept in {config.out}/samples"})
+        from distill_cli.data.prompts import open_prompts
+        from distill_cli.evaluate.text import count_of
+
+        count = config.num if config.prompts is None else count_of(config, len(open_prompts(config.prompts)))
+        common.dry_run(config, {"images": f"{count} of each of {len(config.model)} models, kept in {config.out}/samples"})
         return
     common.start_processes(num_processes)
     from distill_cli.evaluate import report as of_images

@@ -31,7 +31,9 @@ def show(
 
     download = published.to_download(name) or hub.to_download(name)
     if download:  # showing it is no reason to fetch gigabytes
-        known = {"name": name, "summary": REGISTRY[name].summary, "licence": REGISTRY[name].licence, "download": download}
+        entry = REGISTRY.get(hub.short_name(name) or name)
+        said = {"summary": entry.summary, "licence": entry.licence} if entry is not None else {}
+        known = {"name": name, **said, "download": download}
         common.result(known, "\n".join(f"{key:17} {value}" for key, value in known.items()), json)
         return
     model = load(name)

@@ -64,7 +64,10 @@ def sample(
 
     if config.search_times and part != (0, 1):
         raise UsageError("--search-times: makes no samples to share out", "leave --shards out")
-    loaded, config = common.open_model(config.model, config)
+    if common.planned_without(config.model, config, dry_run):
+        return
+    sketch, download = common.sketched(config.model, dry_run)
+    loaded, config = common.open_model(config.model, config, sketch)
     assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
@@ -73,7 +76,7 @@ def sample(
         return
     if dry_run:
         calls = network_evaluations(loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls))
-        common.dry_run(config, {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
+        common.dry_run(config, download | {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
         return
     if config.search_times:
         _search(config, loaded, json)

@@ -77,6 +77,8 @@ class EvaluateConfig(Config):
     classifier: str = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
     prompts: str | None = Field(None, description="of models with text, which are measured by clip alone: as for sample")
     images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
+    negative_prompt: str = Field("", description="of models with text: what guidance leads away from")
+    guidance_scale: Rate | None = Field(None, description="of teachers with text; default their own")
     clip: str | None = Field(None, description="of models with text: a CLIP model, a folder or hub id, whose score is measured")
     num: Positive = Field(2000, description="images of each model")
     seed: int = Field(7, ge=0, lt=2**63, description="of their noise; another than the pairs', whose noise a student knows")
@@ -87,8 +89,13 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _of_prompts(self) -> EvaluateConfig:
-        if self.prompts is None and (self.clip or self.images_per_prompt > 1):
-            raise ValueError(f"{'clip' if self.clip else 'images_per_prompt'} needs prompts")
+        for keys, ours in (
+            (("clip", "images_per_prompt", "negative_prompt", "guidance_scale"), True),
+            (("data", "classifier", "classes"), False),
+        ):
+            given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+            if given and ours == (self.prompts is None):
+                raise ValueError(f"{given[0]} {'needs' if ours else 'is not for'} prompts")
         return self
 
 

@@ -58,7 +58,10 @@ class PromptFile(Sequence[str]):
     def _record(self, handle: Any, number: int = 0) -> str | None:
         """The next prompt, '' for none in its line, None at the end."""
         if self.kind == ".csv":
-            row = next(csv.reader(self._lines(handle)), None)
+            try:
+                row = next(csv.reader(self._lines(handle)), None)
+            except csv.Error as error:
+                raise self._bad(number, f"no table ({error})") from error
             if row is None or not row:
                 return row if row is None else ""
             if len(row) != len(self.columns):
@@ -72,7 +75,7 @@ class PromptFile(Sequence[str]):
         except ValueError as error:
             raise self._bad(number, "not JSON") from error
         found = next((data[name] for name in FIELDS if name in data), None) if isinstance(data, dict) else data
-        if not isinstance(found, str):
+        if not isinstance(found, str) or not _is_unicode(found):
             raise self._bad(number, "no text under prompt, text or caption")
         return found.strip()
 
@@ -110,6 +113,11 @@ class PromptFile(Sequence[str]):
                 next(csv.reader(self._lines(handle)))
             for _, text in self._records(handle):
                 yield text
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, as JSON that was cut off may have."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 BUILTIN = dict(zip(PROMPT_SETS, (TRAINED, HELD), strict=True))

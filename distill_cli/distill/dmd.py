@@ -48,6 +48,14 @@ class DMD:
             if teacher.latent is not None:
                 teacher = replace(teacher, size=pairs.manifest.shape[1:])
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
+        self.regression_weight = 0.0
+        if pairs is not None:
+            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
+            self.order = Order(config.seed, len(pairs))
+        self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
+        answering: list[nn.Module] = []
+        if self.regression_weight:
+            self.distance, answering = measure(config, teacher.latent)
         teacher, self.of_pairs = prompted(config, teacher, pairs)
         self.teacher = teacher
         self.sampling = teacher.with_defaults(None, None, config.guidance_scale, config.guidance_calls)
@@ -63,19 +71,7 @@ class DMD:
         if teacher.text is not None and teacher.text.table is None:
             self.frozen.append(teacher.text.encoder)
         self.kept: dict[str, nn.Module] = {}
-        self.regression_weight = 0.0
-        if pairs is not None:
-            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
-            self.order = Order(config.seed, len(pairs))
-        self.distance: Callable[[Tensor, Tensor], Tensor] = partial(regression_loss, config.regression_loss)
-        if self.regression_weight and config.regression_loss == "lpips":
-            perceptual = Perceptual(config.lpips_weights, resized=teacher.latent is None)
-            self.frozen.append(perceptual)
-            self.distance = perceptual
-            if teacher.latent is not None:
-                codec = VAECodec(load_decoder(config.decoder)) if config.decoder else teacher.latent
-                self.frozen.append(codec.vae)
-                self.distance = partial(of_decoded, perceptual, codec)
+        self.frozen += answering
         count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
         self.labels = teacher.conditioner.labels(count or 1, config.classes)
 
@@ -123,8 +119,10 @@ class DMD:
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None:
-            regression = self.distance(generated, paired["x0"]).mean()
-            loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
+            if self.regression_weight:
+                assert self.distance is not None
+                regression = self.distance(generated, paired["x0"]).mean()
+                loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
             drawn = paired["label"] if self.teacher.text is None else torch.zeros_like(paired["label"])  # prompts hardly come twice
             metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
         yield Loss("student", loss, metrics)
@@ -186,6 +184,17 @@ class DMD:
                 "Lower lr, or raise regression_weight"
             )
         return ""
+
+
+def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
+    """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
+    if config.regression_loss != "lpips":
+        return partial(regression_loss, config.regression_loss), []
+    perceptual = Perceptual(config.lpips_weights, resized=latent is None)
+    if latent is None:
+        return perceptual, [perceptual]
+    codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent
+    return partial(of_decoded, perceptual, codec), [perceptual, codec.vae]
 
 
 def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tuple[Model, Conditioner]:

@@ -354,6 +354,14 @@ class Engine:
             model.save(place)
         return model
 
+    def release(self) -> None:
+        """Give back the memory of training, before the result is looked at."""
+        self.optimizers, self.ema.network = {}, None
+        for network in list(self.objective.networks.values()):
+            network.zero_grad(set_to_none=True)
+        for name in list(self.objective.networks)[1:]:
+            self.objective.networks[name].to("cpu")
+
     def _hint(self) -> str:
         found = checkpoint.steps(self.run.checkpoints)
         good = f"the checkpoint of step {found[-1]} is good: " if found else ""

@@ -71,6 +71,11 @@ class TextToImage:
         self.config = config
         vae = load_vae(config.vae).eval().requires_grad_(False)
         tokenizer = make_tokenizer(images.captions(range(len(images))), config.text.length)
+        parts = 2 ** (len(config.network.channels) - 1)
+        if images.shape[-1] // VAECodec(vae).factor % parts:
+            raise UsageError(
+                f"resolution {images.shape[-1]}: the autoencoder and {len(config.network.channels)} network.channels do not divide it"
+            )
         zero = config.prediction == "v"
         self.teacher = create(
             vae=vae,
@@ -95,9 +100,9 @@ class TextToImage:
             seed=config.seed,
         )
         assert self.teacher.text is not None
-        assert self.teacher.latent is not None
         self.conditioner, self.schedule = self.teacher.text, self.teacher.denoiser.schedule
-        self.latents = Latents(images, self.teacher.latent, config.variants, config.seed)
+        self.images: Captioned = images
+        self.latents: Latents | None = None
         self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
         self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
         self.empty = self.conditioner.tokens([""])[0]
@@ -105,9 +110,12 @@ class TextToImage:
         self.rates = {"teacher": config.lr}
         self.frozen: list[nn.Module] = [vae]
         self.kept: dict[str, nn.Module] = {}
-        self.order = Order(config.seed, len(self.latents))
+        self.order = Order(config.seed, config.variants * len(images))
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
+        if self.latents is None:  # the engine has moved the autoencoder by now
+            assert self.teacher.latent is not None
+            self.latents = Latents(self.images, self.teacher.latent, self.config.variants, self.config.seed)
         positions = [self.order[i] for i in draws.indices]
         shape = self.teacher.shape
         tokens = self.tokens[[position % self.latents.count for position in positions]]

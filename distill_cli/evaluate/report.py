@@ -196,7 +196,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     todo = [Row.of(spec, config, tuple(reference.images.shape)) for spec in config.model]
     settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
     remove_temporaries(config.out)
-    rates = _old_rates(config.out / RATES)
+    rates = old_rates(config.out / RATES)
     rows: list[dict[str, Any]] = []
     pictures = []
     for k, row in enumerate(todo):
@@ -242,7 +242,7 @@ def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int, reference
     )
 
 
-def _old_rates(path: Path) -> dict[str, float | None]:
+def old_rates(path: Path) -> dict[str, float | None]:
     """Images a second of models whose samples are kept in this folder and not made again."""
     try:
         return dict(json.loads(path.read_text()))

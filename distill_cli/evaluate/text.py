@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from distill_cli import launch, processes
@@ -16,13 +18,16 @@ from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data.pictures import save_comparison
 from distill_cli.data.prompts import open_prompts
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.evaluate.report import split
+from distill_cli.evaluate.report import RATES, old_rates, split
 from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
+from distill_cli.models.hub import find
+from distill_cli.models.model import LARGE
 from distill_cli.runs import settle, versions
 from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
+CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")
 COLUMNS = ("model", "images", "evaluations", "images/s", "CLIP score")
 
 
@@ -32,9 +37,10 @@ class CLIP:
     def __init__(self, name: str, where: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
+        folder = find(name, CLIP_FILES, f"clip {name}")
         try:
-            self.model = CLIPModel.from_pretrained(name, use_safetensors=True).eval().to(where)
-            self.processor = CLIPProcessor.from_pretrained(name)
+            self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().to(where)
+            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a missing folder, and without a network
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DistillError(
@@ -54,43 +60,65 @@ class CLIP:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Sample the prompts with what `config.model` lists, and write report.json, report.md and picture.png; returns the report."""
+    """Sample the prompts with what `config.model` lists, and write report.json, report.md and picture.png; returns the report.
+
+    Several processes share sampling and scores; pictures stay on disk, and one model after another is in memory.
+    """
     assert config.out is not None
     assert config.prompts is not None
     if config.clip is None:
         raise UsageError("--prompts: pictures of prompts are measured by a CLIP model: none given", "clip=FOLDER or a hub id")
     prompts = open_prompts(config.prompts)
-    models = []
-    for spec in config.model:
-        name, steps = split(spec)
-        models.append((spec, load(name).with_prompts(prompts, "", config.images_per_prompt), steps))
-    clip = CLIP(config.clip, launch.device(config.device))
+    count = count_of(config, len(prompts))
+    where = launch.device(config.device)
+    clip = CLIP(config.clip, where)
     settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
     remove_temporaries(config.out)
-    count = len(prompts) * config.images_per_prompt
+    rates = old_rates(config.out / RATES)
     rows, pictures = [], []
-    for k, (spec, model, steps) in enumerate(models):
+    for k, spec in enumerate(config.model):
+        name, steps = split(spec)
+        model = load(name).with_prompts(prompts, config.negative_prompt, config.images_per_prompt)
+        if config.resolution is not None:
+            model = model.with_resolution(config.resolution)
         folder = config.out / "samples" / f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}"
-        options = config.model_dump(include={"seed", "device", "batch_size", "precision", "prompts", "images_per_prompt"})
-        made = batch.sample(SampleConfig(model=spec, steps=steps, num=count, format="npz", **options), model, folder)
-        launch.all_of([0], launch.device(config.device))  # the last one has joined the parts by now
-        images, _ = batch.read_npz(folder / "samples.npz")
+        options = config.model_dump(
+            include={"seed", "device", "precision", "prompts", "images_per_prompt", "negative_prompt", "resolution"}
+        )
+        size = config.batch_size if "batch_size" in config.model_fields_set or model.pixels < LARGE else 8
+        scale = None if model.few_step_times is not None else config.guidance_scale
+        asked = SampleConfig(model=spec, steps=steps, num=count, guidance_scale=scale, batch_size=size, **options)
+        made = batch.sample(asked, model, folder)
+        of_all = launch.all_of([made["images_per_second"]], where)  # the last one has finished by now
+        rate = rates[spec] = rates.get(spec) if None in of_all else sum(of_all)
         ranges = [range(first, min(count, first + PART)) for first in range(0, count, PART)]
         mine = []
         for j in processes.mine(len(ranges)):
-            part = ranges[j]
-            texts = [prompts[i // config.images_per_prompt] for i in part]
-            mine.append((j, clip.scores(images[part.start : part.stop], texts)))
-        scores = torch.cat([part for _, part in sorted(launch.all_of(mine, launch.device(config.device)), key=lambda each: each[0])])
-        numbers = {"network_evaluations": made["network_evaluations"], "images_per_second": made["images_per_second"]}
+            texts = [prompts[i // config.images_per_prompt % len(prompts)] for i in ranges[j]]
+            mine.append((j, clip.scores(pictures_of(folder, ranges[j]), texts)))
+        scores = torch.cat([part for _, part in sorted(launch.all_of(mine, where), key=lambda each: each[0])])
+        numbers = {"network_evaluations": made["network_evaluations"], "images_per_second": rate}
         rows.append({"model": spec, "images": count, **numbers, "clip_score": scores.mean().item()})
-        pictures.append((f"{spec}: CLIP score {rows[-1]['clip_score']:.2f}", images[:SHOWN]))
+        shown = pictures_of(folder, range(min(count, SHOWN)))
+        pictures.append((f"{spec}: CLIP score {rows[-1]['clip_score']:.2f}", shown))
+        del model  # the next one needs the room
     report = {"prompts": config.prompts, "clip": config.clip, "seed": config.seed, "rows": rows, "warnings": [], "versions": versions()}
     if processes.rank() == 0:
+        write_atomic(config.out / RATES, json.dumps(rates) + "\n")
         write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
         write_atomic(config.out / "report.md", table(report) + "\n")
-        save_comparison(pictures, config.out / "picture.png", columns=8, scale=max(1, 64 // images.shape[1]))
+        save_comparison(pictures, config.out / "picture.png", columns=8, scale=max(1, 64 // shown.shape[1]))
     return report
+
+
+def count_of(config: EvaluateConfig, prompts: int) -> int:
+    """Pictures of each model: as many as are asked for, else each prompt's."""
+    return config.num if "num" in config.model_fields_set else prompts * config.images_per_prompt
+
+
+def pictures_of(folder: Path, part: range) -> np.ndarray:
+    """uint8 pictures (B, H, W, 3) of a folder of samples."""
+    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png").convert("RGB")) for i in part])
 
 
 def table(report: dict[str, Any]) -> str:

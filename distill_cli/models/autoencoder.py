@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import VAENetworkConfig
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import folder_atomic
+from distill_cli.models.hub import find
 
 AT_A_TIME = 2**20
 """Pixels that are decoded at a time: four pictures of 512 x 512."""
@@ -32,11 +33,6 @@ class VAECodec:
         """Pixels a latent, each way."""
         config = self.vae.config
         return 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
-
-    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Latents (B, c, h, w) of images (B, C, H, W), drawn from the encoder's normal distribution by standard-normal `noise`."""
-        mean, spread = self.moments(images)
-        return mean + spread * noise.to(mean)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Means and standard deviations (B, c, h, w) of the latents."""
@@ -97,13 +93,16 @@ def create(pixels: int, image_channels: int, network: VAENetworkConfig, seed: in
     return Autoencoder(vae)
 
 
-def load_decoder(spec: str) -> Any:
-    """An AutoencoderTiny, which decodes in a fraction of the time, from a folder or by its hub id."""
+def load_decoder(spec: str, codec: VAECodec) -> Any:
+    """An AutoencoderTiny for the latents of `codec`, which decodes in a fraction of the time, from a folder or by its hub id."""
     import diffusers
 
+    folder = find(spec, ("config.json", "diffusion_pytorch_model.safetensors"), f"decoder {spec}")
     try:
-        tiny = diffusers.AutoencoderTiny.from_pretrained(spec, use_safetensors=True, torch_dtype=torch.float32)
-    except Exception as error:  # diffusers raises many kinds for a missing or foreign folder, and without a network
+        tiny = diffusers.AutoencoderTiny.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+    except Exception as error:  # diffusers raises many kinds for a missing or foreign folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistillError(f"decoder {spec}: no AutoencoderTiny ({reason})", "a folder, or a hub id such as madebyollin/taesd") from error
+    if (tiny.config.latent_channels, VAECodec(tiny).factor) != (codec.vae.config.latent_channels, codec.factor):
+        raise UsageError(f"decoder {spec}: for other latents than the teacher's", "taesd is of Stable Diffusion 1 and 2")
     return tiny.eval().requires_grad_(False)

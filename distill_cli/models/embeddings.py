@@ -21,7 +21,7 @@ from torch import Tensor
 from distill_cli import processes, shards
 from distill_cli.data.prompts import digest_of
 from distill_cli.errors import DistillError
-from distill_cli.models.text import PromptConditioner
+from distill_cli.models.text import PromptConditioner, plain
 
 SHARD, AT_A_TIME = 512, 64
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -87,6 +87,8 @@ class Embeddings:
     def __call__(self, labels: Tensor) -> Tensor:
         """(B, L, D) float32 on the device of the labels (B,)."""
         rows = self.rows[labels.cpu().numpy()].tolist()
+        if not rows:
+            return self.null.new_empty((0, *self.null.shape)).to(labels.device)
         found = {row: self._shard(row // SHARD)[row % SHARD].float() for row in dict.fromkeys(rows)}
         return torch.stack([found[row] for row in rows]).to(labels.device)
 
@@ -94,6 +96,6 @@ class Embeddings:
 def encoder_hash(conditioner: PromptConditioner) -> str:
     """SHA-256 of the text encoder's weights."""
     digest = hashlib.sha256()
-    for name, value in sorted(conditioner.encoder.state_dict().items()):
+    for name, value in sorted((plain(name), value) for name, value in conditioner.encoder.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

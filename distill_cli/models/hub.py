@@ -6,13 +6,15 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError
 
-WANTED = ("model_index.json", "distill.json", "scheduler/*.json", "tokenizer/*", "*/config.json", "README.md")
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""Parts of a pipeline that have weights, and the name of their file."""
+WANTED = ("model_index.json", "distill.json", "README.md", "scheduler/*.json", "tokenizer/*", *(f"{part}/config.json" for part in PARTS))
 PIPELINES = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
 
 
@@ -47,24 +49,30 @@ def cached(hub_id: str) -> Path | None:
         return None
     folder = Path(index).parent
     named = json.loads(Path(index).read_text())
-    needed = [part for part in PARTS if isinstance(named.get(part), list) and named[part][0]]
-    return folder if all(any((folder / part).glob("*.safetensors")) for part in needed) else None
+    there = [part for part, value in named.items() if isinstance(value, list) and value[0]]
+    needed = [f"{part}/config.json" for part in PARTS if part in there] + ["scheduler/scheduler_config.json"]
+    needed += ["tokenizer/merges.txt"] if "tokenizer" in there else []
+    whole = all((folder / name).exists() for name in needed)
+    return folder if whole and all(any((folder / part).glob("*.safetensors")) for part in PARTS if part in there) else None
 
 
-def files_of(siblings: list[Any]) -> dict[str, int]:
-    """Which of a model's files are fetched, and their sizes in bytes: safetensors alone, fp16 where there are, else full precision."""
-    from fnmatch import fnmatch
-
+def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
+    """Which of a model's files are fetched, and their sizes in bytes: safetensors alone, fp16 where there are and `half` is wanted."""
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     out = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in WANTED)}
     for part, stem in PARTS.items():
-        half, full = f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors"
-        name = half if half in sizes else full
+        small, full = f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors"
+        name = small if half and small in sizes else full
         if name in sizes:
             out[name] = sizes[name]
         elif any(file.startswith(f"{part}/") and file.endswith((".bin", ".ckpt")) for file in sizes):
             raise DistillError(f"{part} has no safetensors on the hub", "files that may run code are not read")
     return out
+
+
+def command(hub_id: str, patterns: tuple[str, ...]) -> str:
+    """What fetches files of a hub model elsewhere."""
+    return " ".join([f"hf download {hub_id}", *(f"--include '{pattern}'" for pattern in patterns)])
 
 
 def download(hub_id: str) -> Path:
@@ -73,8 +81,9 @@ def download(hub_id: str) -> Path:
     found = cached(hub_id)
     if found is not None:
         return found
-    about = f" ({known.megabytes} MB)" if known else ""
-    hint = f"where there is a network: hf download {hub_id}{about}; then set HF_HOME, or give the folder's path"
+    size = f" ({known.megabytes} MB)" if known else ""
+    weights = tuple(f"{part}/*.fp16.safetensors" if known else f"{part}/*.safetensors" for part in PARTS)
+    hint = f"where there is a network: {command(hub_id, (*WANTED, *weights))}{size}; then set HF_HOME, or give the folder's path"
     if offline():
         raise DistillError(f"{hub_id}: not in the Hugging Face cache, no folder of that name, and HF_HUB_OFFLINE is set", hint)
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -83,7 +92,7 @@ def download(hub_id: str) -> Path:
         kind = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text()).get("_class_name")
         if kind in PIPELINES:
             info = HfApi().model_info(hub_id, files_metadata=True)
-            wanted = files_of(info.siblings or [])
+            wanted = files_of(info.siblings or [], half=kind == "StableDiffusionPipeline")
             licence = known.licence if known else (info.card_data.get("license") if info.card_data else None)
             print(f"downloading {hub_id}: {sum(wanted.values()) / 1e6:.0f} MB, licence {licence or 'not stated'}", file=sys.stderr)
             return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
@@ -97,9 +106,42 @@ def download(hub_id: str) -> Path:
     raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(PIPELINES)}")
 
 
+def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
+    """The folder of a part that is no pipeline: `name` itself, or a hub id, whose files are downloaded after a line that says so."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise DistillError(f"{what}: no such folder", "give a folder, or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
+        if all(any(folder.glob(pattern)) for pattern in patterns if pattern.endswith((".json", ".safetensors"))):
+            return folder
+    except Exception as error:  # not in the cache: huggingface_hub raises several kinds
+        del error
+    try:
+        if offline():
+            raise OSError("HF_HUB_OFFLINE is set")
+        print(f"downloading {name} from the Hugging Face hub: {', '.join(patterns)}; its licence stands there", file=sys.stderr)
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # no network, no such model
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = f"where there is a network: {command(name, patterns)}; then set HF_HOME, or give the folder's path"
+        raise DistillError(f"{what}: not in the Hugging Face cache, and not to be had from the hub ({reason})", hint) from error
+
+
 def to_download(name: str) -> str:
     """What loading `name` would download first, for plans; '' where nothing."""
-    known = HUB.get(name)
-    if known is None or cached(known.id) is not None:
+    known = next((known for short, known in HUB.items() if name in (short, known.id)), None)
+    if known is None:
+        is_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+        return f"{name} from the Hugging Face hub" if is_id and cached(name) is None else ""
+    if cached(known.id) is not None or Path(name).exists():
         return ""
     return f"{name}: about {known.megabytes} MB of {known.id} from the Hugging Face hub, licence {known.licence}"
+
+
+def short_name(name: str) -> str:
+    """The registry's name of a hub id that has one, '' for others."""
+    return next((short for short, known in HUB.items() if name in (short, known.id)), "")

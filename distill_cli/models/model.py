@@ -21,7 +21,7 @@ from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
 from distill_cli.errors import UsageError
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.text import PromptConditioner
+from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.models.times import GRID, parse
 
 LARGE = 256
@@ -218,8 +218,10 @@ class Model:
         if self.unet.device.type == "meta":
             return ""
         digest = hashlib.sha256()
-        prefixes = {part: "" if part == "unet" else f"{part}." for part in self.parts()}
-        named = {prefixes[part] + name: value for part, network in self.parts().items() for name, value in network.state_dict().items()}
+        named = dict(self.unet.state_dict())
+        for part, network in self.parts().items():
+            if part != "unet":
+                named |= {f"{part}.{plain(name)}": value for name, value in network.state_dict().items()}
         for name, value in sorted(named.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -284,7 +286,8 @@ class Model:
 
         Raises UsageError where the model cannot be sampled so: a student has its solver, steps and guidance built in.
         """
-        own, table = self.sampling, isinstance(self.denoiser.schedule, TableSchedule)
+        own, schedule = self.sampling, self.denoiser.schedule
+        table = isinstance(schedule, TableSchedule)
         if self.few_step_times is not None:
             if solver not in (None, "few-step"):
                 raise UsageError(f"--solver {solver}: a student is sampled by few-step alone", "leave --solver out")
@@ -300,11 +303,13 @@ class Model:
             raise UsageError(f"--guidance-scale {out.guidance_scale:g}: below 1 it leads away from the condition", "1 is without guidance")
         if out.solver in ("pndm", "dpm++") and not table:
             raise UsageError(f"--solver {out.solver}: for models with a table of times, such as Stable Diffusion's", "use heun or ddim")
+        zero = not schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0
+        if out.solver in ("heun", "pndm") and zero:
+            raise UsageError(f"--solver {out.solver}: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
+        if table and schedule.bins is not None and out.steps >= schedule.bins:
+            raise UsageError(f"--steps {out.steps}: the model has {schedule.bins} times", "a few dozen steps are plenty")
         if out.guidance_scale != 1 and self.text is None and self.conditioner.null is None:
             raise UsageError(f"--guidance-scale {out.guidance_scale}: the model knows no null class", "use 1")
-        schedule = self.denoiser.schedule
-        if out.solver == "heun" and not (schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0):
-            raise UsageError("--solver heun: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
         self.times(out.solver, out.steps)
         return out
 
@@ -334,7 +339,8 @@ class Model:
         sampling = sampling or self.sampling
         device = next(self.denoiser.parameters()).device
         schedule = self.denoiser.schedule
-        denoiser = guided(self.denoiser, sampling.guidance_scale, self.conditioner.null, sampling.guidance_calls)
+        null = self.conditioner.null if sampling.guidance_scale != 1 else None
+        denoiser = guided(self.denoiser, sampling.guidance_scale, null, sampling.guidance_calls)
         condition = self.conditioner(labels.to(device))
         times = self.times(sampling.solver, sampling.steps)
         few_step = sampling.solver == "few-step" and isinstance(schedule, EDMSchedule)
@@ -368,5 +374,5 @@ class Model:
 
 def network_evaluations(sampling: Sampling) -> int:
     """Denoiser calls a sample costs (guidance counts twice)."""
-    calls = {"heun": 2 * sampling.steps - 1, "pndm": sampling.steps + 1}.get(sampling.solver, sampling.steps)
+    calls = {"heun": 2 * sampling.steps - 1, "pndm": sampling.steps + (sampling.steps > 1)}.get(sampling.solver, sampling.steps)
     return calls * (1 if sampling.guidance_scale == 1 else 2)

@@ -64,12 +64,7 @@ def _tiny_sd() -> Model:
 
 
 def _hub(name: str) -> Model:
-    from distill_cli.models.hub import download
-
-    model = open_folder(download(HUB[name].id), name)
-    licence = model.lineage.licence or HUB[name].licence
-    model.lineage = model.lineage.model_copy(update={"licence": licence})
-    return model
+    return load(HUB[name].id)
 
 
 def _published(name: str) -> Model:
@@ -144,7 +139,11 @@ def load(name: str) -> Model:
 
         return single_file.load(path)
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        from distill_cli.models.hub import download
+        from distill_cli.models.hub import download, short_name
 
-        return open_folder(download(name), name)
+        model = open_folder(download(name), name)
+        known = short_name(name)
+        if known and not model.lineage.licence:
+            model.lineage = model.lineage.model_copy(update={"licence": HUB[known].licence})
+        return model
     raise UsageError(f"{name}: no model of that name and no such folder", nearest(name, REGISTRY, "built in"))

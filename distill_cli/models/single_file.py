@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distill_cli.errors import DistillError
-from distill_cli.models.hub import HUB, cached
+from distill_cli.models.hub import HUB, WANTED, cached, command
 from distill_cli.models.model import Model
 
 
@@ -23,7 +23,7 @@ def configuration(path: Path) -> Path:
     if found is None:
         raise DistillError(
             f"{path}: the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache",
-            f"hf download {known.id} --include '*.json' 'tokenizer/*', and put the file into that folder",
+            f"{command(known.id, WANTED)} --local-dir FOLDER, and put the file into that folder",
         )
     return found
 

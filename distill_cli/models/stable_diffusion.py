@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     assert text is not None
     assert config is not None
     scheduler = schedulers.make(config, "LCMScheduler" if model.few_step_times is not None else config["_class_name"])
+    if model.size is not None:  # of a student that has learned another resolution than its teacher
+        model.unet.register_to_config(sample_size=model.size[0])
     with folder_atomic(folder) as temporary:
         for name, network in model.parts().items():
             stored: Any = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
@@ -148,7 +151,8 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
 def load(folder: Path, name: str) -> Model:
     """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
 
-    A folder without distill.json is read as diffusers would: guidance 7.5 and 50 steps, with LCMScheduler a one-step student.
+    A folder without distill.json gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by PNDM or DPM-Solver++ where its
+    scheduler is one, else by DDIM; with LCMScheduler it is a one-step student.
     """
     import diffusers
     import transformers
@@ -161,7 +165,7 @@ def load(folder: Path, name: str) -> Model:
         if found != kind:
             raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
     path = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(path)
+    config = {**read_json(path), "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
     schedule, prediction = table_of(config, str(path))
     tokenizer = load_tokenizer(folder / "tokenizer")
     unet, vae, encoder = (_part(kind, folder / part).eval().requires_grad_(False) for part, kind in kinds.items())
@@ -175,7 +179,7 @@ def load(folder: Path, name: str) -> Model:
         time_input="t",
         sampling=Sampling(solver="few-step", steps=1) if student else Sampling(solver=solver, steps=50, guidance_scale=7.5),
         few_step_times=[schedule.t_max] if student else None,
-        lineage=Lineage(name=name, kind="student" if student else "teacher", licence=""),
+        lineage=Lineage(name=name, kind="student" if student else "teacher", licence=licence_of(folder)),
     )
     return Model(
         denoiser=NetworkDenoiser(UNet(unet), schedule, prediction, Scales(), "t").eval().requires_grad_(False),
@@ -187,6 +191,16 @@ def load(folder: Path, name: str) -> Model:
         scheduler=config,
         recipe=extra.recipe,
     )
+
+
+def licence_of(folder: Path) -> str:
+    """What the header of a model's README.md says, '' where it says nothing."""
+    try:
+        text = (folder / "README.md").read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    found = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", text)
+    return found[1] if found else ""
 
 
 def tiny() -> Model:

@@ -34,11 +34,12 @@ class PromptConditioner:
         self.prompts: Sequence[str] = ()
         self.negative, self.repeat = "", 1
         self.table: Any = None
+        self._null: Tensor | None = None
 
     def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> PromptConditioner:
         """The same tokenizer and encoder for these prompts."""
         out = copy.copy(self)
-        out.prompts, out.negative, out.repeat, out.table = prompts, negative, repeat, None
+        out.prompts, out.negative, out.repeat, out.table, out._null = prompts, negative, repeat, None, None
         return out
 
     def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
@@ -71,7 +72,9 @@ class PromptConditioner:
     @property
     def null(self) -> Tensor:
         """(L, D): the embedding of the negative prompt."""
-        return self.table.null if self.table is not None else self.encode([self.negative])[0]
+        if self._null is None:
+            self._null = self.table.null if self.table is not None else self.encode([self.negative])[0]
+        return self._null
 
     def __call__(self, labels: Tensor) -> Tensor:
         """Embeddings (B, L, D) of the prompts at positions (B,), on the device of these; equal prompts are encoded once."""
@@ -158,9 +161,14 @@ def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
         return CLIPTextModel(config)
 
 
+def plain(name: str) -> str:
+    """A weight's name in a CLIPTextModel without the prefix that it has in some versions of transformers."""
+    return name.removeprefix("text_model.")
+
+
 def save_encoder(encoder: Any, folder: Path) -> None:
     """Write a CLIPTextModel with the names of published files, which transformers of any version reads; newer ones write others."""
-    weights = {name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in encoder.state_dict().items()}
+    weights = {f"text_model.{plain(name)}": value for name, value in encoder.state_dict().items()}
     encoder.config.architectures = ["CLIPTextModel"]
     encoder.config.save_pretrained(folder)
     contiguous = {name: value.contiguous() for name, value in weights.items() if not name.endswith("position_ids")}

@@ -74,7 +74,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     how many share the work. ^C, SIGTERM and SIGUSR1 stop between batches; finished shards stay.
     """
     manifest = manifest_of(config, teacher)
-    settle(folder / MANIFEST, manifest.model_dump(mode="json"), "pairs")
+    settle(folder / MANIFEST, manifest.settings(), "pairs")
     remove_temporaries(folder)
     where = launch.device(config.device)
     teacher.to(where)

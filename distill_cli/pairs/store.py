@@ -31,6 +31,8 @@ from distill_cli.files import read_plain, remove_temporaries, unsealed, write_at
 from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 
+LATER = ("guidance_calls", "prompts", "negative_prompt")
+"""Settings that the first stores did not have: without them a store's hash is as it was."""
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -74,7 +76,14 @@ class Manifest(BaseModel):
 
     @property
     def settings_hash(self) -> str:
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json(exclude=self._unsaid()).encode()).hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """What manifest.json says."""
+        return self.model_dump(mode="json", exclude=self._unsaid())
+
+    def _unsaid(self) -> set[str]:
+        return {name for name in LATER if getattr(self, name) == type(self).model_fields[name].default}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -205,7 +214,7 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
     for folder, other in manifests.items():
         if other != manifest:
             raise UsageError(f"--merge {folder}: pairs of another job than {folders[0]}", "the manifests differ")
-    settle(out / MANIFEST, manifest.model_dump(mode="json"), "pairs")
+    settle(out / MANIFEST, manifest.settings(), "pairs")
     remove_temporaries(out)
     copied = 0
     for folder in folders:
@@ -232,9 +241,10 @@ def check_all(folder: Path, manifest: Manifest) -> Iterator[DistillError]:
     ]
     if manifest.prompts:
         texts.append(partial(PairStore.prompts_in, folder, manifest))
-    mine: list[Callable[[], Any]] = [partial(check_shard, folder, manifest, shard) for shard in processes.mine(manifest.shards)]
-    for check in mine + texts:
+    checks: list[Callable[[], Any]] = [partial(check_shard, folder, manifest, shard) for shard in range(manifest.shards)]
+    checks += texts
+    for k in processes.mine(len(checks)):
         try:
-            check()
+            checks[k]()
         except DistillError as error:
             yield error

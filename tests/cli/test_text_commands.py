@@ -126,6 +126,47 @@ def test_stopped_and_resumed_is_uninterrupted(distill, tmp_path):
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
 
 
+def test_parts_of_the_loss_alone(distill, tmp_path):
+    """Each part of the matching and regression can be left out, on pairs of a model with text."""
+    assert distill("pairs", "--teacher", "tiny-sd", "--num", 4, "--steps", 1, "--out", "p").code == 0
+    for k, options in enumerate((("regression_weight=0", "match_pairs=true", "regression_loss=lpips"), ("matching_weight=0",))):
+        done = distill(*DMD, "--pairs", "p", *options, "--out", f"d{k}")
+        assert done.code == 0, done.err
+        line = json.loads((tmp_path / f"d{k}/metrics.jsonl").read_text().splitlines()[-1])
+        assert ("regression_loss" in line) == (k == 1)
+        assert ("matching_loss" in line) == (k == 0)
+
+
+def test_a_student_of_another_resolution_keeps_it(distill, tmp_path):
+    assert distill("pairs", "--teacher", "tiny-sd", "--num", 4, "--steps", 1, "resolution=32", "--out", "p").code == 0
+    assert distill(*DMD, "--pairs", "p", "--out", "d").code == 0
+    assert distill("sample", "--model", "d", "--num", 1, "--out", "s").code == 0
+    assert Image.open(tmp_path / "s/000000.png").size == (32, 32)
+    import diffusers
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "d/student")
+    assert pipeline("a red circle", num_inference_steps=1, guidance_scale=1).images[0].size == (32, 32)
+
+
+def test_folders_of_before_there_was_text_go_on(distill, tmp_path):
+    """Pairs and samples whose settings say nothing of prompts are those without them."""
+    from distill_cli.files import sealed, unsealed
+
+    jobs = (
+        ("pairs", "--teacher", "tiny", "--num", 4, "--steps", 1, "--out", "p"),
+        ("sample", "--model", "tiny", "--num", 4, "--steps", 1, "--out", "s"),
+    )
+    for job, file in zip(jobs, ("p/manifest.json", "s/sampling.json")):
+        assert distill(*job).code == 0
+        path = tmp_path / file
+        stored = unsealed(path.read_bytes())
+        for key in ("guidance_calls", "prompts", "negative_prompt", "images_per_prompt"):
+            stored.pop(key, None)
+        path.write_text(sealed(stored, indent=2))
+        assert distill(*job).code == 0
+    assert distill("pairs", "--check", "p").code == 0
+
+
 def test_clip_score(distill, prompts, tmp_path):
     """The score is 100 max(cos, 0) of transformers' own embeddings."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
@@ -187,12 +228,20 @@ def test_bad_input(distill, prompts, tmp_path):
     one_line(distill("sample", "--model", "tiny", "--solver", "pndm", "--out", "s"), 2, "--solver pndm")
     one_line(distill("evaluate", "--model", "tiny-sd", "--out", "e"), 2, "makes pictures of prompts")
     one_line(distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "--out", "e"), 2, "CLIP model: none given")
-    one_line(distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "--clip", "none", "--out", "e"), 1, "clip none: no CLIP model")
+    one_line(
+        distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "--clip", "none", "--out", "e"), 1, "clip none: no such folder"
+    )
     assert not (tmp_path / "s").exists()
     assert distill("pairs", "--teacher", "tiny-sd", "--num", 4, "--steps", 1, "--out", "p").code == 0
     lpips = distill(*DMD, "--pairs", "p", "--out", "d", "regression_loss=lpips", "lpips_weights=vgg.pth")
     one_line(lpips, 1, "lpips_weights vgg.pth: no such file")
     one_line(distill(*DMD, "decoder=x", "--out", "d"), 2, "decoder is for regression_loss lpips alone")
+    one_line(distill(*sample, "--prompts", prompts, "--solver", "ddim", "--steps", 1000), 2, "--steps 1000: the model has 1000 times")
+    one_line(
+        distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "classifier=x", "--out", "e"), 2, "classifier is not for prompts"
+    )
+    one_line(distill("evaluate", "--model", "tiny", "guidance_scale=3", "--out", "e"), 2, "guidance_scale needs prompts")
+    one_line(distill("cm", "--teacher", "tiny-sd", "--out", "c"), 2, "--teacher tiny-sd: no EDM model")
     one_line(distill("pairs", "--teacher", "sd15", "--prompts", prompts, "--out", "q"), 1, "not in the Hugging Face cache")
 
 
@@ -208,6 +257,8 @@ def test_plans_and_licences_without_a_download(distill, prompts):
     assert "download: sd15: about 2134 MB" in plan
     assert "51,000,000 (102 an image), each of 803 GFLOP" in plan
     assert "disk: 16386.0 MB" in plan  # 4 x 64 x 64 in fp16, and a label
+    plan = distill("sample", "--model", "sd15", "--prompts", prompts, "--dry-run").out
+    assert "download: sd15" in plan
     plan = distill("dmd", "--recipe", "sd15-dmd", "--dry-run").out
     assert "fake 859,520,964, vae 83,653,863" in plan  # the published sizes
 

@@ -52,6 +52,8 @@ def test_a_table_may_break_lines(tmp_path):
         ("p.jsonl", '{"prompt": 3}\n', "line 1: no text"),
         ("p.csv", "name\nb\n", "no column"),
         ("p.csv", "prompt,n\na,1\nb\n", "line 3: 1 columns"),
+        ("p.csv", 'prompt\na\n"b' + "c" * 200_000, "line 3: no table"),
+        ("p.jsonl", '"a"\n"\\ud83d"\n', "line 2: no text"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(tmp_path, name, content, message):

@@ -83,7 +83,10 @@ def test_without_a_network_one_line_says_how_to_get_it(tmp_path, monkeypatch, di
     for offline in ("1", "0"):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         monkeypatch.setitem(published.PUBLISHED, "edm-cifar10", published.Published("http://127.0.0.1:9/edm-cifar10.pkl", 223, "test"))
-        result = distill("models", "show", "edm-cifar10")
+        shown = distill("models", "show", "edm-cifar10")  # fetches nothing
+        assert shown.code == 0
+        assert "MIT (OpenAI)" in shown.out
+        result = distill("sample", "--model", "edm-cifar10")
         assert result.code == 1
         assert (
             "curl -L -O http://127.0.0.1:9/edm-cifar10.pkl (edm-cifar10: about 223 MB, licence MIT (OpenAI)), then distill convert"

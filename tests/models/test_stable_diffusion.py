@@ -64,7 +64,9 @@ def test_solvers_are_those_of_diffusers_pipeline(folder, solver):
     """The same pictures from the same noise, guided and away from a negative prompt, over every kind of schedule."""
     model = load(str(folder)).with_prompts(PROMPTS, "green")
     if solver == "pndm" and model.scheduler.get("rescale_betas_zero_snr"):
-        pytest.skip("PNDM knows no zero terminal SNR")
+        with pytest.raises(UsageError, match="zero terminal SNR"):  # diffusers' has no such table
+            model.with_defaults(solver, 8, 4.0)
+        return
     draws = Draws(3, range(2))
     ours = model.sample(draws, torch.tensor([0, 1]), model.with_defaults(solver, 8, 4.0))
     pipeline = plain(folder, schedulers.SOLVERS[solver])
@@ -188,9 +190,10 @@ def test_the_codec(tmp_path):
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         found = codec.vae.encode(x).latent_dist
-        noise = torch.randn(found.mean.shape)
-        assert torch.allclose(codec.encode(x, noise), (found.mean + found.std * noise) * 0.7, atol=1e-5)
-        z = codec.encode(x, noise)
+        mean, spread = codec.moments(x)
+        assert torch.allclose(mean, found.mean * 0.7, atol=1e-5)
+        assert torch.allclose(spread, found.std * 0.7, atol=1e-5)
+        z = mean + spread * torch.randn(mean.shape)
         whole = codec.raw(z)
         assert torch.allclose(whole, codec.vae.decode(z / 0.7).sample, atol=1e-5)
         autoencoder.AT_A_TIME, before = 32 * 32, autoencoder.AT_A_TIME
@@ -207,13 +210,17 @@ def test_a_tiny_decoder(tmp_path):
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
         latent_channels=4,
     ).save_pretrained(tmp_path / "taesd")  # fmt: skip
-    codec = autoencoder.VAECodec(autoencoder.load_decoder(str(tmp_path / "taesd")))
+    codec = autoencoder.VAECodec(autoencoder.load_decoder(str(tmp_path / "taesd"), made().latent))
     z = torch.randn(2, 4, 16, 16)
     with torch.no_grad():
         assert torch.allclose(codec.raw(z), codec.vae.decode(z).sample, atol=1e-5)
     assert codec.raw(z).shape == (2, 3, 32, 32)
-    with pytest.raises(DistillError, match="no AutoencoderTiny"):
-        autoencoder.load_decoder(str(tmp_path / "nothing"))
+    with pytest.raises(DistillError, match="no such folder"):
+        autoencoder.load_decoder(str(tmp_path / "nothing"), made().latent)
+    with pytest.raises(DistillError, match="HF_HUB_OFFLINE"):
+        autoencoder.load_decoder("madebyollin/taesd", made().latent)
+    with pytest.raises(UsageError, match="other latents"):
+        autoencoder.load_decoder(str(tmp_path / "taesd"), load("tiny-sd").latent)
 
 
 def test_hub_models_offline(monkeypatch, tmp_path):
@@ -236,13 +243,16 @@ def test_which_files_of_the_hub_are_fetched():
         "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/config.json",
         "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json", "safety_checker/model.safetensors",
     ]  # fmt: skip
-    wanted = files_of([SimpleNamespace(rfilename=name, size=7) for name in names])
+    wanted = files_of([SimpleNamespace(rfilename=name, size=7) for name in names], half=True)
     assert {name for name in wanted if name.endswith((".safetensors", ".bin", ".ckpt"))} == {
         "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors",
     }  # fmt: skip
     assert {"tokenizer/vocab.json", "scheduler/scheduler_config.json", "unet/config.json"} <= set(wanted)
     with pytest.raises(DistillError, match="no safetensors"):
-        files_of([SimpleNamespace(rfilename="unet/diffusion_pytorch_model.bin", size=7)])
+        files_of([SimpleNamespace(rfilename="unet/diffusion_pytorch_model.bin", size=7)], half=True)
+    full = files_of([SimpleNamespace(rfilename=name, size=7) for name in names], half=False)
+    assert "unet/diffusion_pytorch_model.safetensors" in full
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" not in full
 
 
 def test_a_single_file_of_the_original_layout(tmp_path):
