@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_cli.config import DMDConfig
+from distill_cli.config import DMDConfig, PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.distill.dmd import DMD
 from distill_cli.errors import DistillError
+from distill_cli.models import load
 from distill_cli.models.perceptual import FILE, Perceptual
+from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
 
 
@@ -107,3 +109,30 @@ def test_a_file_of_something_else_is_said(content, tmp_path):
         Perceptual(path)
     with pytest.raises(DistillError, match="no such file"):
         Perceptual(tmp_path / "nowhere.pth")
+
+
+def test_regression_of_latents_is_lpips_of_their_pictures_as_large_as_they_are(vgg, tmp_path):
+    """Through the objective: decoded by the teacher's autoencoder, not resized; or by a tiny one."""
+    import diffusers
+
+    teacher = load("tiny-sd").with_prompts(["a small red circle", "a large blue cross"])
+    folder = tmp_path / "pairs"
+    generate(PairsConfig(teacher="tiny-sd", num=4, shard_size=4, batch_size=4, steps=1, dtype="float32"), teacher, folder)
+    options = dict(teacher="tiny-sd", device="cpu", pairs=folder, regression_loss="lpips", lpips_weights=vgg, matching_weight=0)
+    dmd = DMD(DMDConfig(**options), teacher, PairStore(folder))
+    loss = next(dmd.turns(Draws(0, range(2))))
+    batch = PairStore(folder).batch([dmd.order[i] for i in range(2)])
+    with torch.no_grad():
+        made = dmd.generate(batch["noise"], dmd.of_pairs(batch["label"]))
+        pictures = [teacher.latent.vae.decode(x / teacher.latent.scale).sample for x in (made, batch["x0"])]
+        expected = 0.25 * Perceptual(vgg, resized=False)(*pictures).mean()
+    assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.value.backward()
+    assert dmd.networks["student"].network.unet.conv_in.weight.grad.abs().max() > 0
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4, latent_channels=4,
+    ).save_pretrained(tmp_path / "taesd")  # fmt: skip
+    tiny = DMD(DMDConfig(**options, decoder=str(tmp_path / "taesd")), teacher, PairStore(folder))
+    other = next(tiny.turns(Draws(0, range(2)))).value
+    assert other.item() != pytest.approx(expected.item(), rel=1e-2)
