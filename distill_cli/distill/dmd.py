@@ -24,11 +24,12 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
-from distill_cli.launch import device
+from distill_cli.launch import all_of
 from distill_cli.models.autoencoder import VAECodec, load_decoder
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import Conditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
+from distill_cli.models.text import PromptConditioner
 from distill_cli.pairs.store import PairStore
 
 FAKE_BEHIND = 1.15
@@ -73,6 +74,7 @@ class DMD:
         self.kept: dict[str, nn.Module] = {}
         self.frozen += answering
         count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
+        self.embedded = False
         self.labels = teacher.conditioner.labels(count or 1, config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
@@ -87,8 +89,18 @@ class DMD:
         t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
         return self.networks["student"](self.schedule.prior_std * noise, t, condition)
 
+    def _embed(self, where: torch.device) -> None:
+        """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
+        for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
+            if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
+                conditioner.table.complete(where)
+        all_of([], where)
+        self.embedded = True
+
     def turns(self, draws: Draws) -> Iterator[Loss]:
         where = next(self.networks["student"].parameters()).device
+        if not self.embedded:  # by now the run has its folder
+            self._embed(where)
         shape = self.teacher.shape
         count = len(draws) if self.config.matching_weight else 0
         noise = draws.normal("noise", shape)[:count]
@@ -200,7 +212,7 @@ def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tenso
 def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tuple[Model, Conditioner]:
     """The teacher for the prompts of a run, and what makes conditions of its pairs' labels.
 
-    With pairs the embeddings of all prompts stand beside them, and the text encoder is not needed while training runs.
+    The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
     """
     if teacher.text is None:
         if config.prompts or config.negative_prompt:
@@ -210,14 +222,14 @@ def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tupl
     negative = stored if config.negative_prompt is None else config.negative_prompt
     theirs = pairs.prompts() if pairs is not None else ()
     teacher = teacher.with_prompts(theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data), negative)
-    assert teacher.text is not None
-    if pairs is None:
-        return teacher, teacher.text
-    both = {"own": teacher.text, "pairs": teacher.text.given(theirs, negative)}
-    for conditioner in both.values():
-        conditioner.table = Embeddings(conditioner, pairs.folder, pairs.manifest.dtype)
-        conditioner.table.complete(device(config.device))
-    return teacher, both["pairs"]
+    own = teacher.text
+    assert own is not None
+    of_pairs = own if pairs is None or config.prompts is None else own.given(theirs, negative)
+    folder, dtype = (pairs.folder, pairs.manifest.dtype) if pairs is not None else (config.out, "float16")
+    for conditioner in dict.fromkeys((own, of_pairs)):
+        if folder is not None:
+            conditioner.table = Embeddings(conditioner, folder, dtype)
+    return teacher, of_pairs
 
 
 def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:

@@ -100,10 +100,21 @@ def test_the_text_encoder_is_not_needed_while_training_runs(teacher, stored, mon
     assert dmd.teacher.text.negative == "grey"  # as the pairs were made
     assert teacher.text.encoder not in dmd.frozen
     expected = dmd.teacher.text.given(PROMPTS, "grey")(torch.tensor([0, 1, 2]))
+    next(dmd.turns(Draws(0, range(1))))
     monkeypatch.setattr(type(teacher.text), "encode", None)  # whoever asks it now fails
     losses = [loss.value.item() for loss in dmd.turns(Draws(0, range(4)))]
     assert len(losses) == 2
     assert torch.allclose(dmd.of_pairs(torch.tensor([0, 1, 2])), expected, atol=1e-5)
+
+
+def test_without_pairs_the_embeddings_stand_in_the_run(teacher, tmp_path, monkeypatch):
+    dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", out=tmp_path / "run"), teacher, None)
+    assert teacher.text.encoder not in dmd.frozen
+    assert not (tmp_path / "run").exists()  # which must be new when the run begins
+    list(dmd.turns(Draws(0, range(2))))
+    assert len(list((tmp_path / "run").glob("text-*/shard-*"))) == 2  # 864 captions
+    monkeypatch.setattr(type(teacher.text), "encode", None)
+    assert len(list(dmd.turns(Draws(0, range(4))))) == 2
 
 
 def test_pairs_hold_the_latents_of_their_noise_and_prompt(teacher, stored):
