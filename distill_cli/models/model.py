@@ -326,6 +326,8 @@ class Model:
     def examples(self, seed: int, count: int, sampling: Sampling | None = None, classes: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Images (count, C, H, W) of noises that no job reaches by counting, and their labels: to look at while training."""
         labels = self.conditioner.labels(count, classes)
+        if self.text is not None:  # prompts that follow one another may be alike
+            labels = labels * max(1, len(self.text.prompts) // count) % len(self.text.prompts)
         return self.sample(Draws(seed, range(2**40, 2**40 + count)), labels, sampling), labels
 
     @torch.no_grad()
