@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill_cli import bench
-from distill_cli.config import CMConfig, DMDConfig, PairsConfig
+from distill_cli.config import CMConfig, DMDConfig, PairsConfig, SampleConfig
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +99,27 @@ def test_an_unknown_command_names_the_nearest(distill):
     result = distill("bench", "dme")
     assert result.code == 2
     assert "did you mean dmd?" in result.err
+
+
+def test_text_models_are_timed_against_diffusers_pipeline(tmp_path, monkeypatch):
+    """Both sides make the same pictures' worth of calls, guided: two images a picture and step."""
+    from diffusers import UNet2DConditionModel
+
+    seen = []
+    original = UNet2DConditionModel.forward
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda self, x, *a, **o: seen.append(len(x)) or original(self, x, *a, **o))
+    case = bench.bench_sample(SampleConfig(model="tiny-sd", batch_size=2, steps=3, solver="ddim", device="cpu"), tmp_path)
+    counts = []
+    for side in (case.ours, case.bare()):
+        seen.clear()
+        side()
+        counts.append(list(seen))
+    assert counts[0] == counts[1] == [4] * 3 * bench.BATCHES
+    assert case.images == 2 * bench.BATCHES
+
+
+def test_both_sides_of_latent_dmd_are_the_same_network(tmp_path):
+    case = bench.bench_dmd(DMDConfig(teacher="tiny-sd", batch_size=2, device="cpu", out=tmp_path / "o"), tmp_path)
+    assert case.calls == "3 forwards, 2 x (forward, backward, optimizer)"  # guided teacher, fake score
+    case.ours()
+    case.bare()()

@@ -238,15 +238,16 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
 
 def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: int) -> dict[str, Any]:
     """Steps, images, disk and memory of a training run."""
-    weights = sum(parameters.values()) * 4
+    average = parameters.get("student", trained)
+    weights = (sum(parameters.values()) + average) * 4
     kept = parameters.get("target", 0)
-    checkpoint = 4 * (4 * trained + kept)  # weights, two moments; the average of the first network is counted as one more
+    checkpoint = 4 * (3 * trained + average + kept)  # weights and two moments
     return {
         "steps": config.steps,
         "images": config.steps * config.batch_size,
         "parameters": ", ".join(f"{name} {count:,}" for name, count in parameters.items()),
         "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
-        "memory": f"about {(weights + 12 * trained) / 1e6:.0f} MB of weights, gradients and moments, and the activations",
+        "memory": f"about {(weights + 12 * trained) / 1e6:.0f} MB of weights, their average, gradients and moments, and the activations",
     }
 
 

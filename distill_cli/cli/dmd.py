@@ -94,4 +94,8 @@ def _plan(config: DMDConfig, model: Model) -> dict[str, Any]:
     parameters |= {part: sum(p.numel() for p in network.parameters()) for part, network in model.parts().items() if part == "vae"}
     guided = (config.guidance_scale or model.sampling.guidance_scale) != 1
     flop = distillation(config, model, guided, config.pairs is not None and config.regression_weight != 0)
-    return {**common.training_plan(config, parameters, (len(names) - 1) * count), "arithmetic": time_of(flop)}
+    text = {}
+    if model.text is not None:
+        each = model.text.length * model.text.encoder.config.hidden_size * 2
+        text = {"text embeddings": f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"}
+    return {**text, **common.training_plan(config, parameters, (len(names) - 1) * count), "arithmetic": time_of(flop)}

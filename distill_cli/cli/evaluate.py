@@ -42,7 +42,10 @@ def evaluate(
         from distill_cli.evaluate.text import count_of
 
         count = config.num if config.prompts is None else count_of(config, len(open_prompts(config.prompts)))
-        common.dry_run(config, {"images": f"{count} of each of {len(config.model)} models, kept in {config.out}/samples"})
+        common.dry_run(
+            config.model_copy(update={"num": count}),
+            {"images": f"{count} of each of {len(config.model)} models, kept in {config.out}/samples"},
+        )
         return
     common.start_processes(num_processes)
     from distill_cli.evaluate import report as of_images

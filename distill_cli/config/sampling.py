@@ -84,7 +84,7 @@ class EvaluateConfig(Config):
     seed: int = Field(7, ge=0, lt=2**63, description="of their noise; another than the pairs', whose noise a student knows")
     classes: Classes = Field(None, description="labels in turn; default all, balanced")
     neighbours: Positive = Field(3, description="of precision and recall")
-    batch_size: Positive = Field(100, description="images at a time")
+    batch_size: Positive | None = Field(None, description="images at a time; default 100, with text 8 from 256 pixels")
     precision: Precision = Field("no", description="of the models' arithmetic")
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ class PromptFile(Sequence[str]):
             if b"\0" in handle.read(1 << 16):
                 raise DistillError(f"--prompts {path}: not a text file", "a line a prompt, or .jsonl or .csv with a column prompt")
             handle.seek(0)
-            self.columns = next(csv.reader(self._lines(handle)), []) if self.kind == ".csv" else []
+            self.columns = self._row(handle, 1) or [] if self.kind == ".csv" else []
             self.field = next((name for name in FIELDS if name in self.columns), "")
             if self.kind == ".csv" and not self.field:
                 raise DistillError(f"--prompts {path}: no column called prompt, text or caption in its first line")
@@ -55,13 +55,17 @@ class PromptFile(Sequence[str]):
             except UnicodeDecodeError as error:
                 raise DistillError(f"--prompts {self.path}: not a text file: no UTF-8 at byte {handle.tell()}") from error
 
+    def _row(self, handle: Any, number: int) -> list[str] | None:
+        """The next row of a table, None at the end."""
+        try:
+            return next(csv.reader(self._lines(handle)), None)
+        except csv.Error as error:
+            raise self._bad(number, f"no table ({error})") from error
+
     def _record(self, handle: Any, number: int = 0) -> str | None:
         """The next prompt, '' for none in its line, None at the end."""
         if self.kind == ".csv":
-            try:
-                row = next(csv.reader(self._lines(handle)), None)
-            except csv.Error as error:
-                raise self._bad(number, f"no table ({error})") from error
+            row = self._row(handle, number)
             if row is None or not row:
                 return row if row is None else ""
             if len(row) != len(self.columns):

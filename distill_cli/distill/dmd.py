@@ -221,14 +221,17 @@ def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tupl
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
     theirs = pairs.prompts() if pairs is not None else ()
+    if pairs is not None and len(theirs) > len(pairs):  # the others have no pairs, and embeddings are large
+        theirs = theirs[: len(pairs)]
     teacher = teacher.with_prompts(theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data), negative)
     own = teacher.text
     assert own is not None
     of_pairs = own if pairs is None or config.prompts is None else own.given(theirs, negative)
-    folder, dtype = (pairs.folder, pairs.manifest.dtype) if pairs is not None else (config.out, "float16")
-    for conditioner in dict.fromkeys((own, of_pairs)):
-        if folder is not None:
-            conditioner.table = Embeddings(conditioner, folder, dtype)
+    dtype = pairs.manifest.dtype if pairs is not None else "float16"
+    if config.out is not None:
+        own.table = Embeddings(own, config.out, dtype)
+    if pairs is not None:
+        of_pairs.table = Embeddings(of_pairs, pairs.folder, dtype)
     return teacher, of_pairs
 
 

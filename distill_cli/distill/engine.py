@@ -357,6 +357,7 @@ class Engine:
     def release(self) -> None:
         """Give back the memory of training, before the result is looked at."""
         self.optimizers, self.ema.network = {}, None
+        self.accelerator.free_memory()
         for network in list(self.objective.networks.values()):
             network.zero_grad(set_to_none=True)
         for name in list(self.objective.networks)[1:]:

@@ -43,7 +43,7 @@ class Latents:
         for first in range(0, variants * self.count, ENCODED):
             picks = range(first, min(variants * self.count, first + ENCODED))
             x, _ = images.batch([k % self.count for k in picks], Draws(seed, picks))
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(next(codec.vae.parameters()).device.type, enabled=False):
                 mean, spread = codec.moments(x)
             means.append(mean.cpu())
             spreads.append(spread.cpu())

@@ -175,8 +175,9 @@ class Row:
         """Fill in the images and, where the classifier knows them, the labels; returns what making them cost."""
         if self.model is None:
             return {"network_evaluations": None, "images_per_second": None}
-        options = config.model_dump(include={"num", "seed", "device", "batch_size", "precision", "classes"})
-        made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", **options), self.model, folder)
+        options = config.model_dump(include={"num", "seed", "device", "precision", "classes"})
+        size = config.batch_size or 100
+        made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", batch_size=size, **options), self.model, folder)
         rates = launch.all_of([made["images_per_second"]], launch.device(config.device))  # the last one has joined the parts by now
         made["images_per_second"] = None if None in rates else sum(rates)
         self.images, _ = read_npz(folder / "samples.npz")

@@ -22,7 +22,7 @@ from distill_cli.evaluate.report import RATES, old_rates, split
 from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
 from distill_cli.models.hub import find
-from distill_cli.models.model import LARGE
+from distill_cli.models.model import LARGE, Model
 from distill_cli.runs import settle, versions
 from distill_cli.sample import batch
 
@@ -72,22 +72,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     count = count_of(config, len(prompts))
     where = launch.device(config.device)
     clip = CLIP(config.clip, where)
+    for spec in config.model:  # what is wrong with one is said before anything is sampled
+        prepared(spec, config, prompts)
     settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
     remove_temporaries(config.out)
     rates = old_rates(config.out / RATES)
     rows, pictures = [], []
     for k, spec in enumerate(config.model):
-        name, steps = split(spec)
-        model = load(name).with_prompts(prompts, config.negative_prompt, config.images_per_prompt)
-        if config.resolution is not None:
-            model = model.with_resolution(config.resolution)
+        model, steps, scale = prepared(spec, config, prompts)
         folder = config.out / "samples" / f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}"
-        options = config.model_dump(
-            include={"seed", "device", "precision", "prompts", "images_per_prompt", "negative_prompt", "resolution"}
+        options = config.model_dump(include={"seed", "device", "precision", "prompts", "images_per_prompt", "resolution"})
+        size = config.batch_size or (100 if model.pixels < LARGE else 8)
+        asked = SampleConfig(
+            model=spec,
+            steps=steps,
+            num=count,
+            guidance_scale=scale,
+            batch_size=size,
+            negative_prompt=model.text.negative if model.text else "",
+            **options,
         )
-        size = config.batch_size if "batch_size" in config.model_fields_set or model.pixels < LARGE else 8
-        scale = None if model.few_step_times is not None else config.guidance_scale
-        asked = SampleConfig(model=spec, steps=steps, num=count, guidance_scale=scale, batch_size=size, **options)
         made = batch.sample(asked, model, folder)
         of_all = launch.all_of([made["images_per_second"]], where)  # the last one has finished by now
         rate = rates[spec] = rates.get(spec) if None in of_all else sum(of_all)
@@ -109,6 +113,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         write_atomic(config.out / "report.md", table(report) + "\n")
         save_comparison(pictures, config.out / "picture.png", columns=8, scale=max(1, 64 // shown.shape[1]))
     return report
+
+
+def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple[Model, int | None, float | None]:
+    """A model for the prompts, its steps, and its guidance scale; a student has its guidance and negative prompt built in."""
+    name, steps = split(spec)
+    model = load(name)
+    student = model.few_step_times is not None
+    model = model.with_prompts(prompts, "" if student else config.negative_prompt, config.images_per_prompt)
+    if config.resolution is not None:
+        model = model.with_resolution(config.resolution)
+    scale = None if student else config.guidance_scale
+    model.with_defaults(None, steps, scale)
+    return model, steps, scale
 
 
 def count_of(config: EvaluateConfig, prompts: int) -> int:

@@ -100,9 +100,9 @@ def amount(flop: float) -> str:
 
 
 def distillation(config: DMDConfig, model: Model, guided: bool, paired: bool) -> float:
-    """FLOP of a run of `distill dmd`; a backward pass counts twice. LPIPS' own network is left out."""
+    """FLOP of a run of `distill dmd`; a backward pass counts twice, through the frozen autoencoder once. LPIPS' own network is left out."""
     matched = 2 if config.match_pairs else 1
     matching = matched * ((2 if guided else 1) + (1 + 3 * config.fake_steps if config.fake_score else 0)) if config.matching_weight else 0
     student = 3 * (bool(config.matching_weight) + paired)
-    decoded = 4 * decoding(model) if paired and config.regression_loss == "lpips" else 0
+    decoded = 3 * decoding(model) if paired and config.regression_loss == "lpips" else 0
     return config.steps * config.batch_size * ((matching + student) * evaluation(model) + decoded)

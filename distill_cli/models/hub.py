@@ -44,7 +44,10 @@ def cached(hub_id: str) -> Path | None:
     """The model's folder in the Hugging Face cache, where all that is needed is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(hub_id, "model_index.json")
+    try:
+        index = try_to_load_from_cache(hub_id, "model_index.json")
+    except ValueError:  # not of the form of an id
+        return None
     if not isinstance(index, str):
         return None
     folder = Path(index).parent
@@ -112,7 +115,7 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise DistillError(f"{what}: no such folder", "give a folder, or a hub id")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
@@ -123,7 +126,10 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
     try:
         if offline():
             raise OSError("HF_HUB_OFFLINE is set")
-        print(f"downloading {name} from the Hugging Face hub: {', '.join(patterns)}; its licence stands there", file=sys.stderr)
+        info = HfApi().model_info(name, files_metadata=True)
+        sizes = [file.size or 0 for file in info.siblings or [] if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+        licence = info.card_data.get("license") if info.card_data else None
+        print(f"downloading {name}: {sum(sizes) / 1e6:.0f} MB, licence {licence or 'not stated'}", file=sys.stderr)
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -135,9 +141,9 @@ def to_download(name: str) -> str:
     """What loading `name` would download first, for plans; '' where nothing."""
     known = next((known for short, known in HUB.items() if name in (short, known.id)), None)
     if known is None:
-        is_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+        is_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).parent.exists()
         return f"{name} from the Hugging Face hub" if is_id and cached(name) is None else ""
-    if cached(known.id) is not None or Path(name).exists():
+    if cached(known.id) is not None or (name == known.id and Path(name).exists()):
         return ""
     return f"{name}: about {known.megabytes} MB of {known.id} from the Hugging Face hub, licence {known.licence}"
 

@@ -306,7 +306,7 @@ class Model:
         zero = not schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0
         if out.solver in ("heun", "pndm") and zero:
             raise UsageError(f"--solver {out.solver}: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
-        if table and schedule.bins is not None and out.steps >= schedule.bins:
+        if self.scheduler is not None and schedule.bins is not None and out.steps >= schedule.bins:
             raise UsageError(f"--steps {out.steps}: the model has {schedule.bins} times", "a few dozen steps are plenty")
         if out.guidance_scale != 1 and self.text is None and self.conditioner.null is None:
             raise UsageError(f"--guidance-scale {out.guidance_scale}: the model knows no null class", "use 1")

@@ -199,8 +199,9 @@ def licence_of(folder: Path) -> str:
         text = (folder / "README.md").read_text()
     except (OSError, UnicodeDecodeError):
         return ""
-    found = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", text)
-    return found[1] if found else ""
+    header = text.split("---")[1] if text.startswith("---") else ""
+    found = re.search(r"^license: *(\S+)", header, re.MULTILINE)
+    return found[1].strip("'\"") if found else ""
 
 
 def tiny() -> Model:

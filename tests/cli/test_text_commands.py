@@ -9,6 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from distill_cli.diffusion.noise import Draws
+from distill_cli.models import load
 from tests.cli.test_bad_input import one_line
 
 DMD = ("dmd", "--teacher", "tiny-sd", "--steps", 4, "batch_size=4", "log_every=2", "save_every=2", "sample_every=0", "warmup_steps=0")
@@ -109,8 +111,13 @@ def test_the_main_job_on_text(distill, prompts, tmp_path, precision):
     import diffusers
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "d/student")
-    picture = pipeline("a red circle", num_inference_steps=1, guidance_scale=1, output_type="np").images
-    assert np.isfinite(picture).all()
+    (tmp_path / "q.txt").write_text("a large blue cross\n")
+    assert distill("sample", "--model", "d", "--prompts", "q.txt", "--seed", 3, "--out", "s").code == 0
+    latents = Draws(3, [0]).normal("prior", (4, 8, 8))
+    theirs = pipeline("a large blue cross", latents=latents, num_inference_steps=1, guidance_scale=1, output_type="np").images[0]
+    ours = np.asarray(Image.open(tmp_path / "s/000000.png"))
+    assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+    assert (abs(ours / 255 - theirs) < 1 / 255).all()
     card = (tmp_path / "d/student/README.md").read_text()
     for text in ("tiny-sd", "Apache-2.0", "guidance_scale", "command: dmd", "num_inference_steps=1"):
         assert text in card
@@ -242,6 +249,12 @@ def test_bad_input(distill, prompts, tmp_path):
     )
     one_line(distill("evaluate", "--model", "tiny", "guidance_scale=3", "--out", "e"), 2, "guidance_scale needs prompts")
     one_line(distill("cm", "--teacher", "tiny-sd", "--out", "c"), 2, "--teacher tiny-sd: no EDM model")
+    load("tiny-sd").save(tmp_path / "folder")
+    shutil.rmtree(tmp_path / "folder/vae")
+    for command in ("sample", "--model"), ("pairs", "--teacher"), ("dmd", "--teacher"):
+        one_line(distill(*command, "folder", "--out", "x"), 1, "folder/vae: no such folder")
+    (tmp_path / "runs").mkdir()
+    one_line(distill("sample", "--model", "runs/nothing", "--dry-run", "--out", "x"), 1, "runs/nothing")
     one_line(distill("pairs", "--teacher", "sd15", "--prompts", prompts, "--out", "q"), 1, "not in the Hugging Face cache")
 
 

@@ -98,6 +98,8 @@ def test_a_one_step_student_opens_in_plain_diffusers(folder, tmp_path):
     latents = draws.normal("prior", again.shape)
     theirs = pipeline(PROMPTS, latents=latents, num_inference_steps=1, guidance_scale=1, output_type="np").images
     assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+    exact = again.sample(draws, torch.tensor([0, 1])).permute(0, 2, 3, 1).numpy() / 2 + 0.5
+    assert abs(exact - theirs).max() < 1e-4
 
 
 def test_save_and_load_keep_everything(folder, tmp_path):
@@ -286,3 +288,42 @@ def test_full_size_in_12_gib(tmp_path):
     found = full_size.measure(tmp_path)
     shutil.rmtree(tmp_path / "unet")
     assert max(found.values()) < 12, found
+
+
+def test_a_download_is_announced_first(monkeypatch, tmp_path, capsys):
+    """Size and licence are said before anything is fetched; then a folder of the cache is opened. The hub is made up."""
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    from distill_cli.models.hub import download
+
+    made().save(tmp_path / "model")
+    fetched = []
+    files = [
+        SimpleNamespace(rfilename=str(p.relative_to(tmp_path / "model")), size=p.stat().st_size) for p in (tmp_path / "model").rglob("*")
+    ]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(tmp_path / "model/model_index.json"))
+    info = SimpleNamespace(siblings=[f for f in files if "." in f.rfilename], card_data={"license": "openrail"})
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+
+    def snapshot(hub_id, allow_patterns):
+        assert "MB, licence openrail" in capsys.readouterr().err
+        fetched.extend(allow_patterns)
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert download("someone/model") == tmp_path / "model"
+    assert "unet/diffusion_pytorch_model.safetensors" in fetched
+    assert load("someone/model").latent is not None
+
+
+def test_the_licence_is_that_of_the_card(tmp_path):
+    made().save(tmp_path / "model")
+    (tmp_path / "model/distill.json").unlink()
+    (tmp_path / "model/README.md").write_text("---\nlanguage: en\nlicense: 'creativeml-openrail-m'\n---\nlicense: other\n")
+    assert load(str(tmp_path / "model")).lineage.licence == "creativeml-openrail-m"
+    (tmp_path / "model/README.md").write_text("# a model\nlicense: other\n")
+    assert load(str(tmp_path / "model")).lineage.licence == ""
