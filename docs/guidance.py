@@ -1,10 +1,10 @@
 """What guidance does: the built-in text-to-image teacher over guidance scales, and students whose teacher was guided or not.
 
-    python -m docs.guidance runs/guidance      # 1.5 hours on 2 cores, of which two students of 23 minutes (docs/benchmarks.md)
+    python -m docs.guidance runs/guidance      # 1.5 hours on 2 cores
 
 Judged by tests/shapes_judge.py, which knows no network, on the 96 captions held back from training, five pictures each: the
-share that has all five attributes right. Prints the table and writes docs/guidance.png. Both students learn the same pairs with
-the same settings; only the score that one of them is matched with is not guided. A run that lies in the folder is not made again.
+share that has all five attributes right. Prints the table and writes docs/guidance.png. Students come in twos with the same settings and
+pairs, or without pairs; only the score that one of them is matched with is not guided. A run that lies in the folder is not made again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ from docs.measure import distill, trained
 from tests.shapes_judge import judge
 
 SCALES = (1, 1.5, 2, 3, 5, 8)
+STUDENTS = {
+    "student": "student, one step",
+    "unguided": "student whose teacher's score is not guided",
+    "alone": "student of matching alone, 300 steps",
+    "alone-unguided": "the same, the score not guided",
+}
 EACH, SEED, SHOWN = 5, 7, 12
 
 
@@ -43,7 +49,10 @@ def main(folder: Path) -> None:
     pairs = ("--pairs", str(folder / "pairs"))
     trained("dmd", folder / "student", "--recipe", "shapes-dmd", *pairs)
     trained("dmd", folder / "unguided", "--recipe", "shapes-dmd", *pairs, "--guidance-scale", "1")
-    for run, name in (("student", "student, one step"), ("unguided", "student of the unguided score")):
+    alone = ("--recipe", "shapes-dmd", "--steps", "300", "pairs=null", "regression_weight=0")
+    trained("dmd", folder / "alone", *alone)
+    trained("dmd", folder / "alone-unguided", *alone, "--guidance-scale", "1")
+    for run, name in STUDENTS.items():
         found, shown = judged(folder / run, folder / f"{run}-samples")
         rows.append((name, found))
         pictures.append((f"{name}: {found['all']:.1%} right", shown))

@@ -1,6 +1,7 @@
 """The built-in text-to-image teacher by the outside judge, on captions that it was not trained on."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from tests.shapes_judge import judge
 
 
 def judged(distill, tmp_path, *options):
-    done = distill("sample", "--model", "shapes", "--prompts", "shapes-held", "--seed", 7, "--out", "s", *options)
+    model = () if "--model" in options else ("--model", "shapes")
+    done = distill("sample", *model, "--prompts", "shapes-held", "--seed", 7, "--out", "s", *options)
     assert done.code == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "s/samples.jsonl").read_text().splitlines()]
     images = np.stack([np.asarray(Image.open(tmp_path / "s" / line["file"])) for line in lines])
@@ -61,3 +63,16 @@ def test_plain_diffusers_opens_it(tmp_path):
     assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
     found = judge(ours, prompts)
     assert found["all"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_short_distillation_goes_most_of_the_way(distill, tmp_path):
+    """Sixty steps take one evaluation from a blur to pictures that are mostly as told."""
+    before = judged(distill, tmp_path, "--solver", "few-step")
+    shutil.rmtree(tmp_path / "s")
+    assert distill("pairs", "--recipe", "shapes-pairs", "--num", 216, "--steps", 10, "--out", "p").code == 0
+    run = distill("dmd", "--recipe", "shapes-dmd", "--pairs", "p", "--out", "r", "--steps", 60, "--batch-size", 32, "sample_every=0")
+    assert run.code == 0, run.err
+    after = judged(distill, tmp_path, "--model", "r")
+    assert before["all"] < 0.2
+    assert after["all"] > 0.5
