@@ -76,9 +76,8 @@ def distilled(real: MixtureDenoiser, schedule: EDMSchedule, steps: int, start: T
     dmd = DMD(DMDConfig(device="cpu", **options, pairs=Path("memory") if pairs else None), teacher, pairs)
     dmd.real = real
     optimizers = {name: torch.optim.Adam(network.parameters(), lr=3e-3) for name, network in dmd.networks.items()}
-    labels = torch.zeros(64).long()
     for step in range(200 if start is not None else 0):
-        points = dmd.generate(Draws(3, range(step * 64, step * 64 + 64)).normal("prior", teacher.shape), labels).flatten(1)
+        points = dmd.generate(Draws(3, range(step * 64, step * 64 + 64)).normal("prior", teacher.shape), None).flatten(1)
         ((points.mean(0) - start).square().sum() + (points.std(0) - STD).square().sum()).backward()
         optimizers["student"].step()
         optimizers["student"].zero_grad()
@@ -91,7 +90,7 @@ def distilled(real: MixtureDenoiser, schedule: EDMSchedule, steps: int, start: T
             for optimizer in optimizers.values():
                 optimizer.zero_grad()
     with torch.no_grad():
-        return dmd.generate(Draws(1, range(2000)).normal("prior", teacher.shape), torch.zeros(2000).long()).flatten(1)
+        return dmd.generate(Draws(1, range(2000)).normal("prior", teacher.shape), None).flatten(1)
 
 
 def two_modes(case: str | None, steps: int = 1500) -> Tensor:

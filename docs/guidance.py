@@ -2,7 +2,7 @@
 
     python -m docs.guidance runs/guidance      # 1.5 hours on 2 cores
 
-Judged by tests/shapes_judge.py, which knows no network, on the 96 captions held back from training, five pictures each: the
+Judged by tests/shapes_judge.py, which knows no network, on the 96 captions held back from training: the
 share that has all five attributes right. Prints the table and writes docs/guidance.png. Students come in twos with the same settings and
 pairs, or without pairs; only the score that one of them is matched with is not guided. A run that lies in the folder is not made again.
 """
@@ -27,22 +27,24 @@ STUDENTS = {
     "alone": "student of matching alone, 300 steps",
     "alone-unguided": "the same, the score not guided",
 }
-EACH, SEED, SHOWN = 5, 7, 12
+TEACHERS, STUDENTS_EACH = 5, 50
+"""Pictures a caption: those of students cost a hundredth."""
+SEED, SHOWN = 7, 12
 
 
-def judged(model: str | Path, folder: Path, *arguments: str) -> tuple[dict[str, float], np.ndarray]:
+def judged(model: str | Path, folder: Path, each: int, *arguments: str) -> tuple[dict[str, float], np.ndarray]:
     """The judge's shares of right attributes, and some of the pictures."""
-    distill("sample", "--model", str(model), "--prompts", "shapes-held", "--images-per-prompt", str(EACH), "--seed", str(SEED),
+    distill("sample", "--model", str(model), "--prompts", "shapes-held", "--images-per-prompt", str(each), "--seed", str(SEED),
             "--out", str(folder), *arguments)  # fmt: skip
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     images = np.stack([np.asarray(Image.open(folder / line["file"])) for line in lines])
-    return judge(images, [line["prompt"] for line in lines]), images[:: EACH * (96 // SHOWN)][:SHOWN]
+    return judge(images, [line["prompt"] for line in lines]), images[:: each * (96 // SHOWN)][:SHOWN]
 
 
 def main(folder: Path) -> None:
     rows, pictures = [], []
     for scale in SCALES:
-        found, shown = judged("shapes", folder / f"teacher-{scale:g}", "--guidance-scale", str(scale))
+        found, shown = judged("shapes", folder / f"teacher-{scale:g}", TEACHERS, "--guidance-scale", str(scale))
         rows.append((f"teacher, 50 steps, guidance {scale:g}", found))
         pictures.append((f"teacher, guidance {scale:g}: {found['all']:.1%} right", shown))
     distill("pairs", "--recipe", "shapes-pairs", "--out", str(folder / "pairs"))
@@ -53,7 +55,7 @@ def main(folder: Path) -> None:
     trained("dmd", folder / "alone", *alone)
     trained("dmd", folder / "alone-unguided", *alone, "--guidance-scale", "1")
     for run, name in STUDENTS.items():
-        found, shown = judged(folder / run, folder / f"{run}-samples")
+        found, shown = judged(folder / run, folder / f"{run}-samples", STUDENTS_EACH)
         rows.append((name, found))
         pictures.append((f"{name}: {found['all']:.1%} right", shown))
     print("| | all five | size | colour | shape | place | background |\n|---|---|---|---|---|---|---|")

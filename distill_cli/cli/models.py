@@ -29,7 +29,7 @@ def show(
     from distill_cli.models import hub, load, published
     from distill_cli.models.registry import REGISTRY
 
-    download = published.to_download(name) or hub.to_download(name)
+    download = published.to_download(name) or (hub.to_download(name) if hub.short_name(name) else "")
     if download:  # showing it is no reason to fetch gigabytes
         entry = REGISTRY.get(hub.short_name(name) or name)
         said = {"summary": entry.summary, "licence": entry.licence} if entry is not None else {}

@@ -215,7 +215,7 @@ class Model:
 
     def weights_hash(self) -> str:
         """SHA-256 over the names, dtypes, shapes and bytes of the weights, in the order of their names; '' without weights (plans)."""
-        if self.unet.device.type == "meta":
+        if any(value.is_meta for value in self.unet.state_dict().values()):
             return ""
         digest = hashlib.sha256()
         named = dict(self.unet.state_dict())
