@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -271,9 +272,11 @@ def test_two_processes_and_two_nodes_follow_the_run_of_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dmd", "cm"])
-def test_fsdp_is_the_same_training(method, tmp_path):
-    """Networks spread over two processes (gloo, CPU) against one process: the same weights; its checkpoint resumes in one process."""
+@pytest.mark.parametrize(("method", "by"), [("dmd", "fsdp"), ("cm", "fsdp"), ("cm", "zero")])
+def test_spread_networks_are_the_same_training(method, by, tmp_path):
+    """By FSDP, or moments by DeepSpeed's ZeRO, over two processes (gloo, CPU): one process's weights; a checkpoint resumes in one."""
+    if by == "zero":
+        pytest.importorskip("deepspeed")
     options = (
         "--steps",
         "4",
@@ -289,7 +292,11 @@ def test_fsdp_is_the_same_training(method, tmp_path):
     options += ("warmup_steps=0", "optimizer=adamw", "weight_decay=0")
     command = (method, "--teacher", "tiny", *(("--data", "digits") if method == "cm" else ()), *options)
     assert ended(distill(tmp_path, *command, "--out", "one"))[0] == 0
-    env = {**ONE_THREAD, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    settings = {
+        "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        "zero": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    }
+    env = {**ONE_THREAD, **settings[by]}
     code, _, err = ended(distill(tmp_path, *command, "--num-processes", "2", "--out", "spread", env=env))
     assert code == 0, err
     checkpoint = "checkpoints/step-000004"
@@ -308,5 +315,13 @@ def test_fsdp_is_the_same_training(method, tmp_path):
     for index, one in moments[0].items():
         assert (one["exp_avg"] - moments[1][index]["exp_avg"]).norm() <= 1e-3 * one["exp_avg"].norm() + 1e-9
     assert load(str(tmp_path / "spread/student")).lineage.method == ("dmd" if method == "dmd" else "cd")
+    if by == "zero":  # its flat shares of the moments are put together and taken apart again without a bit's loss
+        kept = [path for path in (tmp_path / "spread").rglob("*") if path.suffix in (".safetensors", ".pt") or path.name == "metrics.jsonl"]
+        files = {path: path.read_bytes() for path in kept}
+        for gone in (checkpoint, "student"):
+            shutil.rmtree(tmp_path / "spread" / gone)
+        code, _, err = ended(distill(tmp_path, method, "--resume", "spread", "--num-processes", "2", env=env))
+        assert code == 0, err
+        assert all(path.read_bytes() == content for path, content in files.items())
     code, _, err = ended(distill(tmp_path, method, "--resume", "spread", "--steps", "5"))
     assert code == 0, err

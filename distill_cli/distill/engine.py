@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from distill_cli.config import TrainingConfig, seconds
 from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
-from distill_cli.distill import checkpoint
+from distill_cli.distill import checkpoint, zero
 from distill_cli.distill.ema import EMA
 from distill_cli.distill.health import Health
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.launch import Progress, check_precision, device, stoppable, whole
+from distill_cli.launch import Progress, autocast, check_precision, device, stoppable, whole
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
 from distill_cli.recipes import dump
@@ -103,8 +103,6 @@ def honour_fsdp(accelerator: Any) -> None:
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UsageError("DeepSpeed is not supported", "accelerate's FSDP (fsdp_version 2) shards the networks of every method")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
@@ -126,6 +124,9 @@ class Engine:
         if self.part % world_size():
             parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
             raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
+        spread = zero.wanted()
+        if spread:
+            zero.check(config, len(objective.networks))
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             cpu=wanted.type == "cpu",
@@ -143,7 +144,12 @@ class Engine:
         self.optimizers: dict[str, Any] = {}
         for name, network in self.plain.items():
             optimizer = make_optimizer(config, network, objective.rates[name])
-            objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
+            if spread:
+                self.optimizers[name] = zero.Zero(self.accelerator, config, network, optimizer)
+                objective.networks[name] = self.optimizers[name].engine
+            else:
+                objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
+        self.zero: zero.Zero | None = self.optimizers[self.main] if spread else None
         self.step = 0
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
@@ -175,14 +181,18 @@ class Engine:
         name = ""
         for k, turn in enumerate(turns):
             with ExitStack() as apart:
-                if k + 1 < len(turns):  # processes exchange gradients once, with the last part's
+                last = k + 1 == len(turns)
+                if not last and self.zero is None:  # processes exchange gradients once, with the last part's
                     for network in self.objective.networks.values():
                         apart.enter_context(self.accelerator.no_sync(network))
-                with self.accelerator.autocast():
+                with autocast(self.accelerator.device, self.config.precision):
                     loss = next(turn, None)
                 if loss is None:
                     return ""
-                self.accelerator.backward(loss.value / len(turns))
+                if self.zero is not None:
+                    self.zero.backward(loss.value / len(turns), last)
+                else:
+                    self.accelerator.backward(loss.value / len(turns))
             name = loss.network
             seen.append({f"{name}_loss": loss.value, **loss.metrics})
         self.turn = self._mean(seen)
@@ -200,8 +210,11 @@ class Engine:
         optimizer, scaler = self.optimizers[name], self.accelerator.scaler
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.objective.rates[name], self.step)
-        clipped = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
-        norm = whole(torch.as_tensor(clipped))
+        if self.zero is not None:
+            norm = self.zero.step()
+        else:
+            clipped = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
+            norm = whole(torch.as_tensor(clipped))
         loss = self.turn[f"{name}_loss"]
         if self.config.on_nan == "skip" and not scaler and not (loss.isfinite() & norm.isfinite()):
             self.skipped[name] = [count + 1 for count in self.skipped[name]]
@@ -217,7 +230,8 @@ class Engine:
             if not scaler:  # which leaves out such steps itself
                 self.health.watch(f"{name}_loss", loss, self.step + 1)
                 self.health.watch(f"the gradient norm of {name}", norm, self.step + 1)
-            optimizer.step()
+            if self.zero is None:
+                optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def advance(self) -> dict[str, float]:
