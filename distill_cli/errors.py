@@ -31,6 +31,12 @@ class Interrupted(DistillError):
         self.exit_code = 0 if preempted else 130
 
 
+def reason(error: BaseException) -> str:
+    """What an error of another library says in its first line, else its kind."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str], what: str = "known") -> str:
     """A hint: the nearest of `known` to `word`, or the first of them where nothing is near."""
     names = sorted(known)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from distill_cli.errors import DistillError
 from distill_cli.files import read_plain, write_atomic
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+"""What a store's numbers are kept as."""
 _ZEROS = b"0" * 64
 
 

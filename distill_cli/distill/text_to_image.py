@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.model import Lineage, Model
+from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.stable_diffusion import create, load_vae
 from distill_cli.models.text import PromptConditioner, make_tokenizer
 
@@ -37,27 +39,21 @@ class TextDenoiser(nn.Module):
 class Latents:
     """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
 
-    def __init__(self, images: Captioned, codec: VAECodec, variants: int, seed: int) -> None:
-        self.images, self.count = images, len(images)
+    def __init__(self, images: Images, codec: VAECodec, variants: int, seed: int) -> None:
+        count = len(images)
         means, spreads = [], []
-        for first in range(0, variants * self.count, ENCODED):
-            picks = range(first, min(variants * self.count, first + ENCODED))
-            x, _ = images.batch([k % self.count for k in picks], Draws(seed, picks))
+        for first in range(0, variants * count, ENCODED):
+            picks = range(first, min(variants * count, first + ENCODED))
+            x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
             with torch.no_grad(), torch.autocast(next(codec.vae.parameters()).device.type, enabled=False):
                 mean, spread = codec.moments(x)
             means.append(mean.cpu())
             spreads.append(spread.cpu())
         self.means, self.spreads = torch.cat(means), torch.cat(spreads)
 
-    def __len__(self) -> int:
-        return len(self.means)
-
     def batch(self, positions: Sequence[int], noise: Tensor) -> Tensor:
         """Latents (B, c, h, w) at positions, drawn by standard-normal `noise`."""
         return self.means[list(positions)] + self.spreads[list(positions)] * noise
-
-    def captions(self, positions: Sequence[int]) -> list[str]:
-        return self.images.captions([position % self.count for position in positions])
 
 
 class TextToImage:
@@ -69,14 +65,13 @@ class TextToImage:
         if config.vae is None or not isinstance(images, Captioned):
             raise UsageError(f"--data {config.data}: has no captions", "a text-to-image teacher needs them: data=shapes")
         self.config = config
-        vae = load_vae(config.vae).eval().requires_grad_(False)
+        vae = load_vae(config.vae)
         tokenizer = make_tokenizer(images.captions(range(len(images))), config.text.length)
         parts = 2 ** (len(config.network.channels) - 1)
         if images.shape[-1] // VAECodec(vae).factor % parts:
             raise UsageError(
                 f"resolution {images.shape[-1]}: the autoencoder and {len(config.network.channels)} network.channels do not divide it"
             )
-        zero = config.prediction == "v"
         self.teacher = create(
             vae=vae,
             tokenizer=tokenizer,
@@ -85,14 +80,12 @@ class TextToImage:
             text=config.text,
             scheduler={
                 "_class_name": "DDIMScheduler",
-                "num_train_timesteps": 1000,
+                **STABLE_DIFFUSION,
                 "beta_schedule": config.beta_schedule,
-                "beta_start": 0.00085,
-                "beta_end": 0.012,
                 "clip_sample": False,
                 "steps_offset": 1,
                 "timestep_spacing": "trailing",
-                "rescale_betas_zero_snr": zero,
+                "rescale_betas_zero_snr": config.prediction == "v",
             },
             parameterisation=config.prediction,
             lineage=Lineage(name=config.data, method="denoising", data=config.data),
@@ -118,7 +111,7 @@ class TextToImage:
             self.latents = Latents(self.images, self.teacher.latent, self.config.variants, self.config.seed)
         positions = [self.order[i] for i in draws.indices]
         shape = self.teacher.shape
-        tokens = self.tokens[[position % self.latents.count for position in positions]]
+        tokens = self.tokens[[position % len(self.images) for position in positions]]
         dropped = draws.uniform("label_dropout") < self.config.label_dropout
         tokens = torch.where(dropped[:, None], self.empty, tokens)
         network = self.networks["teacher"]
@@ -132,8 +125,7 @@ class TextToImage:
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, TextDenoiser)
         trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
-        teacher = self.teacher
-        return Model(network.denoiser, trained, teacher.lineage, teacher.sampling, codec=teacher.codec, scheduler=teacher.scheduler)
+        return replace(self.teacher, denoiser=network.denoiser, conditioner=trained)
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""

@@ -17,7 +17,7 @@ from distill_cli import launch, processes
 from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data.pictures import save_comparison
 from distill_cli.data.prompts import open_prompts
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, reason
 from distill_cli.evaluate.report import RATES, old_rates, split
 from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
@@ -42,9 +42,8 @@ class CLIP:
             self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().to(where)
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a missing folder, and without a network
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DistillError(
-                f"clip {name}: no CLIP model ({reason})", "a folder, or a hub id such as openai/clip-vit-base-patch16"
+                f"clip {name}: no CLIP model ({reason(error)})", "a folder, or a hub id such as openai/clip-vit-large-patch14"
             ) from error
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import VAENetworkConfig
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, reason
 from distill_cli.files import folder_atomic
 from distill_cli.models.hub import find
 
@@ -101,8 +101,9 @@ def load_decoder(spec: str, codec: VAECodec) -> Any:
     try:
         tiny = diffusers.AutoencoderTiny.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
     except Exception as error:  # diffusers raises many kinds for a missing or foreign folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DistillError(f"decoder {spec}: no AutoencoderTiny ({reason})", "a folder, or a hub id such as madebyollin/taesd") from error
+        raise DistillError(
+            f"decoder {spec}: no AutoencoderTiny ({reason(error)})", "a folder, or a hub id such as madebyollin/taesd"
+        ) from error
     if (tiny.config.latent_channels, VAECodec(tiny).factor) != (codec.vae.config.latent_channels, codec.factor):
         raise UsageError(f"decoder {spec}: for other latents than the teacher's", "taesd is of Stable Diffusion 1 and 2")
     return tiny.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.hub import HUB
 from distill_cli.models.model import Lineage, Model, Sampling, UNet
+from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.text import PromptConditioner
 
 RATE = 150e12
@@ -34,7 +35,6 @@ VAE: dict[str, Any] = dict(
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
 )
-TABLE: dict[str, Any] = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
 
 
 def sketch(name: str) -> Model:
@@ -47,12 +47,12 @@ def sketch(name: str) -> Model:
         vae = diffusers.AutoencoderKL(**VAE, sample_size=UNETS[name]["sample_size"] * 8)
         encoder = CLIPTextModel(CLIPTextConfig(**TEXTS[name]))
     return Model(
-        denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(TABLE), "v" if name == "sd21" else "eps", Scales(), "t"),
+        denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(STABLE_DIFFUSION), "v" if name == "sd21" else "eps", Scales(), "t"),
         conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
         lineage=Lineage(name=name, licence=HUB[name].licence),
         sampling=Sampling(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
         codec=VAECodec(vae),
-        scheduler=TABLE,
+        scheduler=dict(STABLE_DIFFUSION),
     )
 
 

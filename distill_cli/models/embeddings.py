@@ -24,7 +24,6 @@ from distill_cli.errors import DistillError
 from distill_cli.models.text import PromptConditioner, plain
 
 SHARD, AT_A_TIME = 512, 64
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def unique(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +42,7 @@ class Embeddings:
     """(L, D) embeddings of a conditioner's prompts by their position, kept in `folder` as `dtype`."""
 
     def __init__(self, conditioner: PromptConditioner, folder: Path, dtype: str) -> None:
-        self.conditioner, self.dtype = conditioner, DTYPES[dtype]
+        self.conditioner, self.dtype = conditioner, shards.DTYPES[dtype]
         self.rows, self.firsts = unique(conditioner.prompts)
         settings = [encoder_hash(conditioner), digest_of(conditioner.prompts), conditioner.negative, conditioner.length, dtype]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -68,10 +67,10 @@ class Embeddings:
 
     def complete(self, device: torch.device) -> None:
         """Make what is missing on `device`, of several processes each its share; the encoder is back on the CPU then."""
-        self.conditioner.to(device)
+        self.conditioner.encoder.to(device)
         for shard in processes.mine(self.shards):
             self.make(shard)
-        self.conditioner.to("cpu")
+        self.conditioner.encoder.to("cpu")
 
     def _shard(self, shard: int) -> Any:
         if shard not in self._open:

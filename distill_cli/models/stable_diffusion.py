@@ -17,7 +17,7 @@ import torch
 from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, reason
 from distill_cli.files import folder_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
@@ -42,7 +42,6 @@ def create(
     parameterisation: str,
     lineage: Lineage,
     guidance_scale: float,
-    steps: int = 50,
     solver: str = "ddim",
     seed: int = 0,
 ) -> Model:
@@ -72,7 +71,7 @@ def create(
         denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t"),
         conditioner=PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed)),
         lineage=lineage,
-        sampling=Sampling(solver=solver, steps=steps, guidance_scale=guidance_scale),
+        sampling=Sampling(solver=solver, steps=50, guidance_scale=guidance_scale),
         codec=codec,
         scheduler=config,
     )
@@ -109,8 +108,7 @@ def _part(kind: Any, folder: Path) -> Any:
         options = {} if plain else {"variant": "fp16"}
         return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **options)
     except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DistillError(f"{folder}: no readable network ({reason})", "is the folder complete?") from error
+        raise DistillError(f"{folder}: no readable network ({reason(error)})", "is the folder complete?") from error
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -218,10 +216,7 @@ def tiny() -> Model:
         text=TextConfig(width=16, layers=1, heads=2),
         scheduler={
             "_class_name": "PNDMScheduler",
-            "num_train_timesteps": 1000,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
+            **schedulers.STABLE_DIFFUSION,
             "skip_prk_steps": True,
             "set_alpha_to_one": False,
             "steps_offset": 1,

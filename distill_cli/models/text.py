@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from distill_cli.config import TextConfig
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, reason
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -84,9 +84,6 @@ class PromptConditioner:
         unique = list(dict.fromkeys(texts))
         return self.encode(unique).to(labels.device)[[unique.index(text) for text in texts]]
 
-    def to(self, device: str | torch.device) -> None:
-        self.encoder.to(device)
-
 
 def make_tokenizer(captions: Iterable[str], length: int) -> Any:
     """CLIP's tokenizer with a vocabulary of its own: every word of `captions` is one token, any other text is spelt."""
@@ -95,19 +92,28 @@ def make_tokenizer(captions: Iterable[str], length: int) -> Any:
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trained.train_from_iterator(sorted(set(captions)), trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False))
-    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    pairs = merges_of(json.loads(trained.to_str())["model"])
     letters = byte_letters()
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair.split()) for pair in pairs), START, END]
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "bos_token": START, "eos_token": END, "unk_token": END}
     files = {
         "vocab.json": json.dumps({word: number for number, word in enumerate(dict.fromkeys(words))}),
-        "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n",
+        "merges.txt": merges_file(pairs),
         "tokenizer_config.json": json.dumps({**config, "pad_token": END}),
     }
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             (Path(folder) / name).write_text(text)
         return load_tokenizer(Path(folder))
+
+
+def merges_of(model: dict[str, Any]) -> list[str]:
+    """The merges of a tokenizer.json's model, which newer versions of tokenizers write as pairs."""
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+
+
+def merges_file(merges: list[str]) -> str:
+    return "\n".join(["#version: 0.2", *merges]) + "\n"
 
 
 def byte_letters() -> list[str]:
@@ -126,8 +132,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a missing or broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DistillError(f"{folder}: no readable tokenizer ({reason})", "is the folder complete?") from error
+        raise DistillError(f"{folder}: no readable tokenizer ({reason(error)})", "is the folder complete?") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -135,9 +140,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
-        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+        (folder / "merges.txt").write_text(merges_file(merges_of(model)))
 
 
 def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from distill_cli import launch, processes
+from distill_cli import launch, processes, shards
 from distill_cli.config import PairsConfig
 from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
@@ -14,7 +14,7 @@ from distill_cli.files import remove_temporaries
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import Model, network_evaluations
-from distill_cli.pairs.store import DTYPES, MANIFEST, Manifest, check_shard, keep_prompts, shard_path, write_shard
+from distill_cli.pairs.store import MANIFEST, Manifest, check_shard, keep_prompts, shard_path, write_shard
 from distill_cli.runs import settle
 
 COUNTED = 100_000
@@ -47,7 +47,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
 def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
     """What making the pairs costs, for --dry-run."""
     calls = network_evaluations(manifest.sampling)
-    item = DTYPES[manifest.dtype].itemsize
+    item = shards.DTYPES[manifest.dtype].itemsize
     size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
     text = {}
     if teacher.text is not None:

@@ -34,7 +34,6 @@ from distill_cli.runs import settle
 LATER = ("guidance_calls", "prompts", "negative_prompt")
 """Settings that the first stores did not have: without them a store's hash is as it was."""
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Manifest(BaseModel):
@@ -116,7 +115,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
         "settings": manifest.settings_hash,
         "noise_sha256": noise_checksum(noise_of(manifest, indices)),
     }
-    tensors = {"x0": x0.to(DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}
+    tensors = {"x0": x0.to(shards.DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}
     shards.write(shard_path(folder, shard), tensors, metadata)
 
 

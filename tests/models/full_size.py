@@ -37,18 +37,15 @@ def make(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from distill_cli.data.shapes import TRAINED
+    from distill_cli.models.cost import TEXTS, UNETS, VAE
+    from distill_cli.models.schedulers import STABLE_DIFFUSION
     from distill_cli.models.text import make_tokenizer, save_tokenizer
 
-    filled(UNet2DConditionModel, dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)).save_pretrained(folder / "unet")
-    blocks = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, latent_channels=4)
-    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    filled(AutoencoderKL, {**blocks, **kinds}).save_pretrained(folder / "vae")
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-    filled(CLIPTextModel, text).save_pretrained(folder / "text_encoder")
+    filled(UNet2DConditionModel, UNETS["sd15"]).save_pretrained(folder / "unet")
+    filled(AutoencoderKL, {**VAE, "sample_size": 512}).save_pretrained(folder / "vae")
+    filled(CLIPTextModel, CLIPTextConfig(**TEXTS["sd15"])).save_pretrained(folder / "text_encoder")
     save_tokenizer(make_tokenizer((thing.caption for thing in TRAINED), 77), folder / "tokenizer")
-    PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
-    ).save_pretrained(folder / "scheduler")
+    PNDMScheduler(**STABLE_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1).save_pretrained(folder / "scheduler")
     parts = {
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "PNDMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
