@@ -152,22 +152,23 @@ def open_model(name: str, config: GenerateT, sketched: Model | None = None) -> t
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
         if sketched is None:
-            note_cut(model)
+            note_cut(model, -(-config.num // repeat))
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config
 
 
-def note_cut(model: Model) -> None:
-    """Say how many prompts are longer than the text encoder reads."""
+def note_cut(model: Model, used: int | None = None) -> None:
+    """Say how many prompts, of the first `used`, are longer than the text encoder reads."""
     from distill_cli.processes import rank
 
     text = model.text
     if text is None or rank() > 0:
         return
-    cut = sum(text.cut(part) for part in batched(text.prompts, 1000))
+    count = min(len(text.prompts), used or len(text.prompts))
+    cut = sum(text.cut(part) for part in batched(islice(text.prompts, count), 1000))
     if cut:
-        say(f"{cut} of {len(text.prompts)} prompts are longer than the {text.length} tokens that the text encoder reads: cut there")
+        say(f"{cut} of {count} prompts are longer than the {text.length} tokens that the text encoder reads: cut there")
 
 
 def batched(items: Iterable[str], count: int) -> Iterator[list[str]]:

@@ -28,6 +28,7 @@ def test_sample_names_prompts_and_seed(distill, prompts, tmp_path):
     )
     assert done.code == 0, done.err
     assert "1 of 3 prompts are longer than the 16 tokens" in done.err
+    assert "longer" not in distill("sample", "--model", "tiny-sd", "--prompts", prompts, "--num", 1, "--steps", 1, "--out", "first").err
     lines = [json.loads(line) for line in (tmp_path / "s/samples.jsonl").read_text().splitlines()]
     assert [line["prompt"].split()[1] for line in lines] == ["small", "small", "large", "large", "word", "word"]
     assert {line["seed"] for line in lines} == {5}
