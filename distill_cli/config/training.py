@@ -159,6 +159,7 @@ CM_KEYS = {
     "scales": ("cd", "ct", "ict"),
     "scales_end": ("ct", "ict"),
     "target_decay": ("cd", "ct"),
+    "time_weights": ("cd",),
     "solver": ("cd",),
     "guidance_scale": ("cd",),
     "p_mean": ("ict", "ect"),
@@ -193,6 +194,9 @@ class CMConfig(TrainingConfig):
     scales: Annotated[int, Field(ge=2)] | None = Field(None, description="cd: N, the grid's times; ct, ict: s0, default 18, 2, 10")
     scales_end: Annotated[int, Field(ge=2)] | None = Field(None, description="ct, ict: s1, N - 1 at the end; default 150, 1280")
     target_decay: Momentum | None = Field(None, description="cd, ct: what the target keeps a step (ct: at first); default 0.95, 0.9")
+    time_weights: list[Weight] | None = Field(
+        None, description="cd: how often each of the grid's N - 1 intervals is drawn, the noisiest first; default all alike"
+    )
     solver: Literal["heun", "euler"] = Field("heun", description="cd: the teacher's step")
     guidance_scale: Rate | None = Field(None, description="cd: of the teacher; default the teacher's own")
     p_mean: float = Field(-1.1, description="ict, ect: mean of ln sigma")
@@ -228,4 +232,6 @@ class CMConfig(TrainingConfig):
             raise ValueError(f"scales_end {self.scales_end} is below scales {self.scales}")
         if self.lpips_weights and self.metric != "lpips":
             raise ValueError("lpips_weights is for metric lpips alone")
+        if self.time_weights is not None and (len(self.time_weights) + 1 != self.scales or not sum(self.time_weights)):
+            raise ValueError(f"time_weights has {len(self.time_weights)} numbers, scales {self.scales} needs one less than that, not all 0")
         return self

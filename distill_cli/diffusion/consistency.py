@@ -40,8 +40,13 @@ def lognormal_index(schedule: EDMSchedule, uniform: Tensor, intervals: int, p_me
     """(B,) indices of the noisier end, drawn so that ln sigma of the pair is normal (2310.14189, eq. 11), from uniforms (B,)."""
     levels = sigma_at(schedule, torch.arange(intervals + 1), intervals).log()
     mass = torch.special.erf((levels - p_mean) / (2**0.5 * p_std))
-    share = (mass[:-1] - mass[1:]).cumsum(0)
-    return torch.searchsorted(share / share[-1], uniform.double(), right=True).clamp(max=intervals - 1)
+    return weighted_index(uniform, mass[:-1] - mass[1:])
+
+
+def weighted_index(uniform: Tensor, weights: Tensor) -> Tensor:
+    """(B,) indices drawn as often as `weights` (float64) say, from uniforms (B,)."""
+    share = weights.cumsum(0)
+    return torch.searchsorted(share / share[-1], uniform.double(), right=True).clamp(max=len(weights) - 1)
 
 
 def ect_neighbour(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor:

@@ -96,6 +96,8 @@ class Consistency:
         uniform = draws.uniform("time")
         if config.method == "ict":
             index = maths.lognormal_index(self.schedule, uniform, intervals, config.p_mean, config.p_std)
+        elif config.time_weights is not None:
+            index = maths.weighted_index(uniform, torch.tensor(config.time_weights, dtype=torch.float64))
         else:
             index = (uniform * intervals).long()
         return maths.sigma_at(self.schedule, index, intervals), maths.sigma_at(self.schedule, index + 1, intervals)

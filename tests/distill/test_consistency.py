@@ -103,6 +103,17 @@ def test_times_of_improved_training_are_lognormal():
     assert torch.allclose(torch.bincount(index, minlength=intervals).double() / 200_001, expected, atol=1e-4)
 
 
+def test_times_are_drawn_as_often_as_their_weights_say(tiny):
+    """The noisiest interval first; an interval of weight 0 never."""
+    cm = objective(tiny, scales=4, time_weights=[3.0, 0.0, 1.0])
+    t, r = cm.times(Draws(0, range(4000)), 0)
+    grid = maths.sigma_at(cm.schedule, torch.arange(4), 3)
+    drawn = [((t == grid[k]) & (r == grid[k + 1])).sum().item() for k in range(3)]
+    assert drawn[1] == 0
+    assert drawn[0] + drawn[2] == 4000
+    assert abs(drawn[0] - 3000) < 110  # four standard deviations
+
+
 def test_huber_is_between_the_norms():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     assert distance("huber", x, torch.zeros(2, 2), 1.0).tolist() == pytest.approx([26**0.5 - 1, 0])
@@ -181,6 +192,9 @@ def test_guided_teachers(tiny):
     ("options", "says"),
     [
         ({"method": "ect", "scales": 5}, "scales is not for method ect"),
+        ({"method": "ct", "time_weights": [1.0]}, "time_weights is not for method ct"),
+        ({"scales": 4, "time_weights": [1.0, 2.0]}, "time_weights has 2 numbers, scales 4 needs"),
+        ({"scales": 3, "time_weights": [0.0, 0.0]}, "not all 0"),
         ({"method": "cd", "stages": 5}, "stages is not for method cd"),
         ({"method": "ct", "guidance_scale": 2}, "guidance_scale is not for method ct"),
         ({"method": "ct", "scales": 20, "scales_end": 10}, "scales_end 10 is below scales 20"),
