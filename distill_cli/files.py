@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from distill_cli.errors import DistillError
 
 TEMPORARY = ".tmp-"
+A_DAY = 24 * 3600
 _OURS = f"{TEMPORARY}{socket.gethostname()}+"  # which no name of a host has
 
 
@@ -121,11 +123,20 @@ def _lives(process: str) -> bool:
     return True
 
 
+def _abandoned(path: Path) -> bool:
+    """Whether nobody is writing a temporary file or folder any more: its process is dead, or was another machine's and silent for a day."""
+    if path.name.startswith(_OURS):
+        return not _lives(path.name[len(_OURS) :].split("-")[0])
+    try:
+        return time.time() - max(part.stat().st_mtime for part in (path, *path.rglob("*"))) > A_DAY
+    except FileNotFoundError:  # just finished
+        return False
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes of this machine left half-written in `folder`."""
-    for path in folder.glob(f"{_OURS}*"):
-        if not _lives(path.name[len(_OURS) :].split("-")[0]):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Delete what killed processes left half-written in `folder`."""
+    for path in filter(_abandoned, folder.glob(f"{TEMPORARY}*+*")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 import errno
 import os
+import time
 
 import pytest
 
@@ -36,14 +37,21 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path):
     dead, alive = tmp_path / f"{files._OURS}999999999-x", tmp_path / f"{files._OURS}{os.getpid()}-x"
-    elsewhere = tmp_path / f"{files.TEMPORARY}other-machine-999999999-x"
-    for path in (dead, alive, elsewhere):
+    elsewhere, forgotten = (tmp_path / f"{files.TEMPORARY}other-machine+{k}-x" for k in (1, 2))
+    theirs = tmp_path / ".tmp-notes"
+    for path in (dead, alive, elsewhere, theirs):
         path.write_text("")
+    forgotten.mkdir()
+    (forgotten / "part").write_text("")
+    for path in (forgotten / "part", forgotten, theirs):
+        os.utime(path, (0, time.time() - 2 * files.A_DAY))
     assert files.is_empty(tmp_path)
     files.remove_temporaries(tmp_path)
     assert not dead.exists()
     assert alive.exists()
-    assert elsewhere.exists()
+    assert elsewhere.exists()  # another machine may be writing it
+    assert not forgotten.exists()
+    assert theirs.exists()
 
 
 def test_a_file_in_the_way_is_said(tmp_path):
