@@ -45,12 +45,11 @@ class DMD:
         self.config, self.pairs = config, pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
+        self.regression_weight = 0.0
         if pairs is not None:
             if teacher.latent is not None:
                 teacher = replace(teacher, size=pairs.manifest.shape[1:])
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
-        self.regression_weight = 0.0
-        if pairs is not None:
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
             self.order = Order(config.seed, len(pairs))
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
