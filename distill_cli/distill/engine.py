@@ -124,11 +124,10 @@ class Engine:
         if self.part % world_size():
             parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
             raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
-        spread = zero.wanted()
-        if spread:
-            zero.check(config, len(objective.networks))
+        spread = zero.plugin(config, objective.networks, wanted) if zero.wanted() else None
         self.accelerator = Accelerator(
-            mixed_precision=config.precision,
+            mixed_precision=config.precision if spread is None else "no",
+            deepspeed_plugin=spread,
             cpu=wanted.type == "cpu",
             log_with=tracker_of(config),
             project_dir=config.out,
@@ -142,14 +141,14 @@ class Engine:
         self.main = next(iter(self.plain))
         self.ema = EMA(self.plain[self.main], config.ema_halflife)
         self.optimizers: dict[str, Any] = {}
+        self.zero: zero.Zero | None = None
         for name, network in self.plain.items():
             optimizer = make_optimizer(config, network, objective.rates[name])
-            if spread:
-                self.optimizers[name] = zero.Zero(self.accelerator, config, network, optimizer)
-                objective.networks[name] = self.optimizers[name].engine
+            if spread is not None:
+                self.optimizers[name] = self.zero = zero.Zero(self.accelerator, spread, network, optimizer)
+                objective.networks[name] = self.zero.engine
             else:
                 objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
-        self.zero: zero.Zero | None = self.optimizers[self.main] if spread else None
         self.step = 0
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
@@ -370,12 +369,13 @@ class Engine:
 
     def release(self) -> None:
         """Give back the memory of training, before the result is looked at."""
-        self.optimizers, self.ema.network = {}, None
+        self.optimizers, self.zero, self.ema.network = {}, None, None
+        self.objective.networks.update(self.plain)
         self.accelerator.free_memory()
-        for network in list(self.objective.networks.values()):
+        for name, network in self.plain.items():
             network.zero_grad(set_to_none=True)
-        for name in list(self.objective.networks)[1:]:
-            self.objective.networks[name].to("cpu")
+            if name != self.main:
+                network.to("cpu")
 
     def _hint(self) -> str:
         found = checkpoint.steps(self.run.checkpoints)

@@ -18,20 +18,48 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import TrainingConfig
-from distill_cli.errors import UsageError
-from distill_cli.processes import world_size
+from distill_cli.errors import UsageError, reason
+from distill_cli.processes import rank, world_size
 
-OURS = ("optimizer", "scheduler")
-"""Sections of DeepSpeed's configuration that the recipe has keys for."""
+WANTED = "ACCELERATE_USE_DEEPSPEED"
+RECIPES = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16"}
+"""Keys of DeepSpeed's configuration whose values the recipe gives."""
+IDLE = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"}
+TUNING = ("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter")
+"""Keys of zero_optimization that change how fast it is, not what is trained."""
+BUCKET = 500_000_000
 
 
 def wanted() -> bool:
-    """Whether accelerate's configuration asks for DeepSpeed; one process alone has nothing to spread."""
-    return world_size() > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    """Whether accelerate's configuration asks for DeepSpeed. One process alone has nothing to spread: accelerate is told so."""
+    if world_size() == 1:
+        os.environ.pop(WANTED, None)
+    return os.environ.get(WANTED, "").lower() == "true"
+
+
+def plugin(config: TrainingConfig, networks: dict[str, nn.Module], device: torch.device) -> Any:
+    """accelerate's DeepSpeed settings for this run; raises UsageError for those that it cannot have."""
+    check(config, len(networks))
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with redirect_stdout(sys.stderr):  # its messages are no results
+        try:
+            import deepspeed  # noqa: F401
+            from accelerate import DeepSpeedPlugin
+
+            made = DeepSpeedPlugin()
+        except (ImportError, OSError, ValueError) as error:
+            raise UsageError(f"DeepSpeed: {reason(error)}", "accelerate's configuration asks for it") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    settings: dict[str, Any] = made.deepspeed_config
+    ours = settings_of(settings, config, sum(p.numel() for network in networks.values() for p in network.parameters()))
+    settings.clear()
+    settings.update(ours)
+    return made
 
 
 def check(config: TrainingConfig, networks: int) -> None:
-    """Raise UsageError where DeepSpeed is wanted and cannot be had for this run; before accelerate starts."""
+    """Raise UsageError where this run cannot have DeepSpeed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UsageError("DeepSpeed is wanted by accelerate's configuration and not installed", "pip install 'distill-cli[deepspeed]'")
     if networks > 1:
@@ -42,43 +70,58 @@ def check(config: TrainingConfig, networks: int) -> None:
         raise UsageError("on_nan skip: not with DeepSpeed, which looks at gradients only as it steps", "leave it at stop")
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raise UsageError where DeepSpeed's configuration would change what is trained, or leave no weights whole."""
-    zero = settings.get("zero_optimization", {})
+def settings_of(theirs: dict[str, Any], config: TrainingConfig, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a run of a network with so many parameters; raises UsageError for those that train something else."""
+    zero = theirs.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2):
         raise UsageError(
             f"DeepSpeed's ZeRO stage {zero.get('stage', 0)} is not supported",
             "stage 1 or 2; FSDP (fsdp_version 2) shards the weights too, and without DeepSpeed nothing is sharded",
         )
     for kind in ("offload_optimizer", "offload_param"):
-        if (zero.get(kind) or {}).get("device", "none") != "none":
+        if (zero.get(kind) or {}).get("device") not in (None, "none"):
             raise UsageError(f"DeepSpeed's {kind} is not supported", "leave it out: moments are spread over the processes")
-    for section in OURS:
-        if section in settings:
-            raise UsageError(f"DeepSpeed's configuration has its own {section}", "leave it out: the recipe says what it is")
+    known = {"stage", "offload_optimizer", "offload_param", "round_robin_gradients", "sub_group_size", *TUNING}
+    others = [key for key in theirs if key not in RECIPES | IDLE]
+    others += [f"zero_optimization.{key}" for key in zero if key not in known and not key.startswith("stage3_")]
+    if others:
+        raise UsageError(f"DeepSpeed's setting {others[0]} is not supported", "leave it out: what is trained stands in the recipe")
+    micro = config.batch_size // config.accumulate // world_size()
+    out = {
+        "train_micro_batch_size_per_gpu": micro,
+        "train_batch_size": micro * world_size(),
+        "gradient_accumulation_steps": 1,  # the engine divides the parts' losses itself
+        "gradient_clipping": config.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": math.inf,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU at every call
+        "zero_optimization": {
+            "reduce_bucket_size": min(BUCKET, parameters),
+            **{key: zero[key] for key in TUNING if zero.get(key, "auto") != "auto"},
+            "stage": zero["stage"],
+            "round_robin_gradients": False,  # moments are put together in the order of the parameters
+        },
+    }
+    if config.precision == "bf16":  # float32 weights and sums of gradients, as without DeepSpeed
+        out["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return out
 
 
 class Zero:
     """A network and its optimizer under DeepSpeed: to the engine an optimizer, whose state is whole and in torch's form."""
 
-    def __init__(self, accelerator: Any, config: TrainingConfig, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """`optimizer` is of `network`. Raises UsageError for a configuration that changes what is trained."""
-        if accelerator.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        with redirect_stdout(sys.stderr):  # its messages are no results
-            settings = plugin_of(accelerator).deepspeed_config
-            logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-            check_settings(settings)
-            settings["train_micro_batch_size_per_gpu"] = config.batch_size // config.accumulate // world_size()
-            settings["gradient_accumulation_steps"] = 1  # the engine divides the parts' losses itself
-            settings["gradient_clipping"] = config.clip_norm
-            for half in ("bf16", "fp16"):
-                settings[half] = {"enabled": False}
-            if config.precision == "bf16":  # float32 weights and sums of gradients, as without DeepSpeed
-                settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    def __init__(self, accelerator: Any, made: Any, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """`accelerator` was given the plugin `made`; `optimizer` is of `network`."""
+        from accelerate.utils import DistributedType
+
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:  # accelerate leaves it out on the CPU
+            accelerator.state.distributed_type, accelerator.state.deepspeed_plugins = DistributedType.DEEPSPEED, made
+            made.select(_from_accelerator_state=True)
+            made.set_mixed_precision("no")
+        with redirect_stdout(sys.stderr):
             self.engine, _ = accelerator.prepare(network, optimizer)
         self.parameters = list(network.parameters())
-        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": config.lr}]
+        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": optimizer.defaults["lr"]}]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add a part's gradients; with the last part's processes exchange them."""
@@ -86,11 +129,12 @@ class Zero:
         self.engine.backward(loss)
 
     def step(self) -> Tensor:
-        """Clip, step and clear the gradients; returns their norm before it was clipped (NaN: the step was left out)."""
+        """Clip, step and clear the gradients; returns their norm before it was clipped, NaN where it was no number."""
         for group in self._inner.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
         self.engine.step()
-        return torch.as_tensor(math.nan if self.engine.optimizer.overflow else self.engine.get_global_grad_norm())
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(math.nan if self.engine.optimizer.overflow or norm < 0 else norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """DeepSpeed clears them as it steps."""
@@ -102,21 +146,20 @@ class Zero:
         return inner
 
     def state_dict(self) -> dict[str, Any]:
-        """As of a torch optimizer of the whole network; all processes have to call."""
+        """As of a torch optimizer of the whole network, on process 0; all of them have to call."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         settings = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
         state: dict[int, dict[str, Tensor]] = {}
-        for share in self._inner.state.values():
-            flat = [key for key, value in share.items() if value.ndim]
-            state = {
-                k: {**{key: safe_get_full_optimizer_state(p, key).cpu() for key in flat}, "step": share["step"].cpu().clone()}
-                for k, p in enumerate(self.parameters)
-            }
+        for share in self._inner.state.values():  # one, or before the first step none
+            for k, parameter in enumerate(self.parameters):
+                moments = {key: safe_get_full_optimizer_state(parameter, key) for key, value in share.items() if value.ndim}
+                if rank() == 0:
+                    state[k] = {key: value.cpu() for key, value in moments.items()} | {"step": share["step"].cpu().clone()}
         return {"state": state, "param_groups": [{**settings, "params": list(range(len(self.parameters)))}]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up the whole state of an optimizer, and the weights that the network has by now."""
+        """Take up the whole moments of an optimizer (its settings are the recipe's), and the weights that the network has by now."""
         self.engine.optimizer.refresh_fp32_params()
         (share,) = self.engine.optimizer.single_partition_of_fp32_groups
         if not saved["state"]:
@@ -134,16 +177,3 @@ class Zero:
                 if value.ndim:
                     moments[key][here.start : here.start + here.numel] = value.flatten()[there.start : there.start + there.numel]
         self._inner.state[share] = moments
-
-
-def plugin_of(accelerator: Any) -> Any:
-    """accelerate's DeepSpeed settings; on the CPU, where it leaves DeepSpeed out, put in its place."""
-    from accelerate import DeepSpeedPlugin
-    from accelerate.utils import DistributedType
-
-    state = accelerator.state
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        plugin = DeepSpeedPlugin()
-        state.distributed_type, state.deepspeed_plugins, accelerator.deepspeed_engine_wrapped = DistributedType.DEEPSPEED, plugin, None
-        plugin.select(_from_accelerator_state=True)
-    return state.deepspeed_plugin
