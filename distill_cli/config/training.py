@@ -205,6 +205,7 @@ class CMConfig(TrainingConfig):
     q: Annotated[float, Field(gt=1)] = Field(2.0, description="ect: how much nearer a stage")
     k: Weight = Field(8.0, description="ect: r / t at small noise")
     b: Rate = Field(1.0, description="ect: where small noise ends")
+    times: str = Field("index:0,22", description="the student's own for several steps, as for distill sample; default ImageNet-64's")
     label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that edits can do without a class")
     dropout: Fraction = Field(0.0, description="of training, the same in student and target")
     network: NetworkConfig = Field(NetworkConfig(), description="ct, ict without a teacher")

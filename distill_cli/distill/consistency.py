@@ -31,7 +31,7 @@ from distill_cli.errors import UsageError
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
-from distill_cli.models.times import PUBLISHED, from_indices
+from distill_cli.models.times import parse
 
 
 class Consistency:
@@ -49,6 +49,7 @@ class Consistency:
         if start.few_step_times is not None and config.method in ("cd", "ect"):
             raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
         self.schedule, self.start = start.denoiser.schedule, start
+        self.few_step_times = parse(config.times, self.schedule, 2)
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
             student.parameterisation = "consistency"
@@ -168,7 +169,7 @@ class Consistency:
             licence=start.licence,
             data=self.config.data or start.data,
         )
-        return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), from_indices(self.schedule, PUBLISHED))
+        return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), self.few_step_times)
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""

@@ -1,7 +1,8 @@
 """The times at which a student of few steps is sampled, as people write them.
 
 index:0,22     points of the 40-point grid on which OpenAI's samplers and diffusers' ConsistencyModelPipeline count
-               (0 is sigma_max, 39 sigma_min, even in sigma^(1/rho)); diffusers takes them as timesteps=[22, 0]
+               (0 is sigma_max, 39 sigma_min, even in sigma^(1/rho)); diffusers takes them as timesteps=[22, 0].
+               These two are the published ones of ImageNet-64 (Song et al. 2303.01469, appendix C; OpenAI's scripts)
 sigma:80,1.4   noise levels
 even           as many as there are steps, evenly over the indices: what diffusers does with num_inference_steps alone
 """
@@ -19,8 +20,6 @@ from distill_cli.errors import UsageError
 
 GRID = 39
 """Intervals of the grid."""
-PUBLISHED = (0, 22)
-"""Indices of the published two-step times of ImageNet-64 (Song et al. 2303.01469, appendix C; OpenAI's scripts)."""
 
 
 def from_indices(schedule: EDMSchedule, indices: Sequence[int]) -> list[float]:

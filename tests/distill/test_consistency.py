@@ -114,6 +114,16 @@ def test_times_are_drawn_as_often_as_their_weights_say(tiny):
     assert abs(drawn[0] - 3000) < 110  # four standard deviations
 
 
+def test_the_students_own_times(tiny):
+    """Those of the recipe, known to be right before training; at first the published ones."""
+    cm = objective(tiny)
+    assert cm.model(cm.networks["student"]).few_step_times == pytest.approx([80, 1.38237], rel=1e-5)
+    cm = objective(tiny, times="sigma:80,4,0.5")
+    assert cm.model(cm.networks["student"]).few_step_times == [80, 4, 0.5]
+    with pytest.raises(UsageError, match="must decrease"):
+        objective(tiny, times="sigma:4,80")
+
+
 def test_huber_is_between_the_norms():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     assert distance("huber", x, torch.zeros(2, 2), 1.0).tolist() == pytest.approx([26**0.5 - 1, 0])
