@@ -51,7 +51,7 @@ def check_precision(where: torch.device, precision: str) -> None:
 
 
 def autocast(where: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic of networks outside training: `no` (float32), `bf16`, `fp16`."""
+    """The arithmetic of networks: `no` (float32), `bf16`, `fp16`."""
     check_precision(where, precision)
     kinds = {"no": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(where.type, kinds[precision], enabled=precision != "no")

@@ -124,7 +124,7 @@ class Engine:
         if self.part % world_size():
             parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
             raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
-        spread = zero.plugin(config, objective.networks, wanted) if zero.wanted() else None
+        spread = zero.plugin(config, objective.networks, wanted)
         self.accelerator = Accelerator(
             mixed_precision=config.precision if spread is None else "no",
             deepspeed_plugin=spread,

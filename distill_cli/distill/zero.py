@@ -30,15 +30,15 @@ TUNING = ("allgather_bucket_size", "allgather_partitions", "contiguous_gradients
 BUCKET = 500_000_000
 
 
-def wanted() -> bool:
-    """Whether accelerate's configuration asks for DeepSpeed. One process alone has nothing to spread: accelerate is told so."""
+def plugin(config: TrainingConfig, networks: dict[str, nn.Module], device: torch.device) -> Any | None:
+    """accelerate's DeepSpeed settings for this run, where its configuration asks for them; raises UsageError for those that it cannot have.
+
+    One process alone has nothing to spread: accelerate is told that DeepSpeed is not wanted.
+    """
     if world_size() == 1:
         os.environ.pop(WANTED, None)
-    return os.environ.get(WANTED, "").lower() == "true"
-
-
-def plugin(config: TrainingConfig, networks: dict[str, nn.Module], device: torch.device) -> Any:
-    """accelerate's DeepSpeed settings for this run; raises UsageError for those that it cannot have."""
+    if os.environ.get(WANTED, "").lower() != "true":
+        return None
     check(config, len(networks))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import pytest
+import torch
 
 from distill_cli.config import TrainConfig
 from distill_cli.distill import zero
@@ -62,10 +63,12 @@ def test_runs_that_cannot_have_it_are_refused(monkeypatch):
 
 
 def test_one_process_has_nothing_to_spread(monkeypatch):
-    """And accelerate is not left to believe otherwise."""
+    """And accelerate is not left to believe otherwise; two processes are heard."""
+    network = {"teacher": torch.nn.Linear(2, 2)}
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert not zero.wanted()
+    assert zero.plugin(TrainConfig(), network, torch.device("cpu")) is None
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert zero.wanted()
+    with pytest.raises(UsageError, match="fp16"):
+        zero.plugin(TrainConfig(precision="fp16"), network, torch.device("cpu"))
