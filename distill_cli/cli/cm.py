@@ -43,7 +43,7 @@ def cm(
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.data import open_images
-    from distill_cli.distill.consistency import Consistency, images_of, new
+    from distill_cli.distill.consistency import Consistency, check, images_of, new
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
 
@@ -51,8 +51,9 @@ def cm(
     config = config.model_copy(update={"data": images_of(config, model)})
     images = open_images(str(config.data), config.resolution, config.flip)
     if dry_run:
-        networks = new(config, images) if model is None else model
-        count = sum(p.numel() for p in networks.denoiser.parameters())
+        start = new(config, images) if model is None else model
+        check(config, start, images)
+        count = sum(p.numel() for p in start.denoiser.parameters())
         parts = {"teacher": config.method == "cd", "student": True, "target": config.method in ("cd", "ct")}
         common.dry_run(config, common.training_plan(config, {name: count for name, there in parts.items() if there}, count))
         return
@@ -68,6 +69,7 @@ def cm(
     if student is None:  # process 0 alone has it
         return
     folder = engine.run.folder
+    engine.release()
     rows = {}
     if model is not None:
         rows["teacher"] = (model.to(engine.accelerator.device), objective.sampling if config.method == "cd" else model.sampling)

@@ -18,7 +18,7 @@ def edit(
     input: Annotated[Path | None, typer.Option(help="A picture, or a folder of them.")] = None,
     mask: Annotated[Path | None, typer.Option(help="inpaint: white where the picture is painted anew.")] = None,
     patch: Annotated[int | None, typer.Option(help="superres: pixels of the model on one of the input, each way.")] = None,
-    times: Annotated[str | None, typer.Option(help="index:0,22 (of diffusers' 40), sigma:80,1.4, or even.")] = None,
+    times: Annotated[str | None, typer.Option(help="index:0,22 (points of the student's grid), sigma:80,1.4, or even.")] = None,
     classes: common.Classes = None,
     out: common.Out = None,
     seed: common.Seed = None,
@@ -35,11 +35,15 @@ def edit(
     )
     config = common.with_out(resolve(EditConfig, recipe, overrides or [], flags), recipe, task)
     assert config.out is not None
-    if dry_run:
-        common.dry_run(config, {"pictures": "one in for one out" if config.input else config.frames})
+    if common.planned_without(config.model, config, dry_run):
         return
     from distill_cli.models import load
-    from distill_cli.sample.editing import run
+    from distill_cli.sample.editing import Task, run
 
-    data = run(config, load(config.model), config.out)
+    student = load(config.model)
+    if dry_run:
+        plan = Task(config, student, config.out)
+        common.dry_run(config, {"pictures": len(plan.names), "network evaluations": f"{len(plan.times)} a picture"})
+        return
+    data = run(config, student, config.out)
     common.result(data, f"{task}: {data['pictures']} pictures in {config.out}\npicture: {data['picture']}", json)

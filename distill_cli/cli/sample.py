@@ -25,7 +25,7 @@ def sample(
     images_per_prompt: Annotated[int | None, typer.Option(help="Pictures of each prompt.")] = None,
     solver: common.Solver = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default the model's own.")] = None,
-    times: Annotated[str | None, typer.Option(help="A student's: index:0,22 (of diffusers' 40), sigma:80,1.4, or even.")] = None,
+    times: Annotated[str | None, typer.Option(help="A student's: index:0,22 (points of its grid), sigma:80,1.4, or even.")] = None,
     search_times: Annotated[
         int | None, typer.Option(help="Find the best times of a student for N steps, and keep them.", metavar="N")
     ] = None,
@@ -71,6 +71,11 @@ def sample(
     assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
+        first, most = (loaded.few_step_times or [0.0])[0], loaded.denoiser.schedule.t_max
+        if first < most / 2:
+            common.say(
+                f"--times {config.times}: begins with pure noise of sigma {first:.3g}, where pictures are not all noise; use {most:g}"
+            )
     if dry_run and config.search_times:
         common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
         return
@@ -102,8 +107,8 @@ def _search(config: SampleConfig, model: Model, as_json: bool) -> None:
     if folder is None:
         raise UsageError(f"--model {config.model}: --search-times writes into a student's folder", "give a folder or a run")
     assert config.search_times is not None
-    best, tried = search_times(config, model, config.search_times)
+    best, indices, tried = search_times(config, model, config.search_times)
     save_times(folder, best)
     times = ", ".join(f"{time:.4g}" for time in best.few_step_times or [])
-    text = f"{folder}: sampled in {config.search_times} steps at sigma {times} from now on"
-    common.result({"folder": str(folder), "times": best.few_step_times, "tried": tried}, text, as_json)
+    text = f"{folder}: sampled in {config.search_times} steps at index:{','.join(map(str, indices))} (sigma {times}) from now on"
+    common.result({"folder": str(folder), "indices": indices, "times": best.few_step_times, "tried": tried}, text, as_json)

@@ -47,7 +47,7 @@ class SampleConfig(GenerateConfig):
     model: str = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
     images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
     format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
-    times: str | None = Field(None, description="a student's: index:0,22 (of diffusers' 40), sigma:80,1.4, even; default its own")
+    times: str | None = Field(None, description="a student's: index:0,22 (points of its grid), sigma:80,1.4, even; default its own")
     search_times: Annotated[int, Field(ge=2, le=39)] | None = Field(None, description="a student's best times for so many steps")
     classifier: str = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
     grid: bool = Field(False, description="also grid.png of the first 100 images")
@@ -55,9 +55,12 @@ class SampleConfig(GenerateConfig):
 
     @model_validator(mode="after")
     def _one_thing(self) -> SampleConfig:
-        given = [key for key in ("times", "steps", "solver", "guidance_scale", "grid") if getattr(self, key)]
+        unused = ("times", "steps", "solver", "guidance_scale", "grid", "format", "out") if self.search_times else ("classifier",)
+        given = [key for key in unused if getattr(self, key) != type(self).model_fields[key].default]
         if self.search_times and given:
-            raise ValueError(f"search_times finds times and makes no samples: leave {given[0]} out")
+            raise ValueError(f"search_times finds times and makes no samples: leave {', '.join(given)} out")
+        if given:
+            raise ValueError("classifier is for search_times")
         return self
 
 
@@ -99,6 +102,15 @@ class EvaluateConfig(Config):
         return self
 
 
+EDIT_KEYS = {
+    "input": ("inpaint", "colorize", "superres", "sdedit"),
+    "mask": ("inpaint",),
+    "patch": ("superres",),
+    "frames": ("interpolate",),
+}
+"""The tasks of the options that not every edit has."""
+
+
 class EditConfig(Config):
     """distill edit: a consistency student edits pictures that it was never trained to edit (Song et al. 2303.01469, section 6.3)"""
 
@@ -107,7 +119,9 @@ class EditConfig(Config):
     input: Path | None = Field(None, description="a picture or a folder of them; interpolate takes none")
     mask: Path | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
     patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: pixels of the model on a pixel of the input, each way")
-    times: str | None = Field(None, description="as for sample; default index:0,4,... to 36, sdedit from 20, interpolate the student's own")
+    times: str | None = Field(
+        None, description="as for sample; default every fourth of 40 points, sdedit from the 20th, interpolate its own"
+    )
     classes: Classes = Field(None, description="labels of the pictures in turn; default none where the model can do without")
     frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: pictures from one noise to the next")
     batch_size: Positive = Field(100, description="pictures at a time")
@@ -115,8 +129,12 @@ class EditConfig(Config):
 
     @model_validator(mode="after")
     def _needed(self) -> EditConfig:
-        if (self.input is None) != (self.task == "interpolate"):
-            raise ValueError(f"{self.task} {'needs' if self.input is None else 'takes no'} input")
-        if (self.mask is None) == (self.task == "inpaint"):
-            raise ValueError(f"{self.task} {'needs a' if self.mask is None else 'takes no'} mask")
+        fields = type(self).model_fields
+        given = [key for key, tasks in EDIT_KEYS.items() if self.task not in tasks and getattr(self, key) != fields[key].default]
+        needed = [key for key in ("input", "mask") if self.task in EDIT_KEYS[key] and getattr(self, key) is None]
+        wrong = [f"{self.task} takes no {key}" for key in given] + [f"{self.task} needs {key}" for key in needed]
+        if self.task == "interpolate" and self.classes is not None and len(self.classes) > 1:
+            wrong.append(f"interpolate takes one of classes, not {len(self.classes)}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self

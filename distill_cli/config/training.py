@@ -197,7 +197,7 @@ class CMConfig(TrainingConfig):
     time_weights: list[Weight] | None = Field(
         None, description="cd: how often each of the grid's N - 1 intervals is drawn, the noisiest first; default all alike"
     )
-    solver: Literal["heun", "euler"] = Field("heun", description="cd: the teacher's step")
+    solver: Literal["heun", "ralston", "euler"] = Field("heun", description="cd: the teacher's step; ralston is exacter on a coarse grid")
     guidance_scale: Rate | None = Field(None, description="cd: of the teacher; default the teacher's own")
     p_mean: float = Field(-1.1, description="ict, ect: mean of ln sigma")
     p_std: Rate = Field(2.0, description="ict, ect: standard deviation of ln sigma")
@@ -205,7 +205,7 @@ class CMConfig(TrainingConfig):
     q: Annotated[float, Field(gt=1)] = Field(2.0, description="ect: how much nearer a stage")
     k: Weight = Field(8.0, description="ect: r / t at small noise")
     b: Rate = Field(1.0, description="ect: where small noise ends")
-    times: str = Field("index:0,22", description="the student's own for several steps, as for distill sample; default ImageNet-64's")
+    times: str | None = Field(None, description="the student's own for several steps, as for distill sample; default ImageNet-64's two")
     label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that edits can do without a class")
     dropout: Fraction = Field(0.0, description="of training, the same in student and target")
     network: NetworkConfig = Field(NetworkConfig(), description="ct, ict without a teacher")
@@ -220,19 +220,21 @@ class CMConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _needed(self) -> CMConfig:
-        for key, methods in CM_KEYS.items():
-            if self.method not in methods and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is not for method {self.method}")
-        if self.huber_c is not None and self.metric != "huber":
-            raise ValueError("huber_c is for metric huber alone")
-        if self.target_decay == 0 and self.method == "ct":
-            raise ValueError("target_decay 0 has no schedule: ct raises it as N grows")
-        if self.network.dropout or (self.teacher and self.network != NetworkConfig()):
-            raise ValueError("network is for a student without a teacher, and its dropout is the key dropout")
-        if self.scales_end and self.scales and self.scales_end < self.scales:
-            raise ValueError(f"scales_end {self.scales_end} is below scales {self.scales}")
-        if self.lpips_weights and self.metric != "lpips":
-            raise ValueError("lpips_weights is for metric lpips alone")
-        if self.time_weights is not None and (len(self.time_weights) + 1 != self.scales or not sum(self.time_weights)):
-            raise ValueError(f"time_weights has {len(self.time_weights)} numbers, scales {self.scales} needs one less than that, not all 0")
+        fields = type(self).model_fields
+        others = [key for key, methods in CM_KEYS.items() if self.method not in methods and getattr(self, key) != fields[key].default]
+        weights, scales = self.time_weights, self.scales
+        wrong = {
+            f"not for method {self.method}: {', '.join(others)}": bool(others),
+            "huber_c is for metric huber alone": self.huber_c is not None and self.metric != "huber",
+            "target_decay 0 has no schedule: ct raises it as N grows": self.target_decay == 0 and self.method == "ct",
+            "network.dropout: the dropout of this training is the key dropout": bool(self.network.dropout),
+            "network is for a student without a teacher": bool(self.teacher) and self.network != NetworkConfig(),
+            f"scales_end {self.scales_end} is below scales {scales}": bool(self.scales_end and scales and self.scales_end < scales),
+            "lpips_weights is for metric lpips alone": bool(self.lpips_weights) and self.metric != "lpips",
+        }
+        if weights is not None and "time_weights" not in others:
+            wrong[f"time_weights has {len(weights)} numbers, scales {scales} needs one less than that"] = len(weights) + 1 != scales
+            wrong["time_weights are all 0"] = not sum(weights)
+        if any(wrong.values()):
+            raise ValueError("; ".join(problem for problem, there in wrong.items() if there))
         return self

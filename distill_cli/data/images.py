@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -124,8 +125,12 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
+    def _read(self, position: int) -> Tensor:
+        return fit(open_picture(self.files[position])[0], self.resolution, self.resolution)
+
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        images = torch.stack([fit(open_picture(self.files[p])[0], self.resolution, self.resolution) for p in positions])
+        with ThreadPoolExecutor() as readers:  # PIL decodes and scales without Python's lock
+            images = torch.stack(list(readers.map(self._read, positions)))
         if self.flip:
             mirrored = draws.uniform("augment") < 0.5
             images[mirrored] = images[mirrored].flip(-1)

@@ -55,12 +55,14 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 class EDMSchedule:
     """Karras et al. 2022 (2206.00364): alpha = 1 and t is sigma itself.
 
-    Pictures are scaled to [-1, 1]; sigmas are in the same unit.
+    Pictures are scaled to [-1, 1]; sigmas are in the same unit. `grid` is how many points, from sigma_max to sigma_min, the
+    times of a few-step student are counted on: diffusers' num_train_timesteps.
     """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    grid: int = 40
 
     @property
     def t_max(self) -> float:

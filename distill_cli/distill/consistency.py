@@ -31,7 +31,7 @@ from distill_cli.errors import UsageError
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
-from distill_cli.models.times import parse
+from distill_cli.models.times import PUBLISHED, nearest, parse
 
 
 class Consistency:
@@ -43,13 +43,8 @@ class Consistency:
         self.config, self.teacher, self.images = config, teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
         start = teacher.copy() if teacher is not None else new(config, images)
-        if not isinstance(start.denoiser.schedule, EDMSchedule):
-            raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
-        check_images(config, start, images)
-        if start.few_step_times is not None and config.method in ("cd", "ect"):
-            raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
-        self.schedule, self.start = start.denoiser.schedule, start
-        self.few_step_times = parse(config.times, self.schedule, 2)
+        self.schedule, self.few_step_times = check(config, start, images)
+        start.denoiser.schedule, self.start = self.schedule, start
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
             student.parameterisation = "consistency"
@@ -201,6 +196,20 @@ def new(config: CMConfig, images: Images) -> Model:
         seed=config.seed,
         **options,
     )
+
+
+def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, list[float]]:
+    """The student's schedule and its own times; refuses a model that cannot be trained so, and images of another kind than it makes."""
+    schedule = start.denoiser.schedule
+    if not isinstance(schedule, EDMSchedule):
+        raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
+    check_images(config, start, images)
+    if start.few_step_times is not None and config.method in ("cd", "ect"):
+        raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
+    if config.method == "cd":
+        assert config.scales is not None
+        schedule = replace(schedule, grid=config.scales)  # the times that it will know
+    return schedule, parse(config.times, schedule, 2, "times") if config.times else nearest(schedule, PUBLISHED)
 
 
 def check_images(config: CMConfig, model: Model, images: Images) -> None:

@@ -372,6 +372,8 @@ class Engine:
         self.optimizers, self.zero, self.ema.network = {}, None, None
         self.objective.networks.update(self.plain)
         self.accelerator.free_memory()
+        for network in self.objective.kept.values():
+            network.to("cpu")
         for name, network in self.plain.items():
             network.zero_grad(set_to_none=True)
             if name != self.main:

@@ -19,7 +19,7 @@ from distill_cli.errors import UsageError
 from distill_cli.evaluate.report import ENOUGH, Reference
 from distill_cli.models.classifier import load as load_classifier
 from distill_cli.models.model import Model
-from distill_cli.models.times import GRID, from_indices
+from distill_cli.models.times import from_indices
 
 UNUSED = 2**41
 """Where the noises begin that times are chosen on: no job that is measured afterwards reaches them by counting."""
@@ -37,14 +37,16 @@ def lowest(score: Callable[[int], float], low: int, high: int) -> int:
     return min(range(low, high + 1), key=score)
 
 
-def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model, list[dict[str, Any]]]:
-    """The student with the best `steps` times, found one after another, each by ternary search; and all that was measured.
+def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model, list[int], list[dict[str, Any]]]:
+    """The student with the best `steps` times, found one after another, each by ternary search; their indices; and all that was measured.
 
     The score is the Fréchet distance of `config.num` images of `config.seed` in the features of `config.classifier`.
     """
     schedule = model.denoiser.schedule
     if not model.is_consistency or not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
+    if steps >= schedule.grid:
+        raise UsageError(f"--search-times {steps}: this student has {schedule.grid} times, the last of them is no noise")
     if config.num < 2:
         raise UsageError(f"--num {config.num}: too few images to measure")
     if launch.world_size() > 1:
@@ -84,6 +86,6 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
         return known[indices]
 
     for position in range(1, steps):
-        found.append(lowest(score, found[-1] + 1, GRID - (steps - position)))
+        found.append(lowest(score, found[-1] + 1, schedule.grid - 1 - (steps - position)))
     best = replace(model, few_step_times=from_indices(schedule, found), sampling=model.sampling.model_copy(update={"steps": len(found)}))
-    return best, [{"indices": list(indices), "frechet": value} for indices, value in sorted(known.items())]
+    return best, found, [{"indices": list(indices), "frechet": value} for indices, value in sorted(known.items())]

@@ -17,6 +17,7 @@ from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import remove_folder
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
+from distill_cli.models.times import PUBLISHED, from_indices
 from distill_cli.models.unpickle import Record, check_operations, plain, read
 
 SONG = {
@@ -279,14 +280,12 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
     schedule = EDMSchedule()
     student = found.parameterisation == "consistency"
     scales = Scales(sigma_data=found.sigma_data)
-    # the published two-step times: places 0 and 22 of 40 (Song et al. 2303.01469, appendix)
-    few = [schedule.t_max, schedule.at(torch.tensor(1 - 22 / 39, dtype=torch.float64)).item()]
     return Model(
         NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
         ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class and found.classes else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
         Sampling(solver="few-step", steps=1) if student else Sampling(steps=steps),
-        few if student else None,
+        from_indices(schedule, PUBLISHED) if student else None,
     )
 
 

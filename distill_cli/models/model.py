@@ -22,7 +22,7 @@ from distill_cli.errors import UsageError
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.text import PromptConditioner, plain
-from distill_cli.models.times import GRID, parse
+from distill_cli.models.times import parse
 
 LARGE = 256
 """Pixels from which pictures are few at a time."""
@@ -237,9 +237,9 @@ class Model:
                 return torch.tensor(self.few_step_times[:steps], dtype=torch.float64)
             if not self.is_consistency or not isinstance(schedule, EDMSchedule):
                 made = f"--steps {steps}: the student was made for at most {len(self.few_step_times)}"
-                raise UsageError(made, f"consistency students (distill cm) take 1 to {GRID + 1}")
-            if steps > GRID + 1:
-                raise UsageError(f"--steps {steps}: a consistency student takes 1 to {GRID + 1}")
+                raise UsageError(made, "consistency students (distill cm) take more")
+            if steps > schedule.grid:
+                raise UsageError(f"--steps {steps}: this consistency student takes 1 to {schedule.grid}")
             return torch.tensor(parse("even", schedule, steps), dtype=torch.float64)
         if isinstance(schedule, TableSchedule) and solver == "heun":
             low = schedule.t_max / steps / 2  # sigma / alpha of the last times must not vanish

@@ -72,12 +72,16 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     denoiser, schedule = model.denoiser, model.denoiser.schedule
     if isinstance(schedule, EDMSchedule) and denoiser.time_input == "ln sigma / 4":
         scheduler = diffusers.EDMEulerScheduler(
-            sigma_min=schedule.sigma_min, sigma_max=schedule.sigma_max, sigma_data=denoiser.scales.sigma_data, rho=schedule.rho
+            num_train_timesteps=schedule.grid,
+            sigma_min=schedule.sigma_min,
+            sigma_max=schedule.sigma_max,
+            sigma_data=denoiser.scales.sigma_data,
+            rho=schedule.rho,
         )
         pipeline = DDPM_PIPELINE
     elif isinstance(schedule, EDMSchedule):
         scheduler = diffusers.CMStochasticIterativeScheduler(
-            num_train_timesteps=40,
+            num_train_timesteps=schedule.grid,
             sigma_min=schedule.sigma_min,
             sigma_max=schedule.sigma_max,
             sigma_data=denoiser.scales.sigma_data,
@@ -164,7 +168,11 @@ def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
     if pipeline == EDM_PIPELINE or config.get("_class_name") == "EDMEulerScheduler":
         low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
         scales = Scales(sigma_data=float(config.get("sigma_data", 0.5)), sigma_min=low)
-        return EDMSchedule(low, high, float(config.get("rho", 7.0))), scales, "consistency" if pipeline == EDM_PIPELINE else "edm"
+        grid = int(config.get("num_train_timesteps", 40))
+        if pipeline != EDM_PIPELINE and grid == 1000:  # EDMEulerScheduler's default, which says nothing
+            grid = 40
+        edm = EDMSchedule(low, high, float(config.get("rho", 7.0)), grid)
+        return edm, scales, "consistency" if pipeline == EDM_PIPELINE else "edm"
     schedule, prediction = table_of({"beta_schedule": "linear"} | config, str(path))
     return schedule, Scales(), prediction
 

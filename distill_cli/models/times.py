@@ -1,10 +1,11 @@
 """The times at which a student of few steps is sampled, as people write them.
 
-index:0,22     points of the 40-point grid on which OpenAI's samplers and diffusers' ConsistencyModelPipeline count
-               (0 is sigma_max, 39 sigma_min, even in sigma^(1/rho)); diffusers takes them as timesteps=[22, 0].
-               These two are the published ones of ImageNet-64 (Song et al. 2303.01469, appendix C; OpenAI's scripts)
+index:0,22     points of the student's grid: those it was distilled on (cd's key scales), else the 40 of OpenAI's samplers
+               and diffusers (0 is sigma_max, the last sigma_min, even in sigma^(1/rho)); ConsistencyModelPipeline takes
+               the same numbers as timesteps=[22, 0]
 sigma:80,1.4   noise levels
-even           as many as there are steps, evenly over the indices: what diffusers does with num_inference_steps alone
+even           as many as there are steps, evenly over the indices: what diffusers does with num_inference_steps alone,
+               where that divides the grid (elsewhere diffusers stops early)
 """
 
 from __future__ import annotations
@@ -18,35 +19,43 @@ from distill_cli.diffusion.consistency import sigma_at
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
 
-GRID = 39
-"""Intervals of the grid."""
+PUBLISHED = (0, 22)
+"""ImageNet-64's two times by consistency distillation on 40 (Song et al. 2303.01469, appendix C; OpenAI's scripts)."""
 
 
 def from_indices(schedule: EDMSchedule, indices: Sequence[int]) -> list[float]:
     """Noise levels of grid points."""
-    return sigma_at(schedule, torch.tensor(list(indices)), GRID).tolist()
+    return sigma_at(schedule, torch.tensor(list(indices)), schedule.grid - 1).tolist()
 
 
-def parse(spec: str, schedule: EDMSchedule, steps: int) -> list[float]:
-    """Decreasing noise levels above sigma_min, at most sigma_max; raises UsageError for anything else."""
+def nearest(schedule: EDMSchedule, indices: Sequence[int]) -> list[float]:
+    """Noise levels of the student's own grid next to those that `indices` name on 40 points, each once, above sigma_min."""
+    last = schedule.grid - 1
+    return from_indices(schedule, sorted({min(round(index * last / 39), last - 1) for index in indices}))
+
+
+def parse(spec: str, schedule: EDMSchedule, steps: int, name: str = "--times") -> list[float]:
+    """Decreasing noise levels above sigma_min, at most sigma_max; raises UsageError, which calls the option `name`, for anything else."""
     kind, _, rest = spec.partition(":")
     if spec == "even":
-        if steps > GRID + 1:
-            raise UsageError(f"--times even: {steps} steps on {GRID + 1} times")
-        return from_indices(schedule, [k * ((GRID + 1) // steps) for k in range(steps)])
+        if steps > schedule.grid:
+            raise UsageError(f"{name} even: {steps} steps on {schedule.grid} times")
+        return from_indices(schedule, [k * schedule.grid // steps for k in range(steps)])
     if kind not in ("index", "sigma"):
-        raise UsageError(f"--times {spec}: unknown", "like index:0,22, or sigma:80,1.4, or even")
+        raise UsageError(f"{name} {spec}: unknown", "like index:0,22, or sigma:80,1.4, or even")
     try:
         numbers = [float(part) for part in rest.split(",")]
     except ValueError as error:
-        raise UsageError(f"--times {spec}: not numbers with commas between") from error
-    low, high = (0, GRID - 1) if kind == "index" else (schedule.sigma_min, schedule.sigma_max)
+        raise UsageError(f"{name} {spec}: not numbers with commas between") from error
     if kind == "index" and any(number != int(number) for number in numbers if math.isfinite(number)):
-        raise UsageError(f"--times {spec}: an index is a whole number")
-    wrong = [number for number in numbers if not (low <= number <= high and (kind == "index" or number > low))]
-    if wrong:
-        raise UsageError(f"--times {spec}: {wrong[0]:g} is not between {low:g} and {high:g}")
+        raise UsageError(f"{name} {spec}: an index is a whole number")
+    low, high = schedule.sigma_min, schedule.sigma_max
+    for number in numbers:
+        if kind == "index" and not 0 <= number <= schedule.grid - 2:
+            raise UsageError(f"{name} {spec}: {number:g} is not between 0 and {schedule.grid - 2}")
+        if kind == "sigma" and not low < number <= high:
+            raise UsageError(f"{name} {spec}: {number:g} is not above {low:g} and at most {high:g}")
     ordered = sorted(set(numbers), reverse=kind == "sigma")
     if ordered != numbers:
-        raise UsageError(f"--times {spec}: noise levels must decrease", "indices grow: 0 is the noisiest")
+        raise UsageError(f"{name} {spec}: noise levels must decrease", "indices grow: 0 is the noisiest")
     return from_indices(schedule, [int(number) for number in numbers]) if kind == "index" else numbers

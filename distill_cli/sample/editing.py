@@ -6,21 +6,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distill_cli import launch
 from distill_cli.config import EditConfig
 from distill_cli.data.images import SUFFIXES, fit, open_picture
-from distill_cli.data.pictures import png, save_comparison, to_uint8
+from distill_cli.data.pictures import from_uint8, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.files import is_empty, write_atomic
+from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models.model import Model
-from distill_cli.models.times import from_indices, parse
+from distill_cli.models.times import nearest, parse
+from distill_cli.runs import settle
 from distill_cli.sample import edit
 
 SHOWN = 20
+GRID, SETTINGS = "side-by-side.png", "edits.json"
+SHEETS = {"grid.png": "samples.jsonl", GRID: SETTINGS}
+"""Pictures of pictures that this package writes, and what lies beside them."""
 
 
 def find(config: EditConfig, folder: Path) -> list[Path]:
@@ -35,6 +40,7 @@ def find(config: EditConfig, folder: Path) -> list[Path]:
         raise UsageError(f"--out {folder}: lies in --input {path}", "the results would be edited next time: choose another folder")
     mask = config.mask.resolve() if config.mask else None
     found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.resolve() != mask)
+    found = [f for f in found if not (f.name in SHEETS and (f.parent / SHEETS[f.name]).exists())]
     if not found:
         raise UsageError(f"--input {path}: no pictures in it", f"file names end in {', '.join(SUFFIXES)}")
     return found
@@ -68,7 +74,9 @@ class Pictures:
         """(1, 1, height, width): 1 where the picture stays (the mask is black), 0 where it is painted anew (white)."""
         if not path.is_file():
             raise UsageError(f"--mask {path}: no such file")
-        mask, _ = open_picture(path)
+        mask, transparent = open_picture(path)
+        if transparent:
+            self._say("mask", f"{path}: its alpha channel is laid on white, which is painted anew")
         for file in files:
             size = open_picture(file)[0].size
             if size != mask.size:
@@ -87,7 +95,7 @@ def _times(config: EditConfig, model: Model) -> list[float]:
         return parse(config.times, schedule, len(edit.EVERY_FOURTH))
     if config.task == "interpolate":
         return model.times("few-step", model.sampling.steps).tolist()
-    return from_indices(schedule, edit.TIMES.get(config.task, edit.EVERY_FOURTH))
+    return nearest(schedule, edit.TIMES.get(config.task, edit.EVERY_FOURTH))
 
 
 def _projection(config: EditConfig, files: list[Path], pictures: Pictures) -> edit.Projection | None:
@@ -102,47 +110,91 @@ def _projection(config: EditConfig, files: list[Path], pictures: Pictures) -> ed
     return edit.luminance if config.task == "colorize" else None
 
 
-def _write(folder: Path, names: list[str], images: Tensor) -> None:
-    for name, picture in zip(names, to_uint8(images), strict=True):
-        write_atomic(folder / f"{name}.png", png(picture))
+class Task:
+    """The pictures of one `distill edit`, by their places: what goes in, where each begins, what comes out."""
+
+    def __init__(self, config: EditConfig, model: Model, folder: Path) -> None:
+        self.config, self.model, self.folder = config, model, folder
+        self.times = _times(config, model)
+        channels, height, width = model.shape
+        if channels != 3:
+            raise UsageError(f"--model {config.model}: pictures of {channels} channels", "editing is for colour pictures")
+        self.projection: edit.Projection | None = None
+        if config.task == "interpolate":
+            ends = Draws(config.seed, range(2)).normal("prior", model.shape)
+            self.arc = edit.between(ends[0], ends[1], config.frames)
+            self.names = [f"{k:03d}" for k in range(config.frames)]
+        else:
+            self.files = find(config, folder)
+            self.names = [f"{k:04d}-{file.stem}" for k, file in enumerate(self.files)]
+            self.pictures = Pictures(height, width)
+            self.projection = _projection(config, self.files, self.pictures)
+        edit.labels_of(model, 1, config.classes)
+
+    def check(self) -> None:
+        """Refuse a picture that cannot be read before any is edited."""
+        for file in self.files if self.config.input else []:
+            open_picture(file)
+
+    def file(self, place: int) -> Path:
+        return self.folder / f"{self.names[place]}.png"
+
+    def inputs(self, part: range) -> Tensor:
+        patch = self.config.patch if self.config.task == "superres" else 1
+        return torch.stack([self.pictures.read(self.files[place], patch) for place in part])
+
+    def begin(self, inputs: Tensor, part: range) -> tuple[Tensor, Tensor]:
+        """What is known of the inputs, and where they begin."""
+        known = inputs if self.projection is None else self.projection(inputs)
+        return known, known + self.times[0] * Draws(self.config.seed, part).normal("prior", self.model.shape)
+
+    def edited(self, part: range) -> Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        model, config = self.model, self.config
+        if config.task == "interpolate":
+            start = self.times[0] * self.arc[part.start : part.stop]
+            labels = edit.labels_of(model, 1, config.classes).expand(len(part))
+            return edit.edit(model, start, self.times, labels, Draws(config.seed, [0] * len(part)))
+        known, start = self.begin(self.inputs(part), part)
+        labels = edit.labels_of(model, len(part), config.classes, part.start)
+        return edit.edit(model, start, self.times, labels, Draws(config.seed, part), known, self.projection)
+
+    def side_by_side(self) -> Path:
+        """The first pictures in rows: the inputs, what the student is given of them, and what is in the folder."""
+        part = range(min(SHOWN, len(self.names)))
+        out = torch.cat([from_uint8(np.asarray(open_picture(self.file(k))[0])[None].copy()) for k in part])
+        rows = [("from one noise to another", out)]
+        if self.config.task != "interpolate":
+            inputs = self.inputs(part)
+            known, start = self.begin(inputs, part)
+            given = known if self.projection else start.clamp(-1, 1)
+            if self.config.task == "colorize":
+                given = known.sum(1, keepdim=True).expand_as(known) / edit.WHITE
+            rows = [("input", inputs), ("what the student is given", given), (self.config.task, out)]
+        path = self.folder / GRID
+        save_comparison([(title, to_uint8(images)) for title, images in rows], path, len(part), self.config.scale)
+        return path
 
 
 def run(config: EditConfig, model: Model, folder: Path) -> dict[str, Any]:
-    """Edit what `config` names; writes a picture for each and side-by-side.png into `folder`."""
-    times = _times(config, model)
-    if not is_empty(folder):
-        raise UsageError(f"--out {folder}: exists already", "choose another folder")
-    channels, height, width = model.shape
-    if channels != 3:
-        raise UsageError(f"--model {config.model}: pictures of {channels} channels", "editing is for colour pictures")
+    """Edit what `config` names: a picture for each and side-by-side.png in `folder`. Called again it makes only what is missing."""
+    task = Task(config, model, folder)
+    task.check()
+    settings = config.model_dump(mode="json", exclude={"out", "device", "scale", "model", "times"})
+    settle(folder / SETTINGS, settings | {"model_hash": model.weights_hash(), "times": task.times, "pictures": task.names}, "edits")
+    remove_temporaries(folder)
     model.to(launch.device(config.device))
-    if config.task == "interpolate":
-        count = config.frames
-        ends = Draws(config.seed, range(2)).normal("prior", model.shape)
-        start = times[0] * edit.between(ends[0], ends[1], count)
-        labels = edit.labels_of(model, 1, config.classes).expand(count)
-        outputs = edit.edit(model, start, times, labels, Draws(config.seed, [0] * count))
-        _write(folder, [f"{k:03d}" for k in range(count)], outputs)
-        rows = [("from one noise to another", outputs[:SHOWN])]
-    else:
-        files = find(config, folder)
-        count = len(files)
-        pictures = Pictures(height, width)
-        projection = _projection(config, files, pictures)
-        shown: list[tuple[Tensor, ...]] = []
-        for first in range(0, count, config.batch_size):
-            part = files[first : first + config.batch_size]
-            labels = edit.labels_of(model, len(part), config.classes, first)
-            draws = Draws(config.seed, range(first, first + len(part)))
-            inputs = torch.stack([pictures.read(file, config.patch if config.task == "superres" else 1) for file in part])
-            known = inputs if projection is None else projection(inputs)
-            start = known + times[0] * draws.normal("prior", model.shape)
-            outputs = edit.edit(model, start, times, labels, draws, known, projection)
-            _write(folder, [f"{first + i:04d}-{file.stem}" for i, file in enumerate(part)], outputs)
-            if first < SHOWN:
-                given = known.sum(1, keepdim=True).expand_as(known) / edit.WHITE if config.task == "colorize" else known
-                shown.append((inputs, given if projection else start.clamp(-1, 1), outputs))
-        rows = list(zip(("input", "what the student is given", config.task), map(torch.cat, zip(*shown, strict=True)), strict=True))
-    grid = folder / "side-by-side.png"
-    save_comparison([(title, to_uint8(images[:SHOWN])) for title, images in rows], grid, min(SHOWN, count), config.scale)
-    return {"folder": str(folder), "pictures": count, "network_evaluations": len(times), "picture": str(grid)}
+    count = len(task.names)
+    parts = [range(first, min(count, first + config.batch_size)) for first in range(0, count, config.batch_size)]
+    missing = [part for part in parts if not all(task.file(place).exists() for place in part)]
+    progress = launch.Progress(sum(map(len, missing)), config.task, "pictures")
+    with launch.stoppable() as stop:
+        for part in missing:
+            if stop.requested:
+                raise stop.interrupted(stop.requested, f"stopped before picture {part.start}", "the same command makes what is missing")
+            for place, picture in zip(part, to_uint8(task.edited(part)), strict=True):
+                write_atomic(task.file(place), png(picture))
+            progress.add(len(part))
+    shown = str(task.side_by_side())
+    made = sum(map(len, missing))
+    return {"folder": str(folder), "pictures": count, "made": made, "network_evaluations": len(task.times), "picture": shown}

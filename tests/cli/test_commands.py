@@ -62,10 +62,10 @@ def test_consistency_models_from_nothing_to_pictures(method, distill, tmp_path):
     assert Image.open(tmp_path / "r/comparison.png").size[0] > 1000
     shown = distill("models", "show", "r", "--json").json
     assert shown["lineage"]["method"] == method
-    assert shown["few_step_times"] == pytest.approx([80.0, 1.38237], rel=1e-5)
+    assert shown["few_step_times"] == pytest.approx([80.0, 1.08817 if method == "cd" else 1.38237], rel=1e-4)
     sampled = distill("sample", "--model", "r", "--num", 3, "--steps", 2, "--out", "s", "--json")
     assert sampled.json["network_evaluations"] == 2
-    assert distill("edit", "colorize", "--model", "r", "--input", "s/000000.png", "--times", "index:0,20", "--out", "e").code == 0
+    assert distill("edit", "colorize", "--model", "r", "--input", "s/000000.png", "--times", "index:0,10", "--out", "e").code == 0
 
 
 def test_a_recipe_of_a_run_says_which_images_it_learned(distill, tmp_path):
@@ -169,7 +169,8 @@ def test_train_on_a_folder_of_images(distill, tmp_path):
         (["cm", "--method", "ct"], 2, "method ct learns from real images, and none are given", "--data FOLDER"),
         (["cm", "--teacher", "tiny"], 2, "method cd learns from real images", "--data digits"),
         (["cm", "--method", "cx"], 2, "--method: input should be 'cd', 'ct', 'ict' or 'ect'", ""),
-        (["cm", "--method", "ect", "scales=3"], 2, "scales is not for method ect", ""),
+        (["cm", "--method", "ect", "scales=3"], 2, "not for method ect: scales", ""),
+        (["cm", "--teacher", "tiny", "--data", "digits", "times=sigma:4,80", "--dry-run"], 2, "times sigma:4,80: noise levels must", ""),
         (["sample", "--model", "tiny", "--times", "index:0,22"], 2, "--times index:0,22: for consistency students", ""),
         (["dmx"], 2, "dmx: no such command", "did you mean dmd?"),
         (["dmd", "lr=1e-4", "--lr", "1e-4"], 2, "lr: given twice, as --lr and as lr=", ""),

@@ -13,9 +13,10 @@ from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws
-from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.diffusion.schedule import EDMSchedule, expand
 from distill_cli.distill.consistency import Consistency
 from distill_cli.errors import UsageError
+from distill_cli.models import load
 
 
 class Raw(nn.Module):
@@ -116,12 +117,54 @@ def test_times_are_drawn_as_often_as_their_weights_say(tiny):
 
 def test_the_students_own_times(tiny):
     """Those of the recipe, known to be right before training; at first the published ones."""
-    cm = objective(tiny)
+    cm = objective(tiny, scales=40)
     assert cm.model(cm.networks["student"]).few_step_times == pytest.approx([80, 1.38237], rel=1e-5)
     cm = objective(tiny, times="sigma:80,4,0.5")
     assert cm.model(cm.networks["student"]).few_step_times == [80, 4, 0.5]
-    with pytest.raises(UsageError, match="must decrease"):
+    with pytest.raises(UsageError, match="^times sigma:4,80: noise levels must decrease"):
         objective(tiny, times="sigma:4,80")
+
+
+def test_a_student_by_distillation_counts_its_times_on_the_grid_it_was_distilled_on(tiny, tmp_path):
+    cm = objective(tiny, scales=10, times="index:0,4")
+    student = cm.model(cm.networks["student"])
+    assert student.few_step_times == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
+    student.save(tmp_path / "m")
+    again = load(str(tmp_path / "m"))
+    assert again.times("few-step", 3).tolist() == maths.sigma_at(EDMSchedule(), torch.tensor([0, 3, 6]), 9).tolist()
+    assert tiny.denoiser.schedule.grid == 40
+    eased = objective(tiny, method="ect")
+    assert eased.model(eased.networks["student"]).denoiser.schedule.grid == 40
+
+
+def test_steps_of_the_teacher():
+    """Ralston's two evaluations integrate a slope that is quadratic in sigma exactly, Heun's a linear one, Euler's a constant one."""
+    x, t, r = torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.tensor([5.0, 3, 2, 1]).double(), torch.tensor([3.0, 2, 0.5, 0.1]).double()
+    for degree, exact in (("constant", 3), ("linear", 2), ("quadratic", 1)):
+        power = ("constant", "linear", "quadratic").index(degree)
+
+        def denoiser(x, s, condition, power=power):
+            return x - expand(s, x) * expand(s, x) ** power  # so that dx / dsigma is sigma^power
+
+        true = x + expand((r ** (power + 1) - t ** (power + 1)) / (power + 1), x)
+        near = [(maths.ode_step(denoiser, x, t, r, None, solver) - true).abs().max() < 1e-12 for solver in ("ralston", "heun", "euler")]
+        assert near == [True] * exact + [False] * (3 - exact)
+
+
+def test_second_order_steps_of_the_teacher():
+    """On the ODE of a normal distribution, known exactly, half the step has an eighth of the error."""
+    x, t = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.tensor([2.0]).double()
+
+    def denoiser(x, s, condition):
+        return x / (1 + expand(s, x) ** 2)
+
+    for solver in ("ralston", "heun"):
+        errors = []
+        for step in (0.1, 0.05):
+            r = t - step
+            exact = x * expand(((1 + r**2) / (1 + t**2)).sqrt(), x)
+            errors.append((maths.ode_step(denoiser, x, t, r, None, solver) - exact).abs().item())
+        assert errors[0] / errors[1] == pytest.approx(8, rel=0.1)
 
 
 def test_huber_is_between_the_norms():
@@ -201,19 +244,20 @@ def test_guided_teachers(tiny):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "ect", "scales": 5}, "scales is not for method ect"),
-        ({"method": "ct", "time_weights": [1.0]}, "time_weights is not for method ct"),
+        ({"method": "ect", "scales": 5}, "not for method ect: scales"),
+        ({"method": "ct", "time_weights": [1.0]}, "not for method ct: time_weights"),
         ({"scales": 4, "time_weights": [1.0, 2.0]}, "time_weights has 2 numbers, scales 4 needs"),
-        ({"scales": 3, "time_weights": [0.0, 0.0]}, "not all 0"),
-        ({"method": "cd", "stages": 5}, "stages is not for method cd"),
-        ({"method": "ct", "guidance_scale": 2}, "guidance_scale is not for method ct"),
+        ({"scales": 3, "time_weights": [0.0, 0.0]}, "time_weights are all 0"),
+        ({"method": "ect", "scales": 5, "solver": "euler", "huber_c": 1, "metric": "l1"}, "scales, solver; huber_c is for"),
+        ({"method": "cd", "stages": 5}, "not for method cd: stages"),
+        ({"method": "ct", "guidance_scale": 2}, "not for method ct: guidance_scale"),
         ({"method": "ct", "scales": 20, "scales_end": 10}, "scales_end 10 is below scales 20"),
-        ({"method": "ct", "solver": "euler"}, "solver is not for method ct"),
-        ({"method": "cd", "p_mean": 0}, "p_mean is not for method cd"),
+        ({"method": "ct", "solver": "euler"}, "not for method ct: solver"),
+        ({"method": "cd", "p_mean": 0}, "not for method cd: p_mean"),
         ({"method": "ct", "target_decay": 0}, "target_decay 0 has no schedule"),
         ({"metric": "l2", "huber_c": 0.1}, "huber_c is for metric huber alone"),
         ({"network": {"layers": 2}}, "network is for a student without a teacher"),
-        ({"method": "ct", "network": {"dropout": 0.1}}, "its dropout is the key dropout"),
+        ({"method": "ct", "network": {"dropout": 0.1}}, "is the key dropout"),
         ({"lpips_weights": "x"}, "lpips_weights is for metric lpips alone"),
     ],
 )

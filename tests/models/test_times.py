@@ -10,7 +10,7 @@ from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
 from distill_cli.evaluate.search import UNUSED, lowest
 from distill_cli.models.model import Sampling
-from distill_cli.models.times import parse
+from distill_cli.models.times import PUBLISHED, nearest, parse
 
 
 @pytest.fixture
@@ -27,6 +27,21 @@ def test_the_three_ways():
     assert parse("sigma:80,1.5,0.01", schedule, 1) == [80, 1.5, 0.01]
     assert parse("even", schedule, 1) == pytest.approx([80.0])
     assert parse("even", schedule, 4) == pytest.approx(parse("index:0,10,20,30", schedule, 1))
+    assert parse("even", schedule, 21)[-1] == pytest.approx(parse("index:38", schedule, 1)[0])  # diffusers would stop at 20
+
+
+def test_times_are_counted_on_the_students_own_grid():
+    coarse = EDMSchedule(grid=10)
+    assert parse("index:0,4", coarse, 1) == pytest.approx([80.0, coarse.times(10)[4].item()])
+    assert parse("even", coarse, 3) == pytest.approx(parse("index:0,3,6", coarse, 1))
+    with pytest.raises(UsageError, match="9 is not between 0 and 8"):
+        parse("index:0,9", coarse, 1)
+    with pytest.raises(UsageError, match="11 steps on 10 times"):
+        parse("even", coarse, 11)
+    assert nearest(EDMSchedule(), PUBLISHED) == parse("index:0,22", EDMSchedule(), 1)
+    assert nearest(EDMSchedule(grid=18), PUBLISHED) == parse("index:0,10", EDMSchedule(grid=18), 1)
+    assert nearest(coarse, range(0, 40, 4)) == parse("index:0,1,2,3,4,5,6,7,8", coarse, 1)
+    assert nearest(EDMSchedule(grid=2), PUBLISHED) == [pytest.approx(80.0)]
 
 
 @pytest.mark.parametrize(
@@ -36,8 +51,8 @@ def test_the_three_ways():
         ("index:0,1.5", "an index is a whole number"),
         ("index:-1", "-1 is not between"),
         ("index:5,5", "must decrease"),
-        ("sigma:80,0.002", "0.002 is not between"),
-        ("sigma:nan", "nan is not between"),
+        ("sigma:80,0.002", "0.002 is not above 0.002"),
+        ("sigma:nan", "nan is not above"),
         ("sigma:1,2", "must decrease"),
         ("sigma:a", "not numbers"),
         ("0,22", "unknown"),
@@ -75,17 +90,18 @@ def test_several_steps_start_at_their_first_time(student):
     assert torch.equal(other.sample(draws, labels), expected.clamp(-1, 1))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize(("steps", "grid"), [(1, 40), (2, 40), (3, 40), (2, 10), (3, 10)])
 @pytest.mark.parametrize("strength", [1, 8])
-def test_students_open_in_plain_diffusers(steps, strength, student, tmp_path):
-    """One step, two and three at times of diffusers' grid give the pictures that they give here, from the same noise.
+def test_students_open_in_plain_diffusers(steps, grid, strength, student, tmp_path):
+    """One step, two and three at times of the student's grid give the pictures that they give here, from the same noise.
 
     Also where the estimates leave [-1, 1]: both clamp them before noise is added again.
     """
     student.unet.conv_out.weight.data.mul_(strength)
     from diffusers import ConsistencyModelPipeline
 
-    indices = [0, 13, 26][:steps]
+    indices = [0, grid // 3, 2 * grid // 3][:steps]
+    student.denoiser.schedule = EDMSchedule(grid=grid)
     student = student.with_times("index:" + ",".join(map(str, indices)))
     student.save(tmp_path / "m")
     pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "m")
@@ -135,6 +151,7 @@ def test_the_search_writes_the_times_it_found(distill, student, tmp_path, monkey
     result = distill("sample", "--model", "student", "--search-times", 3, "--num", 12, "--json")
     assert result.code == 0, result.err
     tried = result.json["tried"]
+    assert result.json["indices"] == min((row for row in tried if len(row["indices"]) == 3), key=lambda row: row["frechet"])["indices"]
     best2 = min((row for row in tried if len(row["indices"]) == 2), key=lambda row: row["frechet"])["indices"]
     best3 = min((row for row in tried if len(row["indices"]) == 3), key=lambda row: row["frechet"])["indices"]
     assert best3[:2] == best2
@@ -157,6 +174,28 @@ def test_resuming_a_finished_run_keeps_the_times_found(distill, tmp_path):
     times = load(str(tmp_path / "r")).few_step_times
     assert distill("cm", "--resume", "r").code == 0
     assert load(str(tmp_path / "r")).few_step_times == times
+
+
+def test_what_a_search_refuses(distill, tmp_path, student):
+    student.denoiser.schedule = EDMSchedule(grid=4)
+    student.save(tmp_path / "student")
+    result = distill("sample", "--model", "student", "--search-times", 4, "--num", 4)
+    assert result.code == 2
+    assert "--search-times 4: this student has 4 times" in result.err
+    assert distill("sample", "--model", "student", "--search-times", 3, "--num", 4).code == 0  # 0,1,2
+    result = distill("sample", "--model", "student", "--search-times", 2, "--out", "x", "--format", "npz")
+    assert result.code == 2
+    assert "makes no samples: leave format, out out" in result.err
+    result = distill("sample", "--model", "student", "--classifier", "x")
+    assert result.code == 2
+    assert "classifier is for search_times" in result.err
+
+
+def test_a_late_first_time_is_said(distill, tmp_path, student):
+    student.save(tmp_path / "student")
+    result = distill("sample", "--model", "student", "--times", "sigma:2", "--num", 2)
+    assert result.code == 0
+    assert "--times sigma:2: begins with pure noise of sigma 2" in result.err
 
 
 def test_a_search_needs_a_students_folder(distill, tmp_path, tiny):

@@ -108,9 +108,59 @@ def test_inpainting_keeps_what_is_known_exactly(distill, tmp_path, student):
         assert np.array_equal(before[:, :8], after[:, :8])
         assert np.abs(before[:, 8:] - after[:, 8:]).mean() > 5
     assert Image.open(tmp_path / "o/side-by-side.png").size[0] > 100
-    again = distill(*arguments)
-    assert again.code == 2
-    assert "o: exists already" in again.err
+    first = load(tmp_path / "o/0001-p1.png")
+    (tmp_path / "o/0001-p1.png").unlink()
+    again = distill(*arguments, "--json")
+    assert (again.code, again.json["made"]) == (0, 3)  # a batch whole
+    assert np.array_equal(load(tmp_path / "o/0001-p1.png"), first)
+    other = distill(*arguments, "--seed", 1)
+    assert other.code == 2
+    assert "o: made with other settings: seed is 0, not 1" in other.err
+
+
+def test_a_killed_edit_goes_on(distill, tmp_path, student, monkeypatch):
+    """Only what is missing is made; pictures and the picture of pictures equal those of a run that was not stopped."""
+    from distill_cli.sample import editing
+
+    pictures(tmp_path / "in", count=5)
+    arguments = ("edit", "colorize", "--model", "student", "--input", "in", "--times", "index:0,20", "batch_size=2")
+    assert distill(*arguments, "--out", "whole").code == 0
+    write, written = editing.write_atomic, []
+
+    def full(path, data):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(editing, "write_atomic", full)
+    assert distill(*arguments, "--out", "o").code != 0
+    monkeypatch.setattr(editing, "write_atomic", write)
+    again = distill(*arguments, "--out", "o", "--json")
+    assert (again.code, again.json["made"]) == (0, 3)  # the batch of the third, and the last
+    for path in (tmp_path / "whole").glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "o" / path.name).read_bytes()
+
+
+def test_pictures_of_pictures_are_not_edited(distill, tmp_path, student):
+    assert distill("sample", "--model", "student", "--num", 2, "--grid", "--out", "in/s").code == 0
+    pictures(tmp_path / "in/t", count=1)
+    (tmp_path / "in/t/p0.png").rename(tmp_path / "in/t/grid.png")  # a picture of that name is no grid
+    result = distill("edit", "sdedit", "--model", "student", "--input", "in", "--times", "sigma:0.003", "--out", "o", "--json")
+    assert result.json["pictures"] == 3
+
+
+def test_a_masks_alpha_is_said(distill, tmp_path, student):
+    pictures(tmp_path / "in")
+    mask = np.zeros((16, 16, 4), dtype=np.uint8)
+    mask[:, :8, 3] = 255  # black on the left, nothing on the right
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = ("edit", "inpaint", "--model", "student", "--input", "in", "--mask", "mask.png", "--times", "index:0,20", "--out", "o")
+    result = distill(*arguments)
+    assert "mask.png: its alpha channel is laid on white, which is painted anew" in result.err
+    before, after = load(tmp_path / "in/p0.png"), load(tmp_path / "o/0000-p0.png")
+    assert np.array_equal(before[:, :8], after[:, :8])
+    assert np.abs(before[:, 8:] - after[:, 8:]).mean() > 5
 
 
 def test_colorize_keeps_the_luminance(distill, tmp_path, student):
@@ -179,7 +229,7 @@ def test_alpha_and_size_are_said(distill, tmp_path, student):
         (["inpaint", "--input", "in", "--mask", "small.png"], "small.png: 8x8 pixels, in/p0.png has 16x16", "the same"),
         (["inpaint", "--input", "in", "--mask", "in/p0.txt"], "p0.txt: no such file", ""),
         (["inpaint", "--input", "in", "--mask", "black.png"], "black.png: all black: nothing is painted anew", ""),
-        (["inpaint", "--input", "in"], "inpaint needs a mask", ""),
+        (["inpaint", "--input", "in"], "inpaint needs mask", ""),
         (["colorize"], "colorize needs input", ""),
         (["colorize", "--input", "nowhere"], "nowhere: no such file or folder", ""),
         (["colorize", "--input", "empty"], "empty: no pictures in it", ".png"),
@@ -191,13 +241,20 @@ def test_alpha_and_size_are_said(distill, tmp_path, student):
         (["colorize", "--input", "in", "--times", "index:0,40"], "40 is not between 0 and 38", ""),
         (["colorize", "--input", "in", "--times", "index:20,0"], "noise levels must decrease", "indices grow"),
         (["colorize", "--input", "in", "--times", "sigma:1,5"], "noise levels must decrease", ""),
-        (["colorize", "--input", "in", "--times", "sigma:81"], "81 is not between 0.002 and 80", ""),
+        (["colorize", "--input", "in", "--times", "sigma:81"], "81 is not above 0.002 and at most 80", ""),
+        (["colorize", "--input", "in", "--patch", "2"], "colorize takes no patch", ""),
+        (["colorize", "--input", "in", "frames=3"], "colorize takes no frames", ""),
+        (["interpolate", "--classes", "3,5"], "interpolate takes one of classes, not 2", ""),
+        (["colorize", "--input", "broken"], "broken/p9.png: not a readable image", "remove or replace"),
+        (["colorize", "--input", "nowhere", "--dry-run"], "nowhere: no such file or folder", ""),
         (["colorize", "--input", "in", "--times", "0,22"], "--times 0,22: unknown", "index:0,22"),
         (["colour", "--input", "in"], "input should be 'inpaint', 'colorize'", ""),
     ],
 )
 def test_bad_input(arguments, says, hint, distill, tmp_path, student):
     pictures(tmp_path / "in")
+    pictures(tmp_path / "broken")
+    (tmp_path / "broken/p9.png").write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
