@@ -60,8 +60,7 @@ def main(model: str, folder: Path) -> None:
         "sdedit": [],
     }
     for task, options in edits.items():
-        if not (folder / task).exists():
-            distill("edit", task.split("-")[0], "--model", model, "--input", str(inputs), "--out", str(folder / task), *options)
+        distill("edit", task.split("-")[0], "--model", model, "--input", str(inputs), "--out", str(folder / task), *options)
     original = read(inputs)
     made = {task: read(folder / task) for task in edits}
     classifier = SVC(gamma=0.001).fit(*load_digits(return_X_y=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distill_cli.recipes import check, find, read
 from tests.judge import judge
 
 
@@ -20,6 +21,14 @@ def trained(command: str, run: Path, *arguments: str) -> None:
     if (run / "student").is_dir():
         return
     distill(command, *(("--resume", str(run)) if (run / "recipe.yaml").is_file() else (*arguments, "--out", str(run))))
+
+
+def made_by(run: Path, recipe: str) -> bool:
+    """Whether a run has the settings that its recipe has today, but for those that its result does not depend on."""
+    wanted = check(recipe)
+    without = ("command", "pairs", "sample_every", "save_every")
+    had = type(wanted).model_validate({key: value for key, value in read(run / "recipe.yaml").items() if key != "command"})
+    return all(getattr(had, key) == getattr(wanted, key) for key in read(find(recipe)) if key not in without)
 
 
 def judged(model: str | Path, folder: Path, steps: int | None = None) -> dict[str, float]:

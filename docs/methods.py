@@ -3,9 +3,9 @@
     python -m docs.methods runs/methods        # everything anew: 2 hours on 2 cores, after deleting docs/methods.json
 
 Each recipe's student in one, two and four steps (DMD's in one), by tests/judge.py; prints the table and writes docs/methods.png.
-What was measured stands in docs/methods.json beside the settings' hash: a recipe is trained and judged again when its settings change,
-and a run that lies in the folder already is not trained again. Cost counts network evaluations in training, a backward pass as
-two; pairs are included.
+What was measured stands in docs/methods.json beside the settings' hash: a recipe is trained and judged again when its settings
+change, and a run of the same settings that lies in the folder already is not trained again. Cost counts network evaluations in
+training, a backward pass as two; pairs are included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.recipes import find, read
-from docs.measure import distill, judged, trained
+from docs.measure import distill, judged, made_by, trained
 
 PAIRS = 6000 * 35
 RESULTS = Path(__file__).with_name("methods.json")
@@ -75,6 +75,8 @@ def measured(recipe: str, folder: Path) -> list[dict[str, Any]]:
     if known.get(recipe, {}).get("settings") != digest:
         method, _, _, steps = RUNS[recipe]
         run = folder / recipe
+        if (run / "recipe.yaml").is_file() and not made_by(run, recipe):
+            sys.exit(f"{run}: made with other settings than recipe {recipe} has now: delete it")
         extra: list[str] = []
         if method == "DMD":
             distill("pairs", "--recipe", "digits-pairs", "--out", str(folder / "pairs"))
