@@ -94,7 +94,8 @@ def main(model: str, folder: Path) -> None:
         ("grey", luma),
         ("colorize", made["colorize"]),
     ]
-    rows += [("4x4 pixels", small), ("superres", made["superres"]), ("sdedit, from noise level 2.2", made["sdedit"])]
+    level = json.loads((folder / "sdedit" / "edits.json").read_text())["times"][0]
+    rows += [("4x4 pixels", small), ("superres", made["superres"]), (f"sdedit, from noise level {level:.1f}", made["sdedit"])]
     save_comparison([(title, pictures[:SHOWN]) for title, pictures in rows], Path(__file__).with_name("editing.png"), columns=SHOWN)
 
 

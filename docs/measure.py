@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_cli.recipes import check, find, read
+from distill_cli.config import CMConfig
+from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.distill.consistency import own_times
+from distill_cli.recipes import check, read
 from tests.judge import judge
 
 
@@ -26,9 +29,12 @@ def trained(command: str, run: Path, *arguments: str) -> None:
 def made_by(run: Path, recipe: str) -> bool:
     """Whether a run has the settings that its recipe has today, but for those that its result does not depend on."""
     wanted = check(recipe)
-    without = ("command", "pairs", "sample_every", "save_every")
-    had = type(wanted).model_validate({key: value for key, value in read(run / "recipe.yaml").items() if key != "command"})
-    return all(getattr(had, key) == getattr(wanted, key) for key in read(find(recipe)) if key not in without)
+    kept = {key: value for key, value in read(run / "recipe.yaml").items() if key in type(wanted).model_fields}
+    had = type(wanted).model_validate(kept)
+    if isinstance(had, CMConfig) and isinstance(wanted, CMConfig) and own_times(had, EDMSchedule()) != own_times(wanted, EDMSchedule()):
+        return False
+    without = {"out", "device", "pairs", "data", "times", "sample_every", "log_every", "save_every", "keep", "keep_best", "tracker"}
+    return had.model_dump(exclude=without) == wanted.model_dump(exclude=without)
 
 
 def judged(model: str | Path, folder: Path, steps: int | None = None) -> dict[str, float]:

@@ -43,11 +43,16 @@ def cm(
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.data import open_images
+    from distill_cli.diffusion.schedule import EDMSchedule
     from distill_cli.distill.consistency import Consistency, check, images_of, new
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
+    from distill_cli.models.times import parse, spelled
 
-    model = load(config.teacher) if config.teacher else None
+    sketch = common.sketched(config.teacher, dry_run)[0] if config.teacher else None
+    model = sketch or (load(config.teacher) if config.teacher else None)
+    if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
+        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})  # of when all counted 40 points
     config = config.model_copy(update={"data": images_of(config, model)})
     images = open_images(str(config.data), config.resolution, config.flip)
     if dry_run:
@@ -63,7 +68,7 @@ def cm(
         common.say(f"the teacher knows no classes: those of {config.data} are left aside")
     elif list(images.classes) != list(known):
         common.say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
-    engine = Engine(config, objective)
+    engine = Engine(config.model_copy(update={"times": spelled(objective.few_step_times)}), objective)
     common.start_run(engine, "cm", resume)
     student = engine.train()
     if student is None:  # process 0 alone has it

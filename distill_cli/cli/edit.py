@@ -37,13 +37,16 @@ def edit(
     assert config.out is not None
     if common.planned_without(config.model, config, dry_run):
         return
+    if dry_run and model is None and not Path(config.model).exists():
+        common.dry_run(config, {"model": f"{config.model} is not there yet: --model"})
+        return
     from distill_cli.models import load
     from distill_cli.sample.editing import Task, run
 
-    student = load(config.model)
+    student = common.sketched(config.model, dry_run)[0] or load(config.model)
     if dry_run:
         plan = Task(config, student, config.out)
         common.dry_run(config, {"pictures": len(plan.names), "network evaluations": f"{len(plan.times)} a picture"})
         return
     data = run(config, student, config.out)
-    common.result(data, f"{task}: {data['pictures']} pictures in {config.out}\npicture: {data['picture']}", json)
+    common.result(data, f"{task}: {data['pictures']} pictures in {config.out} ({data['made']} made)\npicture: {data['picture']}", json)

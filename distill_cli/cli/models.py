@@ -52,6 +52,7 @@ def show(
         "time_input": denoiser.time_input,
         "sampling": model.sampling.model_dump(),
         "few_step_times": model.few_step_times,
+        "grid": getattr(denoiser.schedule, "grid", None),
         "lineage": model.lineage.model_dump(exclude={"name", "kind"}),
         "weights_hash": model.weights_hash(),
     }

@@ -91,13 +91,16 @@ def open_picture(path: Path) -> tuple[PIL.Image.Image, bool]:
     return Image.alpha_composite(background, picture).convert("RGB"), picture.getchannel("A").getextrema() != (255, 255)
 
 
-def fit(picture: PIL.Image.Image, height: int, width: int) -> Tensor:
-    """(3, height, width) in [-1, 1]: scaled so that it covers them, cut in the centre; as it is where it fits."""
+def cover(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    """The picture scaled so that it covers height x width, cut in the centre; as it is where it fits."""
     from PIL import Image, ImageOps
 
-    if picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    return from_uint8(np.asarray(picture)[None].copy())[0]
+    return picture if picture.size == (width, height) else ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def fit(picture: PIL.Image.Image, height: int, width: int) -> Tensor:
+    """(3, height, width) in [-1, 1], by `cover`."""
+    return from_uint8(np.asarray(cover(picture, height, width))[None].copy())[0]
 
 
 class Folder:
@@ -108,6 +111,8 @@ class Folder:
     """
 
     def __init__(self, path: Path, resolution: int, flip: bool = False) -> None:
+        from PIL import Image
+
         if not path.is_dir():
             raise DistillError(f"--data {path}: no such folder")
         self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
@@ -121,16 +126,17 @@ class Folder:
         self.labels = [self.classes.index(parts[0]) if self.classes else 0 for parts in tops]
         self.shape = (3, resolution, resolution)
         self.resolution, self.flip = resolution, flip
+        Image.init()  # all formats, before threads ask for them
+        self.readers = ThreadPoolExecutor(torch.get_num_threads())  # PIL decodes and scales without Python's lock
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _read(self, position: int) -> Tensor:
-        return fit(open_picture(self.files[position])[0], self.resolution, self.resolution)
+    def _read(self, position: int) -> np.ndarray:
+        return np.asarray(cover(open_picture(self.files[position])[0], self.resolution, self.resolution))
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        with ThreadPoolExecutor() as readers:  # PIL decodes and scales without Python's lock
-            images = torch.stack(list(readers.map(self._read, positions)))
+        images = from_uint8(np.stack(list(self.readers.map(self._read, positions))))
         if self.flip:
             mirrored = draws.uniform("augment") < 0.5
             images[mirrored] = images[mirrored].flip(-1)

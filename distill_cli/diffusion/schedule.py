@@ -51,6 +51,10 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
+GRID = 40
+"""Points on which OpenAI's samplers and diffusers count the times of few-step students."""
+
+
 @dataclass(frozen=True)
 class EDMSchedule:
     """Karras et al. 2022 (2206.00364): alpha = 1 and t is sigma itself.
@@ -62,7 +66,7 @@ class EDMSchedule:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    grid: int = 40
+    grid: int = GRID
 
     @property
     def t_max(self) -> float:

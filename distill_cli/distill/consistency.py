@@ -24,7 +24,7 @@ from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.diffusion.schedule import EDMSchedule, expand
+from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.distill.ema import follow
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
@@ -206,9 +206,12 @@ def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, 
     check_images(config, start, images)
     if start.few_step_times is not None and config.method in ("cd", "ect"):
         raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
-    if config.method == "cd":
-        assert config.scales is not None
-        schedule = replace(schedule, grid=config.scales)  # the times that it will know
+    return own_times(config, schedule)
+
+
+def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, list[float]]:
+    """The schedule with the grid of the times that a student will know, and its own few."""
+    schedule = replace(schedule, grid=config.scales if config.method == "cd" and config.scales else GRID)
     return schedule, parse(config.times, schedule, 2, "times") if config.times else nearest(schedule, PUBLISHED)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 
 from distill_cli.config import NetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
-from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
+from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, TableSchedule
 from distill_cli.errors import DistillError, UsageError, reason
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
@@ -130,6 +130,8 @@ def card(model: Model) -> str:
         "sampling": f"{sampling.solver}, {sampling.steps} step{'s' * (sampling.steps > 1)}, guidance scale {sampling.guidance_scale:g}",
         "times": f"{'t' if model.denoiser.time_input == 't' else 'sigma'} {times}" if times else "",
     }
+    if times and isinstance(model.denoiser.schedule, EDMSchedule):
+        rows["grid"] = f"{model.denoiser.schedule.grid} points, on which --times counts"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     how = "Sample with `distill sample --model FOLDER`."
     if model.text is not None:
@@ -168,9 +170,9 @@ def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
     if pipeline == EDM_PIPELINE or config.get("_class_name") == "EDMEulerScheduler":
         low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
         scales = Scales(sigma_data=float(config.get("sigma_data", 0.5)), sigma_min=low)
-        grid = int(config.get("num_train_timesteps", 40))
+        grid = int(config.get("num_train_timesteps", GRID))
         if pipeline != EDM_PIPELINE and grid == 1000:  # EDMEulerScheduler's default, which says nothing
-            grid = 40
+            grid = GRID
         edm = EDMSchedule(low, high, float(config.get("rho", 7.0)), grid)
         return edm, scales, "consistency" if pipeline == EDM_PIPELINE else "edm"
     schedule, prediction = table_of({"beta_schedule": "linear"} | config, str(path))

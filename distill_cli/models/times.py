@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from distill_cli.diffusion.consistency import sigma_at
-from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.diffusion.schedule import GRID, EDMSchedule
 from distill_cli.errors import UsageError
 
 PUBLISHED = (0, 22)
@@ -25,13 +25,18 @@ PUBLISHED = (0, 22)
 
 def from_indices(schedule: EDMSchedule, indices: Sequence[int]) -> list[float]:
     """Noise levels of grid points."""
-    return sigma_at(schedule, torch.tensor(list(indices)), schedule.grid - 1).tolist()
+    return sigma_at(schedule, torch.tensor(list(indices)), schedule.grid - 1).clamp(max=schedule.sigma_max).tolist()
 
 
 def nearest(schedule: EDMSchedule, indices: Sequence[int]) -> list[float]:
-    """Noise levels of the student's own grid next to those that `indices` name on 40 points, each once, above sigma_min."""
+    """Noise levels of the student's own grid next to those that `indices` name on 40 points (GRID), each once, above sigma_min."""
     last = schedule.grid - 1
-    return from_indices(schedule, sorted({min(round(index * last / 39), last - 1) for index in indices}))
+    return from_indices(schedule, sorted({min(round(index * last / (GRID - 1)), last - 1) for index in indices}))
+
+
+def spelled(times: Sequence[float]) -> str:
+    """Noise levels as `parse` reads them, to the last digit."""
+    return "sigma:" + ",".join(map(repr, times))
 
 
 def parse(spec: str, schedule: EDMSchedule, steps: int, name: str = "--times") -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.noise import Draws
-from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.diffusion.schedule import GRID, EDMSchedule
 from distill_cli.errors import UsageError
 from distill_cli.models.model import Model
 
@@ -27,8 +27,8 @@ LUMINANCE = (0.2989, 0.5870, 0.1140)
 WHITE = sum(LUMINANCE) ** 2 / sum(weight**2 for weight in LUMINANCE)
 """The sum over the channels of white's part along the luminance weights."""
 TIMES = {"sdedit": (20, 24, 28, 32, 36)}
-"""From sigma 2.2; the paper starts at 5.4 on 256 pixels, but fewer pixels keep less of their strokes under the same noise."""
-EVERY_FOURTH = tuple(range(0, 40, 4))
+"""From about sigma 2. The paper starts at 5.4 on 256 pixels; fewer pixels keep less of their strokes under the same noise."""
+EVERY_FOURTH = tuple(range(0, GRID, 4))
 GAMUT_ROUNDS = 1000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from distill_cli.data.images import SUFFIXES, fit, open_picture
 from distill_cli.data.pictures import from_uint8, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.files import remove_temporaries, write_atomic
+from distill_cli.files import remove_temporaries, sha256, write_atomic
 from distill_cli.models.model import Model
 from distill_cli.models.times import nearest, parse
 from distill_cli.runs import settle
@@ -92,7 +93,7 @@ class Pictures:
 def _times(config: EditConfig, model: Model) -> list[float]:
     schedule = edit.check_can_edit(model, config.model)
     if config.times is not None:
-        return parse(config.times, schedule, len(edit.EVERY_FOURTH))
+        return parse(config.times, schedule, min(len(edit.EVERY_FOURTH), schedule.grid - 1))
     if config.task == "interpolate":
         return model.times("few-step", model.sampling.steps).tolist()
     return nearest(schedule, edit.TIMES.get(config.task, edit.EVERY_FOURTH))
@@ -131,10 +132,12 @@ class Task:
             self.projection = _projection(config, self.files, self.pictures)
         edit.labels_of(model, 1, config.classes)
 
-    def check(self) -> None:
-        """Refuse a picture that cannot be read before any is edited."""
-        for file in self.files if self.config.input else []:
+    def digest(self) -> str:
+        """Of the files that go in; raises DistillError for a picture that cannot be read, before any is edited."""
+        files = [*(self.files if self.config.input else []), *([self.config.mask] if self.config.mask else [])]
+        for file in files:
             open_picture(file)
+        return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
 
     def file(self, place: int) -> Path:
         return self.folder / f"{self.names[place]}.png"
@@ -179,9 +182,9 @@ class Task:
 def run(config: EditConfig, model: Model, folder: Path) -> dict[str, Any]:
     """Edit what `config` names: a picture for each and side-by-side.png in `folder`. Called again it makes only what is missing."""
     task = Task(config, model, folder)
-    task.check()
-    settings = config.model_dump(mode="json", exclude={"out", "device", "scale", "model", "times"})
-    settle(folder / SETTINGS, settings | {"model_hash": model.weights_hash(), "times": task.times, "pictures": task.names}, "edits")
+    digest = task.digest()
+    settings = config.model_dump(mode="json", exclude={"out", "device", "scale", "model", "times", "input", "mask"})
+    settle(folder / SETTINGS, settings | {"model_hash": model.weights_hash(), "times": task.times, "files": digest}, "edits")
     remove_temporaries(folder)
     model.to(launch.device(config.device))
     count = len(task.names)

@@ -1,5 +1,7 @@
 """Times of students: as people write them, as diffusers counts them, and their search."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,24 @@ def test_the_search_writes_the_times_it_found(distill, student, tmp_path, monkey
     np.savez(tmp_path / "s.npz", arr_0=to_uint8(images))
     row = distill("evaluate", "--model", "s.npz", "--out", "e", "--json").json["rows"][0]
     assert row["frechet"] == pytest.approx(min(r["frechet"] for r in tried if r["indices"] == best3), rel=1e-6)
+
+
+def test_a_run_writes_its_times_as_noise_levels(distill, tmp_path):
+    """So that a resume means the same; indices in the recipe of a run are of when all students counted on 40 points."""
+    from distill_cli.models import load
+
+    arguments = ("cm", "--teacher", "tiny", "--data", "digits", "--steps", 1, "batch_size=2", "sample_every=0", "scales=10")
+    assert distill(*arguments, "times=index:0,4", "--out", "r").code == 0
+    own, recipe = load(str(tmp_path / "r")).few_step_times, tmp_path / "r/recipe.yaml"
+    assert own == parse("index:0,4", EDMSchedule(grid=10), 2)
+    written = f"times: sigma:{own[0]!r},{own[1]!r}\n"
+    assert written in recipe.read_text()
+    for times, expected in ((written, own), ("times: index:0,22\n", parse("index:0,22", EDMSchedule(), 2))):
+        recipe.write_text(recipe.read_text().replace(written, times))
+        shutil.rmtree(tmp_path / "r/student")
+        result = distill("cm", "--resume", "r")
+        assert result.code == 0, result.err
+        assert load(str(tmp_path / "r")).few_step_times == expected
 
 
 def test_resuming_a_finished_run_keeps_the_times_found(distill, tmp_path):

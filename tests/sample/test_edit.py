@@ -113,9 +113,13 @@ def test_inpainting_keeps_what_is_known_exactly(distill, tmp_path, student):
     again = distill(*arguments, "--json")
     assert (again.code, again.json["made"]) == (0, 3)  # a batch whole
     assert np.array_equal(load(tmp_path / "o/0001-p1.png"), first)
+    Image.fromarray(255 - np.asarray(Image.open(tmp_path / "in/p2.png"))).save(tmp_path / "in/p2.png")
+    other = distill(*arguments)
+    assert other.code == 2
+    assert "o: made with other settings: files is" in other.err
     other = distill(*arguments, "--seed", 1)
     assert other.code == 2
-    assert "o: made with other settings: seed is 0, not 1" in other.err
+    assert "seed is 0, not 1" in other.err
 
 
 def test_a_killed_edit_goes_on(distill, tmp_path, student, monkeypatch):
