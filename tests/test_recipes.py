@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from distill_cli import recipes
-from distill_cli.config import CONFIGS, DMDConfig, PairsConfig, SampleConfig, TrainConfig
+from distill_cli.config import CONFIGS, CMConfig, DMDConfig, PairsConfig, SampleConfig, TrainConfig
+from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.distill.consistency import own_times
 from distill_cli.errors import UsageError
 
 TOP = Path(__file__).parent.parent
@@ -29,6 +31,14 @@ def write(tmp_path, text):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     return str(path)
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if isinstance(recipes.check(name), CMConfig)])
+def test_times_of_several_steps_leave_each_something_to_do(name):
+    """An index counts the points of the student's own grid: one too high is hardly any noise."""
+    _, times = own_times(recipes.check(name), EDMSchedule())
+    assert times[0] == pytest.approx(80)
+    assert all(0.5 < time < 10 for time in times[1:])
 
 
 def test_flags_beat_overrides_beat_recipe_beat_defaults(tmp_path):
