@@ -66,7 +66,6 @@ def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, 
     ("options", "expected"),
     [
         ({"method": "cd"}, [12, 4, 1, 1]),  # the teacher's Heun step, the target; the student
-        ({"method": "cd", "solver": "ralston"}, [12, 4, 1, 1]),
         ({"method": "cd", "solver": "euler", "guidance_scale": 2.0}, [12, 4, 1, 1]),
         ({"method": "ct"}, [4, 4, 1, 1]),
         ({"method": "ect"}, [4, 4, 1, 1]),

@@ -197,7 +197,7 @@ class CMConfig(TrainingConfig):
     time_weights: list[Weight] | None = Field(
         None, description="cd: how often each of the grid's N - 1 intervals is drawn, the noisiest first; default all alike"
     )
-    solver: Literal["heun", "ralston", "euler"] = Field("heun", description="cd: the teacher's step; ralston is exacter on a coarse grid")
+    solver: Literal["heun", "euler"] = Field("heun", description="cd: the teacher's step")
     guidance_scale: Rate | None = Field(None, description="cd: of the teacher; default the teacher's own")
     p_mean: float = Field(-1.1, description="ict, ect: mean of ln sigma")
     p_std: Rate = Field(2.0, description="ict, ect: standard deviation of ln sigma")

@@ -54,25 +54,14 @@ def ect_neighbour(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor
     return (t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t)))).clamp(min=0)
 
 
-STAGES = {"heun": 1.0, "ralston": 2 / 3}
-"""Where a second-order step looks at the ODE again, as a share of its way: the family of Karras et al. 2206.00364, algorithm 3."""
-
-
 def ode_step(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, condition: Condition, solver: str) -> Tensor:
-    """From x at times t (B,) to times r (B,) along the probability-flow ODE, by one step of each sample.
-
-    `euler` takes one evaluation; `heun` and `ralston` (Ralston 1962: the least bound on the error of two stages) take two.
-    """
+    """From x at times t (B,) to times r (B,) along the probability-flow ODE, by one `heun` or `euler` step of each sample."""
     wide_t, wide_r = expand(t, x), expand(r, x)
     slope = (x - denoiser(x, t, condition)) / wide_t
+    ahead = x + (wide_r - wide_t) * slope
     if solver == "euler":
-        return x + (wide_r - wide_t) * slope
-    share = STAGES[solver]
-    s = t + share * (r - t) if share < 1 else r
-    wide_s = expand(s, x)
-    ahead = x + (wide_s - wide_t) * slope
-    again = (ahead - denoiser(ahead, s, condition)) / wide_s
-    return x + (wide_r - wide_t) * ((1 - 0.5 / share) * slope + 0.5 / share * again)
+        return ahead
+    return x + (wide_r - wide_t) * 0.5 * (slope + (ahead - denoiser(ahead, r, condition)) / wide_r)
 
 
 def weight(kind: str, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
