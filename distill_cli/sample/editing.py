@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distill_cli import launch
 from distill_cli.config import EditConfig
 from distill_cli.data.images import SUFFIXES, fit, open_picture
-from distill_cli.data.pictures import from_uint8, png, save_comparison, to_uint8
+from distill_cli.data.pictures import png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.files import remove_temporaries, sha256, write_atomic
@@ -24,8 +23,8 @@ from distill_cli.runs import settle
 from distill_cli.sample import edit
 
 SHOWN = 20
-GRID, SETTINGS = "side-by-side.png", "edits.json"
-SHEETS = {"grid.png": "samples.jsonl", GRID: SETTINGS}
+SHEET, SETTINGS = "side-by-side.png", "edits.json"
+SHEETS = {"grid.png": "samples.jsonl", SHEET: SETTINGS}
 """Pictures of pictures that this package writes, and what lies beside them."""
 
 
@@ -121,6 +120,7 @@ class Task:
         if channels != 3:
             raise UsageError(f"--model {config.model}: pictures of {channels} channels", "editing is for colour pictures")
         self.projection: edit.Projection | None = None
+        self.files: list[Path] = []
         if config.task == "interpolate":
             ends = Draws(config.seed, range(2)).normal("prior", model.shape)
             self.arc = edit.between(ends[0], ends[1], config.frames)
@@ -134,7 +134,7 @@ class Task:
 
     def digest(self) -> str:
         """Of the files that go in; raises DistillError for a picture that cannot be read, before any is edited."""
-        files = [*(self.files if self.config.input else []), *([self.config.mask] if self.config.mask else [])]
+        files = [*self.files, *([self.config.mask] if self.config.mask else [])]
         for file in files:
             open_picture(file)
         return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
@@ -165,7 +165,8 @@ class Task:
     def side_by_side(self) -> Path:
         """The first pictures in rows: the inputs, what the student is given of them, and what is in the folder."""
         part = range(min(SHOWN, len(self.names)))
-        out = torch.cat([from_uint8(np.asarray(open_picture(self.file(k))[0])[None].copy()) for k in part])
+        _, height, width = self.model.shape
+        out = torch.stack([fit(open_picture(self.file(place))[0], height, width) for place in part])
         rows = [("from one noise to another", out)]
         if self.config.task != "interpolate":
             inputs = self.inputs(part)
@@ -174,7 +175,7 @@ class Task:
             if self.config.task == "colorize":
                 given = known.sum(1, keepdim=True).expand_as(known) / edit.WHITE
             rows = [("input", inputs), ("what the student is given", given), (self.config.task, out)]
-        path = self.folder / GRID
+        path = self.folder / SHEET
         save_comparison([(title, to_uint8(images)) for title, images in rows], path, len(part), self.config.scale)
         return path
 
