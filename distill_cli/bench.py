@@ -146,7 +146,7 @@ def bench_cm(config: CMConfig, folder: Path) -> Case:
     objective = Consistency(config, teacher, images)
     forwards = 1  # the target; the teacher below
     if config.method == "cd":
-        forwards += (2 if config.solver == "heun" else 1) * (2 if objective.sampling.guidance_scale != 1 else 1)
+        forwards += config.teacher_steps * (2 if config.solver == "heun" else 1) * (2 if objective.sampling.guidance_scale != 1 else 1)
     return _bench_training(_engine(config, objective, folder), objective.start, forwards, [config.batch_size])
 
 

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).with_name("methods.json")
 RUNS = {
     # recipe: (what it is, evaluations of an image of a step, other evaluations, steps it is sampled in)
     "digits-dmd": ("DMD", 11, PAIRS, (1,)),  # student on noise and pairs (3 each), teacher, fake score (1 + 3)
-    "digits-cd": ("CD", 6, 0, (1, 2, 4)),  # teacher's Heun step, target, student
+    "digits-cd": ("CD", 8, 0, (1, 2, 4)),  # two Heun steps of the teacher, target, student
     "digits-ect": ("ECT", 4, 0, (1, 2, 4)),
     "digits-ct": ("CT (improved)", 4, 0, (1, 2, 4)),
 }

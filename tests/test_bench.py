@@ -67,6 +67,7 @@ def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, 
     [
         ({"method": "cd"}, [12, 4, 1, 1]),  # the teacher's Heun step, the target; the student
         ({"method": "cd", "solver": "euler", "guidance_scale": 2.0}, [12, 4, 1, 1]),
+        ({"method": "cd", "teacher_steps": 2}, [20, 4, 1, 1]),
         ({"method": "ct"}, [4, 4, 1, 1]),
         ({"method": "ect"}, [4, 4, 1, 1]),
         ({"method": "ect", "precision": "bf16"}, [4, 4, 1, 1]),

@@ -161,6 +161,7 @@ CM_KEYS = {
     "target_decay": ("cd", "ct"),
     "time_weights": ("cd",),
     "solver": ("cd",),
+    "teacher_steps": ("cd",),
     "guidance_scale": ("cd",),
     "p_mean": ("ict", "ect"),
     "p_std": ("ict", "ect"),
@@ -198,6 +199,7 @@ class CMConfig(TrainingConfig):
         None, description="cd: how often each of the grid's N - 1 intervals is drawn, the noisiest first; default all alike"
     )
     solver: Literal["heun", "euler"] = Field("heun", description="cd: the teacher's step")
+    teacher_steps: Positive = Field(1, description="cd: how many of them lead from one of the grid's times to the next")
     guidance_scale: Rate | None = Field(None, description="cd: of the teacher; default the teacher's own")
     p_mean: float = Field(-1.1, description="ict, ect: mean of ln sigma")
     p_std: Rate = Field(2.0, description="ict, ect: standard deviation of ln sigma")

@@ -64,6 +64,17 @@ def ode_step(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, condition: Con
     return x + (wide_r - wide_t) * 0.5 * (slope + (ahead - denoiser(ahead, r, condition)) / wide_r)
 
 
+def ode_steps(
+    denoiser: Denoiser, schedule: EDMSchedule, x: Tensor, t: Tensor, r: Tensor, condition: Condition, solver: str, steps: int
+) -> Tensor:
+    """As `ode_step`, in `steps` steps, even in sigma^(1/rho) between t and r (B,)."""
+    high, low = t ** (1 / schedule.rho), r ** (1 / schedule.rho)
+    times = [t, *((high + (low - high) * k / steps) ** schedule.rho for k in range(1, steps)), r]
+    for here, there in zip(times, times[1:]):
+        x = ode_step(denoiser, x, here, there, condition, solver)
+    return x
+
+
 def weight(kind: str, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
     """(B,) weights of the distance between the estimates at t and r."""
     if kind == "uniform":

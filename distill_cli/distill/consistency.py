@@ -100,16 +100,17 @@ class Consistency:
 
     def errors(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """Weighted distance of each sample, (B,): of the student's estimate at t to the target's at r."""
-        assert self.config.weighting is not None
-        weight = maths.weight(self.config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
+        config = self.config
+        assert config.weighting is not None
+        weight = maths.weight(config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
         t, r = t.to(x), r.to(x)
         noisy = x + expand(t, x) * noise
         student = self.networks["student"]
         target = self.kept.get("target", student)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # the student's call below draws the same dropout
-            if self.config.method == "cd":
-                nearer = maths.ode_step(self.real, noisy, t, r, condition, self.config.solver)
+            if config.method == "cd":
+                nearer = maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, config.solver, config.teacher_steps)
             else:
                 nearer = x + expand(r, x) * noise
             reference = torch.where(expand(r, x) > 0, target(nearer, r.clamp(min=1e-6), condition), x)
@@ -118,7 +119,7 @@ class Consistency:
         if self.perceptual is not None:
             distances = self.perceptual(estimate, reference)
         else:
-            distances = distance(self.config.metric, estimate, reference, self.huber_c)
+            distances = distance(config.metric, estimate, reference, self.huber_c)
         return weight * distances
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
