@@ -9,6 +9,10 @@ DEMO := runs/demo
 $(VENV)/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; hint: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/tools: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
@@ -21,7 +25,7 @@ demo: $(VENV)/ready
 	@echo "teacher and student from the same noise: $(CURDIR)/$(DEMO)/dmd/comparison.png"
 	@echo "more of the student:                     $(CURDIR)/$(DEMO)/samples/grid.png"
 
-lint: $(VENV)/ready
+lint: $(VENV)/tools
 	$(VENV)/bin/ruff check distill_cli tests docs
 	$(VENV)/bin/ruff format --check distill_cli tests docs
 	$(VENV)/bin/mypy

@@ -29,7 +29,8 @@ from distill_cli.data.shapes import TRAINED
 from distill_cli.distill.consistency import Consistency, images_of
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
-from distill_cli.distill.engine import Engine, make_optimizer
+from distill_cli.distill.engine import Engine
+from distill_cli.distill.optimizer import make_optimizer
 from distill_cli.distill.text_to_image import TextToImage
 from distill_cli.errors import UsageError
 from distill_cli.models import load, schedulers

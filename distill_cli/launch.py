@@ -57,6 +57,19 @@ def autocast(where: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(where.type, kinds[precision], enabled=precision != "no")
 
 
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one another: some have nothing to do, or one writes a large checkpoint to a slow disk."""
+
+
+def plain_links(where: torch.device) -> None:
+    """Have NCCL leave out direct links between GPUs whose driver lacks them, which accelerate else takes for an error."""
+    from accelerate.utils import check_cuda_p2p_ib_support
+
+    if where.type == "cuda" and not check_cuda_p2p_ib_support():
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
+
+
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -100,7 +113,8 @@ def all_of(mine: list[Any], where: torch.device) -> list[Any]:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))  # some may have nothing to do
+    plain_links(where)
+    PartialState(cpu=where.type == "cpu", timeout=PATIENCE)
     return list(gather_object(mine))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import is_empty, os_errors, read_plain, remove_temporaries, sealed, unsealed, write_atomic
 
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "safetensors", "numpy", "pydantic", "typer")
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "timm", "safetensors", "numpy", "pydantic", "typer")
 
 
 def versions() -> dict[str, str]:

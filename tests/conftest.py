@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is asserted to the last bit is the CPU's
 GOLDEN = Path(__file__).parent / "golden"
 
 

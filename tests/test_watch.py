@@ -101,12 +101,16 @@ def test_ticks(low, high, wanted):
     assert watch.ticks(low, high) == pytest.approx(wanted)
 
 
-def test_a_live_page_loads_itself_again_until_the_run_is_done(run):
+@pytest.mark.parametrize("made", ["comparison.png", "vae"])
+def test_a_live_page_loads_itself_again_until_the_run_is_done(made, run):
     assert '<meta http-equiv="refresh" content="7">' in watch.page(run, 7)[0]
     run.forget_after(300)
     run.log({"step": 1000, "images": 8000, "student_loss": 0.1})
     assert not watch.page(run, 7)[1]  # its pictures are not made yet
-    Image.new("RGB", (40, 20)).save(run.folder / "comparison.png")
+    if made == "vae":
+        (run.folder / made).mkdir()
+    else:
+        Image.new("RGB", (40, 20)).save(run.folder / made)
     html, done = watch.page(run, 7)
     assert done
     assert "refresh" not in html

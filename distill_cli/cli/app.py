@@ -113,10 +113,21 @@ def run(arguments: list[str] | None = None) -> int:
         if _lost_another(error):
             lost = "another process of this run has ended"
             return 1 if processes.supervised() else _fail(lost, "the same command, or --resume, goes on from what is complete", 1)
+        if _no_memory(error):
+            what = " ".join(str(error).split())[:100]
+            return _fail(f"out of memory{f' ({what})' if what else ''}", NO_MEMORY, 1)
         text = " ".join(str(error).split())[:300]
         if "torch" in sys.modules and (trouble := torchvision_trouble(sys.modules["torch"].__version__, str(error))):
             return _fail(trouble, REINSTALL, 1)
         return _fail(f"{type(error).__name__}: {text}", "this is a bug of distill; DISTILL_DEBUG=1 shows where", 3)
+
+
+NO_MEMORY = "a smaller batch_size, accumulate=2 or more in training, precision=bf16; another program may hold some of it"
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether an error is the GPU's or the machine's memory being full, as torch and Python say it."""
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _lost_another(error: Exception) -> bool:

@@ -21,9 +21,11 @@ def convert(
     from distill_cli.errors import UsageError
     from distill_cli.files import is_empty
     from distill_cli.models.convert import convert_file
+    from distill_cli.models.published import PUBLISHED, published_as
 
     if not is_empty(out):
         raise UsageError(f"--out {out}: exists already", "choose another folder")
-    found = convert_file(file, out, resolution, head_channels)
+    known = published_as(file.name)
+    found = convert_file(file, out, resolution, head_channels, name=known, steps=PUBLISHED[known].steps if known else 18)
     lines = "\n".join(f"{key:17} {value}" for key, value in found.items())
     common.result(found, f"{lines}\nmodel: {out}", json)

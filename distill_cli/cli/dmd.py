@@ -86,13 +86,16 @@ def dmd(
 
 def _plan(config: DMDConfig, model: Model) -> dict[str, Any]:
     """The plan of a run: what any training takes, and the arithmetic."""
+    from distill_cli.distill.dmd import guidance_of
     from distill_cli.models.cost import distillation, time_of
+    from distill_cli.pairs.store import MANIFEST, PairStore
 
     count = sum(p.numel() for p in model.denoiser.parameters())
     names = ["teacher", "student", *(["fake"] if config.matching_weight and config.fake_score else [])]
     parameters = dict.fromkeys(names, count)
     parameters |= {part: sum(p.numel() for p in network.parameters()) for part, network in model.parts().items() if part == "vae"}
-    guided = (config.guidance_scale or model.sampling.guidance_scale) != 1
+    manifest = PairStore(config.pairs).manifest if config.pairs is not None and (config.pairs / MANIFEST).is_file() else None
+    guided = (guidance_of(config, manifest) or model.sampling.guidance_scale) != 1
     flop = distillation(config, model, guided, config.pairs is not None and config.regression_weight != 0)
     text = {}
     if model.text is not None:

@@ -46,6 +46,7 @@ def show(
         "pixels": model.pixels,
         "classes": list(model.conditioner.classes),
         "null_label": model.conditioner.null_label,
+        "learned": "all" if model.conditioner.learned is None else list(model.conditioner.learned),
         "text": f"prompts of at most {model.text.length} tokens" if model.text is not None else "none",
         "schedule": type(denoiser.schedule).__name__,
         "parameterisation": denoiser.parameterisation,

@@ -51,7 +51,7 @@ class SampleConfig(GenerateConfig):
     search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="a student's best times for so many steps")
     classifier: str = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
     grid: bool = Field(False, description="also grid.png of the first 100 images")
-    scale: Positive = Field(4, description="enlargement of the grid's pictures")
+    scale: Positive | None = Field(None, description="enlargement of the grid's pictures; default to 64 pixels or more, 256 with captions")
 
     @model_validator(mode="after")
     def _one_thing(self) -> SampleConfig:
@@ -125,7 +125,7 @@ class EditConfig(Config):
     classes: Classes = Field(None, description="labels of the pictures in turn; default none where the model can do without")
     frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: pictures from one noise to the next")
     batch_size: Positive = Field(100, description="pictures at a time")
-    scale: Positive = Field(4, description="enlargement of the side-by-side picture")
+    scale: Positive | None = Field(None, description="enlargement of the side-by-side picture; default to 64 pixels a picture or more")
 
     @model_validator(mode="after")
     def _needed(self) -> EditConfig:

@@ -21,6 +21,9 @@ from distill_cli.config.base import (
 )
 from distill_cli.config.networks import NetworkConfig, TextConfig, VAENetworkConfig
 
+Optimizer = Literal["adamw", "radam", "muon"]
+OPTIMIZERS = "radam: rectified, needs no warm-up; muon: most matrices and convolutions by orthogonal steps, the rest by NAdamW"
+
 
 class TrainingConfig(Config):
     """What the engine needs for any objective."""
@@ -31,7 +34,7 @@ class TrainingConfig(Config):
     lr: Rate = Field(1e-4, description="learning rate")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     lr_end: Fraction = Field(0.0, description="cosine: where it ends, as a share of lr")
-    optimizer: Literal["adamw", "radam"] = Field("adamw", description="radam: rectified, needs no warm-up")
+    optimizer: Optimizer = Field("adamw", description=OPTIMIZERS)
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="of the optimizer")
     weight_decay: Weight = Field(0.01, description="decoupled")
     warmup_steps: Count = Field(0, description="steps of linear warm-up")
@@ -77,6 +80,10 @@ class TrainConfig(TrainingConfig):
         given = [key for key in ("variants", "guidance_scale", "text") if getattr(self, key) != type(self).model_fields[key].default]
         if self.vae is None and given:
             raise ValueError(f"{given[0]} needs vae: the autoencoder of a text-to-image teacher")
+        of_others = ("beta_schedule",) if self.prediction == "edm" else ("p_mean", "p_std")
+        for key in of_others:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is not used with prediction {self.prediction}")
         return self
 
 
@@ -125,7 +132,7 @@ class DMDConfig(TrainingConfig):
         None, description="lpips of latents: an AutoencoderTiny, a folder or hub id; default the teacher's autoencoder"
     )
     regression_weight: Weight | None = Field(None, description="default 0.25 with pairs, 0 without")
-    guidance_scale: Rate | None = Field(None, description="of the teacher alone; default the teacher's own")
+    guidance_scale: Rate | None = Field(None, description="of the teacher alone; default that of the pairs, else the teacher's own")
     guidance_calls: Literal[1, 2] = Field(1, description="one call of twice the batch, or two of half the memory")
     t_low: Fraction = Field(0.02, description="matching times, share of the range of times")
     t_high: Fraction = Field(0.98, description="matching times, share of the range of times")
@@ -185,7 +192,7 @@ class CMConfig(TrainingConfig):
     flip: bool = Field(False, description="mirror images at random")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the images that are never trained on")
     lr: Rate = Field(4e-4, description="learning rate")
-    optimizer: Literal["adamw", "radam"] = Field("radam", description="radam: rectified, needs no warm-up")
+    optimizer: Optimizer = Field("radam", description=OPTIMIZERS)
     weight_decay: Weight = Field(0.0, description="decoupled")
     clip_norm: Rate = Field(1e4, description="largest gradient norm; the papers do not clip")
     metric: Literal["huber", "l1", "l2", "lpips"] = Field("huber", description="between the estimates; the 2023 paper's best is lpips")

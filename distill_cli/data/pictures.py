@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from distill_cli.errors import DistillError
 from distill_cli.files import write_atomic
 
 LETTER = (6, 12)
@@ -25,6 +26,13 @@ def to_uint8(images: Tensor) -> np.ndarray:
     if rounded.shape[1] == 1:
         rounded = rounded.expand(-1, 3, -1, -1)
     return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def finished(images: Tensor) -> np.ndarray:
+    """As `to_uint8`, of pictures that are to be kept; raises DistillError where a value is no number."""
+    if not images.isfinite().all():
+        raise DistillError("the model's pictures are not numbers, and none of this batch is written", "--precision bf16 or no")
+    return to_uint8(images)
 
 
 def from_uint8(images: np.ndarray) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,17 @@ def _score(folder: Path, step: int) -> float:
     return score if isinstance(score, float) and math.isfinite(score) else math.inf
 
 
-def load(folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill networks and optimizers from checkpoint `step` and return its state; every file is verified first."""
+def load(
+    folder: Path,
+    step: int,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Fill networks and optimizers (whose settings stay theirs) from checkpoint `step` and return its state.
+
+    Before anything is filled, every file is verified, and `check` may refuse the state.
+    """
     path = path_of(folder, step)
     older = f"delete {path} to resume from an older checkpoint"
     try:
@@ -99,6 +108,8 @@ def load(folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers:
     for name in [*(f"{network}.safetensors" for network in networks), "optimizers.pt"]:
         if not (path / name).is_file() or (path / name).is_symlink() or sha256(path / name) != sums.get(name):
             raise DistillError(f"{path / name}: corrupt or missing", older)
+    if check is not None:
+        check(state)
     for name, network in networks.items():
         there, weights = network.state_dict(), load_file(path / f"{name}.safetensors")
         network.load_state_dict({key: like(value, there[key]) if key in there else value for key, value in weights.items()})
@@ -107,5 +118,7 @@ def load(folder: Path, step: int, networks: Mapping[str, nn.Module], optimizers:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, moments in saved[name]["state"].items():
             moments.update({key: like(value, parameters[index]) for key, value in moments.items() if isinstance(value, Tensor)})
-        optimizer.load_state_dict(saved[name])
+        both = zip(optimizer.param_groups, saved[name]["param_groups"], strict=True)
+        groups = [{**own, "params": old["params"]} for own, old in both]
+        optimizer.load_state_dict({**saved[name], "param_groups": groups})
     return state

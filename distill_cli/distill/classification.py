@@ -15,6 +15,9 @@ from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.classifier import Classifier, ClassifierInfo
 
+MEASURED = 500
+"""Images that are in memory at once when the accuracy is measured."""
+
 
 class Classification:
     """Cross-entropy on all images but those held out, moved by up to a pixel, and whose colours the set draws anew each time."""
@@ -53,8 +56,12 @@ class Classification:
         assert isinstance(network, Classifier)
         if not self.held_out:
             return network
-        images, labels = self.images.batch(self.held_out, Draws(self.config.seed, self.held_out))
-        return network.with_accuracy((network.measure(images)[1] == labels).double().mean().item())
+        right = 0
+        for first in range(0, len(self.held_out), MEASURED):
+            part = self.held_out[first : first + MEASURED]
+            images, labels = self.images.batch(part, Draws(self.config.seed, part))
+            right += int((network.measure(images)[1] == labels).sum())
+        return network.with_accuracy(right / len(self.held_out))
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""

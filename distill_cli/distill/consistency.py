@@ -153,8 +153,8 @@ class Consistency:
         network = copy.copy(network)
         network.parameterisation = "consistency"
         conditioner = self.start.conditioner
-        if self.config.label_dropout == 0 and isinstance(conditioner, ClassConditioner):  # the null class has not been learned
-            conditioner = replace(conditioner, null_label=None)
+        if isinstance(conditioner, ClassConditioner):  # without dropout the null class has not been learned
+            conditioner = replace(conditioner, null_label=conditioner.null_label if self.config.label_dropout else None, learned=None)
         start, teacher = self.start.lineage, self.teacher
         lineage = Lineage(
             name=f"{start.name}-{self.config.method}",

@@ -27,10 +27,10 @@ from distill_cli.errors import UsageError
 from distill_cli.launch import all_of
 from distill_cli.models.autoencoder import VAECodec, load_decoder
 from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import Conditioner, Lineage, Model, Sampling
+from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.text import PromptConditioner
-from distill_cli.pairs.store import PairStore
+from distill_cli.pairs.store import Manifest, PairStore
 
 FAKE_BEHIND = 1.15
 SPREAD_LOST = 0.7
@@ -42,6 +42,12 @@ class DMD:
     result = "student"
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None) -> None:
+        if teacher.few_step_times is not None:
+            raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
+        if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
+            raise UsageError(
+                f"t_bins {config.t_bins}: the teacher has its own {teacher.denoiser.schedule.bins} times", "it is for EDM teachers"
+            )
         self.config, self.pairs = config, pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
@@ -58,7 +64,8 @@ class DMD:
             self.distance, answering = measure(config, teacher.latent)
         teacher, self.of_pairs = prompted(config, teacher, pairs)
         self.teacher = teacher
-        self.sampling = teacher.with_defaults(None, None, config.guidance_scale, config.guidance_calls)
+        scale = guidance_of(config, pairs.manifest if pairs is not None else None)
+        self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
         null = teacher.conditioner.null
         self.real = guided(teacher.denoiser, self.sampling.guidance_scale, null, self.sampling.guidance_calls)
         self.rates = {"student": config.lr}
@@ -164,10 +171,13 @@ class DMD:
 
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        lineage = self.teacher.lineage
+        lineage, conditioner = self.teacher.lineage, self.teacher.conditioner
+        if self.config.classes is not None and isinstance(conditioner, ClassConditioner):
+            conditioner = replace(conditioner, learned=tuple(self.config.classes))
         return replace(
             self.teacher,
             denoiser=network,
+            conditioner=conditioner,
             lineage=Lineage(
                 name=f"{lineage.name}-dmd",
                 kind="student",
@@ -197,8 +207,15 @@ class DMD:
         return ""
 
 
+def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
+    """The teacher's guidance scale: what is asked for, else that of the pairs; None for the teacher's own."""
+    return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
+
+
 def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
     """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
+    if config.decoder and latent is None:
+        raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
     if config.regression_loss != "lpips":
         return partial(regression_loss, config.regression_loss), []
     perceptual = Perceptual(config.lpips_weights, resized=latent is None)

@@ -26,8 +26,9 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.distill import checkpoint, zero
 from distill_cli.distill.ema import EMA
 from distill_cli.distill.health import Health
+from distill_cli.distill.optimizer import learning_rate, make_optimizer
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.launch import Progress, autocast, check_precision, device, stoppable, whole
+from distill_cli.launch import PATIENCE, Progress, autocast, check_precision, device, plain_links, stoppable, whole
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
 from distill_cli.recipes import dump
@@ -70,23 +71,6 @@ class Objective(Protocol):
         """A warning about the run's state as these averages show it at the share `done` of all steps, or ''."""
 
 
-def learning_rate(config: TrainingConfig, rate: float, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant or a cosine down to lr_end of it."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.lr_schedule == "constant":
-        return rate * warm
-    along = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return rate * warm * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * along)))
-
-
-def make_optimizer(config: TrainingConfig, network: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """AdamW, or RAdam (Liu et al. 1908.03265) with the same decoupled decay, all parameters in few calls."""
-    settings: dict[str, Any] = dict(lr=rate, betas=config.betas, weight_decay=config.weight_decay)
-    if config.optimizer == "radam":
-        return torch.optim.RAdam(network.parameters(), **settings, decoupled_weight_decay=True, foreach=True)
-    return torch.optim.AdamW(network.parameters(), **settings, fused=True)
-
-
 def tracker_of(config: TrainingConfig) -> str | None:
     """The tracker that is wanted beside metrics.jsonl; raises UsageError where its package is not installed."""
     if config.tracker == "none":
@@ -115,7 +99,7 @@ class Engine:
     run: Run
 
     def __init__(self, config: TrainingConfig, objective: Objective) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         self.config, self.objective = config, objective
         wanted = device(config.device)
@@ -124,6 +108,7 @@ class Engine:
         if self.part % world_size():
             parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
             raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
+        plain_links(wanted)
         spread = zero.plugin(config, objective.networks, wanted)
         self.accelerator = Accelerator(
             mixed_precision=config.precision if spread is None else "no",
@@ -131,7 +116,7 @@ class Engine:
             cpu=wanted.type == "cpu",
             log_with=tracker_of(config),
             project_dir=config.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         honour_fsdp(self.accelerator)
         where = self.accelerator.device
@@ -157,7 +142,9 @@ class Engine:
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
         self.started = time.monotonic()
-        self.talk: Any = torch.distributed.new_group(backend="gloo") if world_size() > 1 else None  # apart: no GPU waits for it
+        self.talk: Any = (
+            torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
+        )  # apart: no GPU waits for it
 
     def draws(self, step: int) -> list[Draws]:
         """This process's samples of a step, in the parts of gradient accumulation."""
@@ -276,11 +263,25 @@ class Engine:
                 "health": self.health.state_dict(),
                 "skipped": self.skipped,
                 "scaler": scaler.state_dict() if scaler else None,
+                "begun": self._begun(),
                 "score": (self.since[0] / self.since[1]).item() if self.since[1] else None,
             }
             best = self.config.keep_best
             checkpoint.save(self.run.checkpoints, self.step, self._kept(), self.optimizers, state, self.config.keep, best)
         self.saved, self.since, self.started = self.step, (torch.zeros_like(self.since[0]), 0), time.monotonic()
+
+    def _begun(self) -> dict[str, Any]:
+        """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items."""
+        count = getattr(getattr(self.objective, "order", None), "count", None)
+        scale = getattr(getattr(self.objective, "sampling", None), "guidance_scale", None)
+        return {"optimizer": self.config.optimizer, "items to learn from:": count, "guidance scale": scale}
+
+    def _refuse(self, state: dict[str, Any]) -> None:
+        """Raise UsageError for a checkpoint that this run cannot go on from."""
+        for what, value in self._begun().items():
+            old = state.get("begun", {}).get(what, value)
+            if old != value:
+                raise UsageError(f"{what} {value}; the run has begun with {old}", "put that back, or begin anew")
 
     def open(self, run: Run) -> None:
         """Train in `run`: go on from its newest checkpoint, from the start where there is none."""
@@ -289,7 +290,7 @@ class Engine:
         if found:
             if found[-1] > self.config.steps:
                 raise UsageError(f"--steps {self.config.steps}: the run is at step {found[-1]} already")
-            state = checkpoint.load(self.run.checkpoints, found[-1], self._kept(), self.optimizers)
+            state = checkpoint.load(self.run.checkpoints, found[-1], self._kept(), self.optimizers, self._refuse)
             self.step = self.saved = found[-1]
             where = self.accelerator.device
             self.window = {name: (torch.tensor(total, device=where), count) for name, (total, count) in state["window"].items()}

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, kept on the device so that no step waits for a GPU: losses that are no numbers, and spikes."""
+"""What goes wrong in a run, kept on the device so that it makes no step wait for a GPU: losses that are no numbers, spikes."""
 
 from __future__ import annotations
 

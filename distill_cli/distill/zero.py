@@ -64,6 +64,8 @@ def check(config: TrainingConfig, networks: int) -> None:
         raise UsageError("DeepSpeed is wanted by accelerate's configuration and not installed", "pip install 'distill-cli[deepspeed]'")
     if networks > 1:
         raise UsageError("DeepSpeed trains a single network, here are several", "accelerate's FSDP (fsdp_version 2) shards each of them")
+    if config.optimizer == "muon":
+        raise UsageError("optimizer muon: not with DeepSpeed, which lays all weights in one row", "adamw or radam")
     if config.precision == "fp16":
         raise UsageError("--precision fp16: not with DeepSpeed", "use bf16: weights stay float32")
     if config.on_nan == "skip":

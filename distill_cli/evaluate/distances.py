@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PART = 1000
+BLOCK = 2**24
+"""Distances that are in memory at once."""
 
 
 def _covariance(x: Tensor) -> Tensor:
@@ -23,19 +24,21 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + one.trace() + other.trace() - 2 * mixed).item())
 
 
-def _radii(x: Tensor, neighbours: int) -> Tensor:
+def radii(x: Tensor, neighbours: int) -> Tensor:
     """(N,) distance of each row to its k-th nearest other row."""
-    return torch.cat([torch.cdist(part, x).kthvalue(neighbours + 1).values for part in x.split(PART)])
+    return torch.cat([torch.cdist(part, x).kthvalue(neighbours + 1).values for part in x.split(max(1, BLOCK // len(x)))])
 
 
-def _covered(x: Tensor, centres: Tensor, radii: Tensor) -> float:
+def _covered(x: Tensor, centres: Tensor, reach: Tensor) -> float:
     """The share of the rows x that lie in some ball around `centres`."""
-    return torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in x.split(PART)]).double().mean().item()
+    parts = x.split(max(1, BLOCK // len(centres)))
+    return torch.cat([(torch.cdist(part, centres) <= reach).any(1) for part in parts]).double().mean().item()
 
 
-def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, reach: Tensor | None = None) -> tuple[float, float]:
     """How much of `fake` lies where `real` is, and of `real` where `fake` is (Kynkäänniemi et al. 1904.06991, eq. 1 to 3).
 
-    A set's region is the union of balls around its points up to their k-th nearest neighbours.
+    A set's region is the union of balls around its points up to their k-th nearest neighbours; `reach` are those of `real`, where known.
     """
-    return _covered(fake, real, _radii(real, neighbours)), _covered(real, fake, _radii(fake, neighbours))
+    reach = radii(real, neighbours) if reach is None else reach
+    return _covered(fake, real, reach), _covered(real, fake, radii(fake, neighbours))

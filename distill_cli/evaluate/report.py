@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from distill_cli.data import Images, open_images
 from distill_cli.data.pictures import from_uint8, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.evaluate.distances import frechet, precision_recall
+from distill_cli.evaluate.distances import frechet, precision_recall, radii
 from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
 from distill_cli.models.classifier import Classifier
@@ -78,6 +79,11 @@ class Reference:
         features, predicted, labels, shown = self._measured(positions, draws)
         return self._scores(features, predicted, labels), shown
 
+    @cached_property
+    def reach(self) -> Tensor:
+        """(N,) how far each real image's neighbours are, for precision."""
+        return radii(self.features, self.config.neighbours)
+
     def frechet(self, images: Tensor) -> float:
         """The Fréchet distance of images (N, C, H, W) to the real ones."""
         return frechet(self.classifier.measure(images)[0], self.features)
@@ -91,7 +97,7 @@ class Reference:
         return self._scores(features, predicted, labels)
 
     def _scores(self, features: Tensor, predicted: Tensor, labels: Tensor | None) -> dict[str, float | None]:
-        precision, recall = precision_recall(self.features, features, self.config.neighbours)
+        precision, recall = precision_recall(self.features, features, self.config.neighbours, self.reach)
         return {
             "accuracy": None if labels is None else (predicted == labels).double().mean().item(),
             "frechet": frechet(features, self.features),

@@ -12,7 +12,7 @@ import torch
 from distill_cli import launch
 from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data import open_images
-from distill_cli.data.pictures import from_uint8, to_uint8
+from distill_cli.data.pictures import finished, from_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
@@ -80,7 +80,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
                 draws = Draws(config.seed, range(UNUSED + first, UNUSED + min(config.num, first + config.batch_size)))
                 with launch.autocast(where, config.precision):
                     images = at.sample(draws, labels[first : first + config.batch_size])
-                features.append(from_uint8(to_uint8(images)))
+                features.append(from_uint8(finished(images)))
             known[indices] = reference.frechet(torch.cat(features))
             print(f"index:{','.join(map(str, indices))}  Fréchet distance {known[indices]:.4f}", file=sys.stderr)
         return known[indices]

@@ -94,6 +94,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         made = batch.sample(asked, model, folder)
         of_all = launch.all_of([made["images_per_second"]], where)  # the last one has finished by now
         rate = rates[spec] = rates.get(spec) if None in of_all else sum(of_all)
+        if processes.rank() == 0:
+            write_atomic(config.out / RATES, json.dumps(rates) + "\n")
         ranges = [range(first, min(count, first + PART)) for first in range(0, count, PART)]
         mine = []
         for j in processes.mine(len(ranges)):
@@ -107,7 +109,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         del model  # the next one needs the room
     report = {"prompts": config.prompts, "clip": config.clip, "seed": config.seed, "rows": rows, "warnings": [], "versions": versions()}
     if processes.rank() == 0:
-        write_atomic(config.out / RATES, json.dumps(rates) + "\n")
         write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
         write_atomic(config.out / "report.md", table(report) + "\n")
         save_comparison(pictures, config.out / "picture.png", columns=8, scale=max(1, 64 // shown.shape[1]))

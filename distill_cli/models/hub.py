@@ -15,6 +15,8 @@ from distill_cli.errors import DistillError, reason
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """Parts of a pipeline that have weights, and the name of their file."""
 WANTED = ("model_index.json", "distill.json", "README.md", "scheduler/*.json", "tokenizer/*", *(f"{part}/config.json" for part in PARTS))
+FLAT = ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
+"""What an unconditional model of 2022, such as google/ddpm-cifar10-32, has beside its model_index.json instead of in folders."""
 PIPELINES = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
 
 
@@ -41,6 +43,11 @@ def is_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/"))
 
 
+def part_of(folder: Path, part: str) -> Path:
+    """Where a part of a pipeline stands: in its folder, or beside model_index.json, where diffusers looks too."""
+    return folder / part if (folder / part).is_dir() else folder
+
+
 def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
@@ -58,16 +65,19 @@ def cached(hub_id: str) -> Path | None:
     folder = Path(index).parent
     named = json.loads(Path(index).read_text())
     there = [part for part, value in named.items() if isinstance(value, list) and value[0]]
-    needed = [f"{part}/config.json" for part in PARTS if part in there] + ["scheduler/scheduler_config.json"]
-    needed += ["tokenizer/merges.txt"] if "tokenizer" in there else []
-    whole = all((folder / name).exists() for name in needed)
-    return folder if whole and all(any((folder / part).glob("*.safetensors")) for part in PARTS if part in there) else None
+    needed = [(part, "config.json") for part in PARTS if part in there] + [("scheduler", "scheduler_config.json")]
+    needed += [("tokenizer", "merges.txt")] if "tokenizer" in there else []
+    whole = all((part_of(folder, part) / name).exists() for part, name in needed)
+    return folder if whole and all(any(part_of(folder, part).glob("*.safetensors")) for part in PARTS if part in there) else None
 
 
 def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
     """Which of a model's files are fetched, and their sizes in bytes: safetensors alone, fp16 where there are and `half` is wanted."""
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     out = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in WANTED)}
+    flat = not any(name.startswith("unet/") for name in sizes)
+    if flat:
+        out |= {name: sizes[name] for name in FLAT if name in sizes}
     for part, stem in PARTS.items():
         small, full = f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors"
         name = small if half and small in sizes else full
@@ -75,6 +85,8 @@ def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
             out[name] = sizes[name]
         elif any(file.startswith(f"{part}/") and file.endswith((".bin", ".ckpt")) for file in sizes):
             raise DistillError(f"{part} has no safetensors on the hub", "files that may run code are not read")
+    if flat and FLAT[-1] not in sizes:
+        raise DistillError("the model has no safetensors on the hub", "files that may run code are not read")
     return out
 
 
@@ -91,7 +103,8 @@ def download(hub_id: str) -> Path:
         return found
     size = f" ({known.megabytes} MB)" if known else ""
     weights = tuple(f"{part}/*.fp16.safetensors" if known else f"{part}/*.safetensors" for part in PARTS)
-    hint = f"where there is a network: {command(hub_id, (*WANTED, *weights))}{size}; then set HF_HOME, or give the folder's path"
+    patterns = (*WANTED, *weights, *(() if known else FLAT))
+    hint = f"where there is a network: {command(hub_id, patterns)}{size}; then set HF_HOME, or give the folder's path"
     if offline():
         raise DistillError(f"{hub_id}: not in the Hugging Face cache, no folder of that name, and HF_HUB_OFFLINE is set", hint)
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download

@@ -40,6 +40,9 @@ class Conditioner(Protocol):
     def null_label(self) -> int | None: ...
 
     @property
+    def learned(self) -> tuple[int, ...] | None: ...
+
+    @property
     def null(self) -> Tensor | None:
         """The null condition of one sample; None where the model knows none."""
 
@@ -62,10 +65,11 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class ClassConditioner:
-    """Labels 0 .. len(classes)-1, and the null label after them where the model knows one."""
+    """Labels 0 .. len(classes)-1, and the null label after them where the model knows one; `learned` are those of a student of some."""
 
     classes: tuple[str, ...] = ()
     null_label: int | None = None
+    learned: tuple[int, ...] | None = None
 
     @property
     def null(self) -> Tensor | None:
@@ -73,8 +77,11 @@ class ClassConditioner:
 
     def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
         """(count,) labels in turn, from position `start` of the job; zeros for a model without classes."""
-        wanted = classes if classes is not None else list(range(max(1, len(self.classes))))
-        beyond = [label for label in wanted if label >= max(1, len(self.classes))]
+        known = list(range(max(1, len(self.classes))) if self.learned is None else self.learned)
+        wanted = known if classes is None else classes
+        beyond = sorted(set(wanted) - set(known))
+        if beyond and self.learned is not None:
+            raise UsageError(f"--classes: no class {beyond[0]}", f"the model has learned {', '.join(map(str, self.learned))}")
         if beyond:
             raise UsageError(
                 f"--classes: no class {beyond[0]}",

@@ -23,6 +23,7 @@ from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, Tab
 from distill_cli.errors import DistillError, UsageError, reason
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
+from distill_cli.models.hub import part_of
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
 from distill_cli.models.schedulers import config_of, table_of
 
@@ -46,6 +47,7 @@ class Extra(BaseModel):
     time_input: Literal["t", "250 ln sigma", "ln sigma / 4"]
     classes: list[str] = []
     null_label: int | None = None
+    learned: tuple[int, ...] | None = None
     sampling: Sampling = Sampling()
     few_step_times: list[float] | None = None
     lineage: Lineage
@@ -58,6 +60,7 @@ def extra_of(model: Model) -> Extra:
         time_input=model.denoiser.time_input,
         classes=list(model.conditioner.classes),
         null_label=model.conditioner.null_label,
+        learned=model.conditioner.learned,
         sampling=model.sampling,
         few_step_times=model.few_step_times,
         lineage=model.lineage,
@@ -132,6 +135,8 @@ def card(model: Model) -> str:
     }
     if times and isinstance(model.denoiser.schedule, EDMSchedule):
         rows["grid"] = f"{model.denoiser.schedule.grid} points, on which --times counts"
+    if model.conditioner.learned is not None:
+        rows["learned"] = f"the classes {', '.join(map(str, model.conditioner.learned))} alone"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     how = "Sample with `distill sample --model FOLDER`."
     if model.text is not None:
@@ -165,7 +170,7 @@ def read_extra(folder: Path) -> Extra | None:
 
 def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
     """The schedule, its constants and the network's prediction, from scheduler_config.json."""
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = part_of(folder, "scheduler") / "scheduler_config.json"
     config = read_json(path)
     if pipeline == EDM_PIPELINE or config.get("_class_name") == "EDMEulerScheduler":
         low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
@@ -193,9 +198,9 @@ def load(folder: Path, name: str) -> Model:
     if index.get("unet") == [LIBRARIES["EDMUNet"], "EDMUNet"]:
         from distill_cli.models.edm import EDMUNet as network
     try:
-        unet = network.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
+        unet = network.from_pretrained(part_of(folder, "unet"), use_safetensors=True, torch_dtype=torch.float32)
     except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
-        raise DistillError(f"{folder / 'unet'}: no readable network ({reason(error)})", "is the folder complete?") from error
+        raise DistillError(f"{part_of(folder, 'unet')}: no readable network ({reason(error)})", "is the folder complete?") from error
     count = unet.config.num_class_embeds
     few = pipeline == EDM_PIPELINE
     extra = read_extra(folder) or Extra(
@@ -208,7 +213,7 @@ def load(folder: Path, name: str) -> Model:
     )
     return Model(
         denoiser=NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input).eval().requires_grad_(False),
-        conditioner=ClassConditioner(tuple(extra.classes), extra.null_label),
+        conditioner=ClassConditioner(tuple(extra.classes), extra.null_label, extra.learned),
         lineage=extra.lineage,
         sampling=extra.sampling,
         few_step_times=extra.few_step_times,

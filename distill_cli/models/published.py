@@ -15,6 +15,7 @@ from pathlib import Path
 
 from distill_cli.errors import DistillError
 from distill_cli.files import os_errors
+from distill_cli.models.hub import offline
 
 NVLABS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency/"
@@ -78,7 +79,7 @@ def download(url: str, path: Path, what: str) -> None:
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         have = part.stat().st_size if part.exists() else 0
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
+        if offline():
             raise DistillError(f"{path.name}: not in {path.parent}, and HF_HUB_OFFLINE is set", hint)
         print(f"downloading {url} ({what})", file=sys.stderr)
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - https, from the table
@@ -112,6 +113,11 @@ def download(url: str, path: Path, what: str) -> None:
         os.replace(part, path)
 
 
+def published_as(file: str) -> str:
+    """The name here of a file as its publisher names it, '' for others."""
+    return next((name for name, published in PUBLISHED.items() if published.url.endswith(f"/{file}")), "")
+
+
 def to_download(name: str) -> str:
     """What loading `name` would download first, for plans; '' where nothing."""
     published = PUBLISHED.get(name)
@@ -134,5 +140,10 @@ def fetch(name: str) -> Path:
             return folder
         if not file.is_file():
             download(published.url, file, f"{name}: about {published.megabytes} MB, licence {published.licence}")
-        convert_file(file, folder, name=name, steps=published.steps)
+        try:
+            convert_file(file, folder, name=name, steps=published.steps)
+        except DistillError as error:
+            if not error.message.startswith(str(file)):  # the disk's, not the file's
+                raise
+            raise DistillError(error.message, f"the download may be damaged: delete {file} and run the same command again") from error
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.hub import HUB, PIPELINES, download, is_id, short_name
+from distill_cli.models.hub import HUB, PIPELINES, cached, download, is_id, short_name
 from distill_cli.models.published import PUBLISHED, fetch
 
 if TYPE_CHECKING:
@@ -132,12 +132,19 @@ def load(name: str) -> Model:
         if folder is not None:
             return open_folder(folder, path.name)
         if (path / "recipe.yaml").is_file():
+            for part in ("classifier", "vae"):
+                if (path / part).is_dir():
+                    raise DistillError(
+                        f"{path}: a run of `distill {part}`: it makes no pictures", f"what it has trained is in {path / part}"
+                    )
             raise DistillError(f"{path}: a run that has not finished: it has no student yet", f"finish it with --resume {path}")
         raise DistillError(f"{path}: no model: it has no model_index.json", "give a diffusers pipeline folder")
     if path.is_file():
         from distill_cli.models import single_file
 
         return single_file.load(path)
+    if is_id(name) and path.parent.is_dir() and not short_name(name) and cached(name) is None:
+        raise UsageError(f"{name}: no such folder in {path.parent}", "the hub is asked where there is no folder of the owner's name")
     if is_id(name):
         model = open_folder(download(name), name)
         known = short_name(name)

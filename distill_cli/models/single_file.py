@@ -14,10 +14,15 @@ from distill_cli.models.model import Model
 
 
 def configuration(path: Path, second: bool) -> Path:
-    """The folder of the configurations and tokenizer that such a file lacks: its own, or the cached one of sd15 or (`second`) sd21."""
+    """The folder of the configurations and tokenizer that such a file lacks: its own, or the cached one of sd15."""
     if (path.parent / "model_index.json").is_file():
         return path.parent
     known = HUB["sd21" if second else "sd15"]
+    if second:  # version 2 was published twice, predicting noise at 512 pixels and v at 768, and the files do not say which
+        raise DistillError(
+            f"{path}: Stable Diffusion 2 or 2.1, whose files do not say whether they predict noise or v",
+            f"put the configuration and tokenizer of its own version beside it: {command(known.id, WANTED)} --local-dir FOLDER for 2.1",
+        )
     found = cached(known.id)
     if found is None:
         raise DistillError(
@@ -58,4 +63,7 @@ def load(path: Path) -> Model:
         raise DistillError(f"{path}: not a checkpoint of {folder} ({reason(error)})") from error
     with tempfile.TemporaryDirectory() as temporary:
         made.save_pretrained(temporary)
-        return stable_diffusion.load(Path(temporary), path.stem)
+        model = stable_diffusion.load(Path(temporary), path.stem)
+    licence = stable_diffusion.licence_of(folder) or ("" if folder == path.parent else HUB["sd15"].licence)
+    model.lineage = model.lineage.model_copy(update={"licence": licence})
+    return model

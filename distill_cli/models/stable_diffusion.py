@@ -88,10 +88,11 @@ def quiet() -> None:
 
 
 def load_vae(folder: Path) -> Any:
-    """The AutoencoderKL in a folder, float32, on the CPU."""
+    """The AutoencoderKL in a folder, or in a run of `distill vae`, float32, on the CPU."""
     import diffusers
 
-    return _part(diffusers.AutoencoderKL, Path(folder)).eval().requires_grad_(False)
+    folder = Path(folder)
+    return _part(diffusers.AutoencoderKL, folder / "vae" if (folder / "vae").is_dir() else folder).eval().requires_grad_(False)
 
 
 def _part(kind: Any, folder: Path) -> Any:

@@ -26,7 +26,7 @@ class PromptConditioner:
     """
 
     classes: tuple[str, ...] = ()
-    null_label = None
+    null_label = learned = None
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder

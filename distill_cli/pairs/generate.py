@@ -25,6 +25,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
     """The manifest that a config and its teacher come to."""
     sampling = teacher.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     count = max(1, len(teacher.conditioner.classes))
+    classes = config.classes or teacher.conditioner.learned
     teacher.conditioner.labels(1, config.classes)
     text = teacher.text
     return Manifest(
@@ -33,7 +34,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
         precision=config.precision,
         seed=config.seed,
         num=config.num,
-        classes=config.classes or (list(range(count)) if text is None else []),
+        classes=list(classes or (range(count) if text is None else ())),
         prompts=digest_of(text.prompts) if text is not None else "",
         negative_prompt=text.negative if text is not None else "",
         shape=teacher.shape,
@@ -53,7 +54,7 @@ def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
     if teacher.text is not None:
         prompts, each = teacher.text.prompts, teacher.text.length * teacher.text.encoder.config.hidden_size * item
         known = prompts and len(prompts) <= COUNTED
-        count = len(set(prompts)) if known else min(manifest.num, len(prompts) or manifest.num)
+        count = len(set(prompts[: manifest.num])) if known else min(manifest.num, len(prompts) or manifest.num)
         text = {"text embeddings": f"{count * each / 1e6:,.1f} MB of {count:,} prompts{'' if known else ', where all are different'}"}
     flop = evaluation(teacher)
     return {
@@ -80,7 +81,10 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     teacher.to(where)
     if teacher.text is not None:
         keep_prompts(folder, teacher.text.prompts)
-        teacher.text.table = Embeddings(teacher.text, folder, config.dtype)
+        used = teacher.text
+        if len(used.prompts) > manifest.num:  # the others have no pairs, and embeddings are large
+            used = used.given(used.prompts[: manifest.num], used.negative)
+        teacher.text.table = Embeddings(used, folder, config.dtype)
     mine = processes.mine(manifest.shards, part)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
     for shard in sorted(set(mine) - set(missing)):

@@ -13,7 +13,7 @@ import numpy as np
 
 from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
-from distill_cli.data.pictures import grid, png, to_uint8
+from distill_cli.data.pictures import finished, grid, png
 from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
@@ -23,6 +23,8 @@ from distill_cli.runs import settle
 
 SETTINGS, LIST = "sampling.json", "samples.jsonl"
 GRID = 100
+CAPTIONED = 256
+"""Pixels that a picture needs to have a caption below it."""
 
 
 def read_npz(path: Path, hint: str = "delete it and run the same command again") -> tuple[np.ndarray, np.ndarray | None]:
@@ -44,7 +46,7 @@ class Samples:
     """The folder of a sampling job. Batch k holds images k*batch_size ...; a batch is the unit of work."""
 
     def __init__(self, folder: Path, config: SampleConfig, model: Model) -> None:
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.enlarged = folder, config, model.enlarged
         self.labels = model.conditioner.labels(config.num, config.classes).numpy()
         self.classes = model.conditioner.classes
         self.prompts: Sequence[str] = model.text.prompts if model.text is not None else ()
@@ -85,7 +87,8 @@ class Samples:
         if self.config.grid:
             images = self.first(GRID)
             captions = [self.prompts[label] for label in self.labels[: len(images)].tolist()] if self.prompts else None
-            write_atomic(self.folder / "grid.png", png(grid(images, min(10, len(images)), self.config.scale, captions)))
+            readable = max(1, CAPTIONED // images.shape[2]) if captions else self.enlarged
+            write_atomic(self.folder / "grid.png", png(grid(images, min(10, len(images)), self.config.scale or readable, captions)))
 
     def line(self, i: int) -> str:
         """What samples.jsonl says of image i."""
@@ -134,7 +137,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
                 images = model.sample(Draws(config.seed, batch), labels, sampling)
             if written is not None:
                 written.result()
-            written = writer.submit(samples.write, batch, to_uint8(images))
+            written = writer.submit(samples.write, batch, finished(images))
             progress.add(len(batch))
         if written is not None:
             written.result()

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill_cli import launch
 from distill_cli.config import EditConfig
 from distill_cli.data.images import SUFFIXES, fit, open_picture
-from distill_cli.data.pictures import png, save_comparison, to_uint8
+from distill_cli.data.pictures import finished, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.files import remove_temporaries, sha256, write_atomic
@@ -176,7 +176,7 @@ class Task:
                 given = known.sum(1, keepdim=True).expand_as(known) / edit.WHITE
             rows = [("input", inputs), ("what the student is given", given), (self.config.task, out)]
         path = self.folder / SHEET
-        save_comparison([(title, to_uint8(images)) for title, images in rows], path, len(part), self.config.scale)
+        save_comparison([(title, to_uint8(images)) for title, images in rows], path, len(part), self.config.scale or self.model.enlarged)
         return path
 
 
@@ -196,7 +196,7 @@ def run(config: EditConfig, model: Model, folder: Path) -> dict[str, Any]:
         for part in missing:
             if stop.requested:
                 raise stop.interrupted(stop.requested, f"stopped before picture {part.start}", "the same command makes what is missing")
-            for place, picture in zip(part, to_uint8(task.edited(part)), strict=True):
+            for place, picture in zip(part, finished(task.edited(part)), strict=True):
                 write_atomic(task.file(place), png(picture))
             progress.add(len(part))
     shown = str(task.side_by_side())

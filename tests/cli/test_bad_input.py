@@ -1,6 +1,7 @@
 """Every bad input that a user meets on the main job: one clear line, the right exit code, nothing lost."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,11 @@ def test_wrong_types_and_shapes_in_recipes(text, says, distill, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_keys_that_a_prediction_does_not_use(distill):
+    one_line(distill("train", "beta_schedule=scaled_linear", "--out", "o"), 2, "beta_schedule is not used with prediction edm")
+    one_line(distill("train", "prediction=v", "p_std=1", "--out", "o"), 2, "p_std is not used with prediction v")
+
+
 def test_image_folders(distill, tmp_path):
     (tmp_path / "empty").mkdir()
     one_line(distill("train", "--data", "empty", "--resolution", 8), 1, "empty: no images in it", ".png")
@@ -100,6 +106,52 @@ def test_resuming_with_changed_settings(distill, tmp_path, pairs):
     result = distill("pairs", "--teacher", "tiny", "--num", 12, "--steps", 3, "--shard-size", 4, "--out", "p")
     one_line(result, 2, "made with other settings: steps is 2, not 3")
     assert (tmp_path / "r/recipe.yaml").read_text() == before
+
+
+def test_a_student_of_some_classes_draws_no_others(distill, tmp_path):
+    assert distill(*DMD, "--steps", 1, "classes=[1,2]", "--out", "r").code == 0
+    assert distill("sample", "--model", "r", "--num", 3, "--out", "s").code == 0
+    assert [json.loads(line)["label"] for line in (tmp_path / "s/samples.jsonl").read_text().splitlines()] == [1, 2, 1]
+    one_line(distill("sample", "--model", "r", "classes=[0]", "--out", "t"), 2, "no class 0", "the model has learned 1, 2")
+
+
+def test_folders_that_are_no_model(distill, tmp_path):
+    """A misspelt run is not looked for on the hub; a run of another command says so."""
+    (tmp_path / "runs").mkdir()
+    for wanted in ((), ("--dry-run",)):
+        one_line(distill("sample", "--model", "runs/dmdd", *wanted), 2, "runs/dmdd: no such folder in runs")
+    (tmp_path / "runs/v/vae").mkdir(parents=True)
+    (tmp_path / "runs/v/recipe.yaml").write_text("command: vae\n")
+    one_line(distill("sample", "--model", "runs/v"), 1, "a run of `distill vae`", "what it has trained is in runs/v/vae")
+
+
+def test_pictures_that_are_no_numbers_are_not_written(distill, tmp_path, monkeypatch):
+    from distill_cli.models.model import Model
+
+    original = Model.sample
+
+    def overflown(self, draws, *rest):
+        images = original(self, draws, *rest)
+        return images * float("inf") if draws.indices[0] else images  # 0 inf is no number
+
+    monkeypatch.setattr(Model, "sample", overflown)
+    job = ("sample", "--model", "tiny", "--num", 6, "--steps", 1, "batch_size=2", "--out", "s")
+    one_line(distill(*job), 1, "not numbers", "--precision bf16 or no")
+    assert len(list((tmp_path / "s").glob("*.png"))) <= 2
+    monkeypatch.setattr(Model, "sample", original)
+    assert distill(*job).code == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()])
+def test_full_memory_is_no_bug(error, distill, monkeypatch):
+    from distill_cli.models.model import Model
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Model, "sample", full)
+    one_line(distill("sample", "--model", "tiny", "--num", 2, "--steps", 1, "--out", "s"), 1, "error: out of memory", "batch_size")
+    assert "()" not in distill("sample", "--model", "tiny", "--num", 2, "--steps", 1, "--out", "s").err
 
 
 def test_nan_says_at_which_step_and_keeps_the_last_good_checkpoint(distill, tmp_path, monkeypatch):

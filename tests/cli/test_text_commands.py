@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
 
 from distill_cli.diffusion.noise import Draws
 from distill_cli.models import load
@@ -134,6 +135,17 @@ def test_stopped_and_resumed_is_uninterrupted(distill, tmp_path):
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
 
 
+def test_prompts_without_pairs_are_not_embedded(distill, tmp_path):
+    """Of 9 prompts 4 have pairs: their embeddings are made once, and `dmd` finds them."""
+    (tmp_path / "many.txt").write_text("".join(f"a red circle {k}\n" for k in range(9)))
+    assert distill("pairs", "--teacher", "tiny-sd", "--prompts", "many.txt", "--num", 4, "--steps", 1, "--out", "p").code == 0
+    (made,) = (tmp_path / "p").glob("text-*/*.safetensors")
+    assert load_file(made)["text"].shape[0] == 4
+    before = made.stat().st_mtime_ns
+    assert distill(*DMD, "--pairs", "p", "--out", "d").code == 0
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "p").glob("text-*/*")] == [before]
+
+
 def test_parts_of_the_loss_alone(distill, tmp_path):
     """Each part of the matching and regression can be left out, on pairs of a model with text."""
     assert distill("pairs", "--teacher", "tiny-sd", "--num", 4, "--steps", 1, "--out", "p").code == 0
@@ -254,8 +266,6 @@ def test_bad_input(distill, prompts, tmp_path):
     shutil.rmtree(tmp_path / "folder/vae")
     for command in ("sample", "--model"), ("pairs", "--teacher"), ("dmd", "--teacher"):
         one_line(distill(*command, "folder", "--out", "x"), 1, "folder/vae: no such folder")
-    (tmp_path / "runs").mkdir()
-    one_line(distill("sample", "--model", "runs/nothing", "--dry-run", "--out", "x"), 1, "runs/nothing")
     one_line(distill("pairs", "--teacher", "sd15", "--prompts", prompts, "--out", "q"), 1, "not in the Hugging Face cache")
 
 

@@ -120,6 +120,25 @@ def test_pairs_of_another_teacher_or_resolution_are_refused(tiny, tiny_pairs):
         check_pairs(pairs, (3, 32, 32), tiny.weights_hash())
 
 
+def test_the_teacher_is_guided_as_its_pairs_were(tiny, tiny_pairs):
+    pairs = PairStore(tiny_pairs)
+    pairs.manifest = pairs.manifest.model_copy(update={"guidance_scale": 2.5})
+    config = DMDConfig(pairs=tiny_pairs, device="cpu")
+    assert DMD(config, tiny.copy(), pairs).sampling.guidance_scale == 2.5
+    assert DMD(config.model_copy(update={"guidance_scale": 1.5}), tiny.copy(), pairs).sampling.guidance_scale == 1.5
+    assert DMD(DMDConfig(device="cpu"), tiny.copy(), None).sampling.guidance_scale == tiny.sampling.guidance_scale
+
+
+def test_students_and_keys_of_other_teachers_are_refused(tiny, tiny_pairs):
+    student = tiny.copy()
+    student.few_step_times = [80.0]
+    with pytest.raises(UsageError, match="a student"):
+        DMD(DMDConfig(device="cpu"), student, None)
+    config = DMDConfig(pairs=tiny_pairs, regression_loss="lpips", decoder="x", device="cpu")
+    with pytest.raises(UsageError, match="for latents"):
+        DMD(config, tiny.copy(), PairStore(tiny_pairs))
+
+
 def test_guidance_without_a_null_class_is_refused(tiny):
     from dataclasses import replace
 

@@ -20,8 +20,9 @@ from distill_cli.distill.consistency import Consistency
 from distill_cli.distill.denoising import Denoising
 from distill_cli.distill.dmd import DMD
 from distill_cli.distill.ema import EMA
-from distill_cli.distill.engine import Engine, learning_rate
+from distill_cli.distill.engine import Engine
 from distill_cli.distill.health import Health
+from distill_cli.distill.optimizer import learning_rate, make_optimizer
 from distill_cli.errors import DistillError, Interrupted, UsageError
 from distill_cli.pairs.store import PairStore
 from distill_cli.recipes import dump
@@ -90,11 +91,32 @@ def test_average_halves_in_its_halflife():
     assert following.network.weight.item() == 3.0
 
 
-@pytest.mark.parametrize("kind", ["train", "dmd", "cm"])
-def test_stopped_and_resumed_equals_uninterrupted(kind, tmp_path, tiny, tiny_pairs):
+def test_muon_steps_by_an_orthogonal_matrix_as_long_as_one_of_adam():
+    """A step's singular values are alike though its gradient's are 1 to 30, and its rms is 0.2 lr; biases go by NAdamW."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Linear(24, 16))
+    optimizer = make_optimizer(TrainingConfig(optimizer="muon", weight_decay=0), network, 0.01)
+    before = [p.detach().clone() for p in network.parameters()]
+    for p in network.parameters():
+        u, s, v = torch.linalg.svd(torch.randn(p.flatten(1).shape if p.ndim > 1 else (len(p), 1)), full_matrices=False)
+        p.grad = (u @ torch.diag(torch.logspace(-1.5, 0, len(s))) @ v).view_as(p)
+    optimizer.step()
+    for p, old in zip(network.parameters(), before, strict=True):
+        moved = (old - p.detach()) / 0.01
+        if p.ndim > 1:
+            moved = moved.flatten(1) / (0.2 * max(p.flatten(1).shape) ** 0.5)
+            assert torch.linalg.svdvals(moved).sub(1).abs().max() < 0.35
+            assert (moved @ p.grad.flatten(1).T).trace() > 0
+        else:
+            assert torch.equal(moved.sign(), p.grad.sign())
+            assert ((moved.abs() > 0.5) & (moved.abs() < 2)).all()
+
+
+@pytest.mark.parametrize(("kind", "optimizer"), [("train", "adamw"), ("dmd", "adamw"), ("cm", "radam"), ("cm", "muon")])
+def test_stopped_and_resumed_equals_uninterrupted(kind, optimizer, tmp_path, tiny, tiny_pairs):
     """Weights, averages, optimizers and metrics, bit for bit, from a checkpoint in the middle of a logging window."""
-    engine_of(kind, tmp_path / "whole", tiny, tiny_pairs, steps=7).train()
-    first = engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, steps=7)
+    changes = dict(steps=7, optimizer=optimizer)
+    engine_of(kind, tmp_path / "whole", tiny, tiny_pairs, **changes).train()
+    first = engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, **changes)
     for _ in range(4):
         first.train_step()
         if first.step == 3:
@@ -104,12 +126,27 @@ def test_stopped_and_resumed_equals_uninterrupted(kind, tmp_path, tiny, tiny_pai
     first.train_step()  # killed here: this step and a half-written line are lost
     with open(first.run.metrics, "a") as handle:
         handle.write('{"step": 6, "imag')
-    engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, resume=True, steps=7).train()
+    engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, resume=True, **changes).train()
     assert same(weights(tmp_path / "whole", 7), weights(tmp_path / "parts", 7))
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
     result = "teacher" if kind == "train" else "student"
     file = f"{result}/unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+def test_what_a_resumed_run_may_change(tmp_path, tiny, tiny_pairs, monkeypatch):
+    """Settings of the optimizer are those of the recipe as it is now; another optimizer, or other pairs, are refused."""
+    first = engine_of("dmd", tmp_path / "r", tiny, tiny_pairs, steps=4)
+    first.train_step()
+    first.save()
+    again = engine_of("dmd", tmp_path / "r", tiny, tiny_pairs, resume=True, steps=4, betas=(0.5, 0.6), weight_decay=0.25)
+    for optimizer in again.optimizers.values():
+        assert [(tuple(group["betas"]), group["weight_decay"]) for group in optimizer.param_groups] == [((0.5, 0.6), 0.25)]
+    with pytest.raises(UsageError, match="optimizer radam; the run has begun with adamw"):
+        engine_of("dmd", tmp_path / "r", tiny, tiny_pairs, resume=True, steps=4, optimizer="radam")
+    monkeypatch.setattr(PairStore, "__len__", lambda self: 11)
+    with pytest.raises(UsageError, match="items to learn from: 11; the run has begun with 12"):
+        engine_of("dmd", tmp_path / "r", tiny, tiny_pairs, resume=True, steps=4)
 
 
 @pytest.mark.parametrize("kind", ["train", "dmd"])

@@ -54,6 +54,7 @@ def test_runs_that_cannot_have_it_are_refused(monkeypatch):
         (TrainConfig(), 2, "several"),
         (TrainConfig(precision="fp16"), 1, "fp16"),
         (TrainConfig(on_nan="skip"), 1, "on_nan"),
+        (TrainConfig(optimizer="muon"), 1, "muon"),
     ):
         with pytest.raises(UsageError, match=said):
             zero.check(config, networks)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distill_cli.evaluate import distances
 from distill_cli.evaluate.distances import frechet, precision_recall
 
 
@@ -44,7 +45,7 @@ def test_frechet_of_a_singular_covariance_is_finite():
     assert frechet(flat, flat + 1) == pytest.approx(4.0, abs=1e-6)
 
 
-def test_precision_and_recall_of_points_on_a_line():
+def test_precision_and_recall_of_points_on_a_line(monkeypatch):
     """Reals at 0..9: each one's third neighbour is 2 away, 3 at the ends."""
     real = torch.arange(10, dtype=torch.float64)[:, None]
     fake = torch.tensor([[-3.5], [-2.5], [4.4], [12.5]]).double()
@@ -52,5 +53,7 @@ def test_precision_and_recall_of_points_on_a_line():
     assert precision == 0.5  # -2.5 is in 0's ball, 4.4 is, 12.5 (3.5 from 9) and -3.5 are not
     # the fakes' balls reach 16, 15, 8.1 (its third is 12.5) and 16: all reals are covered
     assert recall == 1.0
+    monkeypatch.setattr(distances, "BLOCK", 23)  # two rows at a time
+    assert precision_recall(real, fake, 3, distances.radii(real, 3)) == (precision, recall)
     dropped = precision_recall(real, torch.tensor([[0.0], [0.1], [0.2], [0.3], [0.4]]).double(), 3)
     assert dropped == (1.0, 0.1)  # one mode: precise, and all but one real point are missed

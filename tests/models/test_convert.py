@@ -241,6 +241,10 @@ def test_the_command(distill, tmp_path):
     assert done.code == 0, done.err
     assert done.json["tensors"] == len(load("m").unet.state_dict())
     assert distill("convert", "x.pkl", "--out", "m").code == 2
+    assert load("m").sampling.steps == 18
+    (tmp_path / "x.pkl").rename(tmp_path / "edm-ffhq-64x64-uncond-vp.pkl")
+    assert distill("convert", "edm-ffhq-64x64-uncond-vp.pkl", "--out", "f").code == 0
+    assert (load("f").lineage.name, load("f").sampling.steps) == ("edm-ffhq64", 40)
     shown = distill("models", "show", "m").out
     assert "CC BY-NC-SA 4.0" in shown
     assert distill("pairs", "--teacher", "m", "--num", 4, "--steps", 2, "--out", "p").code == 0

@@ -78,9 +78,16 @@ def test_a_download_that_the_server_begins_anew(server, tmp_path):
     assert path.read_bytes() == Handler.content
 
 
+def test_a_damaged_download_says_which_file_to_delete(server, tmp_path):
+    Handler.content = b"<html>no such thing</html>"
+    with pytest.raises(DistillError) as error:
+        load("edm-cifar10")
+    assert f"delete {tmp_path / 'cache/downloads/x.pkl'}" in error.value.hint
+
+
 def test_without_a_network_one_line_says_how_to_get_it(tmp_path, monkeypatch, distill):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
-    for offline in ("1", "0"):
+    for offline in ("1", "true", "0"):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         monkeypatch.setitem(published.PUBLISHED, "edm-cifar10", published.Published("http://127.0.0.1:9/edm-cifar10.pkl", 223, "test"))
         shown = distill("models", "show", "edm-cifar10")  # fetches nothing

@@ -11,6 +11,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import autoencoder, load, schedulers, stable_diffusion
 from distill_cli.models.model import Lineage, Sampling, network_evaluations
+from distill_cli.models.single_file import configuration
 from tests.models import full_size, original
 
 PROMPTS = ["a small red circle", "a large blue cross in the centre"]
@@ -252,6 +253,10 @@ def test_which_files_of_the_hub_are_fetched():
     assert {"tokenizer/vocab.json", "scheduler/scheduler_config.json", "unet/config.json"} <= set(wanted)
     with pytest.raises(DistillError, match="no safetensors"):
         files_of([SimpleNamespace(rfilename="unet/diffusion_pytorch_model.bin", size=7)], half=True)
+    flat = ["model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors", "x.bin"]
+    assert set(files_of([SimpleNamespace(rfilename=name, size=7) for name in flat], half=False)) == set(flat[:4])
+    with pytest.raises(DistillError, match="no safetensors"):
+        files_of([SimpleNamespace(rfilename=name, size=7) for name in (*flat[:3], "diffusion_pytorch_model.bin")], half=False)
     full = files_of([SimpleNamespace(rfilename=name, size=7) for name in names], half=False)
     assert "unet/diffusion_pytorch_model.safetensors" in full
     assert "unet/diffusion_pytorch_model.fp16.safetensors" not in full
@@ -271,6 +276,10 @@ def test_a_single_file_of_the_original_layout(tmp_path):
     draws, labels = Draws(0, range(2)), torch.tensor([0, 1])
     sampling = model.with_defaults("ddim", 3, 4.0)
     assert torch.allclose(again.sample(draws, labels, sampling), model.sample(draws, labels, sampling), atol=1e-5)
+    (tmp_path / "model/README.md").write_text("---\nlicense: mit\n---\n")
+    assert load(str(tmp_path / "model" / "file.safetensors")).lineage.licence == "mit"
+    with pytest.raises(DistillError, match="do not say whether they predict noise or v"):
+        configuration(tmp_path / "file.safetensors", second=True)
     (tmp_path / "x.ckpt").write_bytes(b"123")
     with pytest.raises(DistillError, match="safetensors"):
         load(str(tmp_path / "x.ckpt"))
