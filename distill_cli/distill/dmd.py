@@ -45,9 +45,7 @@ class DMD:
         if teacher.few_step_times is not None:
             raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
         if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
-            raise UsageError(
-                f"t_bins {config.t_bins}: the teacher has its own {teacher.denoiser.schedule.bins} times", "it is for EDM teachers"
-            )
+            raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
         self.config, self.pairs = config, pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
