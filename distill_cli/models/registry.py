@@ -144,7 +144,9 @@ def load(name: str) -> Model:
 
         return single_file.load(path)
     if is_id(name) and path.parent.is_dir() and not short_name(name) and cached(name) is None:
-        raise UsageError(f"{name}: no such folder in {path.parent}", "the hub is asked where there is no folder of the owner's name")
+        raise UsageError(
+            f"{name}: no such folder", nearest(path.name, [found.name for found in path.parent.iterdir()], f"{path.parent} has")
+        )
     if is_id(name):
         model = open_folder(download(name), name)
         known = short_name(name)

@@ -117,9 +117,9 @@ def test_a_student_of_some_classes_draws_no_others(distill, tmp_path):
 
 def test_folders_that_are_no_model(distill, tmp_path):
     """A misspelt run is not looked for on the hub; a run of another command says so."""
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/dmd").mkdir(parents=True)
     for wanted in ((), ("--dry-run",)):
-        one_line(distill("sample", "--model", "runs/dmdd", *wanted), 2, "runs/dmdd: no such folder in runs")
+        one_line(distill("sample", "--model", "runs/dmdd", *wanted), 2, "runs/dmdd: no such folder", "did you mean dmd?")
     (tmp_path / "runs/v/vae").mkdir(parents=True)
     (tmp_path / "runs/v/recipe.yaml").write_text("command: vae\n")
     one_line(distill("sample", "--model", "runs/v"), 1, "a run of `distill vae`", "what it has trained is in runs/v/vae")
