@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ def convert(
     if not is_empty(out):
         raise UsageError(f"--out {out}: exists already", "choose another folder")
     known = published_as(file.name)
-    found = convert_file(file, out, resolution, head_channels, name=known, steps=PUBLISHED[known].steps if known else 18)
+    published: dict[str, Any] = {"name": known, "steps": PUBLISHED[known].steps} if known else {}
+    found = convert_file(file, out, resolution, head_channels, **published)
     lines = "\n".join(f"{key:17} {value}" for key, value in found.items())
     common.result(found, f"{lines}\nmodel: {out}", json)

@@ -144,6 +144,11 @@ def chosen(name: str | None, data: str) -> Sequence[str]:
     return open_prompts(name or data)
 
 
+def in_turn(prompts: Sequence[str], count: int) -> Sequence[str]:
+    """The prompts that `count` pairs have in turn: all, or the first of more. Embeddings are large, and the others need none."""
+    return prompts if len(prompts) <= count else prompts[:count]
+
+
 def digest_of(prompts: Sequence[str]) -> str:
     """SHA-256 of prompts, a line each."""
     if isinstance(prompts, PromptFile):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import DMDConfig
-from distill_cli.data.prompts import chosen
+from distill_cli.data.prompts import chosen, in_turn
 from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
@@ -234,9 +234,7 @@ def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tupl
         return teacher, teacher.conditioner
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
-    theirs = pairs.prompts() if pairs is not None else ()
-    if pairs is not None and len(theirs) > len(pairs):  # the others have no pairs, and embeddings are large
-        theirs = theirs[: len(pairs)]
+    theirs = in_turn(pairs.prompts(), len(pairs)) if pairs is not None else ()
     teacher = teacher.with_prompts(theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data), negative)
     own = teacher.text
     assert own is not None

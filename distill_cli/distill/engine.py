@@ -142,9 +142,9 @@ class Engine:
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
         self.started = time.monotonic()
-        self.talk: Any = (
-            torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
-        )  # apart: no GPU waits for it
+        self.talk: Any = None  # a group apart, for which no GPU waits
+        if world_size() > 1:
+            self.talk = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def draws(self, step: int) -> list[Draws]:
         """This process's samples of a step, in the parts of gradient accumulation."""
@@ -274,14 +274,14 @@ class Engine:
         """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items."""
         count = getattr(getattr(self.objective, "order", None), "count", None)
         scale = getattr(getattr(self.objective, "sampling", None), "guidance_scale", None)
-        return {"optimizer": self.config.optimizer, "items to learn from:": count, "guidance scale": scale}
+        return {"optimizer": self.config.optimizer, "images or pairs": count, "guidance scale": scale}
 
     def _refuse(self, state: dict[str, Any]) -> None:
         """Raise UsageError for a checkpoint that this run cannot go on from."""
         for what, value in self._begun().items():
             old = state.get("begun", {}).get(what, value)
             if old != value:
-                raise UsageError(f"{what} {value}; the run has begun with {old}", "put that back, or begin anew")
+                raise UsageError(f"{what}: {value}; the run has begun with {old}", "put that back, or begin anew")
 
     def open(self, run: Run) -> None:
         """Train in `run`: go on from its newest checkpoint, from the start where there is none."""

@@ -80,13 +80,10 @@ class ClassConditioner:
         known = list(range(max(1, len(self.classes))) if self.learned is None else self.learned)
         wanted = known if classes is None else classes
         beyond = sorted(set(wanted) - set(known))
-        if beyond and self.learned is not None:
-            raise UsageError(f"--classes: no class {beyond[0]}", f"the model has learned {', '.join(map(str, self.learned))}")
         if beyond:
-            raise UsageError(
-                f"--classes: no class {beyond[0]}",
-                f"the model has classes 0 to {len(self.classes) - 1}" if self.classes else "the model has no classes",
-            )
+            has = f"has classes 0 to {len(self.classes) - 1}" if self.classes else "has no classes"
+            has = has if self.learned is None else f"has learned {', '.join(map(str, self.learned))}"
+            raise UsageError(f"--classes: no class {beyond[0]}", f"the model {has}")
         return torch.tensor([wanted[i % len(wanted)] for i in range(start, start + count)])
 
     def __call__(self, labels: Tensor) -> Condition:

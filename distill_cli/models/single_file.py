@@ -17,12 +17,12 @@ def configuration(path: Path, second: bool) -> Path:
     """The folder of the configurations and tokenizer that such a file lacks: its own, or the cached one of sd15."""
     if (path.parent / "model_index.json").is_file():
         return path.parent
-    known = HUB["sd21" if second else "sd15"]
     if second:  # version 2 was published twice, predicting noise at 512 pixels and v at 768, and the files do not say which
         raise DistillError(
             f"{path}: Stable Diffusion 2 or 2.1, whose files do not say whether they predict noise or v",
-            f"put the configuration and tokenizer of its own version beside it: {command(known.id, WANTED)} --local-dir FOLDER for 2.1",
+            f"put its own configuration and tokenizer beside it, for 2.1: {command(HUB['sd21'].id, WANTED)} --local-dir FOLDER",
         )
+    known = HUB["sd15"]
     found = cached(known.id)
     if found is None:
         raise DistillError(

@@ -8,7 +8,7 @@ import torch
 
 from distill_cli import launch, processes, shards
 from distill_cli.config import PairsConfig
-from distill_cli.data.prompts import digest_of
+from distill_cli.data.prompts import digest_of, in_turn
 from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
 from distill_cli.models.cost import amount, evaluation, time_of
@@ -54,7 +54,7 @@ def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
     if teacher.text is not None:
         prompts, each = teacher.text.prompts, teacher.text.length * teacher.text.encoder.config.hidden_size * item
         known = prompts and len(prompts) <= COUNTED
-        count = len(set(prompts[: manifest.num])) if known else min(manifest.num, len(prompts) or manifest.num)
+        count = len(set(in_turn(prompts, manifest.num))) if known else min(manifest.num, len(prompts) or manifest.num)
         text = {"text embeddings": f"{count * each / 1e6:,.1f} MB of {count:,} prompts{'' if known else ', where all are different'}"}
     flop = evaluation(teacher)
     return {
@@ -81,9 +81,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     teacher.to(where)
     if teacher.text is not None:
         keep_prompts(folder, teacher.text.prompts)
-        used = teacher.text
-        if len(used.prompts) > manifest.num:  # the others have no pairs, and embeddings are large
-            used = used.given(used.prompts[: manifest.num], used.negative)
+        used = teacher.text.given(in_turn(teacher.text.prompts, manifest.num), teacher.text.negative)
         teacher.text.table = Embeddings(used, folder, config.dtype)
     mine = processes.mine(manifest.shards, part)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]

@@ -312,7 +312,7 @@ def test_a_text_teacher_is_trained_from_captions(distill, tmp_path):
         "train",
         "--data",
         "shapes",
-        "vae=v/vae",
+        "vae=v",
         "prediction=v",
         "variants=1",
         *train,
