@@ -16,8 +16,9 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import remove_folder
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.times import PUBLISHED, from_indices
+from distill_cli.models.unet import UNet
 from distill_cli.models.unpickle import Record, check_operations, plain, read
 
 SONG = {
