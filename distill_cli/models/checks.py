@@ -76,7 +76,7 @@ def check_pixels(model: Model, folder: Path) -> None:
 
 
 def check_vae(vae: Any, where: str) -> None:
-    """Raise DistillError for an AutoencoderKL whose latents are more than a multiple of what it encodes, or that makes no colour pictures."""
+    """Raise DistillError where latents are more than a multiple of what is encoded, or pictures are not in colour."""
     odd = [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config.get(key)]
     if odd:
         raise DistillError(
