@@ -20,6 +20,8 @@ from distill_cli.files import os_errors, read_plain, sealed, unsealed, write_ato
 
 BEGUN = "begun.json"
 BACK = "put that back, or begin anew"
+DIGITS = 64
+"""Of a SHA-256 in hexadecimal."""
 SEEN_AFTER = 60.0
 """Seconds after which every machine sees what another has written to a file system that they share."""
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,8 +62,9 @@ def refuse(config: TrainingConfig, now: Mapping[str, Any], then: Mapping[str, An
             new, gone = ([name for name in one if name not in other] for one, other in ((value, old), (old, value)))
             said = f"{new[0]} is new" if new else f"{gone[0]} is gone" if gone else "in another order"
             raise UsageError(f"{what}: {said}; the run has begun with {len(old)}", BACK)
-        if hasattr(config, what) and what != "optimizer":
-            raise UsageError(f"{what} {getattr(config, what)}: not what the run has begun with: its content is another", BACK)
+        if isinstance(value, str) and len(value) == DIGITS:
+            named = f"{what} {getattr(config, what)}" if getattr(config, what, None) else what
+            raise UsageError(f"{named}: its content is not what the run has begun with", BACK)
         raise UsageError(f"{what}: {value}; the run has begun with {old}", BACK)
 
 
@@ -128,13 +131,16 @@ def take_up(
     check: Callable[[dict[str, Any]], None],
     talk: Any,
 ) -> dict[str, Any]:
-    """As checkpoint.load, by all processes or none: where one cannot read the checkpoint all of them raise what it has to say."""
+    """As checkpoint.load, by all processes or none: where one cannot read the checkpoint all of them raise what it has to say.
+
+    `check` may refuse what the checkpoint says that the run has begun with.
+    """
     agreed = False
     path = checkpoint.path_of(folder, step)
 
     def checked(state: dict[str, Any]) -> None:
         nonlocal agreed
-        check(state)
+        check(state.get("begun", {}))
         check_shapes(path, networks)
         agreed = True
         first_error(None, talk)
