@@ -99,8 +99,8 @@ def prepare(images: Folder, run: Path | None) -> list[str]:
         kept = read(run) if run is not None else None
         if run is not None and kept is not None:
             lines += follow(images, rows, kept, found_broken(run))
-    named = [f"{_name(file, images.root)} {label}" for file, label in zip(images.files, images.labels, strict=True)]
-    images.digest = hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()
+    places = [(_name(file, images.root), label) for file, label in zip(images.files, images.labels, strict=True)]
+    images.digest = hashlib.sha256(json.dumps([[row[:2] for row in rows], places]).encode()).hexdigest()
     return lines
 
 

@@ -29,7 +29,7 @@ from distill_cli.distill.ema import EMA
 from distill_cli.distill.health import Health
 from distill_cli.distill.objective import Loss, Objective
 from distill_cli.distill.optimizer import learning_rate, make_optimizer
-from distill_cli.distill.rehearsal import rehearse
+from distill_cli.distill.rehearsal import check_space, rehearse
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.launch import PATIENCE, Progress, autocast, check_precision, device, plain_links, stoppable, whole
 from distill_cli.models.model import Model
@@ -297,6 +297,8 @@ class Engine:
         progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
         warned, place = "", self.run.folder / self.objective.result
         recipe = dump(config.model_copy(update={"out": None}))
+        if made and rank() == 0:
+            check_space(self.run.folder, self._kept().values(), self.plain.values())
         if self.step == 0 and self.ema.network is not None:
             rehearse(self.objective.model, self.ema.network, recipe, place)
         every = seconds(config.save_every)

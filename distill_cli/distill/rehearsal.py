@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from distill_cli.errors import DistillError, reason
-from distill_cli.files import scratch
+from distill_cli.files import os_errors, scratch
 from distill_cli.models import classifier, load
 from distill_cli.models.autoencoder import Autoencoder
 from distill_cli.models.classifier import Classifier
@@ -22,6 +23,17 @@ READERS: dict[type, Callable[[Path], Any]] = {
     Autoencoder: load_vae,
     Classifier: lambda folder: classifier.load(str(folder)),
 }
+
+
+def check_space(folder: Path, networks: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
+    """Raise DistillError where a checkpoint of these networks, with two moments of the trained ones, has no room in `folder`."""
+    kept = sum(value.numel() * value.element_size() for network in networks for value in network.state_dict().values())
+    needed = kept + sum(2 * p.numel() * p.element_size() for network in trained for p in network.parameters())
+    with os_errors(folder):
+        room = shutil.disk_usage(folder)
+    if room.total and room.free < needed:  # some file systems do not know
+        said = f"{folder}: {room.free / 1e6:.1f} MB are free, a checkpoint takes {needed / 1e6:.1f}"
+        raise DistillError(said, f"free some space, then --resume {folder}")
 
 
 def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str, place: Path) -> None:

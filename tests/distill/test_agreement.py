@@ -297,6 +297,17 @@ def test_a_full_disk_is_found_too(tmp_path, tiny, tiny_pairs, monkeypatch):
     assert error.value.hint == f"free some space and start again: finished files are kept; then --resume {tmp_path / 'r'}"
     monkeypatch.undo()
     assert nothing_left(tmp_path / "r")
+    room = shutil.disk_usage(tmp_path)
+    made.save()
+    taken = sum(path.stat().st_size for path in checkpoint.path_of(made.run.checkpoints, 0).iterdir())  # without moments
+    count = 4 * sum(p.numel() for p in made.plain["teacher"].parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room._replace(free=4 * count - 1))
+    with pytest.raises(DistillError, match=r"MB are free, a checkpoint takes") as error:
+        made.train()
+    assert error.value.hint == f"free some space, then --resume {tmp_path / 'r'}"
+    assert 2 * count < taken < 2.5 * count
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room._replace(free=4 * count + 1000))
+    assert made.train() is not None
 
 
 def test_a_rehearsal_changes_nothing(tmp_path, tiny, tiny_pairs):
