@@ -172,18 +172,19 @@ class Engine:
             clipped = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
             norm = whole(torch.as_tensor(clipped))
         loss = self.turn[f"{name}_loss"]
-        if skips := bool(self.config.on_nan == "skip" or scaler):
+        skips = self.config.on_nan == "skip" and not scaler
+        if skips or scaler:  # which leaves out such steps itself
             bad = (~(loss.isfinite() & norm.isfinite())).to(self.skipped[name])
             row, total = self.skipped[name]
             self.skipped[name] = torch.stack([(row + bad) * bad, total + bad])
-        if skips and not scaler and self.skipped[name][0]:
+        if skips and self.skipped[name][0]:
             self._check_skipped(self.step + 1)
         else:
             self._record({**self.turn, f"{name}_grad_norm": norm})
             self.health.count(f"{name}_loss", loss)
             if name == self.main:
                 self.since = (self.since[0] + loss, self.since[1] + 1)
-            if not scaler:  # which leaves out such steps itself
+            if not scaler:
                 self.health.watch(f"{name}_loss", loss, self.step + 1)
                 self.health.watch(f"the gradient norm of {name}", norm, self.step + 1)
             if self.zero is None:
