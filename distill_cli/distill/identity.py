@@ -48,7 +48,7 @@ def digest(network: nn.Module) -> str:
     out = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         out.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        out.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        out.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return out.hexdigest()
 
 
