@@ -101,6 +101,16 @@ def folder_atomic(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` for what is deleted when the body ends."""
+    temporary = _temporary(Path(path))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder so that it is never seen half deleted."""
     going = _temporary(path)

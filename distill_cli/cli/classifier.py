@@ -34,17 +34,16 @@ def classifier(
     config = common.open_run(ClassifierConfig, "classifier", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.data import open_images
     from distill_cli.distill.classification import Classification
     from distill_cli.distill.engine import Engine
 
-    objective = Classification(config, open_images(config.data, config.resolution, config.flip))
+    objective = Classification(config, common.open_data(config, resume, dry_run))
     count = sum(p.numel() for p in objective.networks["classifier"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"classifier": count}, count))
         return
     engine = Engine(config, objective)
-    common.start_run(engine, "classifier", resume)
+    common.start_run(engine, "classifier", resume, objective.images)
     trained = engine.train()
     if trained is None:  # process 0 alone has it
         return

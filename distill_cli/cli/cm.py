@@ -42,7 +42,6 @@ def cm(
         common.start_processes(num_processes)
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
-    from distill_cli.data import open_images
     from distill_cli.diffusion.schedule import EDMSchedule
     from distill_cli.distill.consistency import Consistency, check, images_of, new
     from distill_cli.distill.engine import Engine
@@ -54,7 +53,7 @@ def cm(
     if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
         config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})  # of when all counted 40 points
     config = config.model_copy(update={"data": images_of(config, model)})
-    images = open_images(str(config.data), config.resolution, config.flip)
+    images = common.open_data(config, resume, dry_run)
     if dry_run:
         start = new(config, images) if model is None else model
         check(config, start, images)
@@ -69,7 +68,7 @@ def cm(
     elif list(images.classes) != list(known):
         common.say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
     engine = Engine(config.model_copy(update={"times": spelled(objective.few_step_times)}), objective)
-    common.start_run(engine, "cm", resume)
+    common.start_run(engine, "cm", resume, images)
     student = engine.train()
     if student is None:  # process 0 alone has it
         return

@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from distill_cli.config import Config, GenerateConfig, TrainingConfig
+    from distill_cli.data import Images
     from distill_cli.distill.engine import Engine
     from distill_cli.models.model import Model, Sampling
 
@@ -210,9 +211,23 @@ def open_run(
     return config.model_copy(update={"out": folder})
 
 
-def start_run(engine: Engine, command: str, resume: Path | None) -> None:
+def open_data(config: Any, resume: Path | None, dry_run: bool) -> Images:
+    """The set of images of a job that trains, whose pictures are checked, and stand where they stood when a resumed run began."""
+    from distill_cli.data import listing, open_images
+    from distill_cli.data.images import Folder
+
+    images = open_images(str(config.data), config.resolution, config.flip)
+    if isinstance(images, Folder) and not dry_run:
+        for line in listing.prepare(images, resume):
+            say(line)
+    return images
+
+
+def start_run(engine: Engine, command: str, resume: Path | None, images: Images | None = None) -> None:
     """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory."""
     from distill_cli.config import BUILTIN_SETS, PROMPT_SETS
+    from distill_cli.data import listing
+    from distill_cli.data.images import Folder
     from distill_cli.files import write_atomic
     from distill_cli.models.registry import REGISTRY
     from distill_cli.processes import rank
@@ -233,6 +248,8 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     if rank() == 0:
         run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
     engine.open(run)
+    if rank() == 0 and isinstance(images, Folder):
+        listing.keep(images, run.folder)
     if rank() == 0 and resume is not None:
         write_atomic(run.recipe, text)
 

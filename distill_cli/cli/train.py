@@ -36,19 +36,18 @@ def train(
     config = common.open_run(TrainConfig, "train", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.data import open_images
     from distill_cli.distill.denoising import Denoising
     from distill_cli.distill.engine import Engine
     from distill_cli.distill.text_to_image import TextToImage
 
-    images = open_images(config.data, config.resolution, config.flip)
+    images = common.open_data(config, resume, dry_run)
     objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)
     count = sum(p.numel() for p in objective.networks["teacher"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"teacher": count}, count))
         return
     engine = Engine(config, objective)
-    common.start_run(engine, "train", resume)
+    common.start_run(engine, "train", resume, images)
     if engine.train() is None:  # process 0 alone has it
         return
     folder = engine.run.folder / objective.result

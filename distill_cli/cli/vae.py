@@ -34,17 +34,16 @@ def vae(
     config = common.open_run(VAEConfig, "vae", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.data import open_images
     from distill_cli.distill.autoencoding import Autoencoding
     from distill_cli.distill.engine import Engine
 
-    objective = Autoencoding(config, open_images(config.data, config.resolution, config.flip))
+    objective = Autoencoding(config, common.open_data(config, resume, dry_run))
     count = sum(p.numel() for p in objective.networks["vae"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"vae": count}, count))
         return
     engine = Engine(config, objective)
-    common.start_run(engine, "vae", resume)
+    common.start_run(engine, "vae", resume, objective.images)
     if engine.train() is None:  # process 0 alone has it
         return
     folder = engine.run.folder / objective.result

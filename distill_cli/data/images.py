@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_cli.config import BUILTIN_SETS
+from distill_cli.data.listing import unread
 from distill_cli.data.pictures import from_uint8
 from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
@@ -86,7 +87,7 @@ def open_picture(path: Path) -> tuple[PIL.Image.Image, bool]:
                 upright = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
             picture = upright.convert("RGBA")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
+        raise unread(path, error) from error
     background = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(background, picture).convert("RGB"), picture.getchannel("A").getextrema() != (255, 255)
 
@@ -124,6 +125,7 @@ class Folder:
             stray = next(f for f, parts in zip(self.files, tops, strict=True) if len(parts) == 1)
             raise DistillError(f"--data {path}: {stray.name} is in no class", "move it into a subfolder, or have no subfolders")
         self.labels = [self.classes.index(parts[0]) if self.classes else 0 for parts in tops]
+        self.root, self.digest = path, ""  # the digest is listing.prepare's
         self.shape = (3, resolution, resolution)
         self.resolution, self.flip = resolution, flip
         Image.init()  # all formats, before threads ask for them

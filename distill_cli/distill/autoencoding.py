@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from distill_cli.config import VAEConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.distill.engine import Loss
+from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.autoencoder import Autoencoder, VAECodec, create
 
@@ -35,6 +36,7 @@ class Autoencoding:
         self.rates = {"vae": config.lr}
         self.frozen: list[nn.Module] = []
         self.kept: dict[str, nn.Module] = {}
+        self.identity: dict[str, Any] = {}
         self.order = Order(config.seed, len(images))
 
     def turns(self, draws: Draws) -> Iterator[Loss]:

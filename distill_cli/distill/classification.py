@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from distill_cli.config import ClassifierConfig
 from distill_cli.data import Images
 from distill_cli.data.images import split
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.distill.engine import Loss
+from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.classifier import Classifier, ClassifierInfo
 
@@ -36,6 +37,7 @@ class Classification:
         self.rates = {"classifier": config.lr}
         self.frozen: list[nn.Module] = []
         self.kept: dict[str, nn.Module] = {}
+        self.identity: dict[str, Any] = {}
         self.order = Order(config.seed, len(self.seen))
 
     def turns(self, draws: Draws) -> Iterator[Loss]:

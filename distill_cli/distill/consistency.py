@@ -26,7 +26,8 @@ from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.distill.ema import follow
-from distill_cli.distill.engine import Loss
+from distill_cli.distill.identity import digest
+from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
@@ -62,9 +63,11 @@ class Consistency:
             self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
             self.frozen.append(teacher.denoiser.eval().requires_grad_(False))
             self.real = guided(teacher.denoiser, self.sampling.guidance_scale, teacher.conditioner.null)
+        self.identity: dict[str, Any] = {"teacher": self.teacher_hash} if teacher is not None else {}
         self.perceptual = Perceptual(config.lpips_weights) if config.metric == "lpips" else None
         if self.perceptual is not None:
             self.frozen.append(self.perceptual)
+            self.identity["lpips_weights"] = digest(self.perceptual)
         dimensions = torch.Size(start.shape).numel()
         self.huber_c = 0.00054 * dimensions**0.5 if config.huber_c is None else config.huber_c
         self.seen, _ = split(images, config.holdout, config.seed)

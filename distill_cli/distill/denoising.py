@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.distill.engine import Loss
+from distill_cli.distill.objective import Loss
 from distill_cli.models.model import Lineage, Model
 from distill_cli.models.pixel import check_resolution, create
 
@@ -43,6 +44,7 @@ class Denoising:
         self.rates = {"teacher": config.lr}
         self.frozen: list[nn.Module] = []
         self.kept: dict[str, nn.Module] = {}
+        self.identity: dict[str, Any] = {}
         self.order = Order(config.seed, len(images))
 
     def times(self, draws: Draws) -> torch.Tensor:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import DMDConfig
-from distill_cli.data.prompts import chosen, in_turn
+from distill_cli.data.prompts import chosen, digest_of, in_turn
 from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
-from distill_cli.distill.engine import Loss
+from distill_cli.distill.identity import digest
+from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
 from distill_cli.launch import all_of
 from distill_cli.models.autoencoder import VAECodec, load_decoder
@@ -49,6 +50,7 @@ class DMD:
         self.config, self.pairs = config, pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
+        self.identity: dict[str, Any] = {"teacher": self.teacher_hash}
         self.regression_weight = 0.0
         if pairs is not None:
             if teacher.latent is not None:
@@ -56,12 +58,17 @@ class DMD:
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
             self.order = Order(config.seed, len(pairs))
+            self.identity["pairs"] = pairs.manifest.settings_hash
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         answering: list[nn.Module] = []
         if self.regression_weight:
             self.distance, answering = measure(config, teacher.latent)
+            names = ("lpips_weights", "decoder") if config.decoder else ("lpips_weights",)
+            self.identity |= {name: digest(network) for name, network in zip(names, answering)}
         teacher, self.of_pairs = prompted(config, teacher, pairs)
         self.teacher = teacher
+        if teacher.text is not None:
+            self.identity["prompts"] = digest_of(teacher.text.prompts)
         scale = guidance_of(config, pairs.manifest if pairs is not None else None)
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
         null = teacher.conditioner.null

@@ -14,19 +14,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill_cli.config import TrainingConfig, seconds
+from distill_cli.data.listing import noting
 from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
-from distill_cli.distill import checkpoint, zero
+from distill_cli.distill import checkpoint, identity, zero
 from distill_cli.distill.ema import EMA
 from distill_cli.distill.health import Health
+from distill_cli.distill.objective import Loss, Objective
 from distill_cli.distill.optimizer import learning_rate, make_optimizer
+from distill_cli.distill.rehearsal import check_space, rehearse
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.launch import PATIENCE, Progress, autocast, check_precision, device, plain_links, stoppable, whole
 from distill_cli.models.model import Model
@@ -36,39 +39,6 @@ from distill_cli.runs import Run
 
 SKIPPED_AT_MOST = 50
 """Steps in a row without a finite gradient, after which leaving them out is no help."""
-
-
-@dataclass
-class Loss:
-    """A loss whose gradient steps `network`; `metrics` are scalars to log besides it."""
-
-    network: str
-    value: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Objective(Protocol):
-    """What a method is to the engine."""
-
-    networks: dict[str, nn.Module]
-    """Trained networks; the first one's average is the result. The engine puts wrapped ones in their place."""
-    frozen: list[nn.Module]
-    """Networks that only answer."""
-    kept: dict[str, nn.Module]
-    """Networks that the objective changes itself: they go into checkpoints."""
-    rates: dict[str, float]
-    """Learning rate of each trained network."""
-    result: str
-    """Name of the result's folder in the run."""
-
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        """The losses of one step on the samples of `draws`; after each the engine steps that network, then asks on."""
-
-    def model(self, network: nn.Module) -> Any:
-        """The result made of `network` (the average, or its copy): a Model, or another thing with `save(folder)`."""
-
-    def advice(self, metrics: dict[str, float], done: float) -> str:
-        """A warning about the run's state as these averages show it at the share `done` of all steps, or ''."""
 
 
 def tracker_of(config: TrainingConfig) -> str | None:
@@ -137,7 +107,7 @@ class Engine:
         self.step = 0
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
-        self.skipped: dict[str, list[int]] = {name: [0, 0] for name in self.plain}
+        self.skipped = {name: torch.zeros(2, dtype=torch.int64, device=where) for name in self.plain}
         """Updates of each network that were left out: in a row until now, and in all."""
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
@@ -202,18 +172,19 @@ class Engine:
             clipped = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
             norm = whole(torch.as_tensor(clipped))
         loss = self.turn[f"{name}_loss"]
-        if self.config.on_nan == "skip" and not scaler and not (loss.isfinite() & norm.isfinite()):
-            self.skipped[name] = [count + 1 for count in self.skipped[name]]
-            if self.skipped[name][0] == SKIPPED_AT_MOST:
-                worst = f"{SKIPPED_AT_MOST} steps in a row up to {self.step + 1} had no finite gradient of {name}"
-                raise DistillError(worst, self._hint())
+        skips = self.config.on_nan == "skip" and not scaler
+        if skips or scaler:  # which leaves out such steps itself
+            bad = (~(loss.isfinite() & norm.isfinite())).to(self.skipped[name])
+            row, total = self.skipped[name]
+            self.skipped[name] = torch.stack([(row + bad) * bad, total + bad])
+        if skips and self.skipped[name][0]:
+            self._check_skipped(self.step + 1)
         else:
-            self.skipped[name][0] = 0
             self._record({**self.turn, f"{name}_grad_norm": norm})
             self.health.count(f"{name}_loss", loss)
             if name == self.main:
                 self.since = (self.since[0] + loss, self.since[1] + 1)
-            if not scaler:  # which leaves out such steps itself
+            if not scaler:
                 self.health.watch(f"{name}_loss", loss, self.step + 1)
                 self.health.watch(f"the gradient norm of {name}", norm, self.step + 1)
             if self.zero is None:
@@ -239,8 +210,8 @@ class Engine:
         means = {name: (total / count).item() for name, (total, count) in self.window.items()}
         self.window = {}
         counts = {"spikes": int(self.health.spikes.item())}
-        if self.config.on_nan == "skip":
-            counts["skipped"] = sum(count for _, count in self.skipped.values())
+        if self.config.on_nan == "skip" or self.accelerator.scaler:
+            counts["skipped"] = sum(int(count) for _, count in self.skipped.values())
         if rank() == 0:
             numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
             self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts})
@@ -261,44 +232,38 @@ class Engine:
             state = {
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
                 "health": self.health.state_dict(),
-                "skipped": self.skipped,
+                "skipped": {name: counts.tolist() for name, counts in self.skipped.items()},
                 "scaler": scaler.state_dict() if scaler else None,
-                "begun": self._begun(),
+                "begun": self.begun,
                 "score": (self.since[0] / self.since[1]).item() if self.since[1] else None,
             }
             best = self.config.keep_best
             checkpoint.save(self.run.checkpoints, self.step, self._kept(), self.optimizers, state, self.config.keep, best)
         self.saved, self.since, self.started = self.step, (torch.zeros_like(self.since[0]), 0), time.monotonic()
 
-    def _begun(self) -> dict[str, Any]:
-        """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items."""
-        count = getattr(getattr(self.objective, "order", None), "count", None)
-        scale = getattr(getattr(self.objective, "sampling", None), "guidance_scale", None)
-        return {"optimizer": self.config.optimizer, "images or pairs": count, "guidance scale": scale}
-
-    def _refuse(self, state: dict[str, Any]) -> None:
-        """Raise UsageError for a checkpoint that this run cannot go on from."""
-        for what, value in self._begun().items():
-            old = state.get("begun", {}).get(what, value)
-            if old != value:
-                raise UsageError(f"{what}: {value}; the run has begun with {old}", "put that back, or begin anew")
-
     def open(self, run: Run) -> None:
-        """Train in `run`: go on from its newest checkpoint, from the start where there is none."""
-        self.run = run
-        found = checkpoint.steps(run.checkpoints)
-        if found:
-            if found[-1] > self.config.steps:
-                raise UsageError(f"--steps {self.config.steps}: the run is at step {found[-1]} already")
-            state = checkpoint.load(self.run.checkpoints, found[-1], self._kept(), self.optimizers, self._refuse)
-            self.step = self.saved = found[-1]
+        """Train in `run`: go on from process 0's newest checkpoint, from the start where there is none."""
+        self.run, self.begun = run, identity.begun(self.config, self.objective)
+        identity.refuse(self.config, self.begun, identity.read(run.folder))
+        newest = identity.newest(run.checkpoints, self.talk)
+        if newest is not None:
+            if newest > self.config.steps:
+                raise UsageError(f"--steps {self.config.steps}: the run is at step {newest} already")
+            check = partial(identity.refuse, self.config, self.begun)
+            state = identity.take_up(run.checkpoints, newest, self._kept(), self.optimizers, check, self.talk)
+            self.step = self.saved = newest
             where = self.accelerator.device
             self.window = {name: (torch.tensor(total, device=where), count) for name, (total, count) in state["window"].items()}
             self.health.load_state_dict(state["health"], where)
-            self.skipped = state["skipped"]
+            self.skipped = {name: torch.tensor(counts, device=where) for name, counts in state["skipped"].items()}
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.talk is not None:
+            optimizers = self.optimizers if self.zero is None else {}
+            networks = {**self.plain, **self.objective.kept}
+            identity.check_same(identity.shared(self.begun, self.objective, networks, optimizers), self.talk)
         if rank() == 0:
+            identity.write(run.folder, self.begun)
             checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best)
             run.forget_after(self.step)
             if self.config.tracker != "none":
@@ -325,9 +290,18 @@ class Engine:
 
     def train(self) -> Any:
         """Train to the last step, save the result and return it (on process 0 alone); a signal leaves a run that resumes."""
+        with noting(self.run.folder, getattr(getattr(self.objective, "images", None), "root", None)):
+            return self._train()
+
+    def _train(self) -> Any:
         config, made = self.config, self.step < self.config.steps
         progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
-        warned = ""
+        warned, place = "", self.run.folder / self.objective.result
+        recipe = dump(config.model_copy(update={"out": None}))
+        if made and rank() == 0:
+            check_space(self.run.folder, self._kept().values(), self.plain.values())
+        if self.step == 0 and self.ema.network is not None:
+            rehearse(self.objective.model, self.ema.network, recipe, place)
         every = seconds(config.save_every)
         with stoppable() as stop:
             while self.step < config.steps:
@@ -359,11 +333,10 @@ class Engine:
         if self.ema.network is None:
             return None
         model = self.objective.model(self.ema.network)
-        place = self.run.folder / self.objective.result
         newest = checkpoint.path_of(self.run.checkpoints, self.step)
         older = place.exists() and newest.exists() and place.stat().st_mtime < newest.stat().st_mtime  # killed between the two
         if isinstance(model, Model):
-            model.recipe = dump(config.model_copy(update={"out": None}))
+            model.recipe = recipe
         if made or older or not place.exists():  # else a finished run keeps what was written into its result since
             model.save(place)
         return model
@@ -385,13 +358,19 @@ class Engine:
         good = f"the checkpoint of step {found[-1]} is good: " if found else ""
         return f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"
 
+    def _check_skipped(self, step: int) -> None:
+        """Stop where too many updates up to `step` were left out in a row."""
+        for name, (row, _) in self.skipped.items():
+            if row >= SKIPPED_AT_MOST:
+                hint = "use --precision bf16" if self.accelerator.scaler else self._hint()
+                raise DistillError(f"{int(row)} steps in a row up to {step} had no finite gradient of {name}", hint)
+
     def _check_finite(self) -> None:
         """Stop at the last good checkpoint, and never keep one with a loss or weights that are no numbers."""
         bad = self.health.first_bad()
         if bad:
             raise DistillError(f"{bad[0]} is not a number at step {bad[1]}", self._hint())
-        if self.accelerator.scaler and self.accelerator.scaler.get_scale() < 1:
-            raise DistillError(f"no finite gradient in fp16 for many steps up to {self.step}", "use --precision bf16")
+        self._check_skipped(self.step)
         for name, network in self.plain.items():
             if not torch.stack([whole(torch.isfinite(p).all()) for p in network.parameters()]).all():
                 raise DistillError(f"the weights of {name} are not numbers at step {self.step}", self._hint())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from distill_cli.data.images import Captioned, Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.distill.engine import Loss
+from distill_cli.distill.identity import digest
+from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.model import Lineage, Model
@@ -103,6 +105,7 @@ class TextToImage:
         self.rates = {"teacher": config.lr}
         self.frozen: list[nn.Module] = [vae]
         self.kept: dict[str, nn.Module] = {}
+        self.identity: dict[str, Any] = {"vae": digest(vae)}
         self.order = Order(config.seed, config.variants * len(images))
 
     def turns(self, draws: Draws) -> Iterator[Loss]:

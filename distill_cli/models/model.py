@@ -20,7 +20,7 @@ from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
 from distill_cli.errors import UsageError
-from distill_cli.models import schedulers
+from distill_cli.models import lcm, schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.models.times import parse
@@ -172,6 +172,12 @@ class Model:
         learned = self.denoiser.parameterisation == "consistency" or self.lineage.method in CONSISTENCY
         return self.few_step_times is not None and learned and self.lineage.method != "dmd"
 
+    @property
+    def lcm(self) -> dict[str, Any] | None:
+        """The configuration of LCMScheduler of a student that others have made; it says how that one is sampled."""
+        foreign = self.few_step_times is not None and not self.lineage.method
+        return self.scheduler if foreign and (self.scheduler or {}).get("_class_name") == "LCMScheduler" else None
+
     def parts(self) -> dict[str, nn.Module]:
         """The networks, by the names that they have in a pipeline."""
         out: dict[str, nn.Module] = {"unet": self.unet}
@@ -208,6 +214,8 @@ class Model:
         """(steps,) decreasing times of a solver on this model's schedule."""
         schedule = self.denoiser.schedule
         if solver == "few-step":
+            if self.lcm is not None:
+                return lcm.times(self.lcm, steps)
             if self.few_step_times is None:
                 return schedule.times(steps)
             if steps <= len(self.few_step_times):
@@ -357,6 +365,7 @@ class Model:
             x0 = solvers.ddim(denoiser, schedule, x, times, condition, eta=1.0, noise=noise)
         elif sampling.solver == "few-step":
             options: dict[str, Any] = {"sigma_min": self.denoiser.scales.sigma_min, "project": self.codec.project} if few_step else {}
+            denoiser = denoiser if self.lcm is None else lcm.bounded(denoiser, self.lcm)
             x0 = solvers.few_step(denoiser, schedule, x, times, condition, noise=noise, **options)  # clamped as in diffusers' pipeline
         else:
             raise UsageError(f"--solver {sampling.solver}: unknown")

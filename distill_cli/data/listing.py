@@ -1,0 +1,245 @@
+"""The pictures of a run: their headers are read before it begins, and its folder keeps the list that it began with.
+
+    pictures.jsonl             {"pictures": how many, "sha256": of the other lines}, a line of the classes' names, then by position
+                               ["cat/00.jpg", bytes, time of change in seconds, class], a line each
+    broken-pictures-0.jsonl    the names of those that process 0 has found broken
+
+A resumed run goes on with the kept list. A picture that the run has found broken may be removed (the next one of its class in the
+list takes its place) or replaced, under its name or with another ending; all other pictures have to be those of the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.files import os_errors, read_plain, write_atomic, write_atomic_lines
+from distill_cli.processes import mine, rank
+
+if TYPE_CHECKING:
+    from distill_cli.data.images import Folder
+
+LIST, BROKEN = "pictures.jsonl", "broken-pictures-{}.jsonl"
+READERS, AT_A_TIME = 32, 256
+"""Threads that read headers, more than cores because files far away answer slowly; pictures that one of them takes at a time."""
+Row = list[Any]
+
+
+class BrokenPicture(DistillError):
+    """A file that is there and can be read, and is no picture."""
+
+    def __init__(self, path: Path, error: BaseException) -> None:
+        super().__init__(f"{path}: not a readable image ({error})", "remove or replace the file")
+        self.path = path
+
+
+def unread(path: Path, error: Exception) -> DistillError:
+    """What to raise where PIL could not open or decode `path`: what the system said, or BrokenPicture."""
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, OSError) and error.errno is not None:
+        return DistillError(f"{path}: {(error.strerror or str(error)).lower()}")
+    return BrokenPicture(path, error)
+
+
+def _trouble(path: Path, whole: bool = False) -> DistillError | None:
+    """What is wrong with the header of a picture, or with the `whole` of it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            if whole:
+                opened.load()
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
+        return unread(path, error)
+    return None
+
+
+def read_headers(files: Sequence[Path]) -> list[DistillError]:
+    """Read the header of every picture, in parallel; returns what is wrong, in the order of the files."""
+
+    def check(first: int) -> list[DistillError]:
+        return [wrong for path in files[first : first + AT_A_TIME] if (wrong := _trouble(path))]
+
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        return [error for part in pool.map(check, range(0, len(files), AT_A_TIME)) for error in part]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(images: Folder, run: Path | None) -> list[str]:
+    """Check the pictures before training, and give them the positions that they had when `run`, if any, began; returns what to say.
+
+    Of several processes each reads its share of the headers.
+    """
+    share = [images.files[k] for k in mine(len(images.files))]
+    with noting(run, images.root):
+        wrong = read_headers(share)
+        if wrong:
+            broken = [error for error in wrong if isinstance(error, BrokenPicture)]
+            if run is not None:
+                note(run, images.root, [error.path for error in broken])
+            first = (broken or wrong)[0]
+            first.message += f"; {len(wrong) - 1} more of {len(share)} cannot be read" if len(wrong) > 1 else ""
+            raise first
+        lines = [f"headers of {len(images.files)} pictures read"]
+        if images.classes:
+            known = set(images.classes)
+            empty = sorted(path.name for path in images.root.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
+            lines += [f"{images.root / name}: no pictures in it, no class" for name in empty if name not in known]
+        rows = rows_of(images)
+        kept = read(run) if run is not None else None
+        if run is not None and kept is not None:
+            lines += follow(images, rows, kept, found_broken(run))
+    places = [(_name(file, images.root), label) for file, label in zip(images.files, images.labels, strict=True)]
+    images.digest = hashlib.sha256(json.dumps([[row[:2] for row in rows], places]).encode()).hexdigest()
+    return lines
+
+
+def _name(file: Path, root: Path) -> str:
+    """The name of a picture below the data's folder; Path.relative_to is slow for millions."""
+    text, above = str(file), f"{root}/"
+    return text[len(above) :] if text.startswith(above) else file.relative_to(root).as_posix()
+
+
+def rows_of(images: Folder) -> list[Row]:
+    """Name, bytes, time and label of every picture."""
+    rows = []
+    with os_errors(images.root):
+        for file, label in zip(images.files, images.labels, strict=True):
+            found = os.stat(file)
+            rows.append([_name(file, images.root), found.st_size, int(found.st_mtime), label])
+    return rows
+
+
+def keep(images: Folder, run: Path) -> None:
+    """Write the list of a run that has none."""
+    if (run / LIST).exists():
+        return
+    lines = [json.dumps(row) + "\n" for row in [images.classes, *rows_of(images)]]
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    write_atomic_lines(run / LIST, [json.dumps({"pictures": len(lines) - 1, "sha256": digest}) + "\n", *lines])
+
+
+def read(run: Path) -> tuple[list[str], list[Row]] | None:
+    """The classes and the list of a run; None for one of before there were lists."""
+    path = run / LIST
+    try:
+        with os_errors(path):
+            head, _, rest = read_plain(path).partition(b"\n")
+    except DistillError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    try:
+        if hashlib.sha256(rest).hexdigest() != json.loads(head)["sha256"]:
+            raise ValueError
+        classes, *rows = map(json.loads, rest.splitlines())
+        return classes, rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise DistillError(f"{path}: corrupt", "delete it, and the run takes the pictures as they are now") from error
+
+
+def found_broken(run: Path) -> set[str]:
+    """The names of the pictures that any process of a run has found broken."""
+    found: set[str] = set()
+    for path in run.glob(BROKEN.format("*")):
+        try:
+            with os_errors(path):
+                found |= {json.loads(line) for line in path.read_bytes().splitlines()}
+        except (ValueError, TypeError) as error:
+            raise DistillError(f"{path}: corrupt", "a line each, the name of a picture in JSON") from error
+    return found
+
+
+def note(run: Path, root: Path, broken: Sequence[Path]) -> None:
+    """Have a run remember pictures as broken; each process writes a file of its own."""
+    path = run / BROKEN.format(rank())
+    with os_errors(path):
+        before = path.read_text() if path.exists() else ""
+    names = [json.dumps(_name(file, root)) for file in broken]
+    new = [name for name in names if name not in before.splitlines()]
+    if new:
+        write_atomic(path, before + "".join(f"{name}\n" for name in new))
+
+
+@contextmanager
+def noting(run: Path | None, root: Path | None) -> Iterator[None]:
+    """Have `run`, if any, remember a broken picture that ends the body, so that the advice to remove it is safe."""
+    try:
+        yield
+    except BrokenPicture as error:
+        if run is not None and root is not None:
+            try:
+                note(run, root, [error.path])
+                error.hint = f"remove or replace the file, then --resume {run}"
+            except DistillError as unwritten:
+                error.hint = f"leave the file until --resume {run} has noted it: {unwritten.message}"
+        raise
+
+
+def follow(images: Folder, rows: list[Row], kept: tuple[list[str], list[Row]], broken: set[str]) -> list[str]:
+    """Give `images`, whose rows are those of now, the positions of the `kept` list; returns what to say.
+
+    Raises UsageError that names what has changed, other than pictures that were found `broken`.
+    """
+    root: Path = images.root
+    classes, before = kept
+    back = "have the pictures as they were, or begin anew"
+    present, then = {row[0]: row for row in rows}, {row[0]: row for row in before}
+    stems = {_stem(name): name for name in present if name not in then}
+    replaced = [name for name in broken & then.keys() if name not in present and _stem(name) in stems]
+    instead: dict[str, str] = {name: stems[_stem(name)] for name in replaced}
+    new = [name for name in present if name not in then and name not in instead.values()]
+    gone = [name for name in then if name not in present and name not in broken]
+    changed = [name for name in then if name in present and name not in broken and present[name][1] != then[name][1]]
+    others = [name for name in images.classes if name not in classes]
+    for names, what in ((others, "is a new class"), (new, "is new"), (gone, "is gone"), (changed, "has another size")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UsageError(f"--data {root}: {names[0]}{more} {what} since the run has begun", back)
+    lines: list[str] = []
+    where: list[tuple[Path, int]] = []
+    following = _next_of_class(before, present.keys() | instead.keys())
+    for name, size, time, label in before:
+        taken = str(instead.get(name, name))
+        if taken not in present:
+            if name not in following:
+                raise UsageError(f"--data {root}: {name} was the last picture of its class", "replace it, or begin anew")
+            taken = str(instead.get(following[name], following[name]))
+            lines.append(f"{name} was found broken and is gone: {taken} takes its place")
+        elif name in broken:
+            if still := _trouble(root / taken, whole=True):
+                raise still
+            if [taken, *present[taken][1:3]] != [name, size, time]:
+                lines.append(f"{name} was found broken and has been replaced: {taken} is read as it is now")
+        where.append((root / taken, label))
+    images.files, images.labels, images.classes = [file for file, _ in where], [label for _, label in where], classes
+    copied = sum(name in present and name not in broken and present[name][2] != then[name][2] for name in then)
+    if copied:
+        lines.append(f"warning: {copied} pictures have another time than when the run began; their names and sizes are the same")
+    return lines
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _next_of_class(before: list[Row], there: set[str]) -> dict[str, str]:
+    """For each picture that is not there the next one of its class in the list that is, after the last the first."""
+    out: dict[str, str] = {}
+    following: dict[int, str] = {}
+    for name, _, _, label in [*before, *before][::-1]:
+        if name in there:
+            following[label] = name
+        elif label in following:
+            out[name] = following[label]
+    return out

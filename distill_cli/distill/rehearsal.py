@@ -1,0 +1,59 @@
+"""A result is saved and read again before anything is trained, so that no run finds at its end that it cannot be saved."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill_cli.errors import DistillError, reason
+from distill_cli.files import os_errors, scratch
+from distill_cli.models import classifier, load
+from distill_cli.models.autoencoder import Autoencoder
+from distill_cli.models.classifier import Classifier
+from distill_cli.models.model import Model
+from distill_cli.models.stable_diffusion import load_vae
+
+READERS: dict[type, Callable[[Path], Any]] = {
+    Model: lambda folder: load(str(folder)),
+    Autoencoder: load_vae,
+    Classifier: lambda folder: classifier.load(str(folder)),
+}
+
+
+def check_space(folder: Path, networks: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
+    """Raise DistillError where a checkpoint of these networks, with two moments of the trained ones, has no room in `folder`."""
+    kept = sum(value.numel() * value.element_size() for network in networks for value in network.state_dict().values())
+    needed = kept + sum(2 * p.numel() * p.element_size() for network in trained for p in network.parameters())
+    with os_errors(folder):
+        room = shutil.disk_usage(folder)
+    if room.total and room.free < needed:  # some file systems do not know
+        said = f"{folder}: {room.free / 1e6:.1f} MB are free, a checkpoint takes {needed / 1e6:.1f}"
+        raise DistillError(said, f"free some space, then --resume {folder}")
+
+
+def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str, place: Path) -> None:
+    """Save what `model` makes of a network beside `place`, read it with the ordinary loader, and delete it.
+
+    Autoencoders and classifiers are saved without what is measured on their pictures. Raises DistillError where any of it fails.
+    """
+    try:
+        with scratch(place) as folder, torch.random.fork_rng(devices=[]):
+            made = network if isinstance(network, (Autoencoder, Classifier)) else model(network)
+            reader = READERS.get(type(made))
+            if reader is None:
+                return
+            if isinstance(made, Model):
+                made.recipe = recipe
+            made.save(folder)
+            reader(folder)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # diffusers, transformers, safetensors and json raise many kinds
+        said = error.message if isinstance(error, DistillError) else reason(error)
+        hint = error.hint if isinstance(error, DistillError) and error.hint else "mend that"
+        raise DistillError(f"{place}: could not be saved and read again ({said})", f"{hint}; then --resume {place.parent}") from error

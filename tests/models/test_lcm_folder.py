@@ -1,0 +1,109 @@
+"""A diffusers folder with LCMScheduler that others have made: several steps, as plain diffusers takes them."""
+
+import json
+
+import pytest
+import torch
+
+from distill_cli.diffusion.noise import Draws
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.models import lcm, load
+from distill_cli.models.model import Sampling
+from tests.models.test_stable_diffusion import PROMPTS, edit_json, made
+
+
+def foreign(path, prediction="eps", **scheduler):
+    """A folder as others save one: LCMScheduler, and no distill.json."""
+    model = made(prediction)
+    model.few_step_times = [999.0]
+    model.save(path)
+    (path / "distill.json").unlink()
+    edit_json(path / "scheduler/scheduler_config.json", **scheduler)
+    return path
+
+
+def theirs(folder, steps, latents, noises, monkeypatch):
+    """The latents that plain diffusers makes of these, with these noises between its steps."""
+    import diffusers
+    from diffusers.schedulers import scheduling_lcm
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    rest = iter(noises)
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: next(rest))
+    out = pipeline(PROMPTS, latents=latents, num_inference_steps=steps, guidance_scale=1, output_type="latent").images
+    assert next(rest, None) is None
+    return out
+
+
+@pytest.mark.parametrize(
+    ("prediction", "steps", "scheduler"),
+    [
+        ("eps", 1, {}),
+        ("eps", 4, {}),
+        ("v", 3, {}),
+        ("eps", 7, {"original_inference_steps": 30}),  # which begins at 989
+        ("eps", 1, {"original_inference_steps": 30}),
+        ("v", 25, {"original_inference_steps": 1000, "timestep_scaling": 0.01}),  # whose boundary weighs
+    ],
+)
+def test_steps_are_those_of_plain_diffusers(prediction, steps, scheduler, tmp_path, monkeypatch):
+    folder = foreign(tmp_path / "lcm", prediction, **scheduler)
+    model = load(str(folder)).with_prompts(PROMPTS)
+    assert model.sampling == Sampling(solver="few-step", steps=1)
+    draws = Draws(3, range(2))
+    ours = model.generate(draws, torch.tensor([0, 1]), model.with_defaults(None, steps, None))
+    noises = [draws.normal("solver", model.shape, turn=k) for k in range(1, steps)]
+    expected = theirs(folder, steps, draws.normal("prior", model.shape), noises, monkeypatch)
+    assert expected.std() > 0.1
+    assert (ours - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_times_are_those_of_the_scheduler():
+    import diffusers
+
+    for original, count in ((50, 1000), (30, 1000), (7, 1000), (1000, 1000), (4, 10)):
+        scheduler = diffusers.LCMScheduler(num_train_timesteps=count, original_inference_steps=original)
+        for steps in {1, 2, 3, original // 2, original - 1, original}:
+            scheduler.set_timesteps(steps)
+            assert lcm.times(scheduler.config, steps).tolist() == scheduler.timesteps.tolist()
+
+
+def test_the_form_at_the_boundary_is_the_schedulers():
+    import diffusers
+
+    scheduler = diffusers.LCMScheduler(timestep_scaling=2.5)
+    x, t = torch.full((5, 1, 1, 1), 3.0, dtype=torch.float64), torch.tensor([0, 1, 19, 500, 999])
+    found = lcm.bounded(lambda x, t, condition=None: 7 * torch.ones_like(x), scheduler.config)(x, t.double())
+    for value, time in zip(found.flatten().tolist(), t.tolist(), strict=True):
+        skip, out = scheduler.get_scalings_for_boundary_condition_discrete(time)
+        assert value == pytest.approx(skip * 3 + out * 7, rel=1e-12)
+    assert found.flatten()[0] == 3  # at no noise the picture itself
+
+
+def test_what_the_scheduler_cannot_do_is_said(tmp_path):
+    model = load(str(foreign(tmp_path / "lcm", original_inference_steps=8)))
+    with pytest.raises(UsageError, match="--steps 9: the model's LCMScheduler takes 1 to 8"):
+        model.with_defaults(None, 9, None)
+    for wrong in (0, 1001, "50", None, True, 2.5):
+        with pytest.raises(DistillError, match="original_inference_steps"):
+            lcm.times({"original_inference_steps": wrong}, 1)
+    with pytest.raises(DistillError, match="timestep_scaling"):
+        lcm.bounded(model.denoiser, {"timestep_scaling": "10"})
+
+
+def test_a_student_of_ours_stays_as_it_is(tmp_path):
+    """Its one step is at t = 999 with the plain estimate, whatever the file of its scheduler says."""
+    model = made()
+    model.few_step_times, model.sampling = [999.0], Sampling(solver="few-step", steps=1)
+    model.lineage = model.lineage.model_copy(update={"kind": "student", "method": "dmd"})
+    model.save(tmp_path / "ours")
+    again = load(str(tmp_path / "ours")).with_prompts(PROMPTS)
+    assert json.loads((tmp_path / "ours/scheduler/scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
+    assert again.lcm is None
+    draws = Draws(3, range(2))
+    x = draws.normal("prior", again.shape)
+    estimate = again.denoiser(x, torch.full((2,), 999.0), again.conditioner(torch.tensor([0, 1])))
+    assert torch.equal(again.generate(draws, torch.tensor([0, 1])), estimate)
+    with pytest.raises(UsageError, match="was made for at most 1"):
+        again.with_defaults(None, 2, None)
