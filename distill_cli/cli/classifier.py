@@ -38,7 +38,9 @@ def classifier(
     from distill_cli.distill.classification import Classification
     from distill_cli.distill.engine import Engine
 
-    objective = Classification(config, open_images(config.data, config.resolution, config.flip))
+    images = open_images(config.data, config.resolution, config.flip)
+    common.say_read("classifier", images)
+    objective = Classification(config, images)
     count = sum(p.numel() for p in objective.networks["classifier"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"classifier": count}, count))

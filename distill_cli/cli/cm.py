@@ -55,6 +55,7 @@ def cm(
         config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})  # of when all counted 40 points
     config = config.model_copy(update={"data": images_of(config, model)})
     images = open_images(str(config.data), config.resolution, config.flip)
+    common.say_read("cm", model, images)
     if dry_run:
         start = new(config, images) if model is None else model
         check(config, start, images)

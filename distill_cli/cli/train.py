@@ -42,6 +42,7 @@ def train(
     from distill_cli.distill.text_to_image import TextToImage
 
     images = open_images(config.data, config.resolution, config.flip)
+    common.say_read("train", images)
     objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)
     count = sum(p.numel() for p in objective.networks["teacher"].parameters())
     if dry_run:

@@ -38,7 +38,9 @@ def vae(
     from distill_cli.distill.autoencoding import Autoencoding
     from distill_cli.distill.engine import Engine
 
-    objective = Autoencoding(config, open_images(config.data, config.resolution, config.flip))
+    images = open_images(config.data, config.resolution, config.flip)
+    common.say_read("vae", images)
+    objective = Autoencoding(config, images)
     count = sum(p.numel() for p in objective.networks["vae"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"vae": count}, count))
