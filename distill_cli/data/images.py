@@ -173,7 +173,7 @@ class Folder:
         self.shape = (3, resolution, resolution)
         self.resolution, self.flip = resolution, flip
         self.said = False
-        of = f" of {len(self.classes)} classes" if self.classes else ""
+        of = f" of {len(self.classes)} class{'es' * (len(self.classes) > 1)}" if self.classes else ""
         self.about = f"{len(self.files)} picture{'s' * (len(self.files) > 1)}{of} in {path}{found.without}"
         self.readers = ThreadPoolExecutor(torch.get_num_threads())  # PIL decodes and scales without Python's lock
 

@@ -224,7 +224,7 @@ class PromptFile(Sequence[str]):
         if self.form.kind == "lines" and self.form.columns:
             said += f"; its first line, {self.form.columns[0]}, is taken for a header"
         elif self.form.kind == "lines" and doubt:
-            said += f"; its first line names a column, but no table has {doubt}: each line is taken for a prompt"
+            said += f"; its first line names a column, but it is no table ({doubt}): each line is taken for a prompt"
         elif doubt:
             said += "; quotes are taken as they stand"
         return said
@@ -263,7 +263,7 @@ def _header(head: str, delimiter: str) -> tuple[str, ...]:
 
 def _shown(names: Iterable[str]) -> str:
     """Names of a file for one line of the terminal."""
-    return ", ".join(f"{name:.40}" for name in islice(names, 8)) or "none"
+    return ", ".join(repr(name)[1:41].rstrip("'") for name in islice(names, 8)) or "none"
 
 
 class Captions(list[str]):

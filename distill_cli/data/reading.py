@@ -20,10 +20,11 @@ from distill_cli.errors import DistillError, reason
 STDIN = ("-", "/dev/stdin")
 PIECE = 1 << 16
 """Bytes that are read at a time."""
-UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
+UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")
 INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10))))
 """Letters and marks that show nothing, as control and format characters and spaces do (UNSEEN, categories of Unicode)."""
-MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+"""How files in other codes than UTF-8 begin, the longer marks first."""
 COPY = "DISTILL_PROMPTS"
 """Names the prompts of a pipe and the file that holds them for the processes that this one starts."""
 
