@@ -181,7 +181,8 @@ class PromptFile(Sequence[str]):
     def _prompt(self, row: Any, number: int) -> tuple[str, str]:
         form = self.form
         if form.kind == "lines":
-            return "", row.strip() if self._shows(row) else ""
+            text = row.strip()
+            return "", text if self._shows(text) else ""
         if form.kind == "table":
             if len(row) != len(form.columns):
                 raise self._bad(number, f"{len(row)} columns, the first line has {len(form.columns)}")
@@ -201,7 +202,7 @@ class PromptFile(Sequence[str]):
         return "", ""
 
     def _shows(self, text: str) -> bool:
-        return bool(text.strip()) and (self.own or visible(text))
+        return bool(text.strip()) if self.own else visible(text)
 
     def _fault(self, what: str, hint: str = HINT) -> DistillError:
         return DistillError(f"--prompts {self.name}: {what}", hint)

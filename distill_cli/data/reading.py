@@ -65,7 +65,10 @@ class Lines:
 
 def visible(text: str) -> bool:
     """Whether a text has a letter or mark that shows."""
-    return any(unicodedata.category(letter) not in UNSEEN and letter not in INVISIBLE for letter in text)
+    first = text[:1]
+    return (first.isascii() and first.isalnum()) or any(
+        unicodedata.category(letter) not in UNSEEN and letter not in INVISIBLE for letter in text
+    )
 
 
 def begins_array(text: str) -> bool:
