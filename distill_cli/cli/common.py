@@ -37,7 +37,9 @@ Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - unc
 Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, pndm, dpm++, ancestral or few-step.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]
 Shards = Annotated[str | None, typer.Option(help="Make part I of N alone, 0/N to N-1/N: an array job.", metavar="I/N")]
-Prompts = Annotated[str | None, typer.Option(help="Of a model with text: a .txt, .jsonl or .csv file, or a built-in set.")]
+Prompts = Annotated[
+    str | None, typer.Option(help="Of a model with text: a file (lines, JSON or a table), - for standard input, or a built-in set.")
+]
 Negative = Annotated[str | None, typer.Option(help="Of a model with text: what guidance leads away from.")]
 Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 or 3,5.")]
 

@@ -17,8 +17,8 @@ SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
 SHEET, EDITS, LIST = "side-by-side.png", "edits.json", "samples.jsonl"
 SHEETS = {"grid.png": LIST, SHEET: EDITS, "comparison.png": "recipe.yaml", "picture.png": "report.json"}
 """Pictures of pictures that this package writes, and what lies beside them."""
-NAMED = 3
-"""Names and kinds of which a line lists so many."""
+KINDS, NAMED = 8, 3
+"""So many kinds of what was left out, and so many names, are listed in a line."""
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Found:
     @property
     def without(self) -> str:
         """What was left out, to follow what was read; '' where nothing was."""
-        counts = {**self.left_out, "broken link(s)": len(self.broken), "folder(s) without pictures": len(self.empty)}
-        named = {"broken link(s)": self.broken, "folder(s) without pictures": self.empty}
-        parts = []
-        for kind, count in counts.items():
-            if count:
-                names = [*named.get(kind, [])[:NAMED], *["..."] * (len(named.get(kind, [])) > NAMED)]
-                parts.append(f"{count} {kind.replace('(s)', 's' * (count > 1))}" + (f" ({', '.join(names)})" if names else ""))
-        return f"; left out: {', '.join(parts)}" if parts else ""
+        shown = self.left_out.most_common(KINDS)
+        others = self.left_out.total() - sum(count for _, count in shown)
+        counts = [*shown, *([("other file(s)", others)] if others else [])]
+        for kind, names in (("broken link(s)", self.broken), ("folder(s) without pictures", self.empty)):
+            if names:
+                counts.append((f"{kind} ({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})", len(names)))
+        parts = ", ".join(f"{count} {kind.replace('(s)', 's' * (count > 1), 1)}" for kind, count in counts)
+        return f"; left out: {repr(parts)[1:-1]}" if parts else ""  # names may hold control characters
 
 
 def readable() -> frozenset[str]:

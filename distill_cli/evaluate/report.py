@@ -166,7 +166,9 @@ class Row:
     @property
     def about(self) -> str:
         """What was read, for the first line of the job."""
-        return getattr(self.model, "about", "") if self.images is None else f"{len(self.images)} pictures of {self.spec}"
+        if self.images is None:
+            return getattr(self.model, "about", "")
+        return f"{len(self.images)} pictures of {self.spec}{', no labels' if self.labels is None else ''}"
 
     @classmethod
     def of(cls, spec: str, config: EvaluateConfig, shape: tuple[int, ...], classes: Sequence[str]) -> Row:
