@@ -110,11 +110,11 @@ def open_picture(path: Path) -> Picture:
             raise DistillError(f"{path}: {(error.strerror or str(error)).lower()}") from error
         raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
     background = Image.new("RGBA", picture.size, "white")
-    extrema: Any = picture.getextrema()
-    *levels, (lowest, _) = extrema
-    dark = deep and max(most for _, most in levels) <= DARK
+    colours: Any = picture.convert("RGB").getextrema() if deep else ()
+    dark = deep and max(most for _, most in colours) <= DARK
+    transparent = picture.getchannel("A").getextrema() != (255, 255)
     said = f"{path}: 16 bits a channel, and no value over a sixteenth of white: read as they stand, so it is dark" if dark else ""
-    return Picture(Image.alpha_composite(background, picture).convert("RGB"), lowest < 255, said)
+    return Picture(Image.alpha_composite(background, picture).convert("RGB"), transparent, said)
 
 
 def _of_white(grey: np.ndarray, opened: PIL.Image.Image) -> PIL.Image.Image:

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -180,3 +181,18 @@ def test_an_unreadable_picture_is_not_called_broken(tmp_path, monkeypatch):
     with pytest.raises(DistillError, match="a.png: input/output error") as caught:
         open_picture(tmp_path / "a.png")
     assert caught.value.hint == ""
+
+
+@pytest.mark.parametrize(("value", "dark"), [(4000, True), (40000, False)])
+def test_twelve_bits_in_sixteen_are_said(value, dark, tmp_path):
+    """Of colours too, of which Pillow gives the upper 8 bits alone."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + np.full((4, 3), value, ">u2").tobytes()) * 4
+    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "rgb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    picture = open_picture(tmp_path / "rgb.png")
+    assert np.asarray(picture.image)[0, 0].tolist() == [value >> 8] * 3
+    assert bool(picture.dark) == dark
