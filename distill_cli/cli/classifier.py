@@ -37,13 +37,13 @@ def classifier(
     from distill_cli.distill.classification import Classification
     from distill_cli.distill.engine import Engine
 
-    objective = Classification(config, common.open_data(config, resume, dry_run))
+    objective = Classification(config, common.open_data("classifier", config, resume, dry_run))
     count = sum(p.numel() for p in objective.networks["classifier"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"classifier": count}, count))
         return
     engine = Engine(config, objective)
-    common.start_run(engine, "classifier", resume, objective.images)
+    common.start_run(engine, "classifier", resume)
     trained = engine.train()
     if trained is None:  # process 0 alone has it
         return

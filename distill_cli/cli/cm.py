@@ -53,7 +53,7 @@ def cm(
     if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
         config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})  # of when all counted 40 points
     config = config.model_copy(update={"data": images_of(config, model)})
-    images = common.open_data(config, resume, dry_run)
+    images = common.open_data("cm", config, resume, dry_run, model)
     if dry_run:
         start = new(config, images) if model is None else model
         check(config, start, images)
@@ -68,7 +68,7 @@ def cm(
     elif list(images.classes) != list(known):
         common.say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
     engine = Engine(config.model_copy(update={"times": spelled(objective.few_step_times)}), objective)
-    common.start_run(engine, "cm", resume, images)
+    common.start_run(engine, "cm", resume)
     student = engine.train()
     if student is None:  # process 0 alone has it
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -37,7 +38,9 @@ Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - unc
 Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, pndm, dpm++, ancestral or few-step.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]
 Shards = Annotated[str | None, typer.Option(help="Make part I of N alone, 0/N to N-1/N: an array job.", metavar="I/N")]
-Prompts = Annotated[str | None, typer.Option(help="Of a model with text: a .txt, .jsonl or .csv file, or a built-in set.")]
+Prompts = Annotated[
+    str | None, typer.Option(help="Of a model with text: a file (lines, JSON or a table), - for standard input, or a built-in set.")
+]
 Negative = Annotated[str | None, typer.Option(help="Of a model with text: what guidance leads away from.")]
 Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 or 3,5.")]
 
@@ -46,8 +49,11 @@ ARGUMENTS: list[str] = []
 """The command line, for the processes that it starts."""
 
 
-def start_processes(count: int | None) -> None:
-    """Where `count` processes are wanted and this is not one of them, start them, wait, and end this one with their exit code."""
+def start_processes(count: int | None, prompts: str | None = None) -> None:
+    """Where `count` processes are wanted and this is not one of them, start them, wait, and end this one with their exit code.
+
+    `prompts` that come through a pipe are read here, for all of them.
+    """
     from distill_cli import processes
     from distill_cli.errors import UsageError
 
@@ -58,7 +64,10 @@ def start_processes(count: int | None) -> None:
         raise UsageError(
             f"--num-processes {count}: this is one of {already} processes already", "leave it out: whoever started them decides"
         )
-    raise typer.Exit(processes.start(count, ARGUMENTS))
+    from distill_cli.data.reading import is_pipe, kept_for_others
+
+    with kept_for_others(prompts) if prompts is not None and is_pipe(prompts) else nullcontext():
+        raise typer.Exit(processes.start(count, ARGUMENTS))
 
 
 def say(text: str) -> None:
@@ -67,6 +76,14 @@ def say(text: str) -> None:
 
     if rank() == 0:
         print(text, file=sys.stderr)
+
+
+def say_read(command: str, *things: Any) -> None:
+    """The first line of a job: what each of `things` (a text, or its `about`) says of what was read, left out and assumed."""
+    said = [about for thing in things if (about := thing if isinstance(thing, str) else getattr(thing, "about", ""))]
+    if said:
+        text = f"{command}: {'; '.join(said)}"
+        say("".join(letter if letter.isprintable() else "?" for letter in text))
 
 
 def result(data: dict[str, Any], text: str, as_json: bool) -> None:
@@ -134,8 +151,11 @@ def sketched(teacher: str, dry_run_wanted: bool) -> tuple[Model | None, dict[str
     return sketch(known), {"download": download}
 
 
-def open_model(name: str, config: GenerateT, sketched: Model | None = None) -> tuple[Model, GenerateT]:
-    """The model, or its sketch, at the resolution and for the prompts of a job, and the job's options with what depends on the two."""
+def open_model(command: str, name: str, config: GenerateT, sketched: Model | None = None) -> tuple[Model, GenerateT]:
+    """The model, or its sketch, at the resolution and for the prompts of a job, and the job's options with what depends on the two.
+
+    Says what was read.
+    """
     from distill_cli.data.prompts import chosen
     from distill_cli.errors import UsageError
     from distill_cli.models import load
@@ -147,13 +167,15 @@ def open_model(name: str, config: GenerateT, sketched: Model | None = None) -> t
     repeat = getattr(config, "images_per_prompt", 1)
     if repeat > 1 and model.text is None:
         raise UsageError(f"images_per_prompt {repeat}: {model.lineage.name} has no text")
+    given: Sequence[str] = ()
     if config.prompts is not None or config.negative_prompt or model.text is not None:
         given = chosen(config.prompts, model.lineage.data if model.text is not None else "")
         model = model.with_prompts(given, config.negative_prompt, repeat)
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
-        if sketched is None:
-            note_cut(model, -(-config.num // repeat))
+    say_read(command, model, given)
+    if sketched is None:
+        note_cut(model, -(-config.num // repeat))
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config
@@ -211,25 +233,34 @@ def open_run(
     return config.model_copy(update={"out": folder})
 
 
-def open_data(config: Any, resume: Path | None, dry_run: bool) -> Images:
-    """The set of images of a job that trains, whose pictures are checked, and stand where they stood when a resumed run began."""
+def open_data(command: str, config: Any, resume: Path | None, dry_run: bool, *read: Any) -> Images:
+    """The set of images of a job that trains, whose pictures are checked, and stand where they stood when a resumed run began.
+
+    Says what was read: `read` and the images.
+    """
     from distill_cli.data import listing, open_images
     from distill_cli.data.images import Folder
 
     images = open_images(str(config.data), config.resolution, config.flip)
+    say_read(command, *read, images)
     if isinstance(images, Folder) and not dry_run:
         for line in listing.prepare(images, resume):
             say(line)
     return images
 
 
-def start_run(engine: Engine, command: str, resume: Path | None, images: Images | None = None) -> None:
-    """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory."""
+def start_run(engine: Engine, command: str, resume: Path | None, prompts: Sequence[str] = ()) -> None:
+    """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory.
+
+    `prompts` that came through a pipe are kept in it.
+    """
     from distill_cli.config import BUILTIN_SETS, PROMPT_SETS
     from distill_cli.data import listing
     from distill_cli.data.images import Folder
+    from distill_cli.data.reading import is_pipe
     from distill_cli.files import write_atomic
     from distill_cli.models.registry import REGISTRY
+    from distill_cli.pairs.store import PROMPTS, keep_prompts
     from distill_cli.processes import rank
     from distill_cli.recipes import dump
     from distill_cli.runs import Run
@@ -243,11 +274,16 @@ def start_run(engine: Engine, command: str, resume: Path | None, images: Images 
     }
     paths = ("pairs", "lpips_weights", "vae")
     absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
+    if piped := is_pipe(getattr(config, "prompts", None) or ""):
+        absolute["prompts"] = str((config.out / PROMPTS).resolve())
     text = dump(config.model_copy(update={**absolute, "out": None}))
     run = Run(config.out)
     if rank() == 0:
         run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
+        if piped:
+            keep_prompts(config.out, prompts)
     engine.open(run)
+    images = getattr(engine.objective, "images", None)
     if rank() == 0 and isinstance(images, Folder):
         listing.keep(images, run.folder)
     if rank() == 0 and resume is not None:

@@ -12,6 +12,7 @@ from distill_cli.cli import common
 if TYPE_CHECKING:
     from distill_cli.config import DMDConfig
     from distill_cli.models.model import Model
+    from distill_cli.pairs.store import PairStore
 
 
 def dmd(
@@ -48,30 +49,35 @@ def dmd(
     )  # fmt: skip
     config = common.open_run(DMDConfig, "dmd", recipe, overrides, dry_run, flags)
     if not dry_run:
-        common.start_processes(num_processes)
+        common.start_processes(num_processes, config.prompts)
     if common.planned_without(config.teacher, config, dry_run):
         return
+    from distill_cli.data.prompts import chosen
     from distill_cli.distill.dmd import DMD
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
-    from distill_cli.pairs.store import PairStore, check_all
+    from distill_cli.pairs.store import MANIFEST, PairStore, check_all
 
     sketch, download = common.sketched(config.teacher, dry_run)
     model = sketch or load(config.teacher)
+    there = config.pairs is not None and (not dry_run or (config.pairs / MANIFEST).is_file())
+    store = PairStore(config.pairs) if config.pairs is not None and there else None
+    asked = model.text is not None and (config.prompts is not None or config.pairs is None)
+    given = chosen(config.prompts, model.lineage.data) if asked else ()
+    common.say_read("dmd", model, store, given)
     if dry_run:
-        common.dry_run(config, {**download, **_plan(config, model)})
+        common.dry_run(config, {**download, **_plan(config, model, store)})
         return
-    store = PairStore(config.pairs) if config.pairs else None
     if store is not None:
         for error in check_all(store.folder, store.manifest):
             raise error
     else:
         common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
-    objective = DMD(config, model, store)
+    objective = DMD(config, model, store, given)
     if config.prompts is not None:
         common.note_cut(objective.teacher)
     engine = Engine(config, objective)
-    common.start_run(engine, "dmd", resume)
+    common.start_run(engine, "dmd", resume, given)
     student = engine.train()
     if student is None:  # process 0 alone has it
         return
@@ -84,17 +90,16 @@ def dmd(
     common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)
 
 
-def _plan(config: DMDConfig, model: Model) -> dict[str, Any]:
+def _plan(config: DMDConfig, model: Model, store: PairStore | None) -> dict[str, Any]:
     """The plan of a run: what any training takes, and the arithmetic."""
     from distill_cli.distill.dmd import guidance_of
     from distill_cli.models.cost import distillation, time_of
-    from distill_cli.pairs.store import MANIFEST, PairStore
 
     count = sum(p.numel() for p in model.denoiser.parameters())
     names = ["teacher", "student", *(["fake"] if config.matching_weight and config.fake_score else [])]
     parameters = dict.fromkeys(names, count)
     parameters |= {part: sum(p.numel() for p in network.parameters()) for part, network in model.parts().items() if part == "vae"}
-    manifest = PairStore(config.pairs).manifest if config.pairs is not None and (config.pairs / MANIFEST).is_file() else None
+    manifest = store.manifest if store is not None else None
     guided = (guidance_of(config, manifest) or model.sampling.guidance_scale) != 1
     flop = distillation(config, model, guided, config.pairs is not None and config.regression_weight != 0)
     text = {}

@@ -44,9 +44,11 @@ def edit(
     from distill_cli.sample.editing import Task, run
 
     student = common.sketched(config.model, dry_run)[0] or load(config.model)
+    work = Task(config, student, config.out)
+    common.say_read("edit", student, work)
+    work.check()
     if dry_run:
-        plan = Task(config, student, config.out)
-        common.dry_run(config, {"pictures": len(plan.names), "network evaluations": f"{len(plan.times)} a picture"})
+        common.dry_run(config, {"pictures": len(work.names), "network evaluations": f"{len(work.times)} a picture"})
         return
-    data = run(config, student, config.out)
+    data = run(work)
     common.result(data, f"{task}: {data['pictures']} pictures in {config.out} ({data['made']} made)\npicture: {data['picture']}", json)

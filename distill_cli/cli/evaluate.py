@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -38,22 +39,25 @@ def evaluate(
     )  # fmt: skip
     config = common.with_out(resolve(EvaluateConfig, recipe, overrides or [], flags), recipe, "evaluation")
     if dry_run:
+        from distill_cli.data import open_images
         from distill_cli.data.prompts import open_prompts
         from distill_cli.evaluate.text import count_of
 
-        count = config.num if config.prompts is None else count_of(config, len(open_prompts(config.prompts)))
+        given = open_prompts(config.prompts) if config.prompts is not None else open_images(config.data, config.resolution)
+        common.say_read("evaluate", given)
+        count = config.num if config.prompts is None else count_of(config, len(given))
         common.dry_run(
             config.model_copy(update={"num": count}),
             {"images": f"{count} of each of {len(config.model)} models, kept in {config.out}/samples"},
         )
         return
-    common.start_processes(num_processes)
+    common.start_processes(num_processes, config.prompts)
     from distill_cli.evaluate import report as of_images
     from distill_cli.evaluate import text as of_prompts
     from distill_cli.processes import rank
 
     kind = of_images if config.prompts is None else of_prompts
-    report = kind.evaluate(config)
+    report = kind.evaluate(config, partial(common.say_read, "evaluate"))
     if rank() > 0:
         return
     for warning in report["warnings"]:

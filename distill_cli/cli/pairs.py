@@ -68,11 +68,11 @@ def pairs(
     if common.planned_without(config.teacher, config, dry_run):
         return
     if not dry_run:
-        common.start_processes(num_processes)
+        common.start_processes(num_processes, config.prompts)
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
     sketch, download = common.sketched(config.teacher, dry_run)
-    model, config = common.open_model(config.teacher, config, sketch)
+    model, config = common.open_model("pairs", config.teacher, config, sketch)
     assert config.out is not None
     if dry_run:
         common.dry_run(config, {**download, **plan(manifest_of(config, model), model)})

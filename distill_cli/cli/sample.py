@@ -58,7 +58,7 @@ def sample(
 
     part = parse_part(shards)
     if not dry_run:
-        common.start_processes(num_processes)
+        common.start_processes(num_processes, config.prompts)
     from distill_cli.models.model import network_evaluations
     from distill_cli.sample import batch
 
@@ -67,7 +67,7 @@ def sample(
     if common.planned_without(config.model, config, dry_run):
         return
     sketch, download = common.sketched(config.model, dry_run)
-    loaded, config = common.open_model(config.model, config, sketch)
+    loaded, config = common.open_model("sample", config.model, config, sketch)
     assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)

@@ -40,14 +40,14 @@ def train(
     from distill_cli.distill.engine import Engine
     from distill_cli.distill.text_to_image import TextToImage
 
-    images = common.open_data(config, resume, dry_run)
+    images = common.open_data("train", config, resume, dry_run)
     objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)
     count = sum(p.numel() for p in objective.networks["teacher"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"teacher": count}, count))
         return
     engine = Engine(config, objective)
-    common.start_run(engine, "train", resume, images)
+    common.start_run(engine, "train", resume)
     if engine.train() is None:  # process 0 alone has it
         return
     folder = engine.run.folder / objective.result

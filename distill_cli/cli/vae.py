@@ -37,13 +37,13 @@ def vae(
     from distill_cli.distill.autoencoding import Autoencoding
     from distill_cli.distill.engine import Engine
 
-    objective = Autoencoding(config, common.open_data(config, resume, dry_run))
+    objective = Autoencoding(config, common.open_data("vae", config, resume, dry_run))
     count = sum(p.numel() for p in objective.networks["vae"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"vae": count}, count))
         return
     engine = Engine(config, objective)
-    common.start_run(engine, "vae", resume, objective.images)
+    common.start_run(engine, "vae", resume)
     if engine.train() is None:  # process 0 alone has it
         return
     folder = engine.run.folder / objective.result

@@ -21,7 +21,9 @@ class GenerateConfig(Config):
     """What pairs and sample share: how images come out of a model."""
 
     num: Positive = Field(1000, description="images; with prompts by default each once, or images_per_prompt times")
-    prompts: str | None = Field(None, description="of a model with text: a .txt, .jsonl or .csv file, or a built-in set")
+    prompts: str | None = Field(
+        None, description="of a model with text: a file of lines, JSON or a table, - for standard input, or a built-in set"
+    )
     negative_prompt: str = Field("", description="of a model with text: what guidance leads away from")
     resolution: Positive | None = Field(None, description="pixels of a latent model's pictures; default the model's own")
     classes: Classes = Field(None, description="labels in turn, such as 0-9 or 3,5; default all, balanced")

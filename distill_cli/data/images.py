@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_cli.config import BUILTIN_SETS
+from distill_cli.data.folders import SUFFIXES, pictures_below
 from distill_cli.data.listing import unread
 from distill_cli.data.pictures import from_uint8
 from distill_cli.data.shapes import Shapes
@@ -23,14 +25,13 @@ from distill_cli.errors import DistillError, UsageError, nearest
 if TYPE_CHECKING:
     import PIL.Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 
 class Images(Protocol):
-    """A labelled set: `classes` names the labels (empty: none), `shape` is (C, H, W)."""
+    """A labelled set: `classes` names the labels (empty: none), `shape` is (C, H, W), `about` says what was read and left out."""
 
     classes: list[str]
     shape: tuple[int, int, int]
+    about: str
 
     def __len__(self) -> int: ...
 
@@ -60,6 +61,7 @@ class Digits:
 
     classes = [str(digit) for digit in range(10)]
     shape = (3, 16, 16)
+    about = "1797 pictures of 10 classes in digits"
 
     def __init__(self) -> None:
         stored = load_file(Path(__file__).with_name("digits.safetensors"))
@@ -75,21 +77,64 @@ class Digits:
         return self.grey[list(positions)] * ink[:, :, None, None] * 2 - 1, self.labels[list(positions)]
 
 
-def open_picture(path: Path) -> tuple[PIL.Image.Image, bool]:
-    """A picture upright, as RGB, with an alpha channel laid on white; and whether it had one that showed."""
+BITS, PHOTOMETRIC = 258, 262
+"""Tags of TIFF: bits a sample, and whether 0 is black (1) or white (0)."""
+DARK = 16
+"""Of 255: the largest value of 12 bits in 16."""
+
+
+class Picture(NamedTuple):
+    """A picture upright, as RGB, with an alpha channel laid on white."""
+
+    image: PIL.Image.Image
+    transparent: bool
+    """Whether it had an alpha channel that showed."""
+    dark: str
+    """What is to be said of one that fills a small part of its 16 bits; '' of others."""
+
+
+def open_picture(path: Path) -> Picture:
+    """Read a picture. Its depth is the format's: 8 bits a channel or fewer, 16 bits, or floats from 0 to 1; others are refused."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
+            deep = ";16" in str(opened.tile)  # as its data are packed: Pillow takes the upper 8 of colours' 16 bits
             upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16") or upright.mode in ("I", "F"):  # PIL would cut off what is over 255
-                deep = np.asarray(upright).astype(np.float64)
-                upright = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+            if upright.mode.startswith("I;16") or upright.mode in ("I", "F"):  # Pillow would cut off what is over 255
+                upright = _of_white(np.asarray(upright).astype(np.float64), opened)
             picture = upright.convert("RGBA")
+    except DistillError:
+        raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
         raise unread(path, error) from error
     background = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(background, picture).convert("RGB"), picture.getchannel("A").getextrema() != (255, 255)
+    colours: Any = picture.convert("RGB").getextrema() if deep else ()
+    dark = deep and max(most for _, most in colours) <= DARK
+    transparent = picture.getchannel("A").getextrema() != (255, 255)
+    said = f"{path}: 16 bits a channel, and no value over a sixteenth of white: read as they stand, so it is dark" if dark else ""
+    return Picture(Image.alpha_composite(background, picture).convert("RGB"), transparent, said)
+
+
+def _of_white(grey: np.ndarray, opened: PIL.Image.Image) -> PIL.Image.Image:
+    """Grey values (H, W) of more than 8 bits as a picture of 8; raises DistillError where nothing says which of them is white."""
+    from PIL import Image
+
+    tags = getattr(opened, "tag_v2", {})
+    bits = tags.get(BITS, (0,))[0]
+    white = 1 if opened.mode == "F" else 4095 if bits == 12 else 65535
+    if opened.mode == "I" and opened.format not in ("PNG", "PPM"):  # whose 16 bits Pillow gives in 32
+        raise _depth(opened, "signed integers of 16 bits" if bits == 16 else "integers of 32 bits")
+    if not (grey.min() >= 0 and grey.max() <= white):
+        raise _depth(opened, f"floats from {grey.min():.4g} to {grey.max():.4g}")
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero
+        grey = white - grey
+    return Image.fromarray((grey / (white / 255)).round().astype(np.uint8))
+
+
+def _depth(opened: PIL.Image.Image, what: str) -> DistillError:
+    path = getattr(opened, "filename", "")
+    return DistillError(f"{path}: {what}: nothing says which is white", "save it with 8 or 16 bits a channel, or as floats from 0 to 1")
 
 
 def cover(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
@@ -112,13 +157,12 @@ class Folder:
     """
 
     def __init__(self, path: Path, resolution: int, flip: bool = False) -> None:
-        from PIL import Image
-
         if not path.is_dir():
-            raise DistillError(f"--data {path}: no such folder")
-        self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+            raise DistillError(f"--data {path}: {'no folder' if path.exists() else 'no such folder'}")
+        found = pictures_below(path)
+        self.files = found.files
         if not self.files:
-            raise DistillError(f"--data {path}: no images in it", f"file names end in {', '.join(SUFFIXES)}")
+            raise DistillError(f"--data {path}: no images in it{found.without}", f"file names end in {', '.join(SUFFIXES)}")
         tops = [f.relative_to(path).parts for f in self.files]
         self.classes = sorted({parts[0] for parts in tops if len(parts) > 1})
         if self.classes and any(len(parts) == 1 for parts in tops):
@@ -128,14 +172,20 @@ class Folder:
         self.root, self.digest = path, ""  # the digest is listing.prepare's
         self.shape = (3, resolution, resolution)
         self.resolution, self.flip = resolution, flip
-        Image.init()  # all formats, before threads ask for them
+        self.said = False
+        of = f" of {len(self.classes)} class{'es' * (len(self.classes) > 1)}" if self.classes else ""
+        self.about = f"{len(self.files)} picture{'s' * (len(self.files) > 1)}{of} in {path}{found.without}"
         self.readers = ThreadPoolExecutor(torch.get_num_threads())  # PIL decodes and scales without Python's lock
 
     def __len__(self) -> int:
         return len(self.files)
 
     def _read(self, position: int) -> np.ndarray:
-        return np.asarray(cover(open_picture(self.files[position])[0], self.resolution, self.resolution))
+        picture = open_picture(self.files[position])
+        if picture.dark and not self.said:
+            self.said = True
+            print(picture.dark, file=sys.stderr)
+        return np.asarray(cover(picture.image, self.resolution, self.resolution))
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
         images = from_uint8(np.stack(list(self.readers.map(self._read, positions))))

@@ -91,10 +91,6 @@ def prepare(images: Folder, run: Path | None) -> list[str]:
             first.message += f"; {len(wrong) - 1} more of {len(share)} cannot be read" if len(wrong) > 1 else ""
             raise first
         lines = [f"headers of {len(images.files)} pictures read"]
-        if images.classes:
-            known = set(images.classes)
-            empty = sorted(path.name for path in images.root.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
-            lines += [f"{images.root / name}: no pictures in it, no class" for name in empty if name not in known]
         rows = rows_of(images)
         kept = read(run) if run is not None else None
         if run is not None and kept is not None:

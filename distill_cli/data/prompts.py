@@ -1,100 +1,234 @@
-"""Files of prompts, read where they stand: memory holds eight bytes a prompt."""
+"""Files of prompts, read where they stand: memory holds eight bytes a prompt.
+
+What a file is, its content says: JSON (an object or a text a line, or one array), a table (a header with a column prompt, text or
+caption), or else a line a prompt.
+"""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
+import re
+import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
+from distill_cli import processes
 from distill_cli.config import PROMPT_SETS
+from distill_cli.data.reading import COPY, MARKS, PIECE, STDIN, Lines, begins_array, copied, elements, is_pipe, visible
 from distill_cli.data.shapes import HELD, TRAINED
-from distill_cli.errors import DistillError, UsageError, nearest
+from distill_cli.errors import DistillError, UsageError, nearest, reason
 from distill_cli.files import os_errors
 
 FIELDS = ("prompt", "text", "caption")
-"""Where a prompt stands in a line of JSON, or in a table: the first of these that is there."""
+"""Where a prompt stands in an object of JSON, or in a table, in any case: the first of these that holds text."""
+HINT = "a line a prompt, or JSON or a table with prompt, text or caption"
+TABLES, JSON = {".csv": ",", ".tsv": "\t"}, (".jsonl", ".json", ".ndjson")
+DELIMITERS = ",\t;|"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How prompts stand in a file: `kind` is lines, json or table; a table has a delimiter and columns."""
+
+    kind: str
+    delimiter: str = ","
+    columns: tuple[str, ...] = ()
+    """What the header says; where there is none, the first line is a prompt."""
+    quoting: Any = csv.QUOTE_MINIMAL
+    strict: bool = False
+
+    @cached_property
+    def fields(self) -> list[int]:
+        """Columns that may hold the prompt, the first choice first."""
+        return [k for name in FIELDS for k, column in enumerate(self.columns) if column.lower() == name]
 
 
 class PromptFile(Sequence[str]):
-    """The prompts of a text file (a line each; empty lines count for nothing), of .jsonl, or of .csv with a header.
+    """The prompts of a text file, whose content says how they stand in it; raises DistillError that names the line for what is no prompt.
 
-    Raises DistillError that names the line for what is no prompt.
+    `about` says what was read, left out and assumed. `own` is for the package's own copies: every prompt of theirs counts.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.kind = Path(path), Path(path).suffix.lower()
-        self.starts = array("q")
-        digest = hashlib.sha256()
-        if not self.path.is_file():
-            raise DistillError(f"--prompts {path}: no such file", "a line a prompt, or .jsonl or .csv with a column prompt")
-        with os_errors(self.path), open(self.path, "rb") as handle:
-            if b"\0" in handle.read(1 << 16):
-                raise DistillError(f"--prompts {path}: not a text file", "a line a prompt, or .jsonl or .csv with a column prompt")
-            handle.seek(0)
-            self.columns = self._row(handle, 1) or [] if self.kind == ".csv" else []
-            self.field = next((name for name in FIELDS if name in self.columns), "")
-            if self.kind == ".csv" and not self.field:
-                raise DistillError(f"--prompts {path}: no column called prompt, text or caption in its first line")
-            for start, text in self._records(handle):
-                self.starts.append(start)
-                digest.update(text.encode() + b"\n")
-        if not self.starts:
-            raise DistillError(f"--prompts {path}: no prompts in it")
-        self.digest = digest.hexdigest()
-        self._open = open(self.path, "rb")  # noqa: SIM115 - as long as the prompts are read
-
-    def _lines(self, handle: Any) -> Iterator[str]:
-        """Lines from where the file is, without a byte-order mark; the file's position is that after the line."""
-        while line := handle.readline():
+    def __init__(self, path: Path, own: bool = False) -> None:
+        self.path, self.own = Path(path), own
+        self.name = "standard input" if str(path) in STDIN else str(path)
+        self.unit = "line"
+        self._open = self._opened()
+        forms, doubt = self._forms(self._head()), ""
+        for k, form in enumerate(forms):
             try:
-                yield line.decode().removeprefix("\ufeff")
-            except UnicodeDecodeError as error:
-                raise DistillError(f"--prompts {self.path}: not a text file: no UTF-8 at byte {handle.tell()}") from error
+                self._index(form)
+                break
+            except DistillError as error:
+                if k == len(forms) - 1:
+                    raise
+                doubt = doubt or error.message.removeprefix(f"--prompts {self.name} ")
+        if not self.starts:
+            raise self._fault("no prompts in it" + self._left_out())
+        self.about = self._said(doubt)
 
-    def _row(self, handle: Any, number: int) -> list[str] | None:
-        """The next row of a table, None at the end."""
+    def _opened(self) -> IO[bytes]:
+        """The file, or a copy of what comes through a pipe: one that can be read at any place, again and again."""
+        copy, _, name = os.environ.get(COPY, "").partition("\n")
+        if copy and name == str(self.path):
+            return open(copy, "rb")  # noqa: SIM115 - as long as the prompts are read
+        if is_pipe(str(self.path)):
+            if processes.world_size() > 1:
+                raise UsageError(f"--prompts {self.name}: a pipe has one reader, and this is one of several processes", "give a file")
+            return copied(str(self.path), tempfile.TemporaryFile())  # noqa: SIM115
+        if not self.path.exists():
+            raise self._fault("no such file")
         try:
-            return next(csv.reader(self._lines(handle)), None)
-        except csv.Error as error:
-            raise self._bad(number, f"no table ({error})") from error
+            return open(self.path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise DistillError(f"--prompts {self.name}: {(error.strerror or str(error)).lower()}") from error
 
-    def _record(self, handle: Any, number: int = 0) -> str | None:
-        """The next prompt, '' for none in its line, None at the end."""
-        if self.kind == ".csv":
-            row = self._row(handle, number)
-            if row is None or not row:
-                return row if row is None else ""
-            if len(row) != len(self.columns):
-                raise self._bad(number, f"{len(row)} columns, the first line has {len(self.columns)}")
-            return row[self.columns.index(self.field)].strip()
-        line = next(self._lines(handle), None)
-        if line is None or self.kind not in (".jsonl", ".json", ".ndjson") or not line.strip():
-            return None if line is None else line.strip()
+    def _head(self) -> str:
+        """The beginning of the file; raises DistillError for one that is no text."""
+        head = os.pread(self._open.fileno(), PIECE, 0)
+        code = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+        if code or max(head[k::2].count(0) for k in (0, 1)) > len(head) // 4 > 0:
+            code = code or "UTF-16"
+            raise self._fault(f"{code}, not UTF-8", f"iconv -f {code} -t UTF-8 makes a file that can be read")
+        if b"\0" in head:
+            raise self._fault("not a text file")
+        return head.decode(errors="ignore").removeprefix("\ufeff")
+
+    def _forms(self, head: str) -> list[Form]:
+        """What the file may be by its beginning, the likeliest first; the last is what it is where no other fits all of its lines."""
+        suffix = self.path.suffix.lower()
+        first = next((line.strip() for line in re.split(r"[\r\n]+", head) if line.strip()), "")
+        if first.startswith("[") and (suffix in JSON or begins_array(first)) and not self.own:
+            self._unroll()
+            return [Form("json")]
+        if self.own or suffix in JSON or re.match(r"\{\s*\"", first):
+            return [Form("json")]
+        default = TABLES.get(suffix, ",")
+        forms = []
+        for delimiter in default + DELIMITERS.replace(default, ""):
+            form = Form("table", delimiter, _header(head, delimiter), strict=suffix != ".csv")
+            prose = suffix not in TABLES and delimiter != "\t" and f"{delimiter} " in first  # as between the parts of a sentence
+            if form.fields and not prose and (len(form.columns) > 1 or delimiter == default):
+                forms += [form, replace(form, quoting=csv.QUOTE_NONE)][: 1 + (delimiter == "\t")]
+        forms.sort(key=lambda form: -len(form.columns))
+        if suffix not in TABLES:
+            return [*forms, Form("lines", columns=forms[0].columns if forms and len(forms[0].columns) == 1 else ())]
+        if not forms:
+            there = _shown(_header(head, default))
+            raise self._fault(f"no column called prompt, text or caption in its first line, which has {there}")
+        return forms
+
+    def _unroll(self) -> None:
+        """Go on with a copy of a JSON array that has a line an element."""
+        self.unit = "element"
+        out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._open.seek(0)
+        with os_errors(self.path):
+            try:
+                for element in elements(io.TextIOWrapper(self._open, "utf-8-sig")):
+                    out.write(json.dumps(element).encode() + b"\n")
+            except (ValueError, RecursionError) as error:
+                raise self._fault(f"no JSON array ({reason(error)})") from error
+            out.flush()
+        self._open = out
+
+    def _index(self, form: Form) -> None:
+        """Find where each prompt begins; raises DistillError for the first line that does not fit."""
+        self.form, self.starts = form, array("q")
+        self.left_out, self.used = 0, Counter[str]()
+        digest = hashlib.sha256()
+        for start, field, text in self._records(0):
+            if not text:
+                self.left_out += 1
+                continue
+            self.starts.append(start)
+            self.used[field] += 1
+            digest.update(text.encode() + b"\n")
+        self.digest = digest.hexdigest()
+
+    def _records(self, start: int, piece: int = PIECE) -> Iterator[tuple[int, str, str]]:
+        """From a byte on, where each record begins, the field or column that holds its text, and the text; '' where none does."""
+        form, lines = self.form, Lines(self._open, f"--prompts {self.name}", start, piece)
+        rows: Iterator[Any] = lines
+        if form.kind == "table":
+            rows = csv.reader(lines, delimiter=form.delimiter, quoting=form.quoting, strict=form.strict)
+        header = start == 0 and bool(form.columns)
+        while True:
+            start, number = lines.end, lines.number + 1
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise self._bad(number, f"no table ({error})") from error
+            if row is None:
+                return
+            if not row or (isinstance(row, str) and not row.strip()):
+                continue
+            if header:
+                header = False
+            else:
+                yield start, *self._prompt(row, number)
+
+    def _prompt(self, row: Any, number: int) -> tuple[str, str]:
+        form = self.form
+        if form.kind == "lines":
+            text = row.strip()
+            return "", text if self._shows(text) else ""
+        if form.kind == "table":
+            if len(row) != len(form.columns):
+                raise self._bad(number, f"{len(row)} columns, the first line has {len(form.columns)}")
+            found = next((k for k in form.fields if self._shows(row[k])), None)
+            return ("", "") if found is None else (form.columns[found], row[found].strip())
         try:
-            data = json.loads(line)
-        except ValueError as error:
+            data = json.loads(row)
+        except (ValueError, RecursionError) as error:
             raise self._bad(number, "not JSON") from error
-        found = next((data[name] for name in FIELDS if name in data), None) if isinstance(data, dict) else data
-        if not isinstance(found, str) or not _is_unicode(found):
-            raise self._bad(number, "no text under prompt, text or caption")
-        return found.strip()
+        values = {"": data} if not isinstance(data, dict) else {key: data[key] for name in FIELDS for key in data if key.lower() == name}
+        for key, value in values.items():
+            if isinstance(value, str) and _is_unicode(value) and self._shows(value):
+                return key, value.strip()
+        if not values or not all(value is None or (isinstance(value, str) and not self._shows(value)) for value in values.values()):
+            there = f"; it has {_shown(data)}" if isinstance(data, dict) else ""
+            raise self._bad(number, f"no text under prompt, text or caption{there}")
+        return "", ""
+
+    def _shows(self, text: str) -> bool:
+        return bool(text.strip()) if self.own else visible(text)
+
+    def _fault(self, what: str, hint: str = HINT) -> DistillError:
+        return DistillError(f"--prompts {self.name}: {what}", hint)
 
     def _bad(self, number: int, what: str) -> DistillError:
-        return DistillError(f"--prompts {self.path} line {number}: {what}", "each line needs its prompt")
+        return DistillError(f"--prompts {self.name} {self.unit} {number}: {what}", f"each {self.unit} needs its prompt")
 
-    def _records(self, handle: Any) -> Iterator[tuple[int, str]]:
-        number = 1 if self.kind == ".csv" else 0
-        while True:
-            start, number = handle.tell(), number + 1
-            text = self._record(handle, number)
-            if text is None:
-                return
-            if text:
-                yield start, text
+    def _left_out(self) -> str:
+        unit = ("row" if self.form.kind == "table" else self.unit) + "s" * (self.left_out > 1)
+        what = f"{unit} without a visible letter" if self.form.kind == "lines" else f"empty {unit}"
+        return f"; {self.left_out} {what} left out" if self.left_out else ""
+
+    def _said(self, doubt: str) -> str:
+        names = sorted(filter(None, self.used), key=lambda name: -self.used[name])
+        what = "column" if self.form.kind == "table" else "field"
+        where = f", {what} {names[0]}" if names else ""
+        if len(names) > 1:
+            where = f", {what}s " + " and ".join(f"{name} ({self.used[name]})" for name in names)
+        said = f"{len(self)} prompt{'s' * (len(self) > 1)}{where} of {self.name}{self._left_out()}"
+        if self.form.kind == "lines" and self.form.columns:
+            said += f"; its first line, {self.form.columns[0]}, is taken for a header"
+        elif self.form.kind == "lines" and doubt:
+            said += f"; its first line names a column, but it is no table ({doubt}): each line is taken for a prompt"
+        elif doubt:
+            said += "; quotes are taken as they stand"
+        return said
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -106,16 +240,11 @@ class PromptFile(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
-        self._open.seek(self.starts[index])
-        text = self._record(self._open)
-        assert text
-        return text
+        return next(self._records(self.starts[index], 1 << 10))[2]
 
     def __iter__(self) -> Iterator[str]:
-        with open(self.path, "rb") as handle:
-            if self.kind == ".csv":
-                next(csv.reader(self._lines(handle)))
-            for _, text in self._records(handle):
+        for _, _, text in self._records(0):
+            if text:
                 yield text
 
 
@@ -124,15 +253,37 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def _header(head: str, delimiter: str) -> tuple[str, ...]:
+    """The first row of a table that begins so, or nothing where it is none."""
+    try:
+        rows = csv.reader(re.split(r"(?<=\n)|(?<=\r)(?!\n)", head), delimiter=delimiter)
+        return tuple(cell.strip() for cell in next((row for row in rows if row), []))
+    except csv.Error:
+        return ()
+
+
+def _shown(names: Iterable[str]) -> str:
+    """Names of a file for one line of the terminal."""
+    return ", ".join(repr(name)[1:41].rstrip("'") for name in islice(names, 8)) or "none"
+
+
+class Captions(list[str]):
+    """Built-in prompts."""
+
+    about = ""
+
+
 BUILTIN = dict(zip(PROMPT_SETS, (TRAINED, HELD), strict=True))
 
 
 def open_prompts(name: str | Path) -> Sequence[str]:
     """The prompts of a file, or a built-in set of captions."""
     if str(name) in BUILTIN:
-        return [thing.caption for thing in BUILTIN[str(name)]]
+        captions = Captions(thing.caption for thing in BUILTIN[str(name)])
+        captions.about = f"{len(captions)} prompts of {name}"
+        return captions
     path = Path(name)
-    if not path.is_file() and path.parent == Path(".") and not path.suffix:
+    if not path.exists() and not is_pipe(str(name)) and path.parent == Path(".") and not path.suffix:
         raise UsageError(f"--prompts {name}: no such file", nearest(str(name), BUILTIN, "built in"))
     return PromptFile(path)
 

@@ -104,6 +104,7 @@ class Shapes:
 
     def __init__(self, things: Sequence[Thing] = TRAINED) -> None:
         self.things = things
+        self.about = f"{len(things)} pictures with captions in shapes"
 
     def __len__(self) -> int:
         return len(self.things)

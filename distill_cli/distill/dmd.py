@@ -7,7 +7,7 @@ they were before the student's step. Dropout is off everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ class DMD:
 
     result = "student"
 
-    def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None) -> None:
+    def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
         if teacher.few_step_times is not None:
             raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
         if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
@@ -65,7 +65,7 @@ class DMD:
             self.distance, answering = measure(config, teacher.latent)
             names = ("lpips_weights", "decoder") if config.decoder else ("lpips_weights",)
             self.identity |= {name: digest(network) for name, network in zip(names, answering)}
-        teacher, self.of_pairs = prompted(config, teacher, pairs)
+        teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
         self.teacher = teacher
         if teacher.text is not None:
             self.identity["prompts"] = digest_of(teacher.text.prompts)
@@ -230,8 +230,8 @@ def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tenso
     return partial(of_decoded, perceptual, codec), [perceptual, codec.vae]
 
 
-def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tuple[Model, Conditioner]:
-    """The teacher for the prompts of a run, and what makes conditions of its pairs' labels.
+def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> tuple[Model, Conditioner]:
+    """The teacher for the prompts of a run, opened here unless given, and what makes conditions of its pairs' labels.
 
     The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
     """
@@ -242,7 +242,9 @@ def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None) -> tupl
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
     theirs = in_turn(pairs.prompts(), len(pairs)) if pairs is not None else ()
-    teacher = teacher.with_prompts(theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data), negative)
+    if not prompts:
+        prompts = theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data)
+    teacher = teacher.with_prompts(prompts, negative)
     own = teacher.text
     assert own is not None
     of_pairs = own if pairs is None or config.prompts is None else own.given(theirs, negative)

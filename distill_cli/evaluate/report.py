@@ -133,15 +133,24 @@ def split(spec: str) -> tuple[str, int | None]:
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) in [-1, 1] and labels (N,), where there are different ones, of a file as `distill sample` writes it."""
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"--model {path}: no such file")
     images, labels = batch.read_npz(path, "write it again with `distill sample --format npz`")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UsageError(f"--model {path}: arr_0 is {images.dtype} {images.shape}", "uint8 (N, H, W, 3) is expected")
+        raise UsageError(f"--model {path}: arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, 3)", _as_expected(images))
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)):
         raise UsageError(f"--model {path}: arr_1 is {labels.dtype} {labels.shape}", "whole numbers, one an image, are expected")
-    unlabelled = labels is None or not labels.any()  # models without classes have label 0 throughout
-    return from_uint8(images), None if unlabelled else torch.from_numpy(labels).long()
+    labelled = labels is not None and labels.any()  # models without classes have label 0 throughout
+    return from_uint8(images), torch.from_numpy(np.asarray(labels, np.int64)) if labelled else None
+
+
+def _as_expected(images: np.ndarray) -> str:
+    """How images of another type or order become (N, H, W, 3) of uint8."""
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        return "channels come last: x.transpose(0, 2, 3, 1)"
+    if images.dtype.kind == "f":
+        return "of values in [0, 1]: (255 * x).round().astype('uint8')"
+    return "three channels of 0 to 255, channels last"
 
 
 @dataclass
@@ -154,12 +163,25 @@ class Row:
     model: Model | None = None
     steps: int | None = None
 
+    @property
+    def about(self) -> str:
+        """What was read, for the first line of the job."""
+        if self.images is None:
+            return getattr(self.model, "about", "")
+        return f"{len(self.images)} pictures of {self.spec}{', no labels' if self.labels is None else ''}"
+
     @classmethod
-    def of(cls, spec: str, config: EvaluateConfig, shape: tuple[int, ...]) -> Row:
+    def of(cls, spec: str, config: EvaluateConfig, shape: tuple[int, ...], classes: Sequence[str]) -> Row:
         """Read or load what `spec` names; raises UsageError before anything is sampled."""
-        if spec.endswith(".npz"):
+        if spec.lower().endswith(".npz"):
             row = cls(spec, *read_npz(Path(spec)))
             assert row.images is not None
+            wrong = [] if row.labels is None else row.labels[(row.labels < 0) | (row.labels >= len(classes))].tolist()
+            if wrong:
+                raise UsageError(
+                    f"--model {spec}: arr_1 has label {wrong[0]}, and --classifier {config.classifier} knows 0 to {len(classes) - 1}",
+                    "labels count from 0; a file without arr_1 is measured without them",
+                )
             found, count = tuple(row.images.shape[1:]), len(row.images)
         else:
             name, steps = split(spec)
@@ -192,15 +214,17 @@ class Row:
         return made
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
     """Sample what `config.model` lists, measure it, and write report.json, report.md and picture.png; returns the report.
 
+    `say_read` is told what was read, before anything is sampled.
     Several processes share sampling and features; all return the same report, process 0 writes it.
     """
     assert config.out is not None
     classifier = load_classifier(config.classifier).to(launch.device(config.device))
     reference = Reference(config, open_images(config.data, config.resolution), classifier)
-    todo = [Row.of(spec, config, tuple(reference.images.shape)) for spec in config.model]
+    todo = [Row.of(spec, config, tuple(reference.images.shape), classifier.info.classes) for spec in config.model]
+    say_read(reference.images, *todo)
     settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
     remove_temporaries(config.out)
     rates = old_rates(config.out / RATES)

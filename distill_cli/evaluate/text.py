@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,10 @@ class CLIP:
         return 100 * cosines.clamp(min=0).cpu()
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
     """Sample the prompts with what `config.model` lists, and write report.json, report.md and picture.png; returns the report.
 
+    `say_read` is told what was read, before anything is sampled.
     Several processes share sampling and scores; pictures stay on disk, and one model after another is in memory.
     """
     assert config.out is not None
@@ -72,8 +73,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     count = count_of(config, len(prompts))
     where = launch.device(config.device)
     clip = CLIP(config.clip, where)
-    for spec in config.model:  # what is wrong with one is said before anything is sampled
-        prepared(spec, config, prompts)
+    said = [getattr(prepared(spec, config, prompts)[0], "about", "") for spec in config.model]  # what is wrong with one is said before
+    say_read(prompts, *said)
     settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
     remove_temporaries(config.out)
     rates = old_rates(config.out / RATES)

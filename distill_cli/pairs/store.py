@@ -159,6 +159,12 @@ class PairStore:
                 "run distill pairs again: only missing shards are made",
             )
 
+    @property
+    def about(self) -> str:
+        """What it holds, for the line that says what a job read."""
+        count = self.manifest.shards
+        return f"{len(self)} pairs of {self.manifest.teacher} in {count} shard{'s' * (count > 1)}"
+
     def __len__(self) -> int:
         return self.manifest.num
 
@@ -173,7 +179,7 @@ class PairStore:
         if not (folder / PROMPTS).is_file():
             raise DistillError(f"{folder / PROMPTS}: missing", "run distill pairs again")
         try:
-            found = PromptFile(folder / PROMPTS)
+            found = PromptFile(folder / PROMPTS, own=True)
         except DistillError as error:
             raise DistillError(f"{folder / PROMPTS}: corrupt", again) from error
         if found.digest != manifest.prompts:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,27 +18,56 @@ import numpy as np
 
 from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
+from distill_cli.data.folders import LIST
 from distill_cli.data.pictures import finished, grid, png
 from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
-from distill_cli.errors import DistillError
-from distill_cli.files import remove_temporaries, write_atomic, write_atomic_lines
+from distill_cli.errors import DistillError, reason
+from distill_cli.files import os_errors, remove_temporaries, write_atomic, write_atomic_lines
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.runs import settle
 
-SETTINGS, LIST = "sampling.json", "samples.jsonl"
+SETTINGS = "sampling.json"
 GRID = 100
 CAPTIONED = 256
 """Pixels that a picture needs to have a caption below it."""
 
 
 def read_npz(path: Path, hint: str = "delete it and run the same command again") -> tuple[np.ndarray, np.ndarray | None]:
-    """arr_0, images, and arr_1, labels where the file has any."""
+    """arr_0, images, and arr_1, labels where the file has any; raises DistillError that says what else the file is."""
+    with os_errors(path), open(path, "rb") as file:
+        begins = file.read(2)
+    if begins != b"PK":
+        raise DistillError(f"{path}: {'no npz file' if begins else 'empty'}", hint)
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return stored["arr_0"], stored.get("arr_1")
-    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+            there = {name: _array(path, stored, name) for name in ("arr_0", "arr_1") if name in stored.files}
+            names = stored.files
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, ValueError) as error:
         raise DistillError(f"{path}: corrupt", hint) from error
+    except OSError as error:
+        what = "corrupt" if error.errno in (None, errno.EINVAL) else os.strerror(error.errno).lower()  # EINVAL: of a place before its start
+        raise DistillError(f"{path}: {what}", hint if what == "corrupt" else "") from error
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed as Python cannot
+        raise DistillError(f"{path}: cannot be read ({reason(error)})", hint) from error
+    if "arr_0" not in there:
+        what = "mean and covariance of features, no images" if {"mu", "sigma"} <= set(names) else "no arr_0"
+        has = ", ".join(repr(name)[1:-1] for name in names[:8]) or "nothing"
+        raise DistillError(f"{path}: {what}: it has {has}", "np.savez(file, arr_0=images) of uint8 (N, H, W, 3)")
+    return there["arr_0"], there.get("arr_1")
+
+
+def _array(path: Path, stored: Any, name: str) -> np.ndarray:
+    """An array of an npz file; raises DistillError for one of Python objects, which would have to be unpickled."""
+    try:
+        array = stored[name]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise DistillError(f"{path}: {name} holds Python objects", "np.savez(file, arr_0=images) of one array of numbers") from error
+    if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is no array
+        raise DistillError(f"{path}: {name} is no array")
+    return array
 
 
 def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

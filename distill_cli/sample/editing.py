@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from distill_cli import launch
 from distill_cli.config import EditConfig
-from distill_cli.data.images import SUFFIXES, fit, open_picture
+from distill_cli.data.folders import EDITS as SETTINGS
+from distill_cli.data.folders import SHEET, SUFFIXES, pictures_below
+from distill_cli.data.images import fit, open_picture
 from distill_cli.data.pictures import finished, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
@@ -23,27 +26,26 @@ from distill_cli.runs import settle
 from distill_cli.sample import edit
 
 SHOWN = 20
-SHEET, SETTINGS = "side-by-side.png", "edits.json"
-SHEETS = {"grid.png": "samples.jsonl", SHEET: SETTINGS}
-"""Pictures of pictures that this package writes, and what lies beside them."""
 
 
-def find(config: EditConfig, folder: Path) -> list[Path]:
-    """The pictures that `--input` names, in the order of their names, without the mask."""
+def find(config: EditConfig, folder: Path) -> tuple[list[Path], str]:
+    """The pictures that `--input` names, in the order of their names, without the mask; and what was read and left out."""
     path = config.input
     assert path is not None
     if not path.exists():
         raise UsageError(f"--input {path}: no such file or folder")
     if not path.is_dir():
-        return [path]
+        return [path], f"the picture {path}"
     if folder.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out {folder}: lies in --input {path}", "the results would be edited next time: choose another folder")
     mask = config.mask.resolve() if config.mask else None
-    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.resolve() != mask)
-    found = [f for f in found if not (f.name in SHEETS and (f.parent / SHEETS[f.name]).exists())]
-    if not found:
-        raise UsageError(f"--input {path}: no pictures in it", f"file names end in {', '.join(SUFFIXES)}")
-    return found
+    found = pictures_below(path)
+    files = [file for file in found.files if file.resolve() != mask]
+    if not files:
+        raise UsageError(f"--input {path}: no pictures in it{found.without}", f"file names end in {', '.join(SUFFIXES)}")
+    if len(files) < len(found.files):
+        found.left_out["mask"] += 1
+    return files, f"{len(files)} picture{'s' * (len(files) > 1)} in {path}{found.without}"
 
 
 class Pictures:
@@ -60,7 +62,9 @@ class Pictures:
 
     def read(self, file: Path, patch: int = 1) -> Tensor:
         """(3, height, width) in [-1, 1]; a picture that is smaller by `patch` each way has each pixel repeated."""
-        picture, transparent = open_picture(file)
+        picture, transparent, dark = open_picture(file)
+        if dark:
+            self._say("depth", dark)
         if transparent:
             self._say("alpha", f"{file}: its alpha channel is laid on white")
         height, width = self.height // patch, self.width // patch
@@ -74,7 +78,9 @@ class Pictures:
         """(1, 1, height, width): 1 where the picture stays (the mask is black), 0 where it is painted anew (white)."""
         if not path.is_file():
             raise UsageError(f"--mask {path}: no such file")
-        mask, transparent = open_picture(path)
+        mask, transparent, dark = open_picture(path)
+        if dark:
+            self._say("mask depth", dark)
         if transparent:
             self._say("mask", f"{path}: its alpha channel is laid on white, which is painted anew")
         for file in files:
@@ -119,18 +125,26 @@ class Task:
         channels, height, width = model.shape
         if channels != 3:
             raise UsageError(f"--model {config.model}: pictures of {channels} channels", "editing is for colour pictures")
-        self.projection: edit.Projection | None = None
         self.files: list[Path] = []
+        self.about = ""
         if config.task == "interpolate":
             ends = Draws(config.seed, range(2)).normal("prior", model.shape)
             self.arc = edit.between(ends[0], ends[1], config.frames)
             self.names = [f"{k:03d}" for k in range(config.frames)]
         else:
-            self.files = find(config, folder)
+            self.files, self.about = find(config, folder)
             self.names = [f"{k:04d}-{file.stem}" for k, file in enumerate(self.files)]
             self.pictures = Pictures(height, width)
-            self.projection = _projection(config, self.files, self.pictures)
         edit.labels_of(model, 1, config.classes)
+
+    @cached_property
+    def projection(self) -> edit.Projection | None:
+        """Onto what the task keeps; raises UsageError for a mask or a patch that does not fit."""
+        return _projection(self.config, self.files, self.pictures) if self.files else None
+
+    def check(self) -> None:
+        """Raise UsageError for what does not fit, before anything is planned or made."""
+        _ = self.projection
 
     def digest(self) -> str:
         """Of the files that go in; raises DistillError for a picture that cannot be read, before any is edited."""
@@ -180,9 +194,9 @@ class Task:
         return path
 
 
-def run(config: EditConfig, model: Model, folder: Path) -> dict[str, Any]:
-    """Edit what `config` names: a picture for each and side-by-side.png in `folder`. Called again it makes only what is missing."""
-    task = Task(config, model, folder)
+def run(task: Task) -> dict[str, Any]:
+    """Do a task: a picture for each and side-by-side.png in its folder. Called again it makes only what is missing."""
+    config, model, folder = task.config, task.model, task.folder
     digest = task.digest()
     settings = config.model_dump(mode="json", exclude={"out", "device", "scale", "model", "times", "input", "mask"})
     settle(folder / SETTINGS, settings | {"model_hash": model.weights_hash(), "times": task.times, "files": digest}, "edits")

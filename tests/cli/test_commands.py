@@ -190,10 +190,12 @@ def test_train_on_a_folder_of_images(distill, tmp_path):
 def test_bad_input_gets_one_clear_line(arguments, code, says, hint, distill):
     result = distill(*arguments)
     assert result.code == code, result.err
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    lines = result.err.splitlines()
+    errors = [k for k, line in enumerate(lines) if line.startswith("error: ")]
     assert len(errors) == 1
-    assert len(result.err.splitlines()) <= 2
-    assert says in errors[0]
+    assert errors[0] <= 1  # below what was read
+    assert len(lines) - errors[0] <= 2
+    assert says in lines[errors[0]]
     assert hint in result.err
     assert result.out == ""
 

@@ -94,8 +94,9 @@ def test_deep_grey_pictures_keep_their_levels(tmp_path):
 
     ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    picture, transparent = open_picture(tmp_path / "deep.png")
+    picture, transparent, dark = open_picture(tmp_path / "deep.png")
     assert not transparent
+    assert not dark
     assert np.abs(np.asarray(picture)[..., 0] - ramp / 257).max() <= 0.5
 
 

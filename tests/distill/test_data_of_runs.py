@@ -50,8 +50,7 @@ def test_headers_are_read_before_anything_is_trained(distill, photos, tmp_path):
     done = distill(*TRAIN, "--steps", 1, "--out", "r")
     assert done.code == 0, done.err
     assert "headers of 10 pictures read" in done.err
-    assert "photos/owl: no pictures in it, no class" in done.err
-    assert ".git" not in done.err
+    assert "1 folder without pictures (owl)" in done.err
     assert [path.name for path in (tmp_path / "r").glob("*pictures*")] == ["pictures.jsonl"]
     (photos / "dog/2.jpg").write_bytes(b"no picture any more")
     one_line(distill("train", "--resume", "r", "--steps", 2), 1, "dog/2.jpg: not a readable image", "then --resume r")

@@ -103,6 +103,7 @@ def test_inpainting_keeps_what_is_known_exactly(distill, tmp_path, student):
     result = distill(*arguments, "--json")
     assert result.code == 0, result.err
     assert result.json["network_evaluations"] == 2
+    assert result.err.splitlines()[0].endswith("3 pictures in in")
     for i in range(3):
         before, after = load(tmp_path / f"in/p{i}.png"), load(tmp_path / f"o/{i:04d}-p{i}.png")
         assert np.array_equal(before[:, :8], after[:, :8])
@@ -267,7 +268,7 @@ def test_bad_input(arguments, says, hint, distill, tmp_path, student):
     chosen = [] if "--model" in arguments else ["--model", "student"]
     result = distill("edit", *arguments, *chosen, *([] if "--out" in arguments else ["--out", "o"]))
     assert result.code in (1, 2)
-    assert says in result.err.splitlines()[0]
+    assert says in next(line for line in result.err.splitlines() if line.startswith("error: "))
     assert hint in result.err
     assert not (tmp_path / "o").exists()
 

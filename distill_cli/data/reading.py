@@ -1,0 +1,139 @@
+"""Text from outside, read a piece at a time: lines however they end, JSON arrays, and what comes through a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import unicodedata
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from distill_cli.errors import DistillError, reason
+
+STDIN = ("-", "/dev/stdin")
+PIECE = 1 << 16
+"""Bytes that are read at a time."""
+UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")
+INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10))))
+"""Letters and marks that show nothing, as control and format characters and spaces do (UNSEEN, categories of Unicode)."""
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+"""How files in other codes than UTF-8 begin, the longer marks first."""
+COPY = "DISTILL_PROMPTS"
+"""Names the prompts of a pipe and the file that holds them for the processes that this one starts."""
+
+
+class Lines:
+    """Lines of a file from the byte `end` on, ended by LF, CR LF or CR, without byte-order marks.
+
+    `end` is always where the next line begins, and `number` how many were read. Several can read one file at once.
+    """
+
+    def __init__(self, handle: IO[bytes], name: str, end: int = 0, piece: int = PIECE) -> None:
+        self.handle, self.name, self.end, self.piece, self.number = handle.fileno(), name, end, piece, 0
+        self.ready: deque[bytes] = deque()
+        self.rest, self.read = b"", end
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        while not self.ready:
+            more = os.pread(self.handle, max(self.piece, len(self.rest)), self.read)
+            self.read += len(more)
+            self.ready.extend((self.rest + more).splitlines(keepends=True))
+            self.rest = b""
+            if not self.ready:
+                raise StopIteration
+            if more and not self.ready[-1].endswith(b"\n"):  # the line, or its CR LF, may go on
+                self.rest = self.ready.pop()
+        line = self.ready.popleft()
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise DistillError(f"{self.name}: not a text file: no UTF-8 at byte {self.end + error.start}", "save it as UTF-8") from error
+        self.end += len(line)
+        self.number += 1
+        return text.removeprefix("\ufeff")
+
+
+def visible(text: str) -> bool:
+    """Whether a text has a letter or mark that shows."""
+    first = text[:1]
+    return (first.isascii() and first.isalnum()) or any(
+        unicodedata.category(letter) not in UNSEEN and letter not in INVISIBLE for letter in text
+    )
+
+
+def begins_array(text: str) -> bool:
+    """Whether a line begins a JSON array of texts or objects, rather than being a prompt in brackets."""
+    rest = text.strip()[1:].lstrip()
+    if not rest or re.match(r"\{\s*(\"|$)", rest):
+        return True
+    try:
+        element, end = json.JSONDecoder().raw_decode(rest)
+    except ValueError:
+        return rest == "]"
+    return isinstance(element, str | dict | None) and re.match(r"\s*(,|\]?\s*$)", rest[end:]) is not None
+
+
+def elements(text: IO[str]) -> Iterator[Any]:
+    """The elements of a JSON array, one after another; raises ValueError where it is damaged."""
+    decode, after = json.JSONDecoder().raw_decode, re.compile(r"\s*([,\]])\s*")
+    buffer = text.read(PIECE).lstrip()[1:].lstrip()
+    ended = buffer.startswith("]")
+    place = int(ended)
+    while not ended:
+        try:
+            element, end = decode(buffer, place)
+            follows = after.match(buffer, end)
+        except ValueError:
+            follows = None
+        if follows is None or (follows[1] == "," and follows.end() == len(buffer)):
+            more = text.read(max(PIECE, len(buffer)))
+            if not more:
+                raise ValueError("cut off, or damaged")
+            buffer, place = buffer[place:] + more, 0
+            continue
+        yield element
+        place, ended = follows.end(), follows[1] == "]"
+    if (buffer[place:] + text.read(PIECE)).strip():
+        raise ValueError("something follows its end")
+
+
+def is_pipe(name: str) -> bool:
+    """Whether prompts of this name come through a pipe, which is read once: standard input, a FIFO, <(command)."""
+    path = Path(name)
+    return name == "-" or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def copied(name: str, out: IO[bytes]) -> IO[bytes]:
+    """Write what comes through a pipe to `out`, which is returned."""
+    try:
+        if name in STDIN:
+            shutil.copyfileobj(sys.stdin.buffer, out)
+        else:
+            with open(name, "rb") as pipe:
+                shutil.copyfileobj(pipe, out)
+        out.flush()
+    except (OSError, AttributeError, ValueError) as error:  # of a closed standard input
+        raise DistillError(f"--prompts {name}: cannot be read ({reason(error)})") from error
+    return out
+
+
+@contextmanager
+def kept_for_others(name: str) -> Iterator[None]:
+    """While other processes run that this one starts, they find the prompts of a pipe in a file."""
+    with tempfile.NamedTemporaryFile(prefix="distill-") as out:
+        copied(name, out)
+        os.environ[COPY] = f"{out.name}\n{name}"
+        try:
+            yield
+        finally:
+            del os.environ[COPY]
