@@ -31,10 +31,27 @@ class Interrupted(DistillError):
         self.exit_code = 0 if preempted else 130
 
 
+def printable(text: object, most: int = 2000) -> str:
+    """Text that came from outside as one line of at most `most` characters that any terminal, page or JSON file takes as it looks.
+
+    Line breaks and other white space become spaces; control characters, marks that turn the direction of writing, invisible ones and
+    bytes that are no UTF-8 are written as their escapes.
+    """
+    shown = str(text)[: most + 1]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in shown).strip()
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, of a text of several lines."""
+    return "\n".join(line if line.isprintable() else printable(line, len(line)) for line in text.split("\n"))
+
+
 def reason(error: BaseException) -> str:
     """What an error of another library says in its first line, else its kind."""
     said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    return printable(said.splitlines()[0]) if said else type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str], what: str = "known") -> str:

@@ -44,7 +44,7 @@ def cm(
         return
     from distill_cli.data import open_images
     from distill_cli.diffusion.schedule import EDMSchedule
-    from distill_cli.distill.consistency import Consistency, check, images_of, new
+    from distill_cli.distill.consistency import Consistency, check, images_of, new, without_null
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
     from distill_cli.models.times import parse, spelled
@@ -53,6 +53,9 @@ def cm(
     model = sketch or (load(config.teacher) if config.teacher else None)
     if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
         config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})  # of when all counted 40 points
+    config, said = without_null(config, model, resume is None and "label_dropout" in config.model_fields_set)
+    if said:
+        common.say(said)
     config = config.model_copy(update={"data": images_of(config, model)})
     images = open_images(str(config.data), config.resolution, config.flip)
     if dry_run:

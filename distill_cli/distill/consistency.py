@@ -183,6 +183,19 @@ def images_of(config: CMConfig, teacher: Model | None) -> str:
     )
 
 
+def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[CMConfig, str]:
+    """The config without label dropout for a teacher that has classes and no null class, and the line that says so.
+
+    Raises UsageError where label dropout was `asked` for.
+    """
+    if teacher is None or not teacher.conditioner.classes or teacher.conditioner.null is not None or not config.label_dropout:
+        return config, ""
+    why = f"{teacher.lineage.name} was trained without label dropout: it has no null class"
+    if asked:
+        raise UsageError(f"label_dropout {config.label_dropout:g}: {why}", "label_dropout=0, or leave it out")
+    return config.model_copy(update={"label_dropout": 0.0}), f"label_dropout 0: {why}"
+
+
 def new(config: CMConfig, images: Images) -> Model:
     """A student with random weights."""
     check_resolution(images.shape[-1], config.network)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, printable
 from distill_cli.files import remove_folder
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
 from distill_cli.models.times import PUBLISHED, from_indices
-from distill_cli.models.unpickle import Record, check_operations, plain, read
+from distill_cli.models.unpickle import Record, check_operations, read
 
 SONG = {
     "model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4, "attn_resolutions": [16],
@@ -37,6 +37,12 @@ OPENAI = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut", "norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0",
 }  # fmt: skip
+PUBLISHED_BY_OPENAI = {
+    **dict.fromkeys(("edm_imagenet64_ema", "cd_imagenet64_l2", "cd_imagenet64_lpips", "ct_imagenet64"), 64),
+    **dict.fromkeys(("edm_bedroom256_ema", "cd_bedroom256_l2", "cd_bedroom256_lpips", "ct_bedroom256"), 256),
+    **dict.fromkeys(("edm_cat256_ema", "cd_cat256_l2", "cd_cat256_lpips", "ct_cat256"), 256),
+}
+"""The resolutions of OpenAI's files by their names; their attention heads have 64 channels. edm_ are teachers, cd_ and ct_ students."""
 DROPPED = re.compile(r"(^|\.)(resample_filter|map_augment)(\.|$)")
 """Constant filters, and the input of training-time augmentation, which sampling leaves at zero."""
 
@@ -49,15 +55,14 @@ class Found:
     architecture: str
     network: Any
     weights: dict[str, Tensor]
+    classes: int
     null_class: bool
     time_input: str
     licence: str
     parameterisation: str = "edm"
     sigma_data: float = 0.5
-
-    @property
-    def classes(self) -> int:
-        return (self.network.config.num_class_embeds or 0) - self.null_class * bool(self.network.config.num_class_embeds)
+    assumed: tuple[str, ...] = ()
+    """What the file does not say."""
 
 
 def interleaved(value: Tensor, heads: int) -> list[Tensor]:
@@ -142,7 +147,7 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
             raise DistillError(f"resample_filter {filters} is of no published model")
         options = {"fourier": k["embedding_type"] == "fourier", "residual": k["encoder_type"] == "residual", "fir": len(filters) == 4}
         options["noise_mult"] = int(k["channel_mult_noise"])
-    classes = int(k.get("label_dim", 0))
+    classes, dropped = int(k.get("label_dim", 0)), float(k.get("label_dropout", 0))
     if not 1 <= len(k["channel_mult"]) <= 8 or not 1 <= int(k["num_blocks"]) <= 64:
         raise DistillError(f"{len(k['channel_mult'])} levels of {k['num_blocks']} blocks are of no published model")
     with torch.device("meta"):  # nothing is allocated for what a file claims
@@ -156,6 +161,7 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
             embedding_mult=int(k["channel_mult_emb"]),
             adm=adm,
             num_class_embeds=classes + 1 if classes else None,
+            label_dropout=dropped if classes else 0.0,
             **options,
         )
     return "ADM" if adm else "NCSN++" if options["residual"] else "DDPM++", network
@@ -176,14 +182,15 @@ def from_nvlabs(data: Any) -> Found:
         architecture,
         network,
         place(network, tensors, nvlabs_name, interleaved),
-        null_class=True,
+        classes=int(arguments.get("label_dim", 0)),
+        null_class=cast(Any, network).config.label_dropout > 0,
         time_input="ln sigma / 4",
         licence="CC BY-NC-SA 4.0 (NVIDIA)",
         sigma_data=float(arguments.get("sigma_data", 0.5)),
     )
 
 
-def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> tuple[nn.Module, Callable[[str], str]]:
+def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> tuple[Any, Callable[[str], str]]:
     """UNet2DModel of OpenAI's scale-shift ResNet UNet, and where the file's tensors stand in it; all read off the shapes."""
     import diffusers
 
@@ -206,6 +213,8 @@ def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> 
     first = [1 + level * (residual + 1) for level in range(levels)]  # input block that begins each level
     widths = [tensors[f"input_blocks.{i}.0.out_layers.0.weight"].shape[0] for i in first]
     attention = [has(f"input_blocks.{i}.1.qkv") for i in first]
+    if any(on and width % head for on, width in zip(attention, widths, strict=True)) or widths[-1] % head:
+        raise DistillError(f"attention of {widths[-1]} channels has no heads of {head}", "--head-channels gives their width")
     labels = tensors.get("label_emb.weight")
     scale_shift = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0]
     with torch.device("meta"):
@@ -261,12 +270,17 @@ def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64
     """
     if not isinstance(tensors, Mapping) or "input_blocks.0.0.weight" not in tensors:
         raise DistillError("no UNet of OpenAI's in the file")
+    given, made = tensors["input_blocks.0.0.weight"].shape[1], len(tensors["out.2.bias"])
+    if made != given:
+        why = ": its variance is learned too, as in models of guided-diffusion" if made == 2 * given else ""
+        raise DistillError(f"{given} channels go in and {made} come out{why}", "EDM and consistency networks estimate the picture alone")
     network, rename = openai_network(tensors, size, head)
     return Found(
         "OpenAI state dict",
         "ADM (ResNet UNet)",
         network,
         place(network, tensors, rename, blocks),
+        classes=network.config.num_class_embeds or 0,
         null_class=False,
         time_input="250 ln sigma",
         licence="MIT (OpenAI)",
@@ -282,7 +296,7 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
     scales = Scales(sigma_data=found.sigma_data)
     return Model(
         NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
-        ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class and found.classes else None),
+        ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
         Sampling(solver="few-step", steps=1) if student else Sampling(steps=steps),
         from_indices(schedule, PUBLISHED) if student else None,
@@ -310,36 +324,73 @@ def _state_dict(path: Path) -> Any:
             raise DistillError("its tensors are larger than the file")
         return tensors
     except Exception as error:  # zipfile and torch raise many kinds for a damaged or hostile file
-        raise DistillError(f"{path}: not read: {plain(error)}", "only plain state dicts are read; nothing in it was run") from error
+        raise DistillError(f"{path}: not read: {printable(error, 200)}", "only plain state dicts are read; nothing in it was run") from error
 
 
-def open_file(path: Path, size: int | None = None, head: int = 64) -> Found:
-    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt, whose name says what it is (edm_, cd_, ct_).
+def settle_openai(name: str, size: int | None, head: int | None, kind: str | None) -> tuple[int, int, bool, tuple[str, ...]]:
+    """Resolution, head width, whether it is a student, of an OpenAI file, and what of them is assumed.
 
-    `size`: the resolution of an OpenAI model, else the number in the file's name, else 64. Raises DistillError where the
-    file is damaged, hostile or another thing.
+    Such a file says none of it. What is given holds; else what the file has its name from its publisher for; else what words of
+    another name may say, or what most published files have, which is assumed.
+    """
+    word = re.match(r"(edm|cd|ct)_", name)
+    numbers = set(re.findall(r"(?<!\d)(?:64|128|256|512)(?!\d)", name))
+    assumed = []
+    if name not in PUBLISHED_BY_OPENAI:
+        if kind is None:
+            what = "a student" if word and word[1] != "edm" else "a teacher"
+            assumed.append(f"{what}{f' by its name {word[0]}' if word else ''} (--kind)")
+        if size is None:
+            assumed.append(f"{next(iter(numbers))} pixels by the number in its name" if len(numbers) == 1 else "64 pixels")
+            assumed[-1] += " (--resolution)"
+        if head is None:
+            assumed.append("64 channels an attention head (--head-channels)")
+    size = size or PUBLISHED_BY_OPENAI.get(name) or (int(next(iter(numbers))) if len(numbers) == 1 else 64)
+    student = kind == "student" if kind else bool(word and word[1] != "edm")
+    return size, head or 64, student, tuple(assumed)
+
+
+def open_file(path: Path, size: int | None = None, head: int | None = None, kind: str | None = None) -> Found:
+    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt.
+
+    An OpenAI file does not say its resolution `size`, the channels of an attention head, and whether it is of `kind` "teacher" or "student":
+    `Found.assumed` says what was assumed. Raises UsageError where they are given for another file, DistillError where the file is damaged,
+    hostile or another thing.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     with open(path, "rb") as handle:
         zipped = handle.read(2) == b"PK"
     content = _state_dict(path) if zipped else read(path)
-    named = re.search(r"(64|128|256|512)", path.stem)
+    given = {"--resolution": size, "--head-channels": head, "--kind": kind}
+    if not zipped and any(given.values()):
+        flag = next(flag for flag, value in given.items() if value)
+        raise UsageError(f"{flag}: for OpenAI's files, and {path} is a pickle that says so itself", f"leave {flag} out")
     try:
         if not zipped:
             return from_nvlabs(content)
-        return from_openai(content, path.name.startswith(("cd_", "ct_")), size or (int(named[1]) if named else 64), head)
+        size, head, student, assumed = settle_openai(path.stem, size, head, kind)
+        return replace(from_openai(content, student, size, head), assumed=assumed)
     except DistillError as error:
-        raise DistillError(f"{path}: {plain(error.message)}", error.hint) from error
+        raise DistillError(f"{path}: {error.message}", error.hint) from error
     except Exception as error:  # the arguments in a file can be anything
-        raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {plain(error, 120)})") from error
+        raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {printable(error, 120)})") from error
 
 
-def convert_file(path: Path, folder: Path, size: int | None = None, head: int = 64, *, name: str = "", steps: int = 18) -> dict[str, Any]:
+def convert_file(
+    path: Path,
+    folder: Path,
+    size: int | None = None,
+    head: int | None = None,
+    kind: str | None = None,
+    *,
+    name: str = "",
+    steps: int = 18,
+) -> dict[str, Any]:
     """Write the model of a published file to `folder`, read it back, and check that not a bit was lost."""
     from distill_cli.models import pixel
 
-    found = open_file(path, size, head)
+    found = open_file(path, size, head, kind)
     model = model_of(found, name or path.stem, steps)
     t = torch.tensor([0.02, 2.0])
     with torch.no_grad():
@@ -361,5 +412,6 @@ def convert_file(path: Path, folder: Path, size: int | None = None, head: int = 
         "classes": found.classes,
         "time_input": found.time_input,
         "licence": found.licence,
+        "assumed": list(found.assumed),
         "weights_hash": weights_hash,
     }

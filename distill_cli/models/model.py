@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from distill_cli.diffusion import solvers
@@ -18,12 +18,14 @@ from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
-from distill_cli.errors import UsageError
+from distill_cli.errors import UsageError, printable
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.models.times import parse
 
+Text = Annotated[str, AfterValidator(lambda text: printable(text))]
+"""Text of a model that may be someone else's: shown on terminals, in cards and in JSON."""
 LARGE = 256
 """Pixels from which pictures are few at a time."""
 CONSISTENCY = ("cd", "ct", "ict", "ect")
@@ -116,13 +118,13 @@ class Lineage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Text
     kind: Literal["teacher", "student"] = "teacher"
-    method: str = ""
-    teacher: str = ""
-    teacher_hash: str = ""
-    licence: str = ""
-    data: str = ""
+    method: Text = ""
+    teacher: Text = ""
+    teacher_hash: Text = ""
+    licence: Text = ""
+    data: Text = ""
 
 
 class TimeFeatures(nn.Module):
@@ -171,6 +173,8 @@ class Model:
     """The resolved recipe that made it."""
     size: tuple[int, int] | None = None
     """(H, W) of what the denoiser works on, where it is not the network's own."""
+    notes: tuple[str, ...] = ()
+    """What was assumed when it was read."""
 
     @property
     def unet(self) -> Any:

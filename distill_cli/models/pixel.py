@@ -11,20 +11,20 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as to_bytes
 
 from distill_cli.config import NetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.errors import DistillError, UsageError, reason
+from distill_cli.errors import DistillError, UsageError, printable_lines, reason
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.hub import part_of
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text, UNet
 from distill_cli.models.schedulers import config_of, table_of
 
 EXTRA = "distill.json"
@@ -45,13 +45,13 @@ class Extra(BaseModel):
     format: Literal[1] = 1
     parameterisation: Literal["eps", "v", "x0", "flow", "edm", "consistency"]
     time_input: Literal["t", "250 ln sigma", "ln sigma / 4"]
-    classes: list[str] = []
+    classes: list[Text] = []
     null_label: int | None = None
     learned: tuple[int, ...] | None = None
     sampling: Sampling = Sampling()
     few_step_times: list[float] | None = None
     lineage: Lineage
-    recipe: str = ""
+    recipe: Annotated[str, AfterValidator(printable_lines)] = ""
 
 
 def extra_of(model: Model) -> Extra:
@@ -137,7 +137,7 @@ def card(model: Model) -> str:
         rows["grid"] = f"{model.denoiser.schedule.grid} points, on which --times counts"
     if model.conditioner.learned is not None:
         rows["learned"] = f"the classes {', '.join(map(str, model.conditioner.learned))} alone"
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+    table = "\n".join(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows.items() if value)
     how = "Sample with `distill sample --model FOLDER`."
     if model.text is not None:
         snippet = SNIPPET.format(**sampling.model_dump())
@@ -211,9 +211,12 @@ def load(folder: Path, name: str) -> Model:
         few_step_times=[schedule.t_max] if few else None,
         lineage=Lineage(name=name, kind="student" if few else "teacher"),
     )
+    null = extra.null_label
+    if extra.lineage.method == "edm" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
+        null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
     return Model(
         denoiser=NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input).eval().requires_grad_(False),
-        conditioner=ClassConditioner(tuple(extra.classes), extra.null_label, extra.learned),
+        conditioner=ClassConditioner(tuple(extra.classes), null, extra.learned),
         lineage=extra.lineage,
         sampling=extra.sampling,
         few_step_times=extra.few_step_times,

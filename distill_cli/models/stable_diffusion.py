@@ -17,7 +17,7 @@ import torch
 from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
-from distill_cli.errors import DistillError, reason
+from distill_cli.errors import DistillError, printable, reason
 from distill_cli.files import folder_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
@@ -200,7 +200,7 @@ def licence_of(folder: Path) -> str:
         return ""
     header = text.split("---")[1] if text.startswith("---") else ""
     found = re.search(r"^license: *(\S+)", header, re.MULTILINE)
-    return found[1].strip("'\"") if found else ""
+    return printable(found[1].strip("'\"")) if found else ""
 
 
 def tiny() -> Model:
