@@ -93,7 +93,8 @@ def load(name: str) -> Classifier:
         raise UsageError(f"--classifier {name}: no classifier", nearest(name, names(), "built in"))
     try:
         stored = json.loads((folder / CONFIG).read_text())
-        info = ClassifierInfo(**{**stored, "shape": tuple(stored["shape"]), "classes": tuple(map(printable, stored["classes"])), "data": printable(stored["data"])})
+        shown = {"classes": tuple(map(printable, stored["classes"])), "data": printable(stored["data"])}
+        info = ClassifierInfo(**{**stored, **shown, "shape": tuple(stored["shape"])})
         network = Classifier(info)
         network.load_state_dict({key: value.float() for key, value in from_bytes((folder / WEIGHTS).read_bytes()).items()})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

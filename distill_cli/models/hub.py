@@ -114,8 +114,10 @@ def download(hub_id: str) -> Path:
         if kind in PIPELINES:
             info = HfApi().model_info(hub_id, files_metadata=True)
             wanted = files_of(info.siblings or [], half=kind == "StableDiffusionPipeline")
-            licence = known.licence if known else (info.card_data.get("license") if info.card_data else None)
-            print(f"downloading {hub_id}: {sum(wanted.values()) / 1e6:.0f} MB, licence {printable(licence or 'not stated')}", file=sys.stderr)
+            licence = printable(known.licence if known else (info.card_data.get("license") if info.card_data else None) or "not stated")
+            print(
+                f"downloading {hub_id}: {sum(wanted.values()) / 1e6:.0f} MB, licence {printable(licence or 'not stated')}", file=sys.stderr
+            )
             return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
     except DistillError:
         raise

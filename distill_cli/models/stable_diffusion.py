@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -147,8 +149,13 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         (temporary / "README.md").write_text(card(model))
 
 
-def load(folder: Path, name: str) -> Model:
+def load(
+    folder: Path, name: str, given: Callable[[Any, str], Any] | None = None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Model:
     """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
+
+    Of a single file (models/single_file.py) `given` makes the networks, of a class and a part's name, and `changes` go over the
+    configuration of the scheduler: the folder is then another's.
 
     A folder without distill.json gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by PNDM or DPM-Solver++ where its
     scheduler is one, else by DDIM; with LCMScheduler it is a one-step student.
@@ -164,16 +171,17 @@ def load(folder: Path, name: str) -> Model:
         if found != kind:
             raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
     path = folder / "scheduler" / "scheduler_config.json"
-    config = {**read_json(path), "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
+    config = {**read_json(path), **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
     schedule, prediction = table_of(config, str(path))
     tokenizer = load_tokenizer(folder / "tokenizer")
-    unet, vae, encoder = (_part(kind, folder / part).eval().requires_grad_(False) for part, kind in kinds.items())
+    made = given or (lambda kind, part: _part(kind, folder / part).eval().requires_grad_(False))
+    encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))
     codec = VAECodec(vae)
     if codec.vae.config.latent_channels != unet.config.in_channels:
         raise DistillError(f"{folder}: the autoencoder has {vae.config.latent_channels} channels, the network {unet.config.in_channels}")
     student = config["_class_name"] == "LCMScheduler"
     solver = "few-step" if student else SOLVER_OF.get(config["_class_name"], "ddim")
-    extra = read_extra(folder) or Extra(
+    extra = (read_extra(folder) if given is None else None) or Extra(
         parameterisation=prediction,
         time_input="t",
         sampling=Sampling(solver="few-step", steps=1) if student else Sampling(solver=solver, steps=50, guidance_scale=7.5),
