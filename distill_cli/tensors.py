@@ -20,9 +20,9 @@ DTYPES = {
 """Types of numbers by their names in a header, in safetensors' order: a file begins with the tensors of the last one."""
 
 
-def _bytes(values: Tensor) -> Any:
-    """The memory of a contiguous tensor on the CPU."""
-    return memoryview(values.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+def content_of(values: Tensor) -> Any:
+    """The bytes of a tensor's numbers; no copy of those of a contiguous one on the CPU."""
+    return memoryview(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class Tensors:
@@ -57,7 +57,7 @@ class Tensors:
         content = torch.empty(end - begin, dtype=torch.uint8)
         with open(self.path, "rb") as file:
             file.seek(self.begin + begin)
-            if file.readinto(_bytes(content)) != end - begin:
+            if file.readinto(content_of(content)) != end - begin:
                 raise OSError(0, "shorter than when it was opened", str(self.path))
         return content.view(kind).view(self.shapes[name]).to(dtype)
 
@@ -78,4 +78,4 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
-            file.write(_bytes(tensors[name].detach().cpu().contiguous()))
+            file.write(content_of(tensors[name]))

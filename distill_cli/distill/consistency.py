@@ -28,6 +28,7 @@ from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.distill.ema import follow
 from distill_cli.distill.engine import Loss
 from distill_cli.errors import UsageError
+from distill_cli.launch import device
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
@@ -42,6 +43,8 @@ class Consistency:
     def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
         self.config, self.teacher, self.images = config, teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
+        if teacher is not None:
+            teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         start = teacher.copy() if teacher is not None else new(config, images)
         self.schedule, self.few_step_times = check(config, start, images)
         start.denoiser.schedule, self.start = self.schedule, start

@@ -23,6 +23,7 @@ from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.models.times import parse
+from distill_cli.tensors import content_of
 
 Text = Annotated[str, AfterValidator(lambda text: printable(text))]
 """Text of a model that may be someone else's: shown on terminals, in cards and in JSON."""
@@ -232,7 +233,7 @@ class Model:
                 named |= {f"{part}.{plain(name)}": value for name, value in network.state_dict().items()}
         for name, value in sorted(named.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(content_of(value))
         return digest.hexdigest()
 
     def times(self, solver: str, steps: int) -> Tensor:
