@@ -1,9 +1,10 @@
 """Peak memory of loading and training over what has to be in memory, on the CPU: python -m docs.memory FOLDER
 
 `sample` at Stable Diffusion 1.5's size with random weights (2.1 GB on disk, in fp16), from a diffusers folder and from a single file, over
-the weights in float32; a start and a resume of `dmd` before the first step, on a pixel network of 150 million parameters, over the
+the weights in float32; a start and a resume of `dmd` before the first step, on a pixel network of 114 million parameters, over the
 teacher, the student, the fake score and the average, at the resume also the two moments of both trained networks. Each is a process
-of its own. `resident` is its largest resident set, files that it has mapped and its libraries included, `anonymous` the part that no file backs.
+of its own. `resident` is its largest resident set; `anonymous` the part that no file backs; `beyond tiny` the resident set less that of
+the same command on a tiny network, which is what the libraries take.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
 from distill_cli.models.hub import find
 from distill_cli.models.model import LARGE, Model
+from distill_cli.models.parts import load_network
 from distill_cli.runs import settle, versions
 from distill_cli.sample import batch
 
@@ -38,8 +39,8 @@ class CLIP:
         from transformers import CLIPModel, CLIPProcessor
 
         folder = find(name, CLIP_FILES, f"clip {name}")
+        self.model = load_network(CLIPModel, folder, "model").to(where)
         try:
-            self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval().to(where)
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a missing folder, and without a network
             raise DistillError(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import VAENetworkConfig
-from distill_cli.errors import DistillError, UsageError, reason
+from distill_cli.errors import UsageError
 from distill_cli.files import folder_atomic
 from distill_cli.models.hub import find
+from distill_cli.models.parts import load_network
 
 AT_A_TIME = 2**20
 """Pixels that are decoded at a time: four pictures of 512 x 512."""
@@ -98,12 +99,7 @@ def load_decoder(spec: str, codec: VAECodec) -> Any:
     import diffusers
 
     folder = find(spec, ("config.json", "diffusion_pytorch_model.safetensors"), f"decoder {spec}")
-    try:
-        tiny = diffusers.AutoencoderTiny.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
-    except Exception as error:  # diffusers raises many kinds for a missing or foreign folder
-        raise DistillError(
-            f"decoder {spec}: no AutoencoderTiny ({reason(error)})", "a folder, or a hub id such as madebyollin/taesd"
-        ) from error
+    tiny = load_network(diffusers.AutoencoderTiny, folder)
     if (tiny.config.latent_channels, VAECodec(tiny).factor) != (codec.vae.config.latent_channels, codec.factor):
         raise UsageError(f"decoder {spec}: for other latents than the teacher's", "taesd is of Stable Diffusion 1 and 2")
-    return tiny.eval().requires_grad_(False)
+    return tiny

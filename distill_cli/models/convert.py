@@ -16,9 +16,10 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError, printable
 from distill_cli.files import remove_folder
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, UNet
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.openai import blocks, openai_network, settle_openai
 from distill_cli.models.times import PUBLISHED, from_indices
+from distill_cli.models.unet import UNet
 from distill_cli.models.unpickle import Record, check_operations, read
 
 SONG = {

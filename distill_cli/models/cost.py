@@ -14,9 +14,10 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.hub import HUB
-from distill_cli.models.model import Lineage, Model, Sampling, UNet
+from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.text import PromptConditioner
+from distill_cli.models.unet import UNet
 
 RATE = 150e12
 """FLOP a second that plans reckon with: about half of what an A100's data sheet promises in bf16. A guess, not a measurement."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, printable, reason
+from distill_cli.models.parts import best_variant, read_json, variants
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """Parts of a pipeline that have weights, and the name of their file."""
@@ -63,12 +64,22 @@ def cached(hub_id: str) -> Path | None:
     if not isinstance(index, str):
         return None
     folder = Path(index).parent
-    named = json.loads(Path(index).read_text())
+    named = read_json(Path(index))
     there = [part for part, value in named.items() if isinstance(value, list) and value[0]]
     needed = [(part, "config.json") for part in PARTS if part in there] + [("scheduler", "scheduler_config.json")]
     needed += [("tokenizer", "merges.txt")] if "tokenizer" in there else []
     whole = all((part_of(folder, part) / name).exists() for part, name in needed)
-    return folder if whole and all(any(part_of(folder, part).glob("*.safetensors")) for part in PARTS if part in there) else None
+    return folder if whole and all(_has_weights(part_of(folder, part), PARTS[part]) for part in PARTS if part in there) else None
+
+
+def _has_weights(folder: Path, stem: str) -> bool:
+    """Whether all files of some variant of a network's weights are in a folder."""
+    for names in variants((path.name for path in folder.glob("*")), stem).values():
+        index = next((name for name in names if name.endswith(".json")), None)
+        parts = read_json(folder / index).get("weight_map") if index else dict.fromkeys(names)
+        if isinstance(parts, dict) and all((folder / str(name)).exists() for name in (parts.values() if index else parts)):
+            return True
+    return False
 
 
 def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
@@ -79,10 +90,10 @@ def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
     if flat:
         out |= {name: sizes[name] for name in FLAT if name in sizes}
     for part, stem in PARTS.items():
-        small, full = f"{part}/{stem}.fp16.safetensors", f"{part}/{stem}.safetensors"
-        name = small if half and small in sizes else full
-        if name in sizes:
-            out[name] = sizes[name]
+        known = variants((name.removeprefix(f"{part}/") for name in sizes if name.startswith(f"{part}/")), stem)
+        if known:
+            variant = "fp16" if half and "fp16" in known else best_variant(known)
+            out |= {f"{part}/{name}": sizes[f"{part}/{name}"] for name in known[variant]}
         elif any(file.startswith(f"{part}/") and file.endswith((".bin", ".ckpt")) for file in sizes):
             raise DistillError(f"{part} has no safetensors on the hub", "files that may run code are not read")
     if flat and FLAT[-1] not in sizes:

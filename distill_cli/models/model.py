@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -128,36 +129,6 @@ class Lineage(BaseModel):
     data: Text = ""
 
 
-class TimeFeatures(nn.Module):
-    """diffusers' sines and cosines of the time, computed in float64: at 250 ln sigma float32 is wrong in the fifth digit."""
-
-    def __init__(self, channels: int, flip: bool, shift: float) -> None:
-        super().__init__()
-        self.count, self.flip, self.shift = channels // 2, flip, shift
-
-    def forward(self, time: Tensor) -> Tensor:
-        steps = torch.arange(self.count, dtype=torch.float64, device=time.device)
-        angles = time.double()[:, None] * 10000 ** (-steps / (self.count - self.shift))
-        pair = (angles.cos(), angles.sin()) if self.flip else (angles.sin(), angles.cos())
-        return torch.cat(pair, 1).to(torch.promote_types(time.dtype, torch.float32))
-
-
-class UNet(nn.Module):
-    """diffusers' UNet2DModel, UNet2DConditionModel, or EDMUNet, as `network(x, time, condition)`."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.unet = unet
-        config = unet.config
-        self.takes = "encoder_hidden_states" if getattr(config, "cross_attention_dim", None) else "class_labels"
-        sines = self.takes == "class_labels" and getattr(config, "time_embedding_type", "") == "positional"
-        if sines and config.block_out_channels[0] % 2 == 0:
-            unet.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-
-    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        return self.unet(x, time, **{self.takes: condition}, return_dict=False)[0]
-
-
 @dataclass
 class Model:
     """A teacher or a student; `few_step_times` (decreasing) are a student's, None for a teacher."""
@@ -275,18 +246,36 @@ class Model:
         return replace(self, conditioner=self.text.given(prompts, negative, repeat))
 
     def with_resolution(self, pixels: int) -> Model:
-        """This latent model at pictures of `pixels` x `pixels`; raises UsageError where its networks cannot make them."""
+        """This latent model at pictures whose shorter side has `pixels`, in its own aspect ratio.
+
+        Raises UsageError where its networks cannot make them.
+        """
         if self.latent is None:
-            raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.shape[-1]} pixels alone")
+            raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.picture} pixels alone")
         factor = self.latent.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if pixels % factor:
-            raise UsageError(f"resolution {pixels}: the autoencoder and the network make multiples of {factor} pixels")
-        return replace(self, size=(pixels // self.latent.factor,) * 2)
+        shorter = min(self.shape[1:])
+        sides = [Fraction(pixels * side, shorter * factor) for side in self.shape[1:]]
+        if any(side.denominator > 1 for side in sides):
+            wide = "" if self.shape[1] == self.shape[2] else f", in the aspect ratio of {self.picture}"
+            raise UsageError(f"resolution {pixels}: the autoencoder and the network make multiples of {factor} pixels{wide}")
+        height, width = (int(side) * factor // self.latent.factor for side in sides)
+        return replace(self, size=(height, width))
 
     @property
     def pixels(self) -> int:
         """Width of its pictures."""
         return self.shape[-1] * (self.latent.factor if self.latent is not None else 1)
+
+    @property
+    def picture(self) -> str:
+        """The size of its pictures in words: one number of a square, else WIDTHxHEIGHT."""
+        width, height = self.pixels, self.pixels * self.shape[1] // self.shape[2]
+        return str(width) if width == height else f"{width}x{height}"
+
+    @property
+    def about(self) -> str:
+        """What it is and what was assumed of it, for the first line of a job."""
+        return "; ".join((f"{self.lineage.kind} {self.lineage.name}", *self.notes))
 
     def with_defaults(
         self, solver: str | None, steps: int | None, guidance_scale: float | None, guidance_calls: Literal[1, 2] = 1

@@ -20,20 +20,25 @@ from safetensors.torch import save as to_bytes
 from distill_cli.config import NetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.errors import DistillError, UsageError, printable_lines, reason
+from distill_cli.errors import DistillError, UsageError, printable_lines
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
+from distill_cli.models.checks import check_pixels
 from distill_cli.models.hub import part_of
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text, UNet
-from distill_cli.models.schedulers import config_of, table_of
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text
+from distill_cli.models.parts import load_network, own_names, read_json
+from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, numbers_of, table_of
+from distill_cli.models.unet import UNet
 
 EXTRA = "distill.json"
 EDM_PIPELINE, DDPM_PIPELINE = "ConsistencyModelPipeline", "DDPMPipeline"
+CONSISTENCY_SCHEDULER = "CMStochasticIterativeScheduler"
+EDM_SCHEDULERS = (CONSISTENCY_SCHEDULER, "EDMEulerScheduler")
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
 SNIPPET = """from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")
-pipeline("PROMPT", num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0].save("picture.png")
+pipeline("PROMPT", {size}num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0].save("picture.png")
 """
 
 
@@ -95,6 +100,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         assert isinstance(schedule, TableSchedule)
         scheduler = schedulers.make(config_of(schedule, denoiser.parameterisation), "DDPMScheduler")
         pipeline = DDPM_PIPELINE
+    own_names(model.unet, LIBRARIES)
     unet = model.unet if dtype == torch.float32 else copy.deepcopy(model.unet).to(dtype)
     with folder_atomic(folder) as temporary:
         unet.save_config(temporary / "unet")
@@ -129,7 +135,7 @@ def card(model: Model) -> str:
         "teacher": f"{lineage.teacher} (weights {lineage.teacher_hash[:12]})" if lineage.teacher else "",
         "licence": lineage.licence,
         "data": lineage.data,
-        "images": f"{model.pixels} pixels wide, of {'prompts' if model.text is not None else kinds}",
+        "images": f"{model.picture} pixels, of {'prompts' if model.text is not None else kinds}",
         "sampling": f"{sampling.solver}, {sampling.steps} step{'s' * (sampling.steps > 1)}, guidance scale {sampling.guidance_scale:g}",
         "times": f"{'t' if model.denoiser.time_input == 't' else 'sigma'} {times}" if times else "",
     }
@@ -140,20 +146,12 @@ def card(model: Model) -> str:
     table = "\n".join(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows.items() if value)
     how = "Sample with `distill sample --model FOLDER`."
     if model.text is not None:
-        snippet = SNIPPET.format(**sampling.model_dump())
+        height, width = (side * model.pixels // model.shape[2] for side in model.shape[1:])
+        size = "" if height == width else f"height={height}, width={width}, "
+        snippet = SNIPPET.format(size=size, **sampling.model_dump())
         how = f"Sample with `distill sample --model FOLDER --prompts FILE`, or in diffusers:\n\n```python\n{snippet}```"
     recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{model.recipe}```" if model.recipe else ""
     return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        out = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DistillError(f"{path}: not readable ({error})") from error
-    if not isinstance(out, dict):
-        raise DistillError(f"{path}: not a JSON object")
-    return out
 
 
 def read_extra(folder: Path) -> Extra | None:
@@ -168,20 +166,28 @@ def read_extra(folder: Path) -> Extra | None:
         raise DistillError(f"{folder / EXTRA}: {key}: {problem['msg'].lower()}") from error
 
 
-def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str]:
-    """The schedule, its constants and the network's prediction, from scheduler_config.json."""
+def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str, tuple[str, ...]]:
+    """The schedule, its constants and the network's prediction, from scheduler_config.json, and what it does not say."""
     path = part_of(folder, "scheduler") / "scheduler_config.json"
     config = read_json(path)
-    if pipeline == EDM_PIPELINE or config.get("_class_name") == "EDMEulerScheduler":
-        low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
-        scales = Scales(sigma_data=float(config.get("sigma_data", 0.5)), sigma_min=low)
-        grid = int(config.get("num_train_timesteps", GRID))
-        if pipeline != EDM_PIPELINE and grid == 1000:  # EDMEulerScheduler's default, which says nothing
-            grid = GRID
-        edm = EDMSchedule(low, high, float(config.get("rho", 7.0)), grid)
-        return edm, scales, "consistency" if pipeline == EDM_PIPELINE else "edm"
-    schedule, prediction = table_of({"beta_schedule": "linear"} | config, str(path))
-    return schedule, Scales(), prediction
+    kind = config.get("_class_name")
+    if (kind == CONSISTENCY_SCHEDULER) != (pipeline == EDM_PIPELINE) or kind not in (*PIXEL_SCHEDULERS, *EDM_SCHEDULERS):
+        known = (CONSISTENCY_SCHEDULER,) if pipeline == EDM_PIPELINE else (*PIXEL_SCHEDULERS, "EDMEulerScheduler")
+        raise DistillError(f"{path}: {kind or 'no scheduler class'} in a {pipeline}", f"a {pipeline} is read with {', '.join(known)}")
+    if kind not in EDM_SCHEDULERS:
+        schedule, prediction = table_of(config, str(path))
+        return schedule, Scales(), prediction, schedulers.assumed(config, str(path))
+    if kind == "EDMEulerScheduler" and config.get("prediction_type", "epsilon") != "epsilon":
+        raise DistillError(f"{path}: prediction_type {config['prediction_type']!r} with EDM's scalings", "epsilon is read")
+    given = numbers_of(config, ("sigma_min", "sigma_max", "sigma_data", "rho", "num_train_timesteps"), str(path))
+    low, high, grid = given["sigma_min"], given["sigma_max"], int(given["num_train_timesteps"])
+    if kind == "EDMEulerScheduler" and grid == 1000:  # EDMEulerScheduler's default, which says nothing
+        grid = GRID
+    if not (0 < low < high and given["sigma_data"] > 0 and given["rho"] > 0 and grid > 1):
+        raise DistillError(f"{path}: sigma from {low} to {high}, sigma_data {given['sigma_data']}, rho {given['rho']} over {grid} points")
+    edm = EDMSchedule(low, high, given["rho"], grid)
+    scales = Scales(sigma_data=given["sigma_data"], sigma_min=low)
+    return edm, scales, "consistency" if kind == CONSISTENCY_SCHEDULER else "edm", ()
 
 
 def load(folder: Path, name: str) -> Model:
@@ -193,14 +199,15 @@ def load(folder: Path, name: str) -> Model:
 
     index = read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
-    schedule, scales, prediction = _schedule(folder, pipeline)
+    schedule, scales, prediction, notes = _schedule(folder, pipeline)
     network: Any = diffusers.UNet2DModel
     if index.get("unet") == [LIBRARIES["EDMUNet"], "EDMUNet"]:
         from distill_cli.models.edm import EDMUNet as network
-    try:
-        unet = network.from_pretrained(part_of(folder, "unet"), use_safetensors=True, torch_dtype=torch.float32)
-    except Exception as error:  # diffusers raises many kinds for a missing, truncated or foreign file
-        raise DistillError(f"{part_of(folder, 'unet')}: no readable network ({reason(error)})", "is the folder complete?") from error
+    elif index.get("unet") != [LIBRARIES["UNet2DModel"], "UNet2DModel"]:
+        raise DistillError(
+            f"{folder}: its unet is {index.get('unet')}, not one of {', '.join(LIBRARIES)}", "pixel models of these are read"
+        )
+    unet = load_network(network, part_of(folder, "unet"))
     count = unet.config.num_class_embeds
     few = pipeline == EDM_PIPELINE
     extra = read_extra(folder) or Extra(
@@ -214,14 +221,17 @@ def load(folder: Path, name: str) -> Model:
     null = extra.null_label
     if extra.lineage.method == "edm" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
         null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
-    return Model(
+    model = Model(
         denoiser=NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input).eval().requires_grad_(False),
         conditioner=ClassConditioner(tuple(extra.classes), null, extra.learned),
         lineage=extra.lineage,
         sampling=extra.sampling,
         few_step_times=extra.few_step_times,
         recipe=extra.recipe,
+        notes=notes,
     )
+    check_pixels(model, folder)
+    return model
 
 
 def check_resolution(resolution: int, network: NetworkConfig) -> None:

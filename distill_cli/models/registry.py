@@ -110,8 +110,9 @@ def folder_of(path: Path) -> Path | None:
 def open_folder(folder: Path, name: str) -> Model:
     """The model in a diffusers pipeline folder."""
     from distill_cli.models import pixel, stable_diffusion
+    from distill_cli.models.parts import read_json
 
-    kind = pixel.read_json(folder / "model_index.json").get("_class_name")
+    kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in PIPELINES:
         raise DistillError(f"{folder}: a {kind} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
     return (stable_diffusion if kind == stable_diffusion.PIPELINE else pixel).load(folder, name)

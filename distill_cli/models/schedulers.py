@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,41 +19,130 @@ SOLVERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolver
 """diffusers' schedulers by the names of our solvers (2010.02502; 2202.09778, without its first Runge-Kutta steps; 2211.01095)."""
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
+MOST_TIMES = 100_000
+SPACINGS = ("leading", "linspace", "trailing")
+TAKEN = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type",
+    "timestep_spacing", "steps_offset", "set_alpha_to_one",
+)  # fmt: skip
+"""What a scheduler of ours takes from the configuration that a model came with: the table and the spacing of times."""
+PIXEL_SCHEDULERS = (
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+)  # fmt: skip
+"""Schedulers whose table of betas says how a pixel model was trained."""
+LATENT_SCHEDULERS = (
+    *PIXEL_SCHEDULERS, "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler", "LCMScheduler",
+)  # fmt: skip
+"""Those of StableDiffusionPipeline."""
+
 STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 """The table of betas of Stable Diffusion (Rombach et al. 2112.10752), in diffusers' words."""
 
 
-def table_of(config: dict[str, Any], source: str) -> tuple[TableSchedule, str]:
-    """The schedule and the parameterisation of a diffusers scheduler configuration that has a table of betas.
+def class_of(config: Mapping[str, Any], source: str) -> Any:
+    """diffusers' class of a scheduler configuration; raises DistillError where it names none that is installed."""
+    import diffusers
 
-    Raises DistillError for what the mathematics here does not know.
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    if kind is None:
+        raise DistillError(f"{source}: _class_name is {name!r}, no scheduler of diffusers {diffusers.__version__}")
+    return kind
+
+
+def completed(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The configuration with its class's own defaults for what it does not say."""
+    known = inspect.signature(class_of(config, source).__init__).parameters
+    return {name: p.default for name, p in known.items() if p.default is not inspect.Parameter.empty} | dict(config)
+
+
+def numbers_of(config: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, float]:
+    """The numbers under `keys`, its class's own where it does not say them; raises DistillError for what is none."""
+    known, whole = inspect.signature(class_of(config, source).__init__).parameters, completed(config, source)
+    for key in keys:
+        value, counts = whole.get(key), key in known and isinstance(known[key].default, int)
+        if isinstance(value, bool) or not isinstance(value, int if counts else (int, float)) or not math.isfinite(value):
+            raise DistillError(f"{source}: {key} is {json.dumps(value)}, a {'whole ' * counts}number is expected")
+    return {key: whole[key] for key in keys}
+
+
+def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = PIXEL_SCHEDULERS) -> tuple[TableSchedule, str]:
+    """The schedule and the parameterisation of a diffusers scheduler configuration of one of these classes, which have a table of betas.
+
+    What the configuration does not say is the class's own default. Raises DistillError for what the mathematics here does not know.
     """
-    name, kinds = config.get("_class_name"), {value: key for key, value in PREDICTION_TYPES.items()}
-    prediction = config.get("prediction_type", "epsilon")
+    name, kinds = class_of(config, source).__name__, {value: key for key, value in PREDICTION_TYPES.items()}
+    whole = completed(config, source)
+    if name not in classes:
+        known = "a table of betas is read" if "beta_schedule" in whole else "it has no table of betas"
+        raise DistillError(f"{source}: {name} is not read: {known}", "models of DDPM's kind are read, not flow matching")
+    prediction, spacing, trained = whole.get("prediction_type"), whole.get("timestep_spacing", "leading"), whole.get("trained_betas")
     if prediction not in kinds:
         raise DistillError(f"{source}: prediction_type {prediction!r} is none of {', '.join(kinds)}")
-    if "beta_schedule" not in config and config.get("trained_betas") is None:
-        raise DistillError(f"{source}: {name} has no table of betas", "models of Stable Diffusion 1 and 2 are read, not flow matching")
+    if spacing not in SPACINGS:
+        raise DistillError(f"{source}: timestep_spacing {json.dumps(spacing)} is none of {', '.join(SPACINGS)}")
+    odd = [key for key in ("use_flow_sigmas", "timestep_type") if whole.get(key, False) not in (False, None, "discrete")]
+    if odd:
+        raise DistillError(
+            f"{source}: {odd[0]} is {whole[odd[0]]!r}, which is not read", "models of DDPM's kind are read, not flow matching"
+        )
+    given: dict[str, Any] = numbers_of(config, ("num_train_timesteps", "beta_start", "beta_end"), source)
+    numbers_of(config, [key for key in ("steps_offset",) if key in whole], source)
+    if not 1 < given["num_train_timesteps"] <= MOST_TIMES:
+        raise DistillError(f"{source}: num_train_timesteps is {given['num_train_timesteps']}, 2 to {MOST_TIMES} are read")
+    if not 0 < given["beta_start"] <= given["beta_end"] < 1:
+        raise DistillError(f"{source}: betas from {given['beta_start']} to {given['beta_end']} are not between 0 and 1, or fall")
+    if trained is not None and not (isinstance(trained, list) and trained and all(type(beta) in (int, float) for beta in trained)):
+        raise DistillError(f"{source}: trained_betas are no list of numbers")
+    given |= {"beta_schedule": whole.get("beta_schedule"), "trained_betas": trained}
+    for key in ("rescale_betas_zero_snr", "set_alpha_to_one"):
+        given[key] = whole.get(key, False)
+        if type(given[key]) is not bool:
+            raise DistillError(f"{source}: {key} is {json.dumps(given[key])}, true or false is expected")
     try:
-        schedule = TableSchedule.from_config(config)
+        schedule = TableSchedule.from_config(given)
     except (ValueError, TypeError) as error:
         raise DistillError(f"{source}: {error}") from error
-    if kinds[prediction] == "eps" and not schedule.alphas_cumprod[-1] > 0:
+    table = schedule.alphas_cumprod
+    if not (table.isfinite().all() and (table[1:] < table[:-1]).all() and table[-1] >= 0 and table[0] < 1):
+        raise DistillError(
+            f"{source}: its betas make no schedule: alpha^2 goes from {table[0]:.3g} to {table[-1]:.3g} over {len(table)} times"
+        )
+    if kinds[prediction] == "eps" and not table[-1] > 0:
         raise DistillError(f"{source}: a network that predicts noise has nothing to say at zero terminal SNR", "is it one of v_prediction?")
     return schedule, kinds[prediction]
 
 
-def make(config: dict[str, Any], kind: str) -> Any:
-    """diffusers' scheduler of class `kind` with the table and the spacing of times of `config`."""
+def make(config: Mapping[str, Any], kind: str) -> Any:
+    """diffusers' scheduler of class `kind` with the table and the spacing of times of `config`, and nothing else of it."""
     import diffusers
 
-    options: dict[str, Any] = {"skip_prk_steps": True} if kind == "PNDMScheduler" else {}
+    options: dict[str, Any] = {"clip_sample": False}  # latents have no range, as diffusers' pipeline insists too
+    options |= {key: config[key] for key in TAKEN if key in config}
+    if kind == "PNDMScheduler":
+        options["skip_prk_steps"] = True
     if kind == "DPMSolverMultistepScheduler":  # dpm++ is the second-order multistep, whatever the model's own scheduler was
-        options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
+        options |= {"algorithm_type": "dpmsolver++", "solver_order": 2}
     scheduler = getattr(diffusers, kind)
     known = set(inspect.signature(scheduler.__init__).parameters)
-    wanted = {**config, "clip_sample": False}  # latents have no range, as diffusers' pipeline insists too
-    return scheduler.from_config({key: value for key, value in wanted.items() if key in known}, **options)
+    return scheduler.from_config({key: value for key, value in options.items() if key in known})
+
+
+def own(config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler that a configuration describes, as a whole."""
+    kind = class_of(config, "scheduler")
+    return kind.from_config({key: value for key, value in config.items() if key in inspect.signature(kind.__init__).parameters})
+
+
+def assumed(config: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    """What of the table of betas a configuration does not say, and what its class then means, for the line of what was read."""
+    table = () if config.get("trained_betas") is not None else ("beta_schedule", "beta_start", "beta_end")
+    missing = [key for key in ("num_train_timesteps", *table, "prediction_type") if key not in config]
+    whole = completed(config, source)
+    said = ", ".join(f"{key} {whole.get(key)}" for key in missing)
+    return (f"{source} does not say {', '.join(missing)}: {said}, the defaults of {config['_class_name']}",) if missing else ()
 
 
 def run(

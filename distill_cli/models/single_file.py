@@ -18,6 +18,7 @@ from distill_cli.models.convert import trimmed
 from distill_cli.models.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
 from distill_cli.models.hub import HUB, WANTED, cached, command
 from distill_cli.models.model import Model
+from distill_cli.models.parts import check_file, empty, quiet
 from distill_cli.models.text import plain
 from distill_cli.tensors import Tensors
 
@@ -71,17 +72,6 @@ def averaged(file: Tensors) -> dict[str, str]:
     return out
 
 
-def _empty(kind: Any, folder: Path) -> Any:
-    """A network of class `kind` as the configuration in `folder` says, which takes no memory yet."""
-    try:
-        with torch.device("meta"):
-            if hasattr(kind, "load_config"):
-                return kind.from_config(kind.load_config(folder, local_files_only=True))
-            return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-    except Exception as error:  # diffusers and transformers raise many kinds for a configuration that is none
-        raise DistillError(f"{folder}: no readable configuration ({reason(error)})", "is the folder complete?") from error
-
-
 def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str]:
     """The tensors of a part, or where they stand in the file, by the names of diffusers and transformers."""
     from diffusers.loaders import single_file_utils as theirs
@@ -100,7 +90,10 @@ def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str
 
 def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
     """A part of the model with its weights from the file, each in its place; DistillError that names the first that has none."""
-    network = _empty(kind, folder)
+    try:
+        network = empty(kind, folder)
+    except Exception as error:  # diffusers and transformers raise many kinds for a configuration that is none
+        raise DistillError(f"{folder}: no readable configuration ({reason(error)})", "is the folder complete?") from error
     try:
         found = {plain(name): value for name, value in _converted(file, part, network).items()}
     except (KeyError, IndexError, AttributeError, TypeError) as error:
@@ -139,6 +132,8 @@ def load(path: Path, prediction: str | None = None) -> Model:
 
     if path.suffix.lower() != SUFFIX:
         raise DistillError(f"{path}: not a {SUFFIX} file", "only safetensors are read: other checkpoints may run code")
+    check_file(path)
+    quiet()
     try:
         file = Tensors(path)
     except OSError as error:

@@ -19,17 +19,23 @@ import torch
 from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
-from distill_cli.errors import DistillError, printable, reason
+from distill_cli.errors import DistillError, printable
 from distill_cli.files import folder_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model, Sampling, UNet
-from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra, read_json
+from distill_cli.models.checks import check_latents, check_vae
+from distill_cli.models.hub import PARTS as WEIGHTS
+from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.parts import load_network, own_names, quiet, read_json
+from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra
 from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
 from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_encoder, save_tokenizer
+from distill_cli.models.unet import UNet
 
 PIPELINE = "StableDiffusionPipeline"
 SOLVER_OF = {"PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++"}
+DEFAULT_SIZE = 64
+"""What diffusers' pipeline makes of a network that does not say its sample_size."""
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 
 
@@ -79,39 +85,15 @@ def create(
     )
 
 
-def quiet() -> None:
-    """No bars of diffusers and transformers for files that are read or written in no time."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # prompts that are too long are counted here
-
-
 def load_vae(folder: Path) -> Any:
     """The AutoencoderKL in a folder, or in a run of `distill vae`, float32, on the CPU."""
     import diffusers
 
     folder = Path(folder)
-    return _part(diffusers.AutoencoderKL, folder / "vae" if (folder / "vae").is_dir() else folder).eval().requires_grad_(False)
-
-
-def _part(kind: Any, folder: Path) -> Any:
-    """A network of a pipeline, from safetensors alone, of full precision where there are several."""
-    if not folder.is_dir():
-        raise DistillError(f"{folder}: no such folder", "is the model complete?")
-    names = sorted(path.name for path in folder.iterdir())
-    if not any(name.endswith(".safetensors") for name in names):
-        pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt"))]
-        kinds = f"only {pickled[0]}, which is not read: it may run code" if pickled else "no weights"
-        raise DistillError(f"{folder}: {kinds}", "get the .safetensors files, or save the model in diffusers with safe_serialization=True")
-    plain = [name for name in names if name.endswith(".safetensors") and ".fp16." not in name and ".non_ema." not in name]
-    try:
-        options = {} if plain else {"variant": "fp16"}
-        return kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **options)
-    except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
-        raise DistillError(f"{folder}: no readable network ({reason(error)})", "is the folder complete?") from error
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    vae = load_network(diffusers.AutoencoderKL, folder)
+    check_vae(vae, str(folder))
+    return vae
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -122,11 +104,14 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
     text, config = model.text, model.scheduler
     assert text is not None
     assert config is not None
-    scheduler = schedulers.make(config, "LCMScheduler" if model.few_step_times is not None else config["_class_name"])
+    kind = "LCMScheduler" if model.few_step_times is not None else config["_class_name"]
+    scheduler = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
     if model.size is not None:  # of a student that has learned another resolution than its teacher
-        model.unet.register_to_config(sample_size=model.size[0])
+        height, width = model.size
+        model.unet.register_to_config(sample_size=height if height == width else [height, width])
     with folder_atomic(folder) as temporary:
         for name, network in model.parts().items():
+            own_names(network, PARTS[name])
             stored: Any = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
             if name == "text_encoder":
                 save_encoder(stored, temporary / name)
@@ -163,22 +148,20 @@ def load(
     import diffusers
     import transformers
 
-    quiet()
     kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
     index = read_json(folder / "model_index.json")
     for part, kind in PARTS.items():
-        found = (index.get(part) or ["", "missing"])[1] or "missing"
+        named = index.get(part)
+        found = str(named[1] or "missing") if isinstance(named, list) and len(named) == 2 else "missing"
         if found != kind:
             raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
     path = folder / "scheduler" / "scheduler_config.json"
     config = {**read_json(path), **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
-    schedule, prediction = table_of(config, str(path))
+    schedule, prediction = table_of(config, str(path), schedulers.LATENT_SCHEDULERS)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    made = given or (lambda kind, part: _part(kind, folder / part).eval().requires_grad_(False))
-    encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))
-    codec = VAECodec(vae)
-    if codec.vae.config.latent_channels != unet.config.in_channels:
-        raise DistillError(f"{folder}: the autoencoder has {vae.config.latent_channels} channels, the network {unet.config.in_channels}")
+    made = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
+    encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, when nothing else is read
+    check_vae(vae, str(folder / "vae"))
     student = config["_class_name"] == "LCMScheduler"
     solver = "few-step" if student else SOLVER_OF.get(config["_class_name"], "ddim")
     extra = (read_extra(folder) if given is None else None) or Extra(
@@ -188,16 +171,23 @@ def load(
         few_step_times=[schedule.t_max] if student else None,
         lineage=Lineage(name=name, kind="student" if student else "teacher", licence=licence_of(folder)),
     )
-    return Model(
+    notes = schedulers.assumed(config, str(path))
+    if unet.config.sample_size is None:
+        unet.register_to_config(sample_size=DEFAULT_SIZE)
+        notes += (f"{folder / 'unet'} does not say its sample_size: latents of {DEFAULT_SIZE}x{DEFAULT_SIZE}, as diffusers takes them",)
+    model = Model(
         denoiser=NetworkDenoiser(UNet(unet), schedule, prediction, Scales(), "t").eval().requires_grad_(False),
         conditioner=PromptConditioner(tokenizer, encoder),
         lineage=extra.lineage,
         sampling=extra.sampling,
         few_step_times=extra.few_step_times,
-        codec=codec,
+        codec=VAECodec(vae),
         scheduler=config,
         recipe=extra.recipe,
+        notes=notes,
     )
+    check_latents(model, folder)
+    return model
 
 
 def licence_of(folder: Path) -> str:

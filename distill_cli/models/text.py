@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import TextConfig
 from distill_cli.errors import DistillError, UsageError, reason
+from distill_cli.models.parts import check_file, quiet
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -129,6 +130,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not folder.is_dir():
         raise DistillError(f"{folder}: no such folder", "is the model complete?")
+    for file in folder.iterdir():
+        check_file(file)
+    quiet()
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a missing or broken file

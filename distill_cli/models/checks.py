@@ -1,0 +1,114 @@
+"""What a network wants, held against what the rest of its folder gives; and one call without weights or arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distill_cli.errors import DistillError, reason
+
+if TYPE_CHECKING:
+    from distill_cli.models.model import Model
+
+UNMET = {
+    "time_cond_proj_dim": "a guidance scale as a condition, as latent consistency models have it",
+    "addition_embed_type": "further conditions beside the text, such as SDXL's sizes",
+    "class_embed_type": "a class condition of another kind than labels",
+    "encoder_hid_dim_type": "text projected by a layer of another kind",
+    "class_embeddings_concat": "class conditions beside the text",
+}
+"""Options of diffusers' networks that ask for inputs which are not given here."""
+
+
+def _refuse_unmet(config: Any, where: str) -> None:
+    for key, wanted in UNMET.items():
+        if config.get(key):
+            raise DistillError(f"{where}: {key} is {json.dumps(config[key])}: the network wants {wanted}", "such models are not read yet")
+
+
+def _refuse_channels(config: Any, where: str) -> None:
+    made, given = config.get("out_channels", config["in_channels"]), config["in_channels"]
+    if made != given:
+        why = ": its variance is learned too, which is not read" if made == 2 * given else ""
+        raise DistillError(f"{where}: {given} channels go in and {made} come out{why}", "one estimate of what goes in is expected")
+
+
+def _call(network: Any, where: str, shape: tuple[int, ...], expected: tuple[int, ...], call: Callable[[Any, Tensor], Any]) -> None:
+    """Call a network of the same configuration on the meta device, which computes nothing, with an input (2, *shape).
+
+    Raises DistillError where it fails, or answers in another shape than (2, *expected).
+    """
+    try:
+        with torch.device("meta"), torch.no_grad():
+            out = call(type(network).from_config(network.config), torch.empty(2, *shape))
+    except Exception as error:  # a network raises anything for what does not fit it
+        raise DistillError(f"{where}: the network does not take {shape} ({reason(error)})", "look at its config.json") from error
+    if tuple(out.shape) != (2, *expected):
+        raise DistillError(
+            f"{where}: the network makes {tuple(out.shape[1:])} of {shape}, {expected} is expected", "look at its config.json"
+        )
+
+
+def _predict(model: Model, where: str, **condition: Any) -> None:
+    """Call the model's network as a denoiser does."""
+    _call(model.unet, where, model.shape, model.shape, lambda unet, x: unet(x, torch.ones(2), **condition, return_dict=False)[0])
+
+
+def check_pixels(model: Model, folder: Path) -> None:
+    """Raise DistillError where a pixel model wants what it would not get, or makes what is no picture."""
+    where, config, count = f"{folder / 'unet'}", model.unet.config, len(model.conditioner.classes)
+    _refuse_unmet(config, where)
+    if not config.get("sample_size"):
+        raise DistillError(f"{where}: does not say its sample_size, so how large its pictures are is not known", "add it to config.json")
+    if config["in_channels"] not in (1, 3):
+        raise DistillError(f"{where}: pictures of {config['in_channels']} channels", "grey (1) and colour (3) are read")
+    _refuse_channels(config, where)
+    known = config.get("num_class_embeds") or 0
+    labels = [*range(count), *([] if model.conditioner.null_label is None else [model.conditioner.null_label])]
+    if max(labels, default=0) >= max(known, 1) or bool(known) != bool(count):
+        raise DistillError(f"{where}: {known} labels are known to the network, and {len(labels)} to {folder / 'distill.json'}")
+    _predict(model, where, class_labels=torch.zeros(2, dtype=torch.long, device="meta") if known else None)
+
+
+def check_vae(vae: Any, where: str) -> None:
+    """Raise DistillError where latents are more than a multiple of what is encoded, or pictures are not in colour."""
+    odd = [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config.get(key)]
+    if odd:
+        raise DistillError(
+            f"{where}: {odd[0]} is {json.dumps(vae.config[odd[0]])}: latents that are moved too, not only scaled, are not read"
+        )
+    if not (isinstance(vae.config["scaling_factor"], int | float) and vae.config["scaling_factor"] > 0):
+        raise DistillError(f"{where}: scaling_factor is {json.dumps(vae.config['scaling_factor'])}, a number above 0 is expected")
+    if vae.config["in_channels"] != 3 or vae.config["out_channels"] != 3:
+        raise DistillError(
+            f"{where}: pictures of {vae.config['in_channels']} and {vae.config['out_channels']} channels", "colour pictures are read"
+        )
+
+
+def check_latents(model: Model, folder: Path) -> None:
+    """Raise DistillError where the parts of a latent text-to-image model do not fit together."""
+    where, config, latent, text = f"{folder / 'unet'}", model.unet.config, model.latent, model.text
+    assert latent is not None
+    assert text is not None
+    channels, encoder, words = latent.vae.config["latent_channels"], text.encoder.config, len(text.tokenizer)
+    _refuse_unmet(config, where)
+    if config.get("num_class_embeds"):
+        raise DistillError(f"{where}: num_class_embeds is {config['num_class_embeds']}: the network wants class labels beside the text")
+    if channels != config["in_channels"]:
+        raise DistillError(f"{folder}: the autoencoder has {channels} channels, the network {config['in_channels']}")
+    _refuse_channels(config, where)
+    if words > encoder.vocab_size:
+        word = text.tokenizer.convert_ids_to_tokens(encoder.vocab_size)
+        more = f"{folder / 'tokenizer'}: {words} words, the text encoder knows {encoder.vocab_size}: {word!r} is one more"
+        raise DistillError(more, "resize the encoder's embeddings, or take the word out of the tokenizer")
+    width = config["cross_attention_dim"]
+    if any(each != encoder.hidden_size for each in (width if isinstance(width, list | tuple) else [width])):
+        raise DistillError(f"{where}: reads text of width {width}, {folder / 'text_encoder'} makes {encoder.hidden_size}")
+    _predict(model, where, encoder_hidden_states=torch.empty(2, text.length, encoder.hidden_size, device="meta"))
+    picture = (3, *(latent.factor * size for size in model.shape[1:]))
+    _call(latent.vae, f"{folder / 'vae'}", model.shape, picture, lambda vae, z: vae.decode(z, return_dict=False)[0])

@@ -1,0 +1,224 @@
+"""Parts of a model folder as they are read and written: files that are what they should be, tensors that are all there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Iterable
+from pathlib import Path
+from typing import Any
+
+from distill_cli.errors import DistillError, reason
+
+POINTER = b"version https://git-lfs"
+"""What a file begins with that git-lfs has left in the place of a large one."""
+HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^(vision_model|visual_projection|text_projection|logit_scale)(\.|$)")
+"""Tensors beside a network's own that say nothing: counters, and the other half of CLIP beside a text encoder."""
+RAW = "non_ema"
+"""The variant that holds weights before they were averaged."""
+
+
+def check_file(path: Path) -> None:
+    """Raise DistillError for a file that is empty, or that only points to the real one."""
+    if not path.is_file():
+        return
+    if path.stat().st_size == 0:
+        again = "a full disk or an interrupted download leaves it so: delete it, and fetch it again"
+        raise DistillError(f"{path}: an empty file", again)
+    with open(path, "rb") as handle:
+        if handle.read(len(POINTER)) == POINTER:
+            raise DistillError(f"{path}: a pointer of git-lfs, not the file itself", "git lfs pull fetches it")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises DistillError that says what the system or the parser said."""
+    try:
+        check_file(path)
+        out = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DistillError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, RecursionError) as error:
+        raise DistillError(f"{path}: not readable as JSON ({reason(error)})") from error
+    if not isinstance(out, dict):
+        raise DistillError(f"{path}: not a JSON object")
+    return out
+
+
+def variants(names: Iterable[str], stem: str) -> dict[str, list[str]]:
+    """The safetensors files of a network by their variant ('' for the plain one), as diffusers and transformers name them.
+
+    STEM.safetensors, STEM.fp16.safetensors, and in parts STEM-00001-of-00002.safetensors, STEM.fp16-00001-of-00002.safetensors,
+    with STEM.safetensors.index.json or STEM.safetensors.index.fp16.json beside them.
+    """
+    out: dict[str, list[str]] = {}
+    pattern = re.compile(
+        rf"{re.escape(stem)}(?:\.(?P<one>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<two>\w+))?\.safetensors(?:\.index(?:\.(?P<three>[\w-]+))?\.json)?"
+    )
+    for name in sorted(names):
+        if found := pattern.fullmatch(name):
+            out.setdefault(found["one"] or found["two"] or found["three"] or "", []).append(name)
+    return out
+
+
+def best_variant(known: Iterable[str]) -> str:
+    """The variant of the highest precision: the plain one, else float32, bf16, fp16, another one; weights that are not averaged last."""
+    order = ("", "fp32", "bf16", "fp16")
+    return min(known, key=lambda name: (name == RAW, order.index(name) if name in order else len(order), name))
+
+
+def _variant(folder: Path, stem: str) -> str:
+    """The variant in which a network's weights are read; raises DistillError where they are not all there as floating-point numbers."""
+    if not folder.is_dir():
+        raise DistillError(f"{folder}: no such folder", "is the model complete?")
+    names = [path.name for path in folder.iterdir()]
+    known = variants(names, stem)
+    if not known:
+        pickled = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")))
+        others = sorted(name for name in names if name.endswith(".safetensors"))
+        found = f"only {pickled[0]}, which is not read: it may run code" if pickled else "no weights"
+        found = f"{others[0]}, and no {stem}.safetensors" if others else found
+        raise DistillError(f"{folder}: {found}", "get the .safetensors files, or save the model in diffusers with safe_serialization=True")
+    variant = best_variant(known)
+    files = [folder / name for name in known[variant]]
+    for file in files:
+        check_file(file)
+        _refuse_integers(file)
+    index = next((file for file in files if file.suffix == ".json"), None)
+    if index is None:
+        if not any(re.fullmatch(rf"{re.escape(stem)}(\.[\w-]+?)?\.safetensors", file.name) for file in files):
+            raise DistillError(f"{folder}: {files[0].name} is a part, and the index of the parts is missing", "is the folder complete?")
+        return variant
+    parts = read_json(index).get("weight_map")
+    for name in sorted(set(parts.values())) if isinstance(parts, dict) else [index.name]:
+        if not (folder / str(name)).is_file():
+            raise DistillError(f"{folder / str(name)}: missing, {index.name} names it", "is the folder complete?")
+    return variant
+
+
+def _refuse_integers(file: Path) -> None:
+    """Raise DistillError where a tensor of weights is kept in whole numbers, whose scale stands elsewhere."""
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as handle:
+                kinds = {name: str(handle.get_slice(name).get_dtype()) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise DistillError(f"{file}: no readable network ({reason(error)})", "is the file complete?") from error
+        odd = next((name for name, kind in sorted(kinds.items()) if "F" not in kind and not HARMLESS.search(name)), None)
+        if odd:
+            raise DistillError(
+                f"{file}: {odd} is kept as {kinds[odd]}: quantized weights are not read", "get the weights in fp16 or float32"
+            )
+
+
+def load_network(kind: Any, folder: Path, stem: str = "diffusion_pytorch_model", harmless: re.Pattern[str] | None = None) -> Any:
+    """The network of class `kind` in a folder of a pipeline: float32, on the CPU, evaluation mode, without gradients.
+
+    Safetensors alone are read, of the highest precision where there are several variants. diffusers and transformers fill in random numbers
+    for tensors that they do not find, and only warn: here each tensor of the network has to be in the files, in its shape, and no other may
+    be there but those of `HARMLESS`, or `harmless`. Raises DistillError that names the first.
+    """
+    import torch
+
+    variant = _variant(folder, stem)
+    read_json(folder / "config.json")
+    quiet()
+    options: dict[str, Any] = {"variant": variant} if variant else {}
+    try:
+        network, found = _filled(kind, folder, _files(folder, stem, variant)) or kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
+        raise DistillError(f"{folder}: no readable network ({reason(error)})", "is the folder complete?") from error
+    hold(
+        str(folder),
+        found["missing_keys"],
+        [name for name in found["unexpected_keys"] if not HARMLESS.search(name) and not (harmless and harmless.search(name))],
+        [name if isinstance(name, str) else name[0] for name in found.get("mismatched_keys", ())],
+    )
+    if found.get("error_msgs"):
+        raise DistillError(f"{folder}: no readable network ({reason(ValueError(found['error_msgs'][0]))})", "is the folder complete?")
+    return network.eval().requires_grad_(False)
+
+
+def _files(folder: Path, stem: str, variant: str) -> list[Path]:
+    """The files of a variant that `_variant` has found complete: those that its index names, else the one that holds all."""
+    names = variants([path.name for path in folder.iterdir()], stem)[variant]
+    index = next((name for name in names if name.endswith(".json")), None)
+    if index is not None:
+        return [folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
+    return [folder / next(name for name in names if not re.search(r"-\d+-of-\d+", name))]
+
+
+def empty(kind: Any, folder: Path) -> Any:
+    """A network of class `kind` as the configuration in `folder` says, which takes no memory yet."""
+    import torch
+
+    with torch.device("meta"):
+        if hasattr(kind, "load_config"):
+            return kind.from_config(kind.load_config(folder, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+
+
+def _filled(kind: Any, folder: Path, files: Iterable[Path]) -> tuple[Any, dict[str, list[str]]] | None:
+    """A network of diffusers' filled tensor by tensor, and what did not fit; None for one that has to be made by its own library.
+
+    diffusers maps the files of float16 while it makes float32 of them, and leaves those of float32 mapped.
+    """
+    from distill_cli.tensors import Tensors
+
+    if not hasattr(kind, "load_config"):
+        return None
+    network = empty(kind, folder)
+    wanted = network.state_dict()
+    if {name for name, _ in network.named_buffers()} - wanted.keys():
+        return None
+    places: dict[str, Any] = {name: (file, name) for file in map(Tensors, files) for name in file.shapes}
+    if hasattr(network, "_fix_state_dict_keys_on_load"):  # names of 2022
+        network._fix_state_dict_keys_on_load(places)
+    fits = [name for name in wanted if name in places and places[name][0].shapes[places[name][1]] == wanted[name].shape]
+    found = {
+        "missing_keys": [name for name in wanted if name not in places],
+        "unexpected_keys": [name for name in places if name not in wanted],
+        "mismatched_keys": [name for name in wanted if name in places and name not in fits],
+    }
+    if not found["missing_keys"] and not found["mismatched_keys"]:
+        network.load_state_dict({name: file.read(at) for name, (file, at) in ((name, places[name]) for name in wanted)}, assign=True)
+    return network, found
+
+
+def hold(where: str, missing: Iterable[str], left_over: Iterable[str], mismatched: Iterable[str] = ()) -> None:
+    """Raise DistillError, with the first name of each kind, where tensors are missing, left over or of another shape."""
+    kinds = (("{} is missing", missing), ("{} has no place in the network", left_over), ("{} is of another shape", mismatched))
+    wrong = [(said.format(names[0]), len(names)) for said, found in kinds if (names := sorted(found))]
+    if wrong:
+        more = sum(count for _, count in wrong) - len(wrong)
+        text = ", ".join(said for said, _ in wrong) + (f" (and {more} more)" if more else "")
+        hint = "was it saved compiled, wrapped or in part? Save the plain network, with the names of its class"
+        raise DistillError(f"{where}: its tensors are not those of the network: {text}", hint)
+
+
+def own_names(network: Any, kinds: Container[str]) -> None:
+    """Assert that a network to be written is of one of these classes and has the tensors of its class, under their names.
+
+    A compiled or wrapped network has others; who reads it would get random numbers in their place.
+    """
+    import torch
+
+    made: Any = type(network)
+    assert made.__name__ in kinds, f"a {made.__name__} is no class of a pipeline"
+    with torch.device("meta"):
+        plain = made.from_config(network.config) if hasattr(made, "from_config") else made(network.config)
+    others = network.state_dict().keys() ^ plain.state_dict().keys()
+    assert not others, f"{min(others)} is no tensor of {made.__name__}, or is missing"
+
+
+def quiet() -> None:
+    """Turn off diffusers' and transformers' bars and warnings: what matters of them is held and said here."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
