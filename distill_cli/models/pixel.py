@@ -150,7 +150,8 @@ def card(model: Model) -> str:
         size = "" if height == width else f"height={height}, width={width}, "
         snippet = SNIPPET.format(size=size, **sampling.model_dump())
         how = f"Sample with `distill sample --model FOLDER --prompts FILE`, or in diffusers:\n\n```python\n{snippet}```"
-    recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{model.recipe}```" if model.recipe else ""
+    shown = model.recipe.replace("```", "'''")  # another's text stays in its block
+    recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{shown}```" if model.recipe else ""
     return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"
 
 
