@@ -27,8 +27,8 @@ def _watch(found: dict[str, int], done: threading.Event) -> None:
         found["anonymous"] = max(found.get("anonymous", 0), now)
 
 
-def command(arguments: list[str], before_first_step: bool) -> None:
-    """Run a command line in this process, print its largest memory as JSON; a training run is ended before its first step."""
+def command(arguments: list[str], ending: str) -> None:
+    """Run a command line, print its largest memory as JSON; a run of `ending` "step" ends before its first step, of "saved" after it."""
     import resource
 
     from distill_cli.cli.app import run
@@ -36,25 +36,30 @@ def command(arguments: list[str], before_first_step: bool) -> None:
     found: dict[str, int] = {}
     done = threading.Event()
     threading.Thread(target=_watch, args=(found, done), daemon=True).start()
-    if before_first_step:
+    if ending:
         from distill_cli.distill.engine import Engine
 
-        def no_step(engine: Engine) -> None:
+        step = Engine.train_step
+
+        def ended(engine: Engine) -> None:
+            if ending == "saved":
+                step(engine)
+                engine.save()
             raise KeyboardInterrupt
 
-        Engine.train_step = no_step  # type: ignore[method-assign]
+        Engine.train_step = ended  # type: ignore[method-assign]
     code = run(arguments)
     done.set()
     found["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"code": code, **found}))
 
 
-def measure(*arguments: object, before_first_step: bool = False) -> dict[str, int]:
+def measure(*arguments: object, ending: str = "") -> dict[str, int]:
     """The largest memory of a command, in bytes."""
-    call = [sys.executable, "-m", "docs.memory", "--command", str(int(before_first_step)), *map(str, arguments)]
+    call = [sys.executable, "-m", "docs.memory", "--command", ending, *map(str, arguments)]
     done = subprocess.run(call, capture_output=True, text=True, check=True, env=os.environ)
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["code"] in (0, 130 if before_first_step else 0), done.stderr
+    assert result["code"] in (130 if ending else 0,), done.stderr
     return result
 
 
@@ -86,7 +91,7 @@ def _numel(shape: list[int]) -> int:
     return out
 
 
-def pixels(folder: Path, channels: list[int]) -> int:
+def pixels(folder: Path | str, channels: list[int]) -> int:
     """Make a pixel teacher with random weights; returns its parameters."""
     from distill_cli.diffusion.schedule import EDMSchedule
     from distill_cli.models import pixel
@@ -96,7 +101,7 @@ def pixels(folder: Path, channels: list[int]) -> int:
         resolution=16, channels=channels, attention=[False] * len(channels), classes=["0"], schedule=EDMSchedule(),
         parameterisation="edm", lineage=Lineage(name="teacher"),
     )  # fmt: skip
-    model.save(folder)
+    model.save(Path(folder))
     return sum(parameter.numel() for parameter in model.denoiser.parameters())
 
 
@@ -104,9 +109,9 @@ def training(folder: Path, channels: list[int]) -> tuple[int, dict[str, dict[str
     """Bytes of one network, and the largest memory of a start and of a resume of `dmd`, before the first step."""
     size = 4 * pixels(folder / "teacher", channels)
     common = ["--teacher", folder / "teacher", "batch_size=1", "sample_every=0", "save_every=1", "keep=1"]
-    started = measure("dmd", *common, "--steps", 1, "--out", folder / "started", before_first_step=True)
-    measure("dmd", *common, "--steps", 1, "--out", folder / "run")
-    resumed = measure("dmd", "--resume", folder / "run", "--steps", 2, before_first_step=True)
+    started = measure("dmd", *common, "--steps", 1, "--out", folder / "started", ending="step")
+    measure("dmd", *common, "--steps", 1, "--out", folder / "run", ending="saved")
+    resumed = measure("dmd", "--resume", folder / "run", "--steps", 2, ending="step")
     return size, {"start": started, "resume": resumed}
 
 
@@ -128,6 +133,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--command"]:
-        command(sys.argv[3:], sys.argv[2] == "1")
+        command(sys.argv[3:], sys.argv[2])
     else:
         main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/memory"))
