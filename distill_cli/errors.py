@@ -31,10 +31,32 @@ class Interrupted(DistillError):
         self.exit_code = 0 if preempted else 130
 
 
+def _escaped(text: str) -> str:
+    """White space of any kind as spaces, and every other character that is not shown as it is as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable(text: object, most: int = 2000) -> str:
+    """Text that came from outside, its first `most` characters, as one line that any terminal, page or JSON file takes as it looks.
+
+    Line breaks and other white space become spaces; control characters, marks that turn the direction of writing, invisible ones and
+    bytes that are no UTF-8 are written as their escapes.
+    """
+    whole = str(text)
+    return _escaped(whole if len(whole) <= most else whole[: most - 3] + "...").strip()
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, of a text of several lines, indented as they are."""
+    return "\n".join(map(_escaped, text.split("\n")))
+
+
 def reason(error: BaseException) -> str:
     """What an error of another library says in its first line, else its kind."""
     said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    return printable(said.splitlines()[0]) if said else type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str], what: str = "known") -> str:

@@ -64,7 +64,7 @@ def write_atomic_lines(path: Path, parts: Iterable[bytes | str]) -> None:
         try:
             with open(temporary, "wb") as handle:
                 for part in parts:
-                    handle.write(part.encode() if isinstance(part, str) else part)
+                    handle.write(part.encode(errors="backslashreplace") if isinstance(part, str) else part)
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)

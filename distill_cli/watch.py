@@ -8,11 +8,11 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from html import escape
+from html import escape as of_html
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, printable_lines
 from distill_cli.files import write_atomic
 from distill_cli.runs import Run
 
@@ -31,6 +31,11 @@ svg .rule { stroke: var(--rule); } svg polyline { fill: none; stroke: var(--line
 svg circle { fill: var(--line); } .grids { display: flex; flex-wrap: wrap; gap: 1rem; }
 img { max-width: 100%; image-rendering: pixelated; } pre { overflow-x: auto; font-size: .85rem; }
 """
+
+
+def escape(text: str) -> str:
+    """Text as HTML, without control characters."""
+    return of_html(printable_lines(text))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

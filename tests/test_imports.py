@@ -14,7 +14,7 @@ FLOORS = [
     {"errors"},
     {"files", "processes"},
     {"config"},
-    {"recipes"},
+    {"recipes", "tensors"},
     {"diffusion", "shards"},
     {"data", "launch", "runs"},
     {"models"},

@@ -23,7 +23,7 @@ from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
 from distill_cli.cli.vae import vae
 from distill_cli.cli.watch import watch
-from distill_cli.errors import DistillError, Interrupted, nearest
+from distill_cli.errors import DistillError, Interrupted, nearest, printable, printable_lines
 
 app = typer.Typer(
     name="distill",
@@ -61,9 +61,10 @@ app.command()(env)
 def _fail(message: str, hint: str, code: int, what: str = "error") -> int:
     """Print an error, once for processes that run together; `what` else than an error without that word."""
     if processes.first_to(what):
-        print(f"error: {message}" if what == "error" else message, file=sys.stderr)
+        shown = printable_lines(message) if code == 2 else printable(message)  # a recipe's errors are shown all at once
+        print(f"error: {shown}" if what == "error" else shown, file=sys.stderr)
         if hint:
-            print(f"hint: {hint}", file=sys.stderr)
+            print(f"hint: {printable(hint)}", file=sys.stderr)
     return code
 
 

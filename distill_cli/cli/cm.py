@@ -43,7 +43,7 @@ def cm(
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.diffusion.schedule import EDMSchedule
-    from distill_cli.distill.consistency import Consistency, check, images_of, new
+    from distill_cli.distill.consistency import Consistency, check, images_of, new, without_null
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
     from distill_cli.models.times import parse, spelled
@@ -52,6 +52,9 @@ def cm(
     model = sketch or (load(config.teacher) if config.teacher else None)
     if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
         config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})  # of when all counted 40 points
+    config, said = without_null(config, model, resume is None and "label_dropout" in config.model_fields_set)
+    if said:
+        common.say(said)
     config = config.model_copy(update={"data": images_of(config, model)})
     images = common.open_data("cm", config, resume, dry_run, model)
     if dry_run:

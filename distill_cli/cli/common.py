@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from distill_cli.errors import printable, printable_lines
+
 if TYPE_CHECKING:
     from distill_cli.config import Config, GenerateConfig, TrainingConfig
     from distill_cli.data import Images
@@ -75,7 +77,7 @@ def say(text: str) -> None:
     from distill_cli.processes import rank
 
     if rank() == 0:
-        print(text, file=sys.stderr)
+        print(printable_lines(text), file=sys.stderr)
 
 
 def say_read(command: str, *things: Any) -> None:
@@ -88,7 +90,7 @@ def say_read(command: str, *things: Any) -> None:
 
 def result(data: dict[str, Any], text: str, as_json: bool) -> None:
     """The command's result, on stdout."""
-    print(json.dumps(data, indent=2) if as_json else text)
+    print(json.dumps(data, indent=2) if as_json else printable_lines(text))
 
 
 def shared_result(data: dict[str, Any], text: str, as_json: bool, unit: str) -> None:
@@ -123,7 +125,7 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
     print(dump(config, comments=True), end="")
     print("# plan")
     for key, value in plan.items():
-        print(f"#   {key}: {value}")
+        print(f"#   {key}: {printable(value)}")
 
 
 def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:

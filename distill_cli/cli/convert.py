@@ -11,22 +11,43 @@ from distill_cli.cli import common
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="An NVlabs .pkl or an OpenAI .pt file.")],
+    file: Annotated[Path, typer.Argument(help="An NVlabs .pkl, an OpenAI .pt, or Stable Diffusion in one .safetensors file.")],
     out: Annotated[Path, typer.Option(help="Folder of the model.")],
-    resolution: Annotated[int | None, typer.Option(help="Pixels of an OpenAI model; default the number in its name.")] = None,
-    head_channels: Annotated[int, typer.Option(help="Of an OpenAI model's attention; 64 in all published ones.")] = 64,
+    kind: Annotated[str | None, typer.Option(help="OpenAI: teacher or student; default by edm_, cd_, ct_ of its name.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="OpenAI: pixels; default the number in its name, else 64.")] = None,
+    head_channels: Annotated[int | None, typer.Option(help="OpenAI: channels of an attention head; default 64.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="Stable Diffusion: eps or v, where the file does not say.")] = None,
     json: common.Json = False,
 ) -> None:
-    """Convert a published EDM or consistency checkpoint. Nothing inside the file is run."""
+    """Convert a published checkpoint into a model's folder. Nothing inside the file is run."""
     from distill_cli.errors import UsageError
     from distill_cli.files import is_empty
     from distill_cli.models.convert import convert_file
     from distill_cli.models.published import PUBLISHED, published_as
+    from distill_cli.models.single_file import SUFFIX, convert_checkpoint
 
     if not is_empty(out):
         raise UsageError(f"--out {out}: exists already", "choose another folder")
-    known = published_as(file.name)
-    published: dict[str, Any] = {"name": known, "steps": PUBLISHED[known].steps} if known else {}
-    found = convert_file(file, out, resolution, head_channels, **published)
-    lines = "\n".join(f"{key:17} {value}" for key, value in found.items())
+    for flag, value, known in (("--kind", kind, ("teacher", "student")), ("--prediction", prediction, ("eps", "v"))):
+        if value not in (None, *known):
+            raise UsageError(f"{flag} {value}: neither {known[0]} nor {known[1]}")
+    for flag, number in (("--resolution", resolution), ("--head-channels", head_channels)):
+        if number is not None and number < 1:
+            raise UsageError(f"{flag} {number}: not above 0")
+    ours = file.suffix.lower() == SUFFIX
+    others: dict[str, Any] = {"--prediction": None if ours else prediction}
+    others |= {"--kind": kind, "--resolution": resolution, "--head-channels": head_channels} if ours else {}
+    wrong = [flag for flag, value in others.items() if value is not None]
+    if wrong:
+        what = "OpenAI's .pt files" if ours else "Stable Diffusion in a .safetensors file"
+        raise UsageError(f"{wrong[0]}: for {what}, not for {file}", f"leave {wrong[0]} out")
+    if ours:
+        found = convert_checkpoint(file, out, prediction)
+    else:
+        name = published_as(file.name)
+        published: dict[str, Any] = {"name": name, "steps": PUBLISHED[name].steps} if name else {}
+        found = convert_file(file, out, resolution, head_channels, kind, **published)
+    if found["assumed"]:
+        common.say(f"{file}: assumed: {', '.join(found['assumed'])}")
+    lines = "\n".join(f"{key:17} {value}" for key, value in found.items() if key != "assumed")
     common.result(found, f"{lines}\nmodel: {out}", json)

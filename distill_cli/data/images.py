@@ -20,7 +20,7 @@ from distill_cli.data.listing import unread
 from distill_cli.data.pictures import from_uint8
 from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
-from distill_cli.errors import DistillError, UsageError, nearest
+from distill_cli.errors import DistillError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -164,11 +164,12 @@ class Folder:
         if not self.files:
             raise DistillError(f"--data {path}: no images in it{found.without}", f"file names end in {', '.join(SUFFIXES)}")
         tops = [f.relative_to(path).parts for f in self.files]
-        self.classes = sorted({parts[0] for parts in tops if len(parts) > 1})
-        if self.classes and any(len(parts) == 1 for parts in tops):
+        names = sorted({parts[0] for parts in tops if len(parts) > 1})
+        self.classes = [printable(name) for name in names]
+        if names and any(len(parts) == 1 for parts in tops):
             stray = next(f for f, parts in zip(self.files, tops, strict=True) if len(parts) == 1)
             raise DistillError(f"--data {path}: {stray.name} is in no class", "move it into a subfolder, or have no subfolders")
-        self.labels = [self.classes.index(parts[0]) if self.classes else 0 for parts in tops]
+        self.labels = [names.index(parts[0]) if names else 0 for parts in tops]
         self.root, self.digest = path, ""  # the digest is listing.prepare's
         self.shape = (3, resolution, resolution)
         self.resolution, self.flip = resolution, flip

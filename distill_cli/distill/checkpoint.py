@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +16,7 @@ from distill_cli.errors import DistillError
 from distill_cli.files import folder_atomic, read_plain, remove_folder, sealed, sha256, unsealed
 from distill_cli.launch import like, whole
 from distill_cli.processes import rank
+from distill_cli.tensors import write
 
 STATE = "state.json"
 
@@ -50,12 +49,12 @@ def save(
         return
     with folder_atomic(path_of(folder, step)) as temporary:
         for name, tensors in weights.items():
-            # bytes first: a full disk is then an OSError, which safetensors and torch would hide
-            content = to_bytes({key: value.contiguous() for key, value in tensors.items()})
-            (temporary / f"{name}.safetensors").write_bytes(content)
-        buffer = io.BytesIO()
-        torch.save(moments, buffer)
-        (temporary / "optimizers.pt").write_bytes(buffer.getbuffer())
+            write(temporary / f"{name}.safetensors", tensors)
+        with open(temporary / "optimizers.pt", "wb") as handle:
+            try:
+                torch.save(moments, handle)
+            except RuntimeError as error:  # torch ends its archive all the same, and complains of that
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(sealed({"step": step, "sha256": sums, "state": state}))
     prune(folder, keep, best)
@@ -113,7 +112,9 @@ def load(
     for name, network in networks.items():
         there, weights = network.state_dict(), load_file(path / f"{name}.safetensors")
         network.load_state_dict({key: like(value, there[key]) if key in there else value for key, value in weights.items()})
-    saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
+    apart = any(parameter.device.type != "cpu" for network in networks.values() for parameter in network.parameters())
+    # mapped, they pass through the host's memory on their way to a GPU; on the CPU those that are read are the ones that are kept
+    saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True, mmap=apart)
     for name, optimizer in optimizers.items():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, moments in saved[name]["state"].items():

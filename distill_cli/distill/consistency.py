@@ -29,6 +29,7 @@ from distill_cli.distill.ema import follow
 from distill_cli.distill.identity import digest
 from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
+from distill_cli.launch import device
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
@@ -43,6 +44,8 @@ class Consistency:
     def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
         self.config, self.teacher, self.images = config, teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
+        if teacher is not None:
+            teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         start = teacher.copy() if teacher is not None else new(config, images)
         self.schedule, self.few_step_times = check(config, start, images)
         start.denoiser.schedule, self.start = self.schedule, start
@@ -184,6 +187,19 @@ def images_of(config: CMConfig, teacher: Model | None) -> str:
     raise UsageError(
         f"--data: method {config.method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits"
     )
+
+
+def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[CMConfig, str]:
+    """The config without label dropout for a teacher that has classes and no null class, and the line that says so.
+
+    Raises UsageError where label dropout was `asked` for.
+    """
+    if teacher is None or not teacher.conditioner.classes or teacher.conditioner.null is not None or not config.label_dropout:
+        return config, ""
+    why = f"{teacher.lineage.name} was trained without label dropout: it has no null class"
+    if asked:
+        raise UsageError(f"label_dropout {config.label_dropout:g}: {why}", "label_dropout=0, or leave it out")
+    return config.model_copy(update={"label_dropout": 0.0}), f"label_dropout 0: {why}"
 
 
 def new(config: CMConfig, images: Images) -> Model:

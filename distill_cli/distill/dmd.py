@@ -25,7 +25,7 @@ from distill_cli.diffusion.schedule import add_noise
 from distill_cli.distill.identity import digest
 from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
-from distill_cli.launch import all_of
+from distill_cli.launch import all_of, device
 from distill_cli.models.autoencoder import VAECodec, load_decoder
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
@@ -76,6 +76,7 @@ class DMD:
         self.rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
             self.rates["fake"] = config.fake_lr or config.lr
+        teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
         self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
         if teacher.latent is not None:  # for the pictures to look at

@@ -15,7 +15,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from distill_cli.errors import DistillError, UsageError, nearest
+from distill_cli.errors import DistillError, UsageError, nearest, printable
 from distill_cli.files import folder_atomic
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -93,7 +93,8 @@ def load(name: str) -> Classifier:
         raise UsageError(f"--classifier {name}: no classifier", nearest(name, names(), "built in"))
     try:
         stored = json.loads((folder / CONFIG).read_text())
-        info = ClassifierInfo(**{**stored, "shape": tuple(stored["shape"]), "classes": tuple(stored["classes"])})
+        shown = {"classes": tuple(map(printable, stored["classes"])), "data": printable(stored["data"])}
+        info = ClassifierInfo(**{**stored, **shown, "shape": tuple(stored["shape"])})
         network = Classifier(info)
         network.load_state_dict({key: value.float() for key, value in from_bytes((folder / WEIGHTS).read_bytes()).items()})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, printable
 from distill_cli.files import remove_folder
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.openai import blocks, openai_network, settle_openai
 from distill_cli.models.times import PUBLISHED, from_indices
 from distill_cli.models.unet import UNet
-from distill_cli.models.unpickle import Record, check_operations, plain, read
+from distill_cli.models.unpickle import Record, check_operations, read
 
 SONG = {
     "model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4, "attn_resolutions": [16],
@@ -34,10 +35,6 @@ NVLABS = {
     "norm0": "resnet.norm1", "conv0": "resnet.conv1", "affine": "resnet.time_emb_proj", "norm1": "resnet.norm2", "conv1": "resnet.conv2",
     "skip": "resnet.conv_shortcut", "norm2": "attention.group_norm", "qkv": "attention.qkv", "proj": "attention.to_out.0",
 }  # fmt: skip
-OPENAI = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut", "norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0",
-}  # fmt: skip
 DROPPED = re.compile(r"(^|\.)(resample_filter|map_augment)(\.|$)")
 """Constant filters, and the input of training-time augmentation, which sampling leaves at zero."""
 
@@ -50,25 +47,19 @@ class Found:
     architecture: str
     network: Any
     weights: dict[str, Tensor]
+    classes: int
     null_class: bool
     time_input: str
     licence: str
     parameterisation: str = "edm"
     sigma_data: float = 0.5
-
-    @property
-    def classes(self) -> int:
-        return (self.network.config.num_class_embeds or 0) - self.null_class * bool(self.network.config.num_class_embeds)
+    assumed: tuple[str, ...] = ()
+    """What the file does not say."""
 
 
 def interleaved(value: Tensor, heads: int) -> list[Tensor]:
     """q, k, v of NVlabs' attention: inside each head, channel by channel, q k v q k v."""
     return [v.reshape(-1, *value.shape[1:]) for v in value.reshape(heads, -1, 3, *value.shape[1:]).unbind(2)]
-
-
-def blocks(value: Tensor, heads: int) -> list[Tensor]:
-    """q, k, v of OpenAI's attention: three blocks."""
-    return list(value.chunk(3))
 
 
 def trimmed(shape: torch.Size) -> tuple[int, ...]:
@@ -143,7 +134,7 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
             raise DistillError(f"resample_filter {filters} is of no published model")
         options = {"fourier": k["embedding_type"] == "fourier", "residual": k["encoder_type"] == "residual", "fir": len(filters) == 4}
         options["noise_mult"] = int(k["channel_mult_noise"])
-    classes = int(k.get("label_dim", 0))
+    classes, dropped = int(k.get("label_dim", 0)), float(k.get("label_dropout", 0))
     if not 1 <= len(k["channel_mult"]) <= 8 or not 1 <= int(k["num_blocks"]) <= 64:
         raise DistillError(f"{len(k['channel_mult'])} levels of {k['num_blocks']} blocks are of no published model")
     with torch.device("meta"):  # nothing is allocated for what a file claims
@@ -157,6 +148,7 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
             embedding_mult=int(k["channel_mult_emb"]),
             adm=adm,
             num_class_embeds=classes + 1 if classes else None,
+            label_dropout=dropped if classes else 0.0,
             **options,
         )
     return "ADM" if adm else "NCSN++" if options["residual"] else "DDPM++", network
@@ -177,82 +169,12 @@ def from_nvlabs(data: Any) -> Found:
         architecture,
         network,
         place(network, tensors, nvlabs_name, interleaved),
-        null_class=True,
+        classes=int(arguments.get("label_dim", 0)),
+        null_class=cast(Any, network).config.label_dropout > 0,
         time_input="ln sigma / 4",
         licence="CC BY-NC-SA 4.0 (NVIDIA)",
         sigma_data=float(arguments.get("sigma_data", 0.5)),
     )
-
-
-def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> tuple[nn.Module, Callable[[str], str]]:
-    """UNet2DModel of OpenAI's scale-shift ResNet UNet, and where the file's tensors stand in it; all read off the shapes."""
-    import diffusers
-
-    def count(section: str) -> int:
-        found = {int(name.split(".")[1]) for name in tensors if name.startswith(f"{section}.")}
-        if found != set(range(len(found))):
-            raise DistillError(f"{section} are not numbered from 0")
-        return len(found)
-
-    def has(name: str) -> bool:
-        return f"{name}.weight" in tensors
-
-    entries = count("input_blocks")
-    if count("output_blocks") != entries or not has("input_blocks.0.0"):
-        raise DistillError("the blocks do not add up to OpenAI's UNet")
-    # the first output level ends where a residual block that resamples stands behind the others
-    ups = [i for i in range(entries) for k in (1, 2) if has(f"output_blocks.{i}.{k}.in_layers.0")]
-    residual = ups[0] if ups else entries - 1
-    levels = entries // (residual + 1)
-    first = [1 + level * (residual + 1) for level in range(levels)]  # input block that begins each level
-    widths = [tensors[f"input_blocks.{i}.0.out_layers.0.weight"].shape[0] for i in first]
-    attention = [has(f"input_blocks.{i}.1.qkv") for i in first]
-    labels = tensors.get("label_emb.weight")
-    scale_shift = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0]
-    with torch.device("meta"):
-        network = diffusers.UNet2DModel(
-            sample_size=size,
-            in_channels=tensors["input_blocks.0.0.weight"].shape[1],
-            out_channels=tensors["out.2.weight"].shape[0],
-            block_out_channels=tuple(widths),
-            layers_per_block=residual,
-            down_block_types=tuple("AttnDownBlock2D" if on else "ResnetDownsampleBlock2D" for on in attention),
-            up_block_types=tuple("AttnUpBlock2D" if on else "ResnetUpsampleBlock2D" for on in reversed(attention)),
-            downsample_type="resnet",
-            upsample_type="resnet",
-            attention_head_dim=head,
-            attn_norm_num_groups=32,
-            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
-            num_class_embeds=len(labels) if labels is not None else None,
-        )
-    fixed = {
-        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
-        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-        "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0", "middle_block.2": "mid_block.resnets.1",
-    }  # fmt: skip
-    for level in range(levels):
-        for k in range(residual):
-            fixed[f"input_blocks.{first[level] + k}.0"] = f"down_blocks.{level}.resnets.{k}"
-            fixed[f"input_blocks.{first[level] + k}.1"] = f"down_blocks.{level}.attentions.{k}"
-        fixed[f"input_blocks.{first[level] + residual}.0"] = f"down_blocks.{level}.downsamplers.0"
-        for k in range(residual + 1):
-            i = level * (residual + 1) + k
-            attends = attention[levels - 1 - level]
-            fixed[f"output_blocks.{i}.0"] = f"up_blocks.{level}.resnets.{k}"
-            fixed[f"output_blocks.{i}.1"] = f"up_blocks.{level}.{f'attentions.{k}' if attends else 'upsamplers.0'}"
-            fixed[f"output_blocks.{i}.2"] = f"up_blocks.{level}.upsamplers.0"
-
-    def rename(name: str) -> str:
-        stem, kind = name.rsplit(".", 1)
-        parts = stem.split(".")
-        for cut in range(len(parts), 0, -1):
-            module = fixed.get(".".join(parts[:cut]))
-            if module:
-                rest = ".".join(parts[cut:])
-                return ".".join(part for part in (module, OPENAI.get(rest, rest), kind) if part)
-        return name
-
-    return network, rename
 
 
 def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64, head: int = 64) -> Found:
@@ -262,12 +184,17 @@ def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64
     """
     if not isinstance(tensors, Mapping) or "input_blocks.0.0.weight" not in tensors:
         raise DistillError("no UNet of OpenAI's in the file")
+    given, made = tensors["input_blocks.0.0.weight"].shape[1], len(tensors["out.2.bias"])
+    if made != given:
+        why = ": its variance is learned too, as in models of guided-diffusion" if made == 2 * given else ""
+        raise DistillError(f"{given} channels go in and {made} come out{why}", "EDM and consistency networks estimate the picture alone")
     network, rename = openai_network(tensors, size, head)
     return Found(
         "OpenAI state dict",
         "ADM (ResNet UNet)",
         network,
         place(network, tensors, rename, blocks),
+        classes=network.config.num_class_embeds or 0,
         null_class=False,
         time_input="250 ln sigma",
         licence="MIT (OpenAI)",
@@ -283,7 +210,7 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
     scales = Scales(sigma_data=found.sigma_data)
     return Model(
         NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
-        ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class and found.classes else None),
+        ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
         Sampling(solver="few-step", steps=1) if student else Sampling(steps=steps),
         from_indices(schedule, PUBLISHED) if student else None,
@@ -311,13 +238,16 @@ def _state_dict(path: Path) -> Any:
             raise DistillError("its tensors are larger than the file")
         return tensors
     except Exception as error:  # zipfile and torch raise many kinds for a damaged or hostile file
-        raise DistillError(f"{path}: not read: {plain(error)}", "only plain state dicts are read; nothing in it was run") from error
+        raise DistillError(
+            f"{path}: not read: {printable(error, 200)}", "only plain state dicts are read; nothing in it was run"
+        ) from error
 
 
-def open_file(path: Path, size: int | None = None, head: int = 64) -> Found:
-    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt, whose name says what it is (edm_, cd_, ct_).
+def open_file(path: Path, size: int | None = None, head: int | None = None, kind: str | None = None) -> Found:
+    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt.
 
-    `size`: the resolution of an OpenAI model, else the number in the file's name, else 64. Raises DistillError where the
+    An OpenAI file does not say its resolution `size`, the channels of an attention `head`, and whether it is of `kind` "teacher" or
+    "student": `Found.assumed` says what was assumed. Raises UsageError where they are given for another file, DistillError where the
     file is damaged, hostile or another thing.
     """
     if not path.is_file():
@@ -325,22 +255,35 @@ def open_file(path: Path, size: int | None = None, head: int = 64) -> Found:
     with open(path, "rb") as handle:
         zipped = handle.read(2) == b"PK"
     content = _state_dict(path) if zipped else read(path)
-    named = re.search(r"(64|128|256|512)", path.stem)
+    given = {"--resolution": size, "--head-channels": head, "--kind": kind}
+    if not zipped and any(given.values()):
+        flag = next(flag for flag, value in given.items() if value)
+        raise UsageError(f"{flag}: for OpenAI's files, and {path} is a pickle that says so itself", f"leave {flag} out")
     try:
         if not zipped:
             return from_nvlabs(content)
-        return from_openai(content, path.name.startswith(("cd_", "ct_")), size or (int(named[1]) if named else 64), head)
+        size, head, student, assumed = settle_openai(path.stem, size, head, kind)
+        return replace(from_openai(content, student, size, head), assumed=assumed)
     except DistillError as error:
-        raise DistillError(f"{path}: {plain(error.message)}", error.hint) from error
+        raise DistillError(f"{path}: {printable(error.message)}", error.hint) from error
     except Exception as error:  # the arguments in a file can be anything
-        raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {plain(error, 120)})") from error
+        raise DistillError(f"{path}: not a published checkpoint ({type(error).__name__}: {printable(error, 120)})") from error
 
 
-def convert_file(path: Path, folder: Path, size: int | None = None, head: int = 64, *, name: str = "", steps: int = 18) -> dict[str, Any]:
+def convert_file(
+    path: Path,
+    folder: Path,
+    size: int | None = None,
+    head: int | None = None,
+    kind: str | None = None,
+    *,
+    name: str = "",
+    steps: int = 18,
+) -> dict[str, Any]:
     """Write the model of a published file to `folder`, read it back, and check that not a bit was lost."""
     from distill_cli.models import pixel
 
-    found = open_file(path, size, head)
+    found = open_file(path, size, head, kind)
     model = model_of(found, name or path.stem, steps)
     t = torch.tensor([0.02, 2.0])
     with torch.no_grad():
@@ -362,5 +305,6 @@ def convert_file(path: Path, folder: Path, size: int | None = None, head: int = 
         "classes": found.classes,
         "time_input": found.time_input,
         "licence": found.licence,
+        "assumed": list(found.assumed),
         "weights_hash": weights_hash,
     }

@@ -95,6 +95,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         fir: bool = False,
         num_class_embeds: int | None = None,
         dropout: float = 0.0,
+        label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         embedding, width = embedding_mult * model_channels, noise_mult * model_channels

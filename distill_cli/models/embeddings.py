@@ -22,6 +22,7 @@ from distill_cli import processes, shards
 from distill_cli.data.prompts import digest_of
 from distill_cli.errors import DistillError
 from distill_cli.models.text import PromptConditioner, plain
+from distill_cli.tensors import content_of
 
 SHARD, AT_A_TIME = 512, 64
 
@@ -96,5 +97,6 @@ def encoder_hash(conditioner: PromptConditioner) -> str:
     """SHA-256 of the text encoder's weights."""
     digest = hashlib.sha256()
     for name, value in sorted((plain(name), value) for name, value in conditioner.encoder.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(content_of(value))
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import DistillError, reason
+from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.parts import best_variant, read_json, variants
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -125,8 +125,10 @@ def download(hub_id: str) -> Path:
         if kind in PIPELINES:
             info = HfApi().model_info(hub_id, files_metadata=True)
             wanted = files_of(info.siblings or [], half=kind == "StableDiffusionPipeline")
-            licence = known.licence if known else (info.card_data.get("license") if info.card_data else None)
-            print(f"downloading {hub_id}: {sum(wanted.values()) / 1e6:.0f} MB, licence {licence or 'not stated'}", file=sys.stderr)
+            licence = printable(known.licence if known else (info.card_data.get("license") if info.card_data else None) or "not stated")
+            print(
+                f"downloading {hub_id}: {sum(wanted.values()) / 1e6:.0f} MB, licence {printable(licence or 'not stated')}", file=sys.stderr
+            )
             return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
     except DistillError:
         raise
@@ -156,7 +158,7 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
         info = HfApi().model_info(name, files_metadata=True)
         sizes = [file.size or 0 for file in info.siblings or [] if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
         licence = info.card_data.get("license") if info.card_data else None
-        print(f"downloading {name}: {sum(sizes) / 1e6:.0f} MB, licence {licence or 'not stated'}", file=sys.stderr)
+        print(f"downloading {name}: {sum(sizes) / 1e6:.0f} MB, licence {printable(licence or 'not stated')}", file=sys.stderr)
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such model
         hint = f"where there is a network: {command(name, patterns)}; then set HF_HOME, or give the folder's path"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from distill_cli.diffusion import solvers
@@ -19,12 +19,15 @@ from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule
-from distill_cli.errors import UsageError
+from distill_cli.errors import UsageError, printable
 from distill_cli.models import lcm, schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.models.times import parse
+from distill_cli.tensors import content_of
 
+Text = Annotated[str, AfterValidator(lambda text: printable(text))]
+"""Text of a model that may be someone else's: shown on terminals, in cards and in JSON."""
 LARGE = 256
 """Pixels from which pictures are few at a time."""
 CONSISTENCY = ("cd", "ct", "ict", "ect")
@@ -117,13 +120,13 @@ class Lineage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Text
     kind: Literal["teacher", "student"] = "teacher"
-    method: str = ""
-    teacher: str = ""
-    teacher_hash: str = ""
-    licence: str = ""
-    data: str = ""
+    method: Text = ""
+    teacher: Text = ""
+    teacher_hash: Text = ""
+    licence: Text = ""
+    data: Text = ""
 
 
 @dataclass
@@ -207,7 +210,7 @@ class Model:
                 named |= {f"{part}.{plain(name)}": value for name, value in network.state_dict().items()}
         for name, value in sorted(named.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(content_of(value))
         return digest.hexdigest()
 
     def times(self, solver: str, steps: int) -> Tensor:

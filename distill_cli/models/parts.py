@@ -126,7 +126,7 @@ def load_network(kind: Any, folder: Path, stem: str = "diffusion_pytorch_model",
     quiet()
     options: dict[str, Any] = {"variant": variant} if variant else {}
     try:
-        network, found = kind.from_pretrained(
+        network, found = _filled(kind, folder, _files(folder, stem, variant)) or kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True, **options
         )
     except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
@@ -140,6 +140,52 @@ def load_network(kind: Any, folder: Path, stem: str = "diffusion_pytorch_model",
     if found.get("error_msgs"):
         raise DistillError(f"{folder}: no readable network ({reason(ValueError(found['error_msgs'][0]))})", "is the folder complete?")
     return network.eval().requires_grad_(False)
+
+
+def _files(folder: Path, stem: str, variant: str) -> list[Path]:
+    """The files of a variant that `_variant` has found complete: those that its index names, else the one that holds all."""
+    names = variants([path.name for path in folder.iterdir()], stem)[variant]
+    index = next((name for name in names if name.endswith(".json")), None)
+    if index is not None:
+        return [folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
+    return [folder / next(name for name in names if not re.search(r"-\d+-of-\d+", name))]
+
+
+def empty(kind: Any, folder: Path) -> Any:
+    """A network of class `kind` as the configuration in `folder` says, which takes no memory yet."""
+    import torch
+
+    with torch.device("meta"):
+        if hasattr(kind, "load_config"):
+            return kind.from_config(kind.load_config(folder, local_files_only=True))
+        return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+
+
+def _filled(kind: Any, folder: Path, files: Iterable[Path]) -> tuple[Any, dict[str, list[str]]] | None:
+    """A network of diffusers' filled tensor by tensor, and what did not fit; None for one that has to be made by its own library.
+
+    diffusers maps the files of float16 while it makes float32 of them, and leaves those of float32 mapped.
+    """
+    from distill_cli.tensors import Tensors
+
+    if not hasattr(kind, "load_config"):
+        return None
+    network = empty(kind, folder)
+    wanted = network.state_dict()
+    if {name for name, _ in network.named_buffers()} - wanted.keys():
+        return None
+    places: dict[str, Any] = {name: (file, name) for file in map(Tensors, files) for name in file.shapes}
+    if hasattr(network, "_fix_state_dict_keys_on_load"):  # names of 2022
+        network._fix_state_dict_keys_on_load(places)
+    fits = [name for name in wanted if name in places and places[name][0].shapes[places[name][1]] == wanted[name].shape]
+    found = {
+        "missing_keys": [name for name in wanted if name not in places],
+        "unexpected_keys": [name for name in places if name not in wanted],
+        "mismatched_keys": [name for name in wanted if name in places and name not in fits],
+    }
+    if not found["missing_keys"] and not found["mismatched_keys"]:
+        network.load_state_dict({name: file.read(at) for name, (file, at) in ((name, places[name]) for name in wanted)}, assign=True)
+    return network, found
 
 
 def hold(where: str, missing: Iterable[str], left_over: Iterable[str], mismatched: Iterable[str] = ()) -> None:

@@ -11,21 +11,21 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save as to_bytes
 
 from distill_cli.config import NetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, printable_lines
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.checks import check_pixels
 from distill_cli.models.hub import part_of
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text
 from distill_cli.models.parts import load_network, own_names, read_json
 from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, numbers_of, table_of
 from distill_cli.models.unet import UNet
@@ -50,13 +50,13 @@ class Extra(BaseModel):
     format: Literal[1] = 1
     parameterisation: Literal["eps", "v", "x0", "flow", "edm", "consistency"]
     time_input: Literal["t", "250 ln sigma", "ln sigma / 4"]
-    classes: list[str] = []
+    classes: list[Text] = []
     null_label: int | None = None
     learned: tuple[int, ...] | None = None
     sampling: Sampling = Sampling()
     few_step_times: list[float] | None = None
     lineage: Lineage
-    recipe: str = ""
+    recipe: Annotated[str, AfterValidator(printable_lines)] = ""
 
 
 def extra_of(model: Model) -> Extra:
@@ -143,14 +143,15 @@ def card(model: Model) -> str:
         rows["grid"] = f"{model.denoiser.schedule.grid} points, on which --times counts"
     if model.conditioner.learned is not None:
         rows["learned"] = f"the classes {', '.join(map(str, model.conditioner.learned))} alone"
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+    table = "\n".join(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows.items() if value)
     how = "Sample with `distill sample --model FOLDER`."
     if model.text is not None:
         height, width = (side * model.pixels // model.shape[2] for side in model.shape[1:])
         size = "" if height == width else f"height={height}, width={width}, "
         snippet = SNIPPET.format(size=size, **sampling.model_dump())
         how = f"Sample with `distill sample --model FOLDER --prompts FILE`, or in diffusers:\n\n```python\n{snippet}```"
-    recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{model.recipe}```" if model.recipe else ""
+    shown = model.recipe.replace("```", "'''")  # another's text stays in its block
+    recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{shown}```" if model.recipe else ""
     return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"
 
 
@@ -218,9 +219,12 @@ def load(folder: Path, name: str) -> Model:
         few_step_times=[schedule.t_max] if few else None,
         lineage=Lineage(name=name, kind="student" if few else "teacher"),
     )
+    null = extra.null_label
+    if extra.lineage.method == "edm" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
+        null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
     model = Model(
         denoiser=NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input).eval().requires_grad_(False),
-        conditioner=ClassConditioner(tuple(extra.classes), extra.null_label, extra.learned),
+        conditioner=ClassConditioner(tuple(extra.classes), null, extra.learned),
         lineage=extra.lineage,
         sampling=extra.sampling,
         few_step_times=extra.few_step_times,

@@ -1,69 +1,198 @@
-"""Stable Diffusion from a single .safetensors checkpoint, in the layout of its first publishers (CompVis, Stability)."""
+"""Stable Diffusion from a single .safetensors checkpoint, in the layout of its first publishers (CompVis, Stability).
+
+What such a file holds is read off its tensors' names and shapes and its metadata; `kind_of` names what is not Stable Diffusion 1 or 2
+with all its parts. The networks are filled tensor by tensor, in float32.
+"""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-from distill_cli.errors import DistillError, reason
+from distill_cli.errors import DistillError, printable, reason
+from distill_cli.models.convert import trimmed
+from distill_cli.models.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
 from distill_cli.models.hub import HUB, WANTED, cached, command
 from distill_cli.models.model import Model
+from distill_cli.models.parts import check_file, empty, quiet
+from distill_cli.models.text import plain
+from distill_cli.tensors import Tensors
+
+SUFFIX = ".safetensors"
+AVERAGED = "model_ema."
+COUNTS = (f"{AVERAGED}decay", f"{AVERAGED}num_updates")
+WORDS = {"eps": "epsilon", "v": "v_prediction"}
+ZERO = {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+"""What a schedule without signal at its end takes beside: a scheduler that can begin there."""
+HARMLESS = ("position_ids", "text_projection", "logit_scale", "text_projection.weight")
+"""Tensors beside a text encoder's own that it has no use for."""
 
 
-def configuration(path: Path, second: bool) -> Path:
-    """The folder of the configurations and tokenizer that such a file lacks: its own, or the cached one of sd15."""
+def configuration(path: Path, width: int) -> tuple[Path, bool]:
+    """The folder of the configurations and tokenizer that such a file lacks, and whether it is the file's own, beside it.
+
+    Else that of sd15 or sd21 in the cache, by the `width` of the text that the file's network reads.
+    """
     if (path.parent / "model_index.json").is_file():
-        return path.parent
-    if second:  # version 2 was published twice, predicting noise at 512 pixels and v at 768, and the files do not say which
-        raise DistillError(
-            f"{path}: Stable Diffusion 2 or 2.1, whose files do not say whether they predict noise or v",
-            f"put its own configuration and tokenizer beside it, for 2.1: {command(HUB['sd21'].id, WANTED)} --local-dir FOLDER",
+        return path.parent, True
+    known = HUB.get({768: "sd15", 1024: "sd21"}.get(width, ""))
+    if known is None:
+        what = (
+            f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024, and lacks its configuration and tokenizer"
         )
-    known = HUB["sd15"]
+        raise DistillError(f"{path}: {what}", "put model_index.json and the folders that it names beside the file, weights left out")
     found = cached(known.id)
     if found is None:
         raise DistillError(
             f"{path}: the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache",
             f"{command(known.id, WANTED)} --local-dir FOLDER, and put the file into that folder",
         )
-    return found
+    return found, False
 
 
-def _is_second(path: Path) -> bool:
-    """Whether it is Stable Diffusion 2, whose text has 1024 channels."""
-    from safetensors import safe_open
+def averaged(file: Tensors) -> dict[str, str]:
+    """Where the network's weights stand, by their names: in the averages of training where the file has them, else under their own.
 
+    CompVis' names of averages are those of the weights without their dots. Raises DistillError where only some have one.
+    """
+    own = [name for name in file.shapes if name.startswith(NETWORK)]
+    if not any(name.startswith(AVERAGED) and name not in COUNTS for name in file.shapes):
+        return {name: name for name in own}
+    out = {}
+    for name in own:
+        flat = name.removeprefix("model.")
+        place = next((AVERAGED + form for form in (flat.replace(".", ""), flat) if AVERAGED + form in file.shapes), None)
+        if place is None or file.shapes[place] != file.shapes[name]:
+            raise DistillError(f"{file.path}: has averaged weights (model_ema), but not of {printable(name)}", "is the file complete?")
+        out[name] = place
+    return out
+
+
+def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str]:
+    """The tensors of a part, or where they stand in the file, by the names of diffusers and transformers."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    if part == "unet":
+        places: dict[str, Any] = averaged(file)
+        return theirs.convert_ldm_unet_checkpoint(places, network.config)
+    if part == "vae":
+        return theirs.convert_ldm_vae_checkpoint({name: file.read(name) for name in file.shapes if name.startswith(VAE)}, network.config)
+    prefix = next(prefix for prefix in TEXTS if any(name.startswith(prefix) for name in file.shapes))
+    names: dict[str, Any] = {name: name for name in file.shapes if name.startswith(prefix) and not name.endswith(HARMLESS)}
+    if prefix == TEXTS[0]:
+        return theirs.convert_ldm_clip_checkpoint(names)
+    return theirs.convert_open_clip_checkpoint(network, {name: file.read(name) for name in names})
+
+
+def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
+    """A part of the model with its weights from the file, each in its place; DistillError that names the first that has none."""
     try:
-        with safe_open(path, "pt") as handle:
-            names = set(handle.keys())
-            name = next(name for name in sorted(names) if name.endswith("attn2.to_k.weight"))
-            return handle.get_slice(name).get_shape()[1] == 1024
-    except Exception as error:  # safetensors raises its own kind; StopIteration for another model's file
-        raise DistillError(f"{path}: no single-file checkpoint of Stable Diffusion in safetensors", "only .safetensors are read") from error
+        network = empty(kind, folder)
+    except Exception as error:  # diffusers and transformers raise many kinds for a configuration that is none
+        raise DistillError(f"{folder}: no readable configuration ({reason(error)})", "is the folder complete?") from error
+    try:
+        found = {plain(name): value for name, value in _converted(file, part, network).items()}
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise DistillError(f"{file.path}: its {part} is not the one of {folder} ({reason(error)})", "is it another model's?") from error
+    if part == "unet":
+        left = sorted({*averaged(file).values()} - {*found.values()})
+        if left:
+            raise DistillError(f"{file.path}: {printable(left[0])} has no place in the network ({len(left)} in all), by {folder}")
+    expected = {plain(name): (name, value.shape) for name, value in network.state_dict().items() if not name.endswith("position_ids")}
+    odd = sorted(expected.keys() ^ found.keys())
+    if odd:
+        what = "missing" if odd[0] in expected else "of no place in the network"
+        raise DistillError(f"{file.path}: {part}: {printable(odd[0])} is {what} ({len(odd)} in all), by {folder}", "is it another model's?")
+    weights = {}
+    for short, value in found.items():
+        name, shape = expected[short]
+        tensor = file.read(value) if isinstance(value, str) else value
+        if trimmed(tensor.shape) != trimmed(shape):
+            raise DistillError(f"{file.path}: {part}: {printable(name)} has shape {tuple(tensor.shape)}, not {tuple(shape)} as in {folder}")
+        weights[name] = tensor.reshape(shape).contiguous()
+        found[short] = ""
+    network.load_state_dict(weights, strict=False, assign=True)
+    for module in network.modules():
+        for name, value in module.named_buffers(recurse=False):
+            if value.is_meta:  # the counting ones of a text encoder, which no file need have
+                setattr(module, name, torch.arange(value.shape[-1]).expand(value.shape))
+    return network.eval().requires_grad_(False)
 
 
-def load(path: Path) -> Model:
-    """The model in a single file, in float32, evaluation mode, on the CPU."""
-    import diffusers
+def load(path: Path, prediction: str | None = None) -> Model:
+    """The model in a single file, in float32, evaluation mode, on the CPU; `prediction` (eps or v) goes before what the file says.
 
+    `Model.notes` says what was read off the file and what was assumed.
+    """
     from distill_cli.models import stable_diffusion
 
-    if path.suffix != ".safetensors":
-        raise DistillError(f"{path}: not a .safetensors file", "only safetensors are read: other checkpoints may run code")
-    folder = configuration(path, _is_second(path))
-    pipeline: Any = diffusers.StableDiffusionPipeline
+    if path.suffix.lower() != SUFFIX:
+        raise DistillError(f"{path}: not a {SUFFIX} file", "only safetensors are read: other checkpoints may run code")
+    check_file(path)
+    quiet()
     try:
-        made = pipeline.from_single_file(
-            str(path), config=str(folder), local_files_only=True, safety_checker=None, feature_extractor=None, torch_dtype=torch.float32
+        file = Tensors(path)
+    except OSError as error:
+        raise DistillError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (SafetensorError, ValueError) as error:
+        raise DistillError(f"{path}: no readable safetensors ({reason(error)})", "is the download complete?") from error
+    other, hint = kind_of(file)
+    if other:
+        raise DistillError(f"{path}: {other}", hint)
+    width = next(shape[1] for name, shape in file.shapes.items() if name.endswith("attn2.to_k.weight"))
+    said, zero, why = predicts(file, prediction)
+    second = width == 1024
+    if second and not said and not (path.parent / "model_index.json").is_file():
+        raise DistillError(
+            f"{path}: Stable Diffusion 2, which was published twice, predicting noise and v, and the file does not say which",
+            f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER",
         )
-    except Exception as error:  # diffusers raises many kinds for a file that is not of the configuration
-        raise DistillError(f"{path}: not a checkpoint of {folder} ({reason(error)})") from error
-    with tempfile.TemporaryDirectory() as temporary:
-        made.save_pretrained(temporary)
-        model = stable_diffusion.load(Path(temporary), path.stem)
-    licence = stable_diffusion.licence_of(folder) or ("" if folder == path.parent else HUB["sd15"].licence)
-    model.lineage = model.lineage.model_copy(update={"licence": licence})
+    folder, own = configuration(path, width)
+    changes: dict[str, Any] = {"prediction_type": WORDS[said]} if said else {}
+    notes = [f"Stable Diffusion {2 if second else 1}" if width in (768, 1024) else f"text of {width} channels"]
+    if said:
+        notes.append(f"predicts {said} by {why}")
+    elif own:
+        notes.append(f"the file does not say what it predicts: taken from {folder / 'scheduler'}")
+    else:
+        notes.append("the file does not say what it predicts: assumed eps, as Stable Diffusion 1 does")
+    if zero:
+        changes |= ZERO
+        notes.append(f"zero terminal SNR by {zero}")
+    if any(name.startswith(AVERAGED) and name not in COUNTS for name in file.shapes):
+        notes.append("averaged weights (model_ema) taken, not the raw ones beside them")
+
+    def given(kind: Any, part: str) -> Any:
+        network = _filled(file, part, kind, folder / part)
+        if part == "unet" and second and not own:
+            network.register_to_config(sample_size=96 if said == "v" else 64)
+            notes.append(f"assumed: pictures of {768 if said == 'v' else 512} pixels")
+        return network
+
+    model = stable_diffusion.load(folder, path.stem, given, changes)
+    if not own:
+        notes.append(f"configuration and tokenizer of {HUB['sd21' if second else 'sd15'].id}")
+        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or HUB["sd21" if second else "sd15"].licence})
+    model.notes = (*model.notes, f"{path}: {'; '.join(notes)}")
     return model
+
+
+def convert_checkpoint(path: Path, folder: Path, prediction: str | None = None) -> dict[str, Any]:
+    """Write the model in a single file as a diffusers folder, in float32."""
+    model = load(path, prediction)
+    model.save(folder)
+    return {
+        "format": "single-file checkpoint",
+        "kind": model.lineage.kind,
+        "parameters": sum(value.numel() for value in model.denoiser.parameters()),
+        "pixels": model.pixels,
+        "prediction": model.denoiser.parameterisation,
+        "licence": model.lineage.licence,
+        "read": list(model.notes),
+        "assumed": [],
+        "weights_hash": model.weights_hash(),
+    }

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, printable
 from distill_cli.files import folder_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
@@ -132,8 +134,13 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         (temporary / "README.md").write_text(card(model))
 
 
-def load(folder: Path, name: str) -> Model:
+def load(
+    folder: Path, name: str, given: Callable[[Any, str], Any] | None = None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Model:
     """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
+
+    Of a single file (models/single_file.py) `given` makes the networks, of a class and a part's name, and `changes` go over the
+    configuration of the scheduler: the folder is then another's.
 
     A folder without distill.json gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by PNDM or DPM-Solver++ where its
     scheduler is one, else by DDIM; with LCMScheduler it is a one-step student.
@@ -149,14 +156,15 @@ def load(folder: Path, name: str) -> Model:
         if found != kind:
             raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
     path = folder / "scheduler" / "scheduler_config.json"
-    config = {**read_json(path), "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
+    config = {**read_json(path), **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
     schedule, prediction = table_of(config, str(path), schedulers.LATENT_SCHEDULERS)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    unet, vae, encoder = (load_network(kind, folder / part, WEIGHTS[part]) for part, kind in kinds.items())
+    made = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
+    encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, when nothing else is read
     check_vae(vae, str(folder / "vae"))
     student = config["_class_name"] == "LCMScheduler"
     solver = "few-step" if student else SOLVER_OF.get(config["_class_name"], "ddim")
-    extra = read_extra(folder) or Extra(
+    extra = (read_extra(folder) if given is None else None) or Extra(
         parameterisation=prediction,
         time_input="t",
         sampling=Sampling(solver="few-step", steps=1) if student else Sampling(solver=solver, steps=50, guidance_scale=7.5),
@@ -190,7 +198,7 @@ def licence_of(folder: Path) -> str:
         return ""
     header = text.split("---")[1] if text.startswith("---") else ""
     found = re.search(r"^license: *(\S+)", header, re.MULTILINE)
-    return found[1].strip("'\"") if found else ""
+    return printable(found[1].strip("'\"")) if found else ""
 
 
 def tiny() -> Model:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, printable
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The first number of a file of torch.save before its zip format, which storages inside pickles still have."""
@@ -232,11 +232,6 @@ class _Unpickler(_PythonUnpickler):
         dispatch.pop(_opcode[0])
 
 
-def plain(text: object, most: int = 200) -> str:
-    """Text from a file as one printable line."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * most]).split())[:most]
-
-
 def read(path: Path) -> Any:
     """What a pickle holds, as containers, tensors and Records; raises DistillError and runs nothing of it."""
     try:
@@ -244,5 +239,5 @@ def read(path: Path) -> Any:
     except Exception as error:  # a hostile stream can raise anything
         if isinstance(error, KeyError) and not isinstance(error.args[0] if error.args else "", str):
             error = pickle.UnpicklingError("it has an opcode that is not allowed, or is no pickle")
-        reason = plain(error) or type(error).__name__
+        reason = printable(error, 200) or type(error).__name__
         raise DistillError(f"{path}: not read: {reason}", "only files as NVlabs published them are read; nothing in it was run") from error

@@ -1,12 +1,10 @@
 """The loop: schedules, averages, exact resume, and what it says when a run goes wrong."""
 
-import errno
 import json
 import math
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -343,14 +341,15 @@ def test_a_result_that_is_older_than_the_last_checkpoint_is_made_again(tmp_path,
 
 def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, tiny, tiny_pairs, monkeypatch):
     engine = engine_of("train", tmp_path / "run", tiny, tiny_pairs, steps=6, network=NETWORK)
-    write = Path.write_bytes
+    write = torch.save
 
-    def full(path, content):
-        if engine.step == 4 and path.name == "optimizers.pt":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write(path, content)
+    def full(content, handle):
+        if engine.step == 4:
+            with open("/dev/full", "wb", buffering=0) as handle:
+                write(content, handle)
+        write(content, handle)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(DistillError, match="no space left on device"):
         engine.train()
     assert [path.name for path in engine.run.checkpoints.iterdir()] == ["step-000002"]

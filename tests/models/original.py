@@ -63,13 +63,13 @@ def renamed(name, prefixes, inner):
     return f"{head}.{rest}" if head else rest
 
 
-def write(folder: Path, path: Path, levels: int, layers: int, attends: list[bool], vae_levels: int) -> None:
+def write(folder: Path, path: Path, levels: int, layers: int, attends: list[bool], vae_levels: int, vae_layers: int = 1) -> None:
     """The diffusers folder as one file in the original layout."""
     state = {}
     names = unet_names(levels, layers, attends)
     for name, value in load_file(folder / "unet/diffusion_pytorch_model.safetensors").items():
         state["model.diffusion_model." + renamed(name, names, lambda block: RESNET if "resnets" in block else {})] = value
-    names = vae_names(vae_levels, 1)
+    names = vae_names(vae_levels, vae_layers)
     for name, value in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items():
         inner = renamed(
             name, names, lambda b: {"conv_shortcut": "nin_shortcut"} if "resnets" in b else ATTENTION if "attentions" in b else {}

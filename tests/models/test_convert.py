@@ -55,7 +55,8 @@ def test_nvlabs_networks_are_the_papers(name, tmp_path):
         close(model.denoiser(g["x"], g["sigma"], labels), g["denoised"])
         close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, labels), g["raw"])
         if labels is not None:
-            null = torch.full_like(labels, model.conditioner.null_label)
+            null = torch.full_like(labels, len(model.conditioner.classes))
+            assert model.conditioner.null_label is None  # never trained: published without label dropout
             close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, null), g["raw_null"])
 
 
@@ -159,7 +160,7 @@ def test_nvlabs_files_of_other_configurations_are_placed(changes, tmp_path):
     assert torch.isfinite(model.sample(Draws(0, range(2)), labels, convert.Sampling(steps=2))).all()
     if found["classes"]:  # without labels the network is the one of the null class
         x, t = torch.randn(2, *model.shape), torch.zeros(2)
-        null = torch.full((2,), model.conditioner.null_label)
+        null = torch.full((2,), found["classes"])
         assert torch.equal(model.unet(x, t)[0], model.unet(x, t, null)[0])
 
 

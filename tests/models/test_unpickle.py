@@ -154,4 +154,4 @@ def test_zip_bombs_and_spread_tensors_are_refused(tmp_path):
 def test_text_from_a_file_is_printed_as_text(tmp_path):
     with pytest.raises(DistillError) as error:
         open_file(dump({"ema": Persistent("Evil\x1b[1m\nname", {})}, tmp_path / "x.pkl"))
-    assert "Evil [1m name" in error.value.message
+    assert "Evil\\x1b[1m name" in error.value.message

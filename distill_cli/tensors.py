@@ -1,0 +1,81 @@
+"""Files of safetensors read and written one tensor at a time, so that a network is never in memory twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64,
+    "I64": torch.int64,
+}  # fmt: skip
+"""Types of numbers by their names in a header, in safetensors' order: a file begins with the tensors of the last one."""
+
+
+def content_of(values: Tensor) -> Any:
+    """The bytes of a tensor's numbers; no copy of those of a contiguous one on the CPU."""
+    return memoryview(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class Tensors:
+    """The header of a file; its tensors are read when they are asked for.
+
+    They are read and not mapped: a mapped file of half precision would stay in memory beside the float32 made of it, and one that
+    changes later would change the network. Raises OSError, and SafetensorError where the header and the file's size do not fit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb"):  # safetensors says less of what the system refuses
+            pass
+        with safe_open(path, "pt") as handle:
+            self.metadata: dict[str, str] = handle.metadata() or {}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self.path, self.begin = path, 8 + length
+        self.stored: dict[str, dict[str, Any]] = header
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """What the numbers of a tensor are stored as, None for a type that torch does not have."""
+        return DTYPES.get(self.stored[name]["dtype"])
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor of that name as `dtype`."""
+        kind = self.dtype(name)
+        assert kind is not None
+        begin, end = self.stored[name]["data_offsets"]
+        content = torch.empty(end - begin, dtype=torch.uint8)
+        with open(self.path, "rb") as file:
+            file.seek(self.begin + begin)
+            if file.readinto(content_of(content)) != end - begin:
+                raise OSError(0, "shorter than when it was opened", str(self.path))
+        return content.view(kind).view(self.shapes[name]).to(dtype)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, from whichever device, as safetensors does to the byte; a full disk is an OSError, which safetensors would hide."""
+    names = {kind: name for name, kind in DTYPES.items()}
+    ranks = {name: -rank for rank, name in enumerate(DTYPES)}
+    header: dict[str, object] = {}
+    begin = 0
+    for name in sorted(tensors, key=lambda name: (ranks[names[tensors[name].dtype]], name)):
+        value = tensors[name]
+        end = begin + math.prod(value.shape) * value.element_size()
+        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            file.write(content_of(tensors[name]))
