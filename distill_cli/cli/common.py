@@ -43,13 +43,17 @@ Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 o
 
 ARGUMENTS: list[str] = []
 """The command line, for the processes that it starts."""
+RESUMES = False
+"""Whether the command goes on, started again, from what it has made until it was stopped."""
 
 
 def start_processes(count: int | None) -> None:
     """Where `count` processes are wanted and this is not one of them, start them, wait, and end this one with their exit code."""
-    from distill_cli import processes
+    global RESUMES
+    from distill_cli import locks, processes
     from distill_cli.errors import UsageError
 
+    RESUMES = True
     already = processes.world_size()
     if count is None or count == already:
         return
@@ -57,6 +61,7 @@ def start_processes(count: int | None) -> None:
         raise UsageError(
             f"--num-processes {count}: this is one of {already} processes already", "leave it out: whoever started them decides"
         )
+    locks.release()  # the first of them takes it
     raise typer.Exit(processes.start(count, ARGUMENTS))
 
 
@@ -182,9 +187,10 @@ def open_run(
     config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, flags: dict[str, Any]
 ) -> TrainingT:
     """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
+    from distill_cli import locks
     from distill_cli.config import BUILTIN_SETS
     from distill_cli.errors import UsageError
-    from distill_cli.processes import rank
+    from distill_cli.processes import rank, world_size
     from distill_cli.recipes import resolve
     from distill_cli.runs import Run
 
@@ -196,6 +202,8 @@ def open_run(
             config = config.model_copy(update={"data": str(Path(data).resolve())})
         assert config.out is not None
         if not dry_run and rank() == 0:  # which makes the folder
+            if (config.out / locks.NAME).exists():
+                locks.hold(config.out)
             Run(config.out).must_be_new(command)
         return config
     given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value is not None and key != "steps"]
@@ -206,13 +214,17 @@ def open_run(
     stored = Run(folder).recipe
     if not stored.is_file():
         raise UsageError(f"--resume {folder}: no run: it has no recipe.yaml")
+    if not dry_run and world_size() == 1:  # of several processes the first takes it where it can tell the others
+        locks.hold(folder)
     config = resolve(config_type, str(stored), [], {"steps": flags.get("steps")})
     return config.model_copy(update={"out": folder})
 
 
 def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory."""
+    from distill_cli import launch, locks
     from distill_cli.config import BUILTIN_SETS, PROMPT_SETS
+    from distill_cli.errors import DistillError
     from distill_cli.files import write_atomic
     from distill_cli.models.registry import REGISTRY
     from distill_cli.processes import rank
@@ -229,9 +241,15 @@ def start_run(engine: Engine, command: str, resume: Path | None) -> None:
     paths = ("pairs", "lpips_weights", "vae")
     absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
     text = dump(config.model_copy(update={**absolute, "out": None}))
-    run = Run(config.out)
+    run, trouble = Run(config.out), None
     if rank() == 0:
-        run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
+        try:
+            locks.hold(config.out)
+            run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
+        except DistillError as error:
+            trouble = (type(error), error.message, error.hint)
+    for kind, message, hint in filter(None, launch.all_of([trouble], engine.accelerator.device)):  # the others would wait for it
+        raise kind(message, hint)
     engine.open(run)
     if rank() == 0 and resume is not None:
         write_atomic(run.recipe, text)

@@ -18,6 +18,7 @@ from distill_cli.data.pictures import from_uint8
 from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest
+from distill_cli.files import unreadable
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -85,7 +86,9 @@ def open_picture(path: Path) -> tuple[PIL.Image.Image, bool]:
                 deep = np.asarray(upright).astype(np.float64)
                 upright = Image.fromarray((deep / (257 if deep.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
             picture = upright.convert("RGBA")
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:  # PIL raises OSError (without a number), SyntaxError, ValueError, struct.error, ...
+        if isinstance(error, OSError) and error.errno:
+            raise unreadable(path, error) from error
         raise DistillError(f"{path}: not a readable image ({error})", "remove or replace the file") from error
     background = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(background, picture).convert("RGB"), picture.getchannel("A").getextrema() != (255, 255)

@@ -16,7 +16,7 @@ from distill_cli.data.images import SUFFIXES, fit, open_picture
 from distill_cli.data.pictures import finished, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.files import remove_temporaries, sha256, write_atomic
+from distill_cli.files import LONGEST, bounded, remove_temporaries, sha256, write_atomic
 from distill_cli.models.model import Model
 from distill_cli.models.times import nearest, parse
 from distill_cli.runs import settle
@@ -127,7 +127,7 @@ class Task:
             self.names = [f"{k:03d}" for k in range(config.frames)]
         else:
             self.files = find(config, folder)
-            self.names = [f"{k:04d}-{file.stem}" for k, file in enumerate(self.files)]
+            self.names = [bounded(f"{k:04d}-{file.stem}", LONGEST - len(".png")) for k, file in enumerate(self.files)]
             self.pictures = Pictures(height, width)
             self.projection = _projection(config, self.files, self.pictures)
         edit.labels_of(model, 1, config.classes)
