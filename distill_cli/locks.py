@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError
-from distill_cli.files import TEMPORARY, lives, os_errors, write_atomic
+from distill_cli.files import TEMPORARY, lives, os_errors
 
 NAME = f"{TEMPORARY}lock"
 """The lock of a run's folder: a name that counts for nothing there."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-RENEWED, STALE, PAUSE = 30.0, 300.0, 1.0
-"""Seconds: from one renewal of a lease to the next, after which it is nobody's, and for others who take it at the same moment to show."""
+RENEWED, STALE = 30.0, 300.0
+"""Seconds from one renewal of a lease to the next, and after which it is nobody's."""
 
 
 class Lock:
     """A file that one process holds: by flock, else by a lease."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.lease = path, path.with_name(f"{path.name}-lease")
         self.text = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}) + "\n"
         self._handle: int | None = None
         self._done: threading.Event | None = None
@@ -47,9 +47,10 @@ class Lock:
                 except OSError as error:
                     os.close(handle)
                     if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                        return self._holder()
+                        return self._holder(self.path)
                     if error.errno not in NO_LOCKS:
                         raise
+                    self.path.unlink(missing_ok=True)
                     return self._lease()
             self._handle = handle
             with suppress(OSError):  # a full disk: then others do not learn who holds it
@@ -63,31 +64,31 @@ class Lock:
         except FileNotFoundError:
             return False
 
-    def _content(self) -> tuple[str, dict[str, Any]]:
-        try:
-            text = self.path.read_text()
-            data = json.loads(text)
-        except (OSError, ValueError):
-            return "", {}
-        return text, data if isinstance(data, dict) else {}
-
-    def _holder(self) -> str:
-        data = self._content()[1]
-        host, process = data.get("host"), data.get("process")
+    def _holder(self, path: Path) -> str:
+        host, process = (found := _content(path)).get("host"), found.get("process")
         known = isinstance(host, str) and host.isprintable() and isinstance(process, int)
         return f"{host}, process {process}" if known else "another process"
 
     def _lease(self) -> str:
-        """Take the lock by its content: its holder is dead where this machine knows that, else where it has not renewed it for long."""
-        _, data = self._content()
-        if data:
-            here = data.get("host") == socket.gethostname()
-            if (not here or lives(str(data.get("process")))) and _now(self.path) - self.path.stat().st_mtime < STALE:
-                return self._holder()
-        write_atomic(self.path, self.text)
-        time.sleep(PAUSE)
-        if self._content()[0] != self.text:
-            return self._holder()
+        """Take it by making a file; one that is there counts until this machine knows that its process is dead, or it is stale."""
+        while True:
+            try:
+                with open(self.lease, "x") as file:
+                    file.write(self.text)
+                break
+            except FileExistsError:
+                pass
+            with suppress(FileNotFoundError):  # it is given back just now
+                data, seen = _content(self.lease), self.lease.stat()
+                dead = data.get("host") == socket.gethostname() and not lives(str(data.get("process")))
+                if not dead and _now(self.lease) - seen.st_mtime < STALE:
+                    return self._holder(self.lease)
+                gone = self.lease.with_name(f"{self.lease.name}-{socket.gethostname()[:64]}+{os.getpid()}")
+                os.rename(self.lease, gone)  # of several that find it stale one gets it
+                if os.path.samestat(gone.stat(), seen):
+                    gone.unlink()
+                else:  # another has, and its new lease was taken away
+                    os.rename(gone, self.lease)
         self._done = threading.Event()
         threading.Thread(target=self._renew, args=(self._done,), daemon=True).start()
         return ""
@@ -95,18 +96,27 @@ class Lock:
     def _renew(self, done: threading.Event) -> None:
         while not done.wait(RENEWED):
             with suppress(OSError):
-                os.utime(self.path)
+                os.utime(self.lease)
 
     def release(self) -> None:
         """Give it back, and take its file away."""
         if self._done is not None:
             self._done.set()
-        if self._handle is not None or (self._done is not None and self._content()[0] == self.text):
+            if _content(self.lease) == json.loads(self.text):
+                self.lease.unlink(missing_ok=True)
+        if self._handle is not None:
             with suppress(OSError):
                 self.path.unlink()
-        if self._handle is not None:
             os.close(self._handle)
         self._handle = self._done = None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _now(path: Path) -> float:

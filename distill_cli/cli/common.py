@@ -202,7 +202,7 @@ def open_run(
             config = config.model_copy(update={"data": str(Path(data).resolve())})
         assert config.out is not None
         if not dry_run and rank() == 0:  # which makes the folder
-            if (config.out / locks.NAME).exists():
+            if any(config.out.glob(f"{locks.NAME}*")):
                 locks.hold(config.out)
             Run(config.out).must_be_new(command)
         return config
