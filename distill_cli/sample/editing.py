@@ -46,6 +46,11 @@ def find(config: EditConfig, folder: Path) -> list[Path]:
     return found
 
 
+def names_of(files: list[Path]) -> list[str]:
+    """The names of the results, without .png."""
+    return [bounded(f"{k:04d}-{file.stem}", LONGEST - len(".png")) for k, file in enumerate(files)]
+
+
 class Pictures:
     """Reads files as the model wants them, and says once for each kind what had to be done to one."""
 
@@ -127,7 +132,7 @@ class Task:
             self.names = [f"{k:03d}" for k in range(config.frames)]
         else:
             self.files = find(config, folder)
-            self.names = [bounded(f"{k:04d}-{file.stem}", LONGEST - len(".png")) for k, file in enumerate(self.files)]
+            self.names = names_of(self.files)
             self.pictures = Pictures(height, width)
             self.projection = _projection(config, self.files, self.pictures)
         edit.labels_of(model, 1, config.classes)
