@@ -116,6 +116,23 @@ def test_no_permission(name, made, distill, tmp_path):
     refused(distill(*COMMANDS[name]), f"{name}: permission denied")
 
 
+def test_checkpoints_that_may_not_be_listed_are_not_none(made, distill, tmp_path, monkeypatch):
+    """Else the run would begin anew, over what it has."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+
+    original = Path.iterdir
+
+    def refuse(path):
+        if path.name == "checkpoints":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    before = (tmp_path / "r/metrics.jsonl").read_bytes()
+    refused(distill("train", "--resume", "r", "--steps", 3), "r/checkpoints: permission denied")
+    assert (tmp_path / "r/metrics.jsonl").read_bytes() == before
+
+
 def test_a_file_that_a_checkpoint_lacks_is_missing(made, distill, tmp_path):
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     for name in ("teacher.safetensors", "state.json"):

@@ -24,7 +24,8 @@ STATE = "state.json"
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, in order."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.name[5:].isdigit())
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []  # glob would leave out a folder that may not be read
+    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal())
 
 
 def path_of(folder: Path, step: int) -> Path:

@@ -66,11 +66,11 @@ class Embeddings:
         parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).cpu() for k in range(0, len(texts), AT_A_TIME)]
         shards.write(self.path(shard), {"text": torch.cat(parts).to(self.dtype)}, {"key": self.key})  # autocast joins no float16
 
-    def complete(self, device: torch.device, stop: Stop) -> None:
+    def complete(self, device: torch.device, stop: Stop | None = None) -> None:
         """Make what is missing on `device`, of several processes each its share, until a signal comes; the encoder is on the CPU then."""
         self.conditioner.encoder.to(device)
         for shard in processes.mine(self.shards):
-            if stop.requested:
+            if stop is not None and stop.requested:
                 break
             self.make(shard)
         self.conditioner.encoder.to("cpu")
