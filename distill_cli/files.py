@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,7 +20,31 @@ from distill_cli.errors import DistillError
 
 TEMPORARY = ".tmp-"
 A_DAY = 24 * 3600
-_OURS = f"{TEMPORARY}{socket.gethostname()}+"  # which no name of a host has
+LONGEST = 255
+"""Bytes of a name."""
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+NO_FOLDER_SYNC = NO_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+"""What network disks and mounts of object stores answer that know no fsync, or none of folders."""
+
+
+def bounded(name: str, most: int = LONGEST) -> str:
+    """`name`, or the beginning of one that has more than `most` bytes, with a digest of the whole."""
+    content = os.fsencode(name)
+    if len(content) <= most:
+        return name
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return f"{content[: most - 13].decode(errors='ignore')}-{digest}"
+
+
+_OURS = f"{TEMPORARY}{bounded(socket.gethostname(), 64)}+"  # which no name of a host has
+
+
+def _code(error: Exception) -> int | None:
+    """The system's number of an error, also where safetensors or tokenizers have put it into words; None for other errors."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"Os \{ code: (\d+)|\(os error (\d+)\)", str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 @contextmanager
@@ -27,27 +52,64 @@ def os_errors(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal (disk full, read-only, no permission) into one line."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        code = _code(error)
+        if code is None or isinstance(error, DistillError):
+            raise
         hints = {
+            errno.EDQUOT: "free some space and start again: finished files are kept",
             errno.ENOSPC: "free some space and start again: finished files are kept",
             errno.EACCES: "choose a folder that you may write to",
             errno.EROFS: "choose a folder that you may write to",
         }
-        hint = hints.get(error.errno or 0, "")
-        raise DistillError(f"{error.filename or path}: {(error.strerror or str(error)).lower()}", hint) from error
+        what = getattr(error, "strerror", None) or (os.strerror(code) if code else str(error))
+        raise DistillError(f"{getattr(error, 'filename', None) or path}: {what.lower()}", hints.get(code, "")) from error
+
+
+def unreadable(path: Path, error: OSError) -> DistillError:
+    """What the system says of a file that it does not let us read: nothing is known of the file, so no word of damage."""
+    if error.errno == errno.ELOOP:
+        return DistillError(f"{path}: a symbolic link, which may lead anywhere", "put the file in its place: cp -rL FOLDER COPY copies so")
+    return DistillError(f"{path}: {(error.strerror or str(error)).lower()}")
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[io.BufferedReader]:
+    """A file to read. Raises FileNotFoundError, and DistillError where the system refuses it or it is a symbolic link."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with os.fdopen(handle, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _temporary(path: Path) -> Path:
     """The name under which this process writes `path`."""
-    return path.with_name(f"{_OURS}{os.getpid()}-{path.name}")
+    return path.with_name(bounded(f"{_OURS}{os.getpid()}-{path.name}"))
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Have a file, or the names in a folder, outlive a power cut, as far as the file system can promise it."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (NO_FOLDER_SYNC if path.is_dir() else NO_SYNC):
+            raise
+
+
+def sync(path: Path) -> None:
+    """Have the lines that were appended to `path` outlive a power cut."""
+    with os_errors(path):
+        if path.exists():
+            _sync(path)
+            _sync(path.parent)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -123,7 +185,7 @@ def is_empty(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and all(p.name.startswith(TEMPORARY) for p in folder.iterdir()))
 
 
-def _lives(process: str) -> bool:
+def lives(process: str) -> bool:
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError, OverflowError):
@@ -136,7 +198,7 @@ def _lives(process: str) -> bool:
 def _abandoned(path: Path) -> bool:
     """Whether nobody is writing a temporary file or folder any more: its process is dead, or was another machine's and silent for a day."""
     if path.name.startswith(_OURS):
-        return not _lives(path.name[len(_OURS) :].split("-")[0])
+        return not lives(path.name[len(_OURS) :].split("-")[0])
     try:
         return time.time() - max(part.stat().st_mtime for part in (path, *path.rglob("*"))) > A_DAY
     except FileNotFoundError:  # just finished
@@ -152,6 +214,12 @@ def remove_temporaries(folder: Path) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_plain(path: Path) -> str:
+    """As sha256; raises as open_plain does."""
+    with open_plain(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -171,13 +239,14 @@ def unsealed(content: bytes) -> dict[str, Any]:
     found = _SEAL.search(text)
     if not found or hashlib.sha256(text.replace(found[1], _ZEROS, 1).encode()).hexdigest() != found[1]:
         raise ValueError("its checksum does not match")
-    data = dict(json.loads(text))
-    del data["seal"]
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")
+    data.pop("seal", None)
     return data
 
 
 def read_plain(path: Path) -> bytes:
-    """The bytes of a file; a symbolic link, which may lead anywhere, is an OSError."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(handle, "rb") as file:
+    """The bytes of a file; raises as open_plain does."""
+    with open_plain(path) as file:
         return file.read()

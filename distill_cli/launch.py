@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from distill_cli.errors import Interrupted, UsageError
-from distill_cli.processes import rank, supervised, world_size
+from distill_cli.errors import Interrupted, UsageError, reason
+from distill_cli.messages import tell
+from distill_cli.processes import PREEMPTION, preemption, rank, supervised, world_size
 
 
 def _keep_freed_memory() -> None:
@@ -70,11 +71,8 @@ def plain_links(where: torch.device) -> None:
             os.environ.setdefault(name, "1")
 
 
-PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
-
-
 class Stop:
-    """Whether ^C, SIGTERM or SIGUSR1 came: `requested`, its number, is asked between units of work; a second ^C stops at once."""
+    """Whether ^C or a signal of PREEMPTION came: `requested`, its number, is asked between units of work; a second ^C stops at once."""
 
     def __init__(self) -> None:
         self.requested = 0
@@ -86,8 +84,8 @@ class Stop:
                 raise KeyboardInterrupt
             return
         self.requested, self._since = number, time.monotonic()
-        if rank() == 0:  # print may not be entered twice
-            os.write(2, b"stopping after this step\n" if supervised() else b"stopping after this step; ^C once more stops at once\n")
+        if rank() == 0:
+            tell("stopping after this step" if supervised() else "stopping after this step; ^C once more stops at once")
 
     @staticmethod
     def interrupted(number: int, message: str, hint: str) -> Interrupted:
@@ -97,13 +95,44 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
+    """Hears signals while its body runs; inside another such body it is that one's."""
+    outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if isinstance(outer, Stop):
+        yield outer
+        return
     stop = Stop()
-    old = {number: signal.signal(number, stop._handle) for number in (signal.SIGINT, *PREEMPTION)}
+    old = {number: signal.signal(number, stop._handle) for number in (signal.SIGINT, *preemption())}
     try:
         yield stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def preparing(where: torch.device, hint: str) -> Iterator[Stop]:
+    """Long work before the first step, shared between processes, which looks at `requested` between its parts.
+
+    Waits for all of them; a signal to any of them ends the command in all.
+    """
+    with stoppable() as stop:
+        yield stop
+    number = max(all_of([stop.requested], where))
+    if number:
+        raise stop.interrupted(number, "stopped before the first step", hint)
+
+
+def spared(what: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Make a call that is no part of the work: its failure is said, once, and ends nothing."""
+    try:
+        call(*arguments, **options)
+    except Exception as error:  # a tracker's own kinds
+        if what not in _FAILED:
+            print(f"warning: {what}: {reason(error)}; going on without it", file=sys.stderr)
+        _FAILED.add(what)
+
+
+_FAILED: set[str] = set()
 
 
 def all_of(mine: list[Any], where: torch.device) -> list[Any]:

@@ -13,12 +13,21 @@ import sys
 import tempfile
 import zlib
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from distill_cli.errors import UsageError
 
 TOGETHER = "DISTILL_TOGETHER"
-"""Names the folder in which processes that `start` has started leave their exit codes."""
+"""Names the folder in which processes that `start` has started leave that they have begun, and their exit codes."""
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""What a scheduler sends, and a terminal that goes."""
+
+
+def preemption() -> list[signal.Signals]:
+    """Signals that preempt this process: what was ignored at its start, as under nohup, stays so."""
+    return [number for number in PREEMPTION if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def rank() -> int:
@@ -117,7 +126,8 @@ def _claims() -> Path | None:
         step = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', 0)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
         command = zlib.crc32(" ".join(sys.argv[1:]).encode())  # one step may run several after another
         folder = Path(tempfile.gettempdir(), f"distill-{os.getuid()}-{step}-{command}")
-        folder.mkdir(exist_ok=True)
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
         return folder
     return None
 
@@ -137,20 +147,25 @@ def first_to(what: str) -> bool:
     return True
 
 
-def die_with_parent() -> None:
-    """Where `start` has started this process, have Linux kill it should that one be killed: else two runs would write one folder."""
-    if TOGETHER in os.environ and sys.platform == "linux":
+def begin() -> None:
+    """Where `start` has started this process, say so, and have Linux kill it should that one be killed."""
+    if TOGETHER not in os.environ:
+        return
+    if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    with suppress(OSError):
+        Path(os.environ[TOGETHER], f"begun-{rank()}").touch()
 
 
 def leave(code: int) -> None:
     """Tell the process that started this one how it ends."""
     if TOGETHER in os.environ:
         place = Path(os.environ[TOGETHER], f"code-{rank()}")
-        place.with_name(f"half-{rank()}").write_text(str(code))
-        place.with_name(f"half-{rank()}").rename(place)
+        with suppress(OSError):
+            place.with_name(f"half-{rank()}").write_text(str(code))
+            place.with_name(f"half-{rank()}").rename(place)
 
 
 def start(count: int, arguments: list[str]) -> int:
@@ -166,6 +181,8 @@ def start(count: int, arguments: list[str]) -> int:
 
     logging.disable(logging.CRITICAL)  # the agent's own words
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // count)))
+    heard = [number.name for number in (signal.SIGINT, signal.SIGQUIT, *preemption()) if number != signal.SIGUSR1]
+    options: dict[str, Any] = {"signals_to_handle": ",".join(heard)} if hasattr(LaunchConfig, "signals_to_handle") else {}
     signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
         os.environ[TOGETHER] = folder
@@ -178,16 +195,18 @@ def start(count: int, arguments: list[str]) -> int:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **options,
         )
         try:
             elastic_launch(config, sys.executable)("-m", "distill_cli", *arguments)
             return 0
         except SignalException as stopped:
             codes = [int(path.read_text()) for path in Path(folder).glob("code-*")]
-            if len(codes) < count and stopped.sigval != signal.SIGINT:
-                print(f"error: {count - len(codes)} of {count} processes were ended before they could stop in order", file=sys.stderr)
+            begun = len(list(Path(folder).glob("begun-*")))  # the others have nothing to lose
+            if len(codes) < begun and stopped.sigval != signal.SIGINT:
+                print(f"error: {begun - len(codes)} of {count} processes were ended before they could stop in order", file=sys.stderr)
                 return 128 + signal.SIGTERM
-            return max(codes, default=130)
+            return max(codes, default=130 if stopped.sigval == signal.SIGINT else 0)
         except ChildFailedError as failed:
             told = Path(folder, "distill-error")  # by which process
             if told.exists() and Path(folder, f"code-{told.read_text()}").exists():

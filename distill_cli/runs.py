@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import is_empty, os_errors, read_plain, remove_temporaries, sealed, unsealed, write_atomic
+from distill_cli.files import is_empty, os_errors, read_plain, remove_temporaries, sealed, sync, unsealed, write_atomic
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "timm", "safetensors", "numpy", "pydantic", "typer")
 
@@ -61,8 +61,8 @@ def settle(path: Path, settings: dict[str, Any], what: str) -> None:
     if path.exists():
         try:
             old = unsealed(read_plain(path))
-        except (OSError, ValueError) as error:
-            raise DistillError(f"{path}: corrupt", f"choose another folder, or delete {folder}") from error
+        except ValueError as error:
+            raise DistillError(f"{path}: corrupt: {error}", f"choose another folder, or delete {folder}") from error
         settings = ALWAYS | json.loads(json.dumps(settings))
         old = ALWAYS | old
         other = [f"{key} is {old.get(key)}, not {settings.get(key)}" for key in {**settings, **old} if old.get(key) != settings.get(key)]
@@ -72,6 +72,15 @@ def settle(path: Path, settings: dict[str, Any], what: str) -> None:
     if not is_empty(folder) and not path.exists():  # another process may have begun it since
         raise UsageError(f"--out {folder}: not empty and no folder of {what}", "choose another folder")
     write_atomic(path, sealed(settings, indent=2))
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of a JSONL file; None for one that is torn or damaged."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class Run:
@@ -136,16 +145,18 @@ class Run:
                 handle.write(json.dumps(line) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl past `step`, which a resumed run writes again, and a torn last line."""
+        """Drop the lines of metrics.jsonl past `step`, which a resumed run writes again, and what is torn or damaged."""
         self._clock = (time.time(), step)
         if not self.metrics.exists():
             return
-        kept = []
-        for text in self.metrics.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break
-            if line["step"] <= step:
-                kept.append(text + "\n")
-        write_atomic(self.metrics, "".join(kept))
+        with os_errors(self.metrics):
+            *lines, _ = self.metrics.read_bytes().split(b"\n")  # the last one is empty, or torn
+        found = [(text, line.get("step")) for text in lines if (line := parsed(text)) is not None]
+        if len(found) < len(lines):
+            print(f"{self.metrics}: {len(lines) - len(found)} damaged lines are left out", file=sys.stderr)
+        past = [isinstance(at, int | float) and at > step for _, at in found]
+        write_atomic(self.metrics, b"".join(text + b"\n" for (text, _), late in zip(found, past, strict=True) if not late))
+
+    def settled(self) -> None:
+        """Have the metrics outlive a power cut, before a checkpoint that does."""
+        sync(self.metrics)

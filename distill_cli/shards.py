@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from distill_cli.errors import DistillError
-from distill_cli.files import read_plain, write_atomic
+from distill_cli.files import read_plain, unreadable, write_atomic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 """What a store's numbers are kept as."""
@@ -39,8 +39,10 @@ def check(path: Path, again: str) -> tuple[dict[str, Any], dict[str, tuple[int, 
             shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise DistillError(f"{path}: missing", again.rpartition("and ")[2]) from error
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        raise DistillError(f"{path}: {'a symbolic link' if path.is_symlink() else 'corrupt or truncated'}", again) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (SafetensorError, ValueError, AttributeError) as error:
+        raise DistillError(f"{path}: corrupt or truncated", again) from error
     if len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored:
         raise DistillError(f"{path}: corrupt: its checksum does not match", again)
     return metadata, shapes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 import time
@@ -14,11 +13,13 @@ from typing import Any
 
 from distill_cli.errors import DistillError, UsageError, printable_lines
 from distill_cli.files import write_atomic
-from distill_cli.runs import Run
+from distill_cli.runs import Run, parsed
 
 REPORT = "report.html"
 WIDE, HIGH, LEFT, BOTTOM = 440, 190, 64, 22
 POINTS, GRIDS = 400, 9
+SMALL, LARGE = 1e-100, 1e100
+"""Sizes of values between which a chart can be computed."""
 Points = list[tuple[float, float]]
 STYLE = """
 :root { color-scheme: light dark; --line: #2563a8; --rule: #8884; }
@@ -41,14 +42,19 @@ def escape(text: str) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file that a run may be writing just now: a torn one is left out."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
+    for text in path.read_bytes().split(b"\n") if path.is_file() else []:
+        line = parsed(text)
+        step = number(line.get("step")) if line else None
+        if line and step is not None and 0 <= step < 2**53 and step == int(step):
+            lines.append({**line, "step": int(step)})
     return lines
+
+
+def number(value: Any) -> float | None:
+    """A value that can be drawn, else None."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LARGE:
+        return None
+    return value if abs(value) > SMALL else 0
 
 
 def series(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
@@ -56,8 +62,9 @@ def series(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
     out: dict[str, Points] = {}
     for line in lines:
         for key, value in line.items():
-            if key not in ("step", "images", "time") and isinstance(value, int | float) and math.isfinite(value):
-                out.setdefault(key, []).append((line["step"], value))
+            drawn = number(value)
+            if key not in ("step", "images", "time") and drawn is not None:
+                out.setdefault(key, []).append((line["step"], drawn))
     return out
 
 
@@ -90,7 +97,7 @@ def chart(name: str, points: Points) -> str:
     shape = [(step, math.log10(value) if logarithmic else value) for step, value in thinned(points)]
     low, high = min(y for _, y in shape), max(y for _, y in shape)
     pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
-    low, high, first, last = low - pad, high + pad, shape[0][0], shape[-1][0]
+    low, high, first, last = low - pad, high + pad, min(x for x, _ in shape), max(x for x, _ in shape)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - first) / (last - first) if last > first else 0.5
@@ -115,7 +122,10 @@ def chart(name: str, points: Points) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    try:
+        data = base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        return f"<figure><figcaption>{escape(caption)}: {escape((error.strerror or str(error)).lower())}</figcaption></figure>"
     return f'<figure><figcaption>{escape(caption)}</figcaption><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>'
 
 
@@ -129,16 +139,16 @@ def grids(run: Run) -> list[Path]:
 
 def facts(run: Run, recipe: dict[str, Any], lines: list[dict[str, Any]], speed: list[dict[str, Any]]) -> dict[str, str]:
     """Where the run is."""
-    total, step = recipe.get("steps"), lines[-1]["step"] if lines else 0
-    done = isinstance(total, int) and step >= total
-    out = {"command": str(recipe.get("command", "")), "step": f"{step:,} of {total:,}" if isinstance(total, int) else f"{step:,}"}
-    if speed and speed[-1].get("images_per_second"):
-        rate = float(speed[-1]["images_per_second"])
+    total, batch, step = number(recipe.get("steps")), number(recipe.get("batch_size")), lines[-1]["step"] if lines else 0
+    out = {"command": str(recipe.get("command", "")), "step": f"{step:,}" if total is None else f"{step:,} of {total:,}"}
+    newest = speed[-1] if speed else {}
+    rate, written = number(newest.get("images_per_second")), number(newest.get("time"))
+    if rate and rate > 0:
         out["throughput"] = f"{rate:,.1f} images a second"
-        if isinstance(total, int) and not done and isinstance(recipe.get("batch_size"), int):
-            out["left"] = f"{(total - step) * recipe['batch_size'] / rate / 3600:.2f} hours at this rate"
-    if speed:
-        out["newest line"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(speed[-1].get("time", 0))))
+        if total is not None and batch is not None and step < total:
+            out["left"] = f"{(total - step) * batch / rate / 3600:.2f} hours at this rate"
+    if written and 0 < written < 1e11:
+        out["newest line"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
     if run.checkpoints.is_dir():
         out["checkpoints"] = ", ".join(sorted(p.name for p in run.checkpoints.glob("step-*"))) or "none yet"
     if lines and lines[-1].get("spikes"):
@@ -154,10 +164,10 @@ def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
 
     if not run.recipe.is_file():
         raise UsageError(f"{run.folder}: no run: it has no recipe.yaml")
-    text = run.recipe.read_text()
     try:
+        text = run.recipe.read_text(encoding="utf-8")
         loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # a date of no day, a number of too many digits
         raise DistillError(f"{run.recipe}: not readable as YAML") from error
     recipe = loaded if isinstance(loaded, dict) else {}
     lines, speed = read_lines(run.metrics), read_lines(run.speed)
@@ -195,5 +205,5 @@ def write(folder: Path, out: Path | None = None, refresh: int = 0) -> tuple[Path
     """Write the run's page, by default into its folder; returns where it is and whether the run has come to its last step."""
     html, done = page(Run(folder), refresh)
     path = out or folder / REPORT
-    write_atomic(path, html)
+    write_atomic(path, html.encode(errors="backslashreplace"))
     return path, done

@@ -12,8 +12,8 @@ import distill_cli
 PACKAGE = Path(distill_cli.__file__).parent
 FLOORS = [
     {"errors"},
-    {"files", "processes"},
-    {"config"},
+    {"files", "messages", "processes"},
+    {"config", "locks"},
     {"recipes", "tensors"},
     {"diffusion", "shards"},
     {"data", "launch", "runs"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
-NO_TORCH = {"errors", "files", "processes", "config", "recipes", "runs", "watch", "cli"}
+NO_TORCH = {"errors", "files", "messages", "processes", "locks", "config", "recipes", "runs", "watch", "cli"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 
 

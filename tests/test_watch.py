@@ -138,6 +138,88 @@ def test_follow_writes_until_the_run_is_done(run, distill, monkeypatch):
     assert "1,000 of 1,000" in (run.folder / "report.html").read_text()
 
 
+STRANGE = [
+    '{"step": 301, "student_loss": NaN, "fake_loss": Infinity}',
+    '{"step": 302, "student_loss": "0.1", "fake_loss": [1], "spikes": {"a": 1}, "<b>": 1}',
+    '{"step": 303, "student_loss": true, "fake_loss": null}',
+    f'{{"step": 304, "student_loss": {"9" * 400}, "fake_loss": 1e308}}',
+    '{"step": 305, "student_loss": -1e308, "fake_loss": 5e-324, "\\ud800": 1}',
+    '{"step": -5, "student_loss": 1}',
+    f'{{"step": {"9" * 400}, "student_loss": 1}}',
+    f'{{"step": {"9" * 5000}, "student_loss": 1}}',
+    '{"step": "306", "student_loss": 1}',
+    '{"step": true, "student_loss": 1}',
+    '{"step": NaN}',
+    '{"step": [1]}',
+    "[1, 2]",
+    "7",
+    "null",
+    "[" * 9000,
+    "\\0\\0",
+    '{"step": 2, "student_loss": 0.5}',
+]
+
+
+def test_malformed_numbers_are_left_out(run):
+    """Not one of them is in the way of the page, or of the numbers beside it."""
+    for strange in STRANGE:
+        with open(run.metrics, "ab") as handle:
+            handle.write(b"\n" + strange.encode() + b"\n\xff\xfe\n")
+        reader = Reader(watch.page(run)[0])
+        assert len(reader.all("polyline")) >= 4
+    assert "student_loss: 0.5 at step 2" in reader.text
+    html = watch.write(run.folder)[0].read_text()
+    for number in re.findall(r'points="([^"]*)"', html):
+        assert all(0 <= float(x) <= watch.WIDE for x in re.findall(r"([^ ,]+),", number))
+    assert not re.search(r'(?:points|x1|y1|x|y|cx|cy)="[^"]*(?:nan|inf)', html)
+    assert "<b>" not in html
+
+
+@pytest.mark.parametrize("value", ['"fast"', "NaN", "Infinity", "-3", "0", "true", "[1]", "null", "1e308", "9" * 400, "1e-320"])
+@pytest.mark.parametrize("key", ["images_per_second", "time", "step"])
+def test_a_speed_that_is_no_number(key, value, run):
+    line = {"step": 300, "time": 1.7e9, "images_per_second": 20.0, key: "X"}
+    run.speed.write_text("text\n" + json.dumps(line).replace('"X"', value) + "\n")
+    assert "300 of 1,000" in Reader(watch.page(run)[0]).text
+
+
+@pytest.mark.parametrize("value", ["many", "[1]", "-5", "1.5", ".nan", ".inf", "true", "null", "9" * 400, "1e400", "2001-01-01", "{a: 1}"])
+@pytest.mark.parametrize("key", ["steps", "batch_size", "command"])
+def test_a_recipe_of_strange_types(key, value, run):
+    run.recipe.write_text(f"{key}: {value}\n")
+    assert "step300" in Reader(watch.page(run)[0]).text
+
+
+@pytest.mark.parametrize(
+    "content", [b"steps: " + b"9" * 5000, b"a: 2001-99-99", b"\xff\xfe\x00", b"? [a]\n: 1", b"[" * 3000, b"a: [", b"\x00"]
+)
+def test_a_recipe_that_is_none(content, run):
+    run.recipe.write_bytes(content)
+    try:
+        watch.page(run)
+    except DistillError as error:
+        assert error.message == f"{run.recipe}: not readable as YAML"  # noqa: PT017 - some are read as they stand
+
+
+@pytest.mark.parametrize(
+    "values", [[5e-324, 1e-320], [1e99, -1e99], [0, 0], [1e-99, 1.0], [1, 1 + 1e-15], [-1e99, -1e99 + 1e84], [1e15, 1e15 + 0.125]]
+)
+def test_a_chart_of_any_numbers(values):
+    points = watch.series([{"step": k, "a": value} for k, value in enumerate(values)])["a"]
+    assert "<polyline" in watch.chart("a", points)
+
+
+def test_pictures_that_are_none(run):
+    for path in sorted(run.samples.glob("0*.png"))[:-1]:
+        path.unlink()
+    (run.samples / "000010.png").write_bytes(b"")
+    (run.samples / "000020.png").mkdir()
+    (run.folder / "comparison.png").write_bytes(b"half a pict")
+    html = watch.page(run)[0]
+    assert len(Reader(html).all("img")) == 3
+    assert "step 20: is a directory" in html
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_draws_the_page(run, tmp_path):

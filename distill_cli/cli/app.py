@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from distill_cli import __version__, processes
+from distill_cli import __version__, locks, messages, processes
 from distill_cli.cli import common, models, recipes
 from distill_cli.cli.bench import bench
 from distill_cli.cli.classifier import classifier
@@ -86,7 +88,7 @@ def _usage(error: Any) -> int:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done or preempted, 1 the user can fix it, 2 usage, 3 a bug, 130 interrupted."""
     debug = os.environ.get("DISTILL_DEBUG") == "1"
-    common.ARGUMENTS = sys.argv[1:] if arguments is None else arguments
+    common.ARGUMENTS, common.RESUMES = sys.argv[1:] if arguments is None else arguments, False
     processes.adopt_slurm()
     processes.share_cores()
     try:
@@ -121,6 +123,8 @@ def run(arguments: list[str] | None = None) -> int:
         if "torch" in sys.modules and (trouble := torchvision_trouble(sys.modules["torch"].__version__, str(error))):
             return _fail(trouble, REINSTALL, 1)
         return _fail(f"{type(error).__name__}: {text}", "this is a bug of distill; DISTILL_DEBUG=1 shows where", 3)
+    finally:
+        locks.release()
 
 
 NO_MEMORY = "a smaller batch_size, accumulate=2 or more in training, precision=bf16; another program may hold some of it"
@@ -140,9 +144,28 @@ def _lost_another(error: Exception) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def _preempted(number: int, frame: FrameType | None) -> None:
+    """Before the first step, and while results are written, end at once: what is complete is there, and a job goes on from it."""
+    if not common.RESUMES:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    if processes.first_to("stop"):
+        messages.tell(f"stopped by {signal.Signals(number).name}\nhint: the same command, or --resume, goes on from what is complete")
+    processes.leave(0)
+    locks.release()
+    os._exit(0)
+
+
 def main() -> None:
-    processes.die_with_parent()
+    messages.guard()
+    for number in processes.preemption():
+        signal.signal(number, _preempted)
+    processes.begin()
     code = run()
+    lost = messages.lost()
+    if lost is not None and code == 0:
+        code = _fail(f"standard output: {(lost.strerror or str(lost)).lower()}", "what the command made is complete", 1)
     processes.leave(code)
     if code == 0 and "torch" in sys.modules:
         from torch import distributed

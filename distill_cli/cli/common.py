@@ -49,6 +49,8 @@ Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 o
 
 ARGUMENTS: list[str] = []
 """The command line, for the processes that it starts."""
+RESUMES = False
+"""Whether the command goes on, started again, from what it has made until it was stopped."""
 
 
 def start_processes(count: int | None, prompts: str | None = None) -> None:
@@ -56,9 +58,11 @@ def start_processes(count: int | None, prompts: str | None = None) -> None:
 
     `prompts` that come through a pipe are read here, for all of them.
     """
-    from distill_cli import processes
+    global RESUMES
+    from distill_cli import locks, processes
     from distill_cli.errors import UsageError
 
+    RESUMES = True
     already = processes.world_size()
     if count is None or count == already:
         return
@@ -68,6 +72,7 @@ def start_processes(count: int | None, prompts: str | None = None) -> None:
         )
     from distill_cli.data.reading import is_pipe, kept_for_others
 
+    locks.release()  # the first of them takes it
     with kept_for_others(prompts) if prompts is not None and is_pipe(prompts) else nullcontext():
         raise typer.Exit(processes.start(count, ARGUMENTS))
 
@@ -207,9 +212,10 @@ def open_run(
     config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, flags: dict[str, Any]
 ) -> TrainingT:
     """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
+    from distill_cli import locks
     from distill_cli.config import BUILTIN_SETS
     from distill_cli.errors import UsageError
-    from distill_cli.processes import rank
+    from distill_cli.processes import rank, world_size
     from distill_cli.recipes import resolve
     from distill_cli.runs import Run
 
@@ -221,6 +227,8 @@ def open_run(
             config = config.model_copy(update={"data": str(Path(data).resolve())})
         assert config.out is not None
         if not dry_run and rank() == 0:  # which makes the folder
+            if any(config.out.glob(f"{locks.NAME}*")):
+                locks.hold(config.out)
             Run(config.out).must_be_new(command)
         return config
     given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value is not None and key != "steps"]
@@ -231,6 +239,8 @@ def open_run(
     stored = Run(folder).recipe
     if not stored.is_file():
         raise UsageError(f"--resume {folder}: no run: it has no recipe.yaml")
+    if not dry_run and world_size() == 1:  # of several processes the first takes it where it can tell the others
+        locks.hold(folder)
     config = resolve(config_type, str(stored), [], {"steps": flags.get("steps")})
     return config.model_copy(update={"out": folder})
 
@@ -256,10 +266,12 @@ def start_run(engine: Engine, command: str, resume: Path | None, prompts: Sequen
 
     `prompts` that came through a pipe are kept in it.
     """
+    from distill_cli import launch, locks
     from distill_cli.config import BUILTIN_SETS, PROMPT_SETS
     from distill_cli.data import listing
     from distill_cli.data.images import Folder
     from distill_cli.data.reading import is_pipe
+    from distill_cli.errors import DistillError
     from distill_cli.files import write_atomic
     from distill_cli.models.registry import REGISTRY
     from distill_cli.pairs.store import PROMPTS, keep_prompts
@@ -279,11 +291,17 @@ def start_run(engine: Engine, command: str, resume: Path | None, prompts: Sequen
     if piped := is_pipe(getattr(config, "prompts", None) or ""):
         absolute["prompts"] = str((config.out / PROMPTS).resolve())
     text = dump(config.model_copy(update={**absolute, "out": None}))
-    run = Run(config.out)
+    run, trouble = Run(config.out), None
     if rank() == 0:
-        run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
-        if piped:
-            keep_prompts(config.out, prompts)
+        try:
+            locks.hold(config.out)
+            run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
+            if piped:
+                keep_prompts(config.out, prompts)
+        except DistillError as error:
+            trouble = (type(error), error.message, error.hint)
+    for kind, message, hint in filter(None, launch.all_of([trouble], engine.accelerator.device)):  # the others would wait for it
+        raise kind(message, hint)
     engine.open(run)
     images = getattr(engine.objective, "images", None)
     if rank() == 0 and isinstance(images, Folder):

@@ -40,6 +40,8 @@ def edit(
     if dry_run and model is None and not Path(config.model).exists():
         common.dry_run(config, {"model": f"{config.model} is not there yet: --model"})
         return
+    if not dry_run:
+        common.start_processes(None)
     from distill_cli.models import load
     from distill_cli.sample.editing import Task, run
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import os_errors, read_plain, write_atomic, write_atomic_lines
+from distill_cli.files import os_errors, read_plain, unreadable, write_atomic, write_atomic_lines
 from distill_cli.processes import mine, rank
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def unread(path: Path, error: Exception) -> DistillError:
     if isinstance(error, MemoryError):
         raise error
     if isinstance(error, OSError) and error.errno is not None:
-        return DistillError(f"{path}: {(error.strerror or str(error)).lower()}")
+        return unreadable(path, error)
     return BrokenPicture(path, error)
 
 

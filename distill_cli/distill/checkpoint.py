@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distill_cli.errors import DistillError
-from distill_cli.files import folder_atomic, read_plain, remove_folder, sealed, sha256, unsealed
+from distill_cli.files import folder_atomic, read_plain, remove_folder, sealed, sha256, sha256_plain, unsealed
 from distill_cli.launch import like, whole
 from distill_cli.processes import rank
 from distill_cli.tensors import write
@@ -23,7 +23,8 @@ STATE = "state.json"
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, in order."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.name[5:].isdigit())
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []  # glob would leave out a folder that may not be read
+    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal())
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -81,7 +82,7 @@ def _score(folder: Path, step: int) -> float:
     """What a checkpoint's loss was; infinite where that is not known."""
     try:
         score = unsealed(read_plain(path_of(folder, step) / STATE))["state"]["score"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, DistillError, ValueError, KeyError, TypeError):
         return math.inf
     return score if isinstance(score, float) and math.isfinite(score) else math.inf
 
@@ -102,11 +103,13 @@ def load(
     try:
         stored = unsealed(read_plain(path / STATE))
         sums, state = dict(stored["sha256"]), dict(stored["state"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name in [*(f"{network}.safetensors" for network in networks), "optimizers.pt"]:
+            if sha256_plain(path / name) != sums.get(name):
+                raise DistillError(f"{path / name}: corrupt: its checksum does not match", older)
+    except FileNotFoundError as error:
+        raise DistillError(f"{error.filename}: missing", f"put it back, or move {path} away to resume from an older one") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise DistillError(f"{path / STATE}: corrupt", older) from error
-    for name in [*(f"{network}.safetensors" for network in networks), "optimizers.pt"]:
-        if not (path / name).is_file() or (path / name).is_symlink() or sha256(path / name) != sums.get(name):
-            raise DistillError(f"{path / name}: corrupt or missing", older)
     if check is not None:
         check(state)
     for name, network in networks.items():

@@ -25,7 +25,7 @@ from distill_cli.diffusion.schedule import add_noise
 from distill_cli.distill.identity import digest
 from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
-from distill_cli.launch import all_of, device
+from distill_cli.launch import device, preparing
 from distill_cli.models.autoencoder import VAECodec, load_decoder
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
@@ -103,10 +103,10 @@ class DMD:
 
     def _embed(self, where: torch.device) -> None:
         """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
-        for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
-            if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
-                conditioner.table.complete(where)
-        all_of([], where)
+        with preparing(where, f"resume with --resume {self.config.out}") as stop:
+            for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
+                if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
+                    conditioner.table.complete(where, stop)
         self.embedded = True
 
     def turns(self, draws: Draws) -> Iterator[Loss]:

@@ -31,7 +31,7 @@ from distill_cli.distill.objective import Loss, Objective
 from distill_cli.distill.optimizer import learning_rate, make_optimizer
 from distill_cli.distill.rehearsal import check_space, rehearse
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.launch import PATIENCE, Progress, autocast, check_precision, device, plain_links, stoppable, whole
+from distill_cli.launch import PATIENCE, Progress, autocast, check_precision, device, plain_links, spared, stoppable, whole
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
 from distill_cli.recipes import dump
@@ -217,7 +217,8 @@ class Engine:
             self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts})
             self.run.log_speed(self.step, self.config.batch_size)
             if self.config.tracker != "none":
-                self.accelerator.log({name: value for name, value in numbers.items() if value is not None} | counts, step=self.step)
+                finite = {name: value for name, value in numbers.items() if value is not None} | counts
+                spared(self.config.tracker, self.accelerator.log, finite, step=self.step)
         return means
 
     def _kept(self) -> dict[str, nn.Module]:
@@ -228,6 +229,7 @@ class Engine:
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
         if self.saved != self.step:
+            self.run.settled()
             scaler = self.accelerator.scaler
             state = {
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
@@ -269,7 +271,7 @@ class Engine:
             if self.config.tracker != "none":
                 settings = {key: str(value) for key, value in self.config.model_dump(mode="json").items()}
                 os.environ.setdefault("WANDB_MODE", "offline")  # nothing leaves the machine unasked
-                self.accelerator.init_trackers("distill", settings)
+                spared(self.config.tracker, self.accelerator.init_trackers, "distill", settings)
 
     def sample_grid(self) -> None:
         """Write the average's images for some noises that are in no store of pairs."""
@@ -329,7 +331,7 @@ class Engine:
                     )
         progress.close()
         if config.tracker != "none":
-            self.accelerator.end_training()
+            spared(self.config.tracker, self.accelerator.end_training)
         if self.ema.network is None:
             return None
         model = self.objective.model(self.ema.network)

@@ -17,6 +17,7 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.distill.identity import digest
 from distill_cli.distill.objective import Loss
 from distill_cli.errors import UsageError
+from distill_cli.launch import Stop, preparing
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.model import Lineage, Model
 from distill_cli.models.schedulers import STABLE_DIFFUSION
@@ -41,10 +42,12 @@ class TextDenoiser(nn.Module):
 class Latents:
     """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
 
-    def __init__(self, images: Images, codec: VAECodec, variants: int, seed: int) -> None:
+    def __init__(self, images: Images, codec: VAECodec, variants: int, seed: int, stop: Stop) -> None:
         count = len(images)
         means, spreads = [], []
         for first in range(0, variants * count, ENCODED):
+            if stop.requested:  # what is there is left
+                break
             picks = range(first, min(variants * count, first + ENCODED))
             x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
             with torch.no_grad(), torch.autocast(next(codec.vae.parameters()).device.type, enabled=False):
@@ -111,7 +114,9 @@ class TextToImage:
     def turns(self, draws: Draws) -> Iterator[Loss]:
         if self.latents is None:  # the engine has moved the autoencoder by now
             assert self.teacher.latent is not None
-            self.latents = Latents(self.images, self.teacher.latent, self.config.variants, self.config.seed)
+            codec = self.teacher.latent
+            with preparing(next(codec.vae.parameters()).device, f"resume with --resume {self.config.out}") as stop:
+                self.latents = Latents(self.images, codec, self.config.variants, self.config.seed, stop)
         positions = [self.order[i] for i in draws.indices]
         shape = self.teacher.shape
         tokens = self.tokens[[position % len(self.images) for position in positions]]

@@ -21,7 +21,7 @@ from distill_cli.data.pictures import from_uint8, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.evaluate.distances import frechet, precision_recall, radii
-from distill_cli.files import remove_temporaries, write_atomic
+from distill_cli.files import bounded, remove_temporaries, write_atomic
 from distill_cli.models import load
 from distill_cli.models.classifier import Classifier
 from distill_cli.models.classifier import load as load_classifier
@@ -231,7 +231,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     rows: list[dict[str, Any]] = []
     pictures = []
     for k, row in enumerate(todo):
-        cost = row.sampled(config, config.out / "samples" / f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', row.spec)}", classifier.info.classes)
+        cost = row.sampled(config, samples_of(config.out, k, row.spec), classifier.info.classes)
         assert row.images is not None
         rate = rates[row.spec] = cost["images_per_second"] or rates.get(row.spec)
         if processes.rank() == 0:
@@ -277,8 +277,13 @@ def old_rates(path: Path) -> dict[str, float | None]:
     """Images a second of models whose samples are kept in this folder and not made again."""
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return {}
+
+
+def samples_of(out: Path, k: int, spec: str) -> Path:
+    """The folder of what the k-th model makes."""
+    return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
 
 
 def title(row: dict[str, Any]) -> str:

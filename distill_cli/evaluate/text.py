@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data.pictures import save_comparison
 from distill_cli.data.prompts import open_prompts
 from distill_cli.errors import DistillError, UsageError, reason
-from distill_cli.evaluate.report import RATES, old_rates, split
+from distill_cli.evaluate.report import RATES, old_rates, samples_of, split
 from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
 from distill_cli.models.hub import find
@@ -81,7 +80,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     rows, pictures = [], []
     for k, spec in enumerate(config.model):
         model, steps, scale = prepared(spec, config, prompts)
-        folder = config.out / "samples" / f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}"
+        folder = samples_of(config.out, k, spec)
         options = config.model_dump(include={"seed", "device", "precision", "prompts", "images_per_prompt", "resolution"})
         size = config.batch_size or (100 if model.pixels < LARGE else 8)
         asked = SampleConfig(

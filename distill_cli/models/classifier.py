@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from distill_cli.errors import DistillError, UsageError, nearest, printable
-from distill_cli.files import folder_atomic
+from distill_cli.files import folder_atomic, unreadable
 
 BUILTIN = Path(__file__).parent / "builtin"
 SUFFIX = "-classifier"
@@ -97,6 +97,8 @@ def load(name: str) -> Classifier:
         info = ClassifierInfo(**{**stored, **shown, "shape": tuple(stored["shape"])})
         network = Classifier(info)
         network.load_state_dict({key: value.float() for key, value in from_bytes((folder / WEIGHTS).read_bytes()).items()})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from error
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DistillError(f"{folder}: no readable classifier ({' '.join(str(error).split())[:200]})", "is the folder complete?") from error
     return network.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from torch import Tensor
 from distill_cli import processes, shards
 from distill_cli.data.prompts import digest_of
 from distill_cli.errors import DistillError
+from distill_cli.launch import Stop
 from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.tensors import content_of
 
@@ -66,10 +67,12 @@ class Embeddings:
         parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).cpu() for k in range(0, len(texts), AT_A_TIME)]
         shards.write(self.path(shard), {"text": torch.cat(parts).to(self.dtype)}, {"key": self.key})  # autocast joins no float16
 
-    def complete(self, device: torch.device) -> None:
-        """Make what is missing on `device`, of several processes each its share; the encoder is back on the CPU then."""
+    def complete(self, device: torch.device, stop: Stop | None = None) -> None:
+        """Make what is missing on `device`, of several processes each its share, until a signal comes; the encoder is on the CPU then."""
         self.conditioner.encoder.to(device)
         for shard in processes.mine(self.shards):
+            if stop is not None and stop.requested:
+                break
             self.make(shard)
         self.conditioner.encoder.to("cpu")
 

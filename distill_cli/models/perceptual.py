@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_cli.errors import DistillError
-from distill_cli.files import sha256
+from distill_cli.files import sha256, unreadable
 
 FILE = "vgg16-397923af.pth"
 URL = f"https://download.pytorch.org/models/{FILE}"
@@ -52,6 +52,8 @@ class Perceptual(nn.Module):
                 for place, layer in part.named_children():
                     if isinstance(layer, nn.Conv2d):
                         layer.load_state_dict({key: stored[f"features.{place}.{key}"] for key in ("weight", "bias")})
+        except OSError as error:
+            raise unreadable(path, error) from error
         except Exception as error:  # torch raises many kinds for a file that is not one of weights
             reason = " ".join(str(error).split())[:120]
             raise DistillError(f"{path}: not torchvision's VGG-16 ({type(error).__name__}: {reason})", f"fetch {URL}") from error

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from distill_cli.errors import DistillError
 from distill_cli.files import os_errors
+from distill_cli.locks import alone
 from distill_cli.models.hub import offline
 
 NVLABS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
@@ -53,17 +51,6 @@ PUBLISHED = {
 def cache() -> Path:
     """Where downloads and converted models stand: DISTILL_CACHE, or ~/.cache/distill."""
     return Path(os.environ.get("DISTILL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill")
-
-
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """One process of this machine at a time."""
-    with os_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(lock, "w")  # noqa: SIM115 - held until the body ends
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def download(url: str, path: Path, what: str) -> None:

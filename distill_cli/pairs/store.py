@@ -27,7 +27,7 @@ from distill_cli import processes, shards
 from distill_cli.data.prompts import PromptFile
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import read_plain, remove_temporaries, unsealed, write_atomic, write_atomic_lines
+from distill_cli.files import open_plain, read_plain, remove_temporaries, unsealed, write_atomic, write_atomic_lines
 from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 
@@ -137,12 +137,16 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
 
 def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    if not path.is_file():
-        raise UsageError(f"--pairs {folder}: no pairs: it has no {MANIFEST}", "distill pairs --out FOLDER makes some")
     try:
         return Manifest.model_validate(unsealed(read_plain(path)))
-    except (OSError, ValueError, ValidationError) as error:
-        raise DistillError(f"{path}: corrupt", "write it again with the same distill pairs command after deleting it") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"--pairs {folder}: no pairs: it has no {MANIFEST}", "distill pairs --out FOLDER makes some") from error
+    except ValidationError as error:  # whole, but not ours: of a later version, or of another job
+        wrong = error.errors()[0]
+        raise DistillError(f"{path}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg'].lower()}", "is it of another version?") from error
+    except ValueError as error:
+        hint = "write it again with the same distill pairs command after deleting it"
+        raise DistillError(f"{path}: corrupt: {error}", hint) from error
 
 
 class PairStore:
@@ -176,11 +180,14 @@ class PairStore:
     def prompts_in(folder: Path, manifest: Manifest) -> PromptFile:
         """The prompts beside shards, verified."""
         again = "run distill pairs again after deleting it"
-        if not (folder / PROMPTS).is_file():
-            raise DistillError(f"{folder / PROMPTS}: missing", "run distill pairs again")
         try:
-            found = PromptFile(folder / PROMPTS, own=True)
+            with open_plain(folder / PROMPTS):
+                found = PromptFile(folder / PROMPTS, own=True)
+        except FileNotFoundError as error:
+            raise DistillError(f"{folder / PROMPTS}: missing", "run distill pairs again") from error
         except DistillError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             raise DistillError(f"{folder / PROMPTS}: corrupt", again) from error
         if found.digest != manifest.prompts:
             raise DistillError(f"{folder / PROMPTS}: corrupt: not the prompts of these pairs", again)

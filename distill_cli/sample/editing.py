@@ -19,7 +19,7 @@ from distill_cli.data.images import fit, open_picture
 from distill_cli.data.pictures import finished, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.files import remove_temporaries, sha256, write_atomic
+from distill_cli.files import LONGEST, bounded, remove_temporaries, sha256, write_atomic
 from distill_cli.models.model import Model
 from distill_cli.models.times import nearest, parse
 from distill_cli.runs import settle
@@ -46,6 +46,11 @@ def find(config: EditConfig, folder: Path) -> tuple[list[Path], str]:
     if len(files) < len(found.files):
         found.left_out["mask"] += 1
     return files, f"{len(files)} picture{'s' * (len(files) > 1)} in {path}{found.without}"
+
+
+def names_of(files: list[Path]) -> list[str]:
+    """The names of the results, without .png."""
+    return [bounded(f"{k:04d}-{file.stem}", LONGEST - len(".png")) for k, file in enumerate(files)]
 
 
 class Pictures:
@@ -133,7 +138,7 @@ class Task:
             self.names = [f"{k:03d}" for k in range(config.frames)]
         else:
             self.files, self.about = find(config, folder)
-            self.names = [f"{k:04d}-{file.stem}" for k, file in enumerate(self.files)]
+            self.names = names_of(self.files)
             self.pictures = Pictures(height, width)
         edit.labels_of(model, 1, config.classes)
 

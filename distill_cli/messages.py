@@ -1,0 +1,71 @@
+"""Standard streams that may be gone: a full disk, a killed `tee`, a dead terminal, a closed descriptor.
+
+Whatever writes to them, print, tqdm, warnings or a library, never fails: work goes on, and the first error is remembered.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import Any, TextIO, cast
+
+
+class _Stream(io.FileIO):
+    """A descriptor whose writes never fail; `lost` is the first error."""
+
+    lost: OSError | None = None
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        try:
+            written = super().write(data)
+            if written is None:  # of a pipe that does not block: its reader gets a second
+                select.select([], [self.fileno()], [], 1.0)
+                written = super().write(data)
+            if written is None:
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return written
+        except OSError as error:
+            self.lost = self.lost or error
+            return len(data)
+
+
+def _text(number: int, old: TextIO | None) -> TextIO:
+    buffer = io.BufferedWriter(cast(Any, _Stream(number, "w", closefd=False)))
+    at_once = old is None or getattr(old, "line_buffering", True) or getattr(old, "write_through", True)
+    encoding = getattr(old, "encoding", None) or "utf-8"
+    return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=at_once)
+
+
+def guard() -> None:
+    """Put such streams in the place of stdout and stderr, and /dev/null in that of closed descriptors, which files would else be given."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            with suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _text(1, sys.stdout), _text(2, sys.stderr)
+
+
+def lost() -> OSError | None:
+    """Why the results could not be written to stdout, if so; a reader who has gone, as `head` does, wanted no more."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if not isinstance(raw, _Stream):
+        return None
+    try:
+        os.close(os.dup(1))  # some network disks say only now that they are full
+    except OSError as error:
+        raw.lost = raw.lost or error
+    return None if raw.lost is None or raw.lost.errno == errno.EPIPE else raw.lost
+
+
+def tell(text: str) -> None:
+    """A line on stderr from a signal's handler, where print may not be entered twice."""
+    with suppress(OSError):
+        os.write(2, text.encode() + b"\n")
