@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill_cli.errors import Interrupted, UsageError
-from distill_cli.processes import rank, supervised, world_size
+from distill_cli.processes import local_rank, rank, supervised, world_size
 
 
 def _keep_freed_memory() -> None:
@@ -39,7 +39,7 @@ def device(wanted: str) -> torch.device:
         raise UsageError("--device cuda: no CUDA device", "distill env shows what torch sees")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    number = local_rank()
     if number >= torch.cuda.device_count():
         raise UsageError(f"process {number} of this machine has no GPU: there are {torch.cuda.device_count()}", "start fewer processes")
     return torch.device("cuda", number)

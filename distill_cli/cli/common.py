@@ -20,14 +20,28 @@ if TYPE_CHECKING:
     GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
     TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
 
+
+def expand(param: typer.CallbackParam, value: Any) -> Any:
+    """Put `~` and $VAR into the paths of an argument that is no key of a recipe."""
+    if not value:
+        return value
+    from distill_cli.config.base import expanded
+    from distill_cli.errors import UsageError
+
+    try:
+        return [expanded(path) for path in value] if isinstance(value, list | tuple) else expanded(value)
+    except ValueError as error:
+        raise UsageError(f"{param.opts[0] if param.param_type_name == 'option' else value}: {error}") from error
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other key of the recipe.")]
-Recipe = Annotated[str | None, typer.Option(help="A recipe's name or file.", metavar="NAME|FILE")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the results.")]
+Recipe = Annotated[str | None, typer.Option(help="A recipe's name or file.", metavar="NAME|FILE", callback=expand)]
+Out = Annotated[Path | None, typer.Option(help="Folder of the results.", callback=expand)]
 Seed = Annotated[int | None, typer.Option(help="Of all noise, orders and times.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, then stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folder.", metavar="RUN")]
+Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folder.", metavar="RUN", callback=expand)]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images at a time.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]

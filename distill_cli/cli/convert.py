@@ -11,8 +11,8 @@ from distill_cli.cli import common
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="An NVlabs .pkl or an OpenAI .pt file.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    file: Annotated[Path, typer.Argument(help="An NVlabs .pkl or an OpenAI .pt file.", callback=common.expand)],
+    out: Annotated[Path, typer.Option(help="Folder of the model.", callback=common.expand)],
     resolution: Annotated[int | None, typer.Option(help="Pixels of an OpenAI model; default the number in its name.")] = None,
     head_channels: Annotated[int, typer.Option(help="Of an OpenAI model's attention; 64 in all published ones.")] = 64,
     json: common.Json = False,

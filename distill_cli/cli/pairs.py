@@ -29,9 +29,12 @@ def pairs(
     device: common.Device = None,
     num_processes: common.Processes = None,
     shards: common.Shards = None,
-    check: Annotated[Path | None, typer.Option(help="Verify every shard of a folder of pairs.", metavar="DIR")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Verify every shard of a folder of pairs.", metavar="DIR", callback=common.expand)
+    ] = None,
     merge: Annotated[
-        list[Path] | None, typer.Option(help="Join folders that hold parts of one job in --out; once a folder.", metavar="DIR")
+        list[Path] | None,
+        typer.Option(help="Join folders that hold parts of one job in --out; once a folder.", metavar="DIR", callback=common.expand),
     ] = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
