@@ -230,6 +230,12 @@ def first_to(what: str) -> bool:
     return True
 
 
+def say_hidden(option: str, name: str, what: str) -> None:
+    """Where a file or folder here has the name of something built in, say which of them is meant, and how the other is named."""
+    if os.path.lexists(name) and rank() == 0:
+        print(f"{option} {name}: {what}; what lies here under that name is ./{name}", file=sys.stderr)
+
+
 def die_with_parent() -> None:
     """Where `start` has started this process, have Linux kill it should that one be killed: else two runs would write one folder."""
     if TOGETHER in os.environ and sys.platform == "linux":

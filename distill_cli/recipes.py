@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from distill_cli.config import CONFIGS, Config
 from distill_cli.errors import UsageError, nearest
 from distill_cli.files import os_errors, write_atomic
+from distill_cli.processes import say_hidden
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -39,6 +40,7 @@ def find(name: str) -> Path:
         raise UsageError(f"--recipe {name}: no such file", "distill recipes ls shows the built-in ones")
     if name not in names():
         raise UsageError(f"--recipe {name}: no recipe of that name", nearest(name, names()))
+    say_hidden("recipe", name, "the built-in one")
     return folder() / f"{name}.yaml"
 
 

@@ -61,10 +61,8 @@ class Job(typer.core.TyperCommand):
         return super().invoke(ctx)
 
 
-for command in (train, pairs, dmd, cm, sample, edit, evaluate, classifier, vae, bench):
-    app.command(cls=Job)(command)
-for command in (watch, convert):
-    app.command()(command)
+for command in (train, pairs, dmd, cm, sample, edit, evaluate, watch, classifier, vae, bench, convert):
+    app.command(cls=typer.core.TyperCommand if command in (watch, convert) else Job)(command)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")
 app.command()(env)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -165,31 +163,9 @@ def open_model(name: str, config: GenerateT, sketched: Model | None = None) -> t
         model = model.with_prompts(given, config.negative_prompt, repeat)
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
-        if sketched is None:
-            note_cut(model, -(-config.num // repeat))
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config
-
-
-def note_cut(model: Model, used: int | None = None) -> None:
-    """Say how many prompts, of the first `used`, are longer than the text encoder reads."""
-    from distill_cli.processes import rank
-
-    text = model.text
-    if text is None or rank() > 0:
-        return
-    count = min(len(text.prompts), used or len(text.prompts))
-    cut = sum(text.cut(part) for part in batched(islice(text.prompts, count), 1000))
-    if cut:
-        say(f"{cut} of {count} prompts are longer than the {text.length} tokens that the text encoder reads: cut there")
-
-
-def batched(items: Iterable[str], count: int) -> Iterator[list[str]]:
-    """Lists of `count` items, the last one of what is left."""
-    iterator = iter(items)
-    while part := list(islice(iterator, count)):
-        yield part
 
 
 def open_run(

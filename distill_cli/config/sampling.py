@@ -59,9 +59,10 @@ class SampleConfig(GenerateConfig):
         unused = ("times", "steps", "solver", "guidance_scale", "grid", "format", "out") if self.search_times else ("classifier",)
         given = [key for key in unused if getattr(self, key) != type(self).model_fields[key].default]
         if self.search_times and given:
-            raise ValueError(f"search_times finds times and makes no samples: leave {', '.join(given)} out")
+            names = " and ".join(f"--{key.replace('_', '-')}" for key in given)
+            raise ValueError(f"--search-times makes no samples, so {names} {'has' if len(given) == 1 else 'have'} no use here")
         if given:
-            raise ValueError("classifier is for search_times")
+            raise ValueError("classifier is for search_times: nothing else measures in its features")
         return self
 
 
@@ -99,7 +100,7 @@ class EvaluateConfig(Config):
         ):
             given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
             if given and ours == (self.prompts is None):
-                raise ValueError(f"{given[0]} {'needs' if ours else 'is not for'} prompts")
+                raise ValueError(f"{given[0]} needs prompts" if ours else f"{given[0]} is not for prompts: they are measured by clip")
         return self
 
 
@@ -135,7 +136,7 @@ class EditConfig(Config):
         needed = [key for key in ("input", "mask") if self.task in EDIT_KEYS[key] and getattr(self, key) is None]
         wrong = [f"{self.task} takes no {key}" for key in given] + [f"{self.task} needs {key}" for key in needed]
         if self.task == "interpolate" and self.classes is not None and len(self.classes) > 1:
-            wrong.append(f"interpolate takes one of classes, not {len(self.classes)}")
+            wrong.append(f"interpolate takes one class, not {len(self.classes)}")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -167,6 +167,7 @@ CM_KEYS = {
     "scales": ("cd", "ct", "ict"),
     "scales_end": ("ct", "ict"),
     "target_decay": ("cd", "ct"),
+    "decay_over": ("ct",),
     "time_weights": ("cd",),
     "solver": ("cd",),
     "teacher_steps": ("cd",),
@@ -197,10 +198,15 @@ class CMConfig(TrainingConfig):
     metric: Literal["huber", "l1", "l2", "lpips"] = Field("huber", description="between the estimates; the 2023 paper's best is lpips")
     huber_c: Weight | None = Field(None, description="pseudo-Huber's c; default 0.00054 sqrt(dimensions)")
     lpips_weights: Place | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
+    lpips_pooling: Literal["max", "average"] = Field("max", description="lpips: VGG's; average in OpenAI's program")
+    lpips_resize: Literal["always", "below-256"] = Field(
+        "always", description="lpips: pictures that are resized to 224 pixels; below-256 in OpenAI's program"
+    )
     weighting: Literal["uniform", "karras", "snr+1", "inverse-step"] | None = Field(None, description="of times; default the method's")
     scales: Annotated[int, Field(ge=2)] | None = Field(None, description="cd: N, the grid's times; ct, ict: s0, default 18, 2, 10")
     scales_end: Annotated[int, Field(ge=2)] | None = Field(None, description="ct, ict: s1, N - 1 at the end; default 150, 1280")
     target_decay: Momentum | None = Field(None, description="cd, ct: what the target keeps a step (ct: at first); default 0.95, 0.9")
+    decay_over: Literal["N", "N-1"] = Field("N", description="ct: divisor in the decay's schedule; N-1 in OpenAI's program")
     time_weights: list[Weight] | None = Field(
         None, description="cd: how often each of the grid's N - 1 intervals is drawn, the noisiest first; default all alike"
     )
@@ -234,14 +240,15 @@ class CMConfig(TrainingConfig):
         wrong = {
             f"not for method {self.method}: {', '.join(others)}": bool(others),
             "huber_c is for metric huber alone": self.huber_c is not None and self.metric != "huber",
-            "target_decay 0 has no schedule: ct raises it as N grows": self.target_decay == 0 and self.method == "ct",
-            "network.dropout: the dropout of this training is the key dropout": bool(self.network.dropout),
+            "target_decay 0 has no schedule: ct needs one above 0": self.target_decay == 0 and self.method == "ct",
+            "network.dropout has no use here: the key dropout sets it": bool(self.network.dropout),
             "network is for a student without a teacher": bool(self.teacher) and self.network != NetworkConfig(),
             f"scales_end {self.scales_end} is below scales {scales}": bool(self.scales_end and scales and self.scales_end < scales),
-            "lpips_weights is for metric lpips alone": bool(self.lpips_weights) and self.metric != "lpips",
         }
+        for key in ("lpips_weights", "lpips_pooling", "lpips_resize"):
+            wrong[f"{key} is for metric lpips alone"] = self.metric != "lpips" and getattr(self, key) != fields[key].default
         if weights is not None and "time_weights" not in others:
-            wrong[f"time_weights has {len(weights)} numbers, scales {scales} needs one less than that"] = len(weights) + 1 != scales
+            wrong[f"time_weights has {len(weights)} numbers, and {scales} scales have one interval less"] = len(weights) + 1 != scales
             wrong["time_weights are all 0"] = not sum(weights)
         if any(wrong.values()):
             raise ValueError("; ".join(problem for problem, there in wrong.items() if there))

@@ -14,6 +14,7 @@ from distill_cli.config import PROMPT_SETS
 from distill_cli.data.shapes import HELD, TRAINED
 from distill_cli.errors import DistillError, UsageError, nearest
 from distill_cli.files import os_errors
+from distill_cli.processes import say_hidden
 
 FIELDS = ("prompt", "text", "caption")
 """Where a prompt stands in a line of JSON, or in a table: the first of these that is there."""
@@ -130,6 +131,7 @@ BUILTIN = dict(zip(PROMPT_SETS, (TRAINED, HELD), strict=True))
 def open_prompts(name: str | Path) -> Sequence[str]:
     """The prompts of a file, or a built-in set of captions."""
     if str(name) in BUILTIN:
+        say_hidden("prompts", str(name), "the built-in set")
         return [thing.caption for thing in BUILTIN[str(name)]]
     path = Path(name)
     if not path.is_file() and path.parent == Path(".") and not path.suffix:

@@ -244,7 +244,7 @@ def test_guided_teachers(tiny):
     [
         ({"method": "ect", "scales": 5}, "not for method ect: scales"),
         ({"method": "ct", "time_weights": [1.0]}, "not for method ct: time_weights"),
-        ({"scales": 4, "time_weights": [1.0, 2.0]}, "time_weights has 2 numbers, scales 4 needs"),
+        ({"scales": 4, "time_weights": [1.0, 2.0]}, "time_weights has 2 numbers, and 4 scales have one interval less"),
         ({"scales": 3, "time_weights": [0.0, 0.0]}, "time_weights are all 0"),
         ({"method": "ect", "scales": 5, "solver": "euler", "huber_c": 1, "metric": "l1"}, "scales, solver; huber_c is for"),
         ({"method": "cd", "stages": 5}, "not for method cd: stages"),
