@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill_cli.errors import Interrupted, UsageError
-from distill_cli.processes import local_rank, rank, supervised, world_size
+from distill_cli.processes import local_rank, own_arithmetic, rank, supervised, world_size
 
 
 def _keep_freed_memory() -> None:
@@ -62,7 +62,8 @@ PATIENCE = timedelta(days=1)
 
 
 def plain_links(where: torch.device) -> None:
-    """Have NCCL leave out direct links between GPUs whose driver lacks them, which accelerate else takes for an error."""
+    """Before accelerate: have NCCL leave out direct links between GPUs whose driver lacks them, which accelerate takes for an error."""
+    own_arithmetic()
     from accelerate.utils import check_cuda_p2p_ib_support
 
     if where.type == "cuda" and not check_cuda_p2p_ib_support():

@@ -79,18 +79,17 @@ UNKNOWN = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 def settled() -> None:
     """Before a job: raise UsageError where a launcher's variables do not say together which process this is.
 
-    A set that is half there would make a part of the pictures, or all of them many times. accelerate's `UNUSED` are taken away, and said.
+    A set that is half there would make a part of the pictures, or all of them many times.
     """
     adopt_slurm()
     counts = {name: _number(name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))}
     counts["LOCAL_WORLD_SIZE"] = _number("LOCAL_WORLD_SIZE", counts["WORLD_SIZE"])
     there = [name for name in (*PLACE[:3], "LOCAL_WORLD_SIZE") if name in os.environ]
     hint = f"torchrun, accelerate launch and srun set all of {', '.join(PLACE)}; for one process unset {', '.join(there)}"
-    if {"RANK", "LOCAL_RANK"} & {*there} or counts["WORLD_SIZE"] > 1:
-        missing = [name for name in PLACE if not os.environ.get(name, "").strip()]
-        one = counts["WORLD_SIZE"] == 1 and {*missing} <= {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} and "LOCAL_RANK" not in there
-        if missing and not one:
-            raise UsageError(f"{there[0]}={os.environ[there[0]]}: set without {', '.join(missing)}", hint)
+    needed = PLACE if counts["WORLD_SIZE"] > 1 or "LOCAL_RANK" in there else PLACE[:2] if "RANK" in there else ()
+    missing = [name for name in needed if not os.environ.get(name, "").strip()]
+    if missing:
+        raise UsageError(f"{there[0]}={os.environ[there[0]]}: set without {', '.join(missing)}", hint)
     for number, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if counts[number] >= counts[size]:
             raise UsageError(f"{number}={counts[number]}: not below {size}={counts[size]}", hint)
@@ -101,6 +100,12 @@ def settled() -> None:
     for name in OTHERS:
         if "WORLD_SIZE" not in there and _number(name, 1) > 1:
             raise UsageError(f"{name}={os.environ[name]}: MPI's variables are not read", "start with torchrun, srun or --num-processes")
+    own_arithmetic()
+    share_cores()
+
+
+def own_arithmetic() -> None:
+    """Take away those of accelerate's variables that would change what is trained, and say so; UsageError for what is not known here."""
     for name in UNKNOWN:
         if os.environ.get(name, "").lower() in ("true", "1", "yes"):
             raise UsageError(f"{name}: not supported", "accelerate's FSDP (fsdp_version 2) shards weights, its DeepSpeed moments")
@@ -109,9 +114,8 @@ def settled() -> None:
             raise UsageError(f"{name}={os.environ[name]}: neither true nor false", f"unset {name}")
     for name, (neutral, ours) in UNUSED.items():
         value = os.environ.pop(name, neutral)
-        if value.lower() != neutral and counts["RANK"] == 0:
+        if value.lower() not in (neutral, "") and rank() == 0:
             print(f"{name}={value} is not used: {ours}", file=sys.stderr)
-    share_cores()
 
 
 def usable_cpus() -> int:

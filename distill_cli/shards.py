@@ -136,6 +136,7 @@ class Verified:
                         self.save()
         finally:
             pool.shutdown(cancel_futures=True)
+            self.current = False
             self.save(alone=anew)
         return wrong
 
