@@ -145,13 +145,13 @@ class Verified:
         if processes.rank() == 0:
             print(text, file=sys.stderr)
 
-    def save(self, alone: bool = False) -> None:
-        """Write what is new where that is allowed; `alone` leaves out what other processes have written."""
+    def save(self, alone: bool = False, elsewhere: bool = False) -> None:
+        """Write what is new where that is allowed; `alone`: without what other processes wrote; `elsewhere`: as the second choice."""
         if self.saved and not alone:
             return
         if not alone:
             self._read()
-        for place in self.places:
+        for place in self.places[: 1 + elsewhere]:
             inside = {str(path.relative_to(place)): state for path, state in self.files.items() if path.is_relative_to(place)}
             apart = {
                 str(path): state for path, state in self.files.items() if place != self.places[0] and path.is_relative_to(self.places[0])

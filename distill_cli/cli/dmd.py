@@ -74,7 +74,7 @@ def dmd(
     engine = Engine(config, objective)
     common.start_run(engine, "dmd", resume)
     if store is not None:
-        store.verified.save()  # of a read-only store, in the run's folder
+        store.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
     student = engine.train()
     if student is None:  # process 0 alone has it
         return

@@ -162,6 +162,7 @@ def test_a_read_only_store_is_remembered_by_the_run(store, read, distill, tmp_pa
 
     monkeypatch.setattr(shards, "write_atomic", refused)
     before = sorted(store.iterdir())
+    (tmp_path / "r").mkdir()  # a run may begin in an empty folder
     assert distill(*DMD, "--pairs", store, "--steps", 1, "--out", "r").code == 0
     assert len(read) == 4
     assert sorted(store.iterdir()) == before
