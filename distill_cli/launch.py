@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill_cli.errors import Interrupted, UsageError, reason
 from distill_cli.messages import tell
-from distill_cli.processes import PREEMPTION, preemption, rank, supervised, world_size
+from distill_cli.processes import PREEMPTION, local_rank, own_arithmetic, preemption, rank, supervised, world_size
 
 
 def _keep_freed_memory() -> None:
@@ -40,7 +40,7 @@ def device(wanted: str) -> torch.device:
         raise UsageError("--device cuda: no CUDA device", "distill env shows what torch sees")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    number = local_rank()
     if number >= torch.cuda.device_count():
         raise UsageError(f"process {number} of this machine has no GPU: there are {torch.cuda.device_count()}", "start fewer processes")
     return torch.device("cuda", number)
@@ -63,7 +63,8 @@ PATIENCE = timedelta(days=1)
 
 
 def plain_links(where: torch.device) -> None:
-    """Have NCCL leave out direct links between GPUs whose driver lacks them, which accelerate else takes for an error."""
+    """Before accelerate: have NCCL leave out direct links between GPUs whose driver lacks them, which accelerate takes for an error."""
+    own_arithmetic()
     from accelerate.utils import check_cuda_p2p_ib_support
 
     if where.type == "cuda" and not check_cuda_p2p_ib_support():

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,101 @@ def preemption() -> list[signal.Signals]:
     return [number for number in PREEMPTION if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def _number(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
+    """A variable that counts something; raises UsageError for what is no number."""
+    text = env.get(name, str(default)).strip()
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII):
+        raise UsageError(
+            f"{name}={text}: {'not a number' if text else 'empty'}", f"unset {name}, or start with torchrun or --num-processes"
+        )
+    return int(text)
+
+
 def rank() -> int:
     """This process's number among all."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
     """Processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine."""
+    return _number("LOCAL_RANK", 0)
+
+
+def several() -> bool:
+    """Whether this is one of several processes, also where a launcher's variables cannot be read."""
+    try:
+        return world_size() > 1
+    except UsageError:
+        return False
+
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun, accelerate and `adopt_slurm` set together; LOCAL_WORLD_SIZE only divides the cores."""
+OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""MPI's number of processes, which is not read here."""
+UNUSED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "accumulate=N does it"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "--precision does it"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "networks are not compiled"),
+    "ACCELERATE_USE_CPU": ("false", "--device does it"),
+    "ACCELERATE_TORCH_DEVICE": ("", "--device does it"),
+}
+"""accelerate's variables that would change what is trained, their neutral values, and what there is instead."""
+FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""accelerate's ways to share a model, which both it and the engine ask for."""
+UNKNOWN = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+"""What accelerate can be asked to share in a way that is not known here."""
+
+
+def settled() -> None:
+    """Before a job: raise UsageError where a launcher's variables do not say together which process this is.
+
+    A set that is half there would make a part of the pictures, or all of them many times.
+    """
+    adopt_slurm()
+    counts = {name: _number(name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))}
+    counts["LOCAL_WORLD_SIZE"] = _number("LOCAL_WORLD_SIZE", counts["WORLD_SIZE"])
+    there = [name for name in (*PLACE[:3], "LOCAL_WORLD_SIZE") if name in os.environ]
+    hint = f"torchrun, accelerate launch and srun set all of {', '.join(PLACE)}; for one process unset {', '.join(there)}"
+    needed = PLACE if counts["WORLD_SIZE"] > 1 or "LOCAL_RANK" in there else PLACE[:2] if "RANK" in there else ()
+    missing = [name for name in needed if not os.environ.get(name, "").strip()]
+    if missing:
+        raise UsageError(f"{there[0]}={os.environ[there[0]]}: set without {', '.join(missing)}", hint)
+    for number, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if counts[number] >= counts[size]:
+            raise UsageError(f"{number}={counts[number]}: not below {size}={counts[size]}", hint)
+    if counts["LOCAL_WORLD_SIZE"] > counts["WORLD_SIZE"]:
+        raise UsageError("LOCAL_WORLD_SIZE={LOCAL_WORLD_SIZE}: above WORLD_SIZE={WORLD_SIZE}".format(**counts), hint)
+    if not 0 < _number("MASTER_PORT", 1) < 1 << 16:
+        raise UsageError(f"MASTER_PORT={os.environ['MASTER_PORT']}: not from 1 to 65535", hint)
+    for name in OTHERS:
+        if "WORLD_SIZE" not in there and _number(name, 1) > 1:
+            raise UsageError(f"{name}={os.environ[name]}: MPI's variables are not read", "start with torchrun, srun or --num-processes")
+    own_arithmetic()
+    share_cores()
+
+
+def own_arithmetic() -> None:
+    """Take away those of accelerate's variables that would change what is trained, and say so; UsageError for what is not known here."""
+    for name in UNKNOWN:
+        if os.environ.get(name, "").lower() in ("true", "1", "yes"):
+            raise UsageError(f"{name}: not supported", "accelerate's FSDP (fsdp_version 2) shards weights, its DeepSpeed moments")
+    for name in FLAGS:
+        if os.environ.get(name, "").lower() not in ("", "true", "false"):
+            raise UsageError(f"{name}={os.environ[name]}: neither true nor false", f"unset {name}")
+    for name, (neutral, ours) in UNUSED.items():
+        value = os.environ.pop(name, neutral)
+        if value.lower() not in (neutral, "") and rank() == 0:
+            print(f"{name}={value} is not used: {ours}", file=sys.stderr)
 
 
 def usable_cpus() -> int:
@@ -64,26 +147,40 @@ def _tasks_of_node(counts: str, node: int) -> int:
     return tasks[node] if node < len(tasks) else 1
 
 
+SRUN = "srun sets all of SLURM_STEP_NUM_TASKS, SLURM_STEP_TASKS_PER_NODE, SLURM_PROCID, ...; for one process unset the first"
+
+
 def adopt_slurm(variables: MutableMapping[str, str] | None = None) -> None:
     """Under `srun` with several tasks, set what torchrun would have set; what is set already stays.
 
-    A step's own number of tasks is read, so a batch script outside `srun` is one process.
+    A step's own number of tasks is read, so a batch script outside `srun` is one process. Raises UsageError for half of Slurm's variables.
     """
     env = os.environ if variables is None else variables
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+    tasks = _number("SLURM_STEP_NUM_TASKS", 1, env) if "RANK" not in env else 1
+    if tasks < 2:
         return
-    job = int(env.get("SLURM_JOB_ID", "0"))
-    local = _tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(env.get("SLURM_NODEID", "0")))
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", counts, re.ASCII):
+        raise UsageError(f"SLURM_STEP_TASKS_PER_NODE={counts}: not like 4(x2),3", SRUN)
+    spread = _tasks_of_node(counts, 0) < tasks
+    for name in ("SLURM_PROCID", *(("SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST") if spread else ())):
+        if not env.get(name, "").strip():
+            raise UsageError(f"SLURM_STEP_NUM_TASKS={tasks}: set without {name}", SRUN)
+    number = _number("SLURM_PROCID", 0, env)
+    job = _number("SLURM_JOB_ID", 0, env)
+    local = _tasks_of_node(counts, _number("SLURM_NODEID", 0, env))
     visible = env.get("CUDA_VISIBLE_DEVICES", "")
     bound = local > 1 and visible != "" and "," not in visible  # to one GPU a task, which is then its first
     found = {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": "0" if bound else env.get("SLURM_LOCALID", "0"),
+        "RANK": str(number),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": "0" if bound else str(_number("SLURM_LOCALID", number, env)),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
-        "MASTER_PORT": str(15000 + (job * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 15000),
+        "MASTER_PORT": str(15000 + (job * 7 + _number("SLURM_STEP_ID", 0, env)) % 15000),
     }
+    if env.get("WORLD_SIZE", str(tasks)).strip() != str(tasks):
+        raise UsageError(f"WORLD_SIZE={env['WORLD_SIZE']}: srun has started {tasks} tasks", "unset WORLD_SIZE")
     for key, value in found.items():
         env.setdefault(key, value)
 
@@ -122,7 +219,7 @@ def _claims() -> Path | None:
         return Path(os.environ[TOGETHER])
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent
-    if world_size() > 1 and "SLURM_JOB_ID" in os.environ:
+    if several() and "SLURM_JOB_ID" in os.environ:
         step = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', 0)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
         command = zlib.crc32(" ".join(sys.argv[1:]).encode())  # one step may run several after another
         folder = Path(tempfile.gettempdir(), f"distill-{os.getuid()}-{step}-{command}")
@@ -145,6 +242,12 @@ def first_to(what: str) -> bool:
     except OSError:  # the folder is gone: say it rather than not
         return True
     return True
+
+
+def say_hidden(option: str, name: str, what: str) -> None:
+    """Where a file or folder here has the name of something built in, say which of them is meant, and how the other is named."""
+    if os.path.lexists(name) and rank() == 0:
+        print(f"{option} {name}: {what}; what lies here under that name is ./{name}", file=sys.stderr)
 
 
 def begin() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from distill_cli.config import CONFIGS, Config
 from distill_cli.errors import UsageError, nearest
 from distill_cli.files import os_errors, write_atomic
+from distill_cli.processes import say_hidden
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -32,12 +34,13 @@ def names() -> list[str]:
 def find(name: str) -> Path:
     """The file of a recipe given by name or by path."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
+    if path.suffix in (".yaml", ".yml") or "/" in name:
         if path.is_file():
             return path
         raise UsageError(f"--recipe {name}: no such file", "distill recipes ls shows the built-in ones")
     if name not in names():
         raise UsageError(f"--recipe {name}: no recipe of that name", nearest(name, names()))
+    say_hidden("recipe", name, "the built-in one")
     return folder() / f"{name}.yaml"
 
 
@@ -51,17 +54,43 @@ def describe(path: Path) -> str:
     return "\n".join(lines)
 
 
+_TAG = "tag:yaml.org,2002:"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error."""
+    """YAML in which a key given twice is an error, and 010, 1_000, 1:30 and 2024-01-02 are what stands there: text."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) in ("bool", "null", "merge")]
+        for letter, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+_Loader.add_implicit_resolver(f"{_TAG}float", re.compile(_FLOAT), list("-+.0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789"))
+
+
+def _unique(loader: _Loader, node: yaml.Node) -> None:
+    """Raise for a key that is given twice in a mapping, or in one that `<<` merges into it."""
+    if isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            _unique(loader, part)
+    if not isinstance(node, yaml.MappingNode):
+        return
     seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+    for key_node, value_node in node.value:
+        merged = key_node.tag == f"{_TAG}merge"
+        key = "<<" if merged else loader.construct_object(key_node)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key} is given twice", problem_mark=key_node.start_mark)
         seen.add(key)
+        if merged:
+            _unique(loader, value_node)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    _unique(loader, node)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -71,6 +100,8 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError as error:
+        raise UsageError(f"{source}: nested too deeply, or in itself") from error
     except (yaml.YAMLError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -93,6 +124,36 @@ def read(path: Path) -> dict[str, Any]:
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types in an annotation: str and NoneType of `str | None`, str of a choice."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return {type(choice) for choice in typing.get_args(annotation)}
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
+    inner = set().union(*map(_kinds, typing.get_args(annotation)))
+    return inner | {typing.get_origin(annotation) or annotation} - {typing.Union, types.UnionType}
+
+
+def _kinds_of(config: type[BaseModel], key: str) -> set[Any]:
+    """The plain types of a key, which may have dots."""
+    *sections, last = key.split(".")
+    for name in sections:
+        config = _section(config.model_fields[name].annotation) or config
+    return _kinds(config.model_fields[last].annotation)
+
+
+def _typed(config: type[BaseModel], key: str, text: str) -> Any:
+    """The value of `key=text`: text and paths are what stands there, `null` apart where a key may have none; the rest is YAML.
+
+    A list of text is one of it, or in brackets YAML.
+    """
+    kinds = _kinds_of(config, key)
+    listed = list in kinds and text.startswith("[")
+    if listed or not kinds <= {str, Path, list, type(None)}:
+        return parse_yaml(text, key)
+    return None if text == "null" and type(None) in kinds else text
 
 
 def keys(config: type[BaseModel], prefix: str = "") -> list[str]:
@@ -159,7 +220,7 @@ def resolve(
             errors.append(f"{key}: given twice")
         given.add(key)
         try:
-            values[key], sources[key] = parse_yaml(value, key), ""
+            values[key], sources[key] = _typed(config, key, value) if key in known else None, ""
         except UsageError as error:
             errors.append(error.message)
     for key, value in (flags or {}).items():
@@ -171,6 +232,9 @@ def resolve(
     for key in [key for key in values if key not in known]:
         errors.append(f"{sources[key]}unknown key {key} ({nearest(key, known)})")
         del values[key]
+    for key, value in values.items():
+        if isinstance(value, bool) and not _kinds_of(config, key) & {bool, str}:
+            errors.append(f"{sources[key]}{key}: input should be a number (got {value})")
     try:
         out = config.model_validate(_nest(values))
     except ValidationError as error:
@@ -189,6 +253,8 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
         key = ".".join(name for name in names if not name.isdigit())
         source = next((sources[known] for known in (key, *sources) if known == key and known in sources), "")
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] in ("string_type", "path_type"):
+            message = "input should be a valid string: put it in quotes"
         shown = f" (got {problem['input']!r})" if isinstance(problem["input"], str | int | float | list) else ""
         label = "" if source.rstrip(": ") == f"--{key.replace('_', '-')}" else f"{key}: "
         lines.append(f"{source}{label if key else ''}{message[:1].lower()}{message[1:]}{shown}")

@@ -1,19 +1,24 @@
-"""Files of tensors that know their own checksum: every flipped bit shows."""
+"""Files of tensors that know their own checksum: every flipped bit shows. And which of them were verified, so that it is done once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from distill_cli import processes
 from distill_cli.errors import DistillError
-from distill_cli.files import read_plain, unreadable, write_atomic
+from distill_cli.files import read_plain, sealed, unreadable, unsealed, write_atomic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 """What a store's numbers are kept as."""
@@ -29,10 +34,13 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     write_atomic(path, content[:place] + digest + content[place + 64 :])
 
 
-def check(path: Path, again: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The metadata of a file and the shapes of its tensors; raises DistillError, with the hint `again`, for a damaged one."""
+def check(path: Path, again: str, whole: bool = True) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The metadata of a file and the shapes of its tensors; raises DistillError, with the hint `again`, for a damaged one.
+
+    `whole`: also compare its checksum, unless it is known to have been right.
+    """
     try:
-        content = read_plain(path)
+        content = read_plain(path) if whole else b""
         with safe_open(path, "pt") as handle:
             metadata = json.loads((handle.metadata() or {}).get("distill", "{}"))
             stored = str(metadata.get("sha256")).encode()
@@ -43,6 +51,129 @@ def check(path: Path, again: str) -> tuple[dict[str, Any], dict[str, tuple[int, 
         raise unreadable(path, error) from error
     except (SafetensorError, ValueError, AttributeError) as error:
         raise DistillError(f"{path}: corrupt or truncated", again) from error
-    if len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored:
+    if whole and (len(stored) != 64 or hashlib.sha256(content.replace(stored, _ZEROS, 1)).hexdigest().encode() != stored):
         raise DistillError(f"{path}: corrupt: its checksum does not match", again)
     return metadata, shapes
+
+
+LONG, SAID_EVERY = 1 << 30, 20.0
+"""Bytes from which verifying is announced, and seconds from one line about it to the next."""
+
+
+class Check(NamedTuple):
+    """What verifies a file, by raising DistillError, and what the file is verified as."""
+
+    path: Path
+    what: str
+    run: Callable[[], Any]
+
+
+class Verified:
+    """Which files below `folder` were verified, by their sizes, their times of change, and what they were verified as.
+
+    It stands in verified-K.json, one a process, so that none undoes another's; all of them are read. A folder that may not be
+    written to has it in `elsewhere`.
+    """
+
+    def __init__(self, folder: Path, elsewhere: Path | None = None, who: int | None = None) -> None:
+        self.places = [Path(folder).resolve(), *([Path(elsewhere).resolve()] if elsewhere is not None else [])]
+        self.name = f"verified-{processes.rank() if who is None else who}.json"
+        self.files: dict[Path, list[Any]] = {}
+        self.current, self.saved = False, True
+        self._read()
+
+    def _read(self) -> None:
+        for place in self.places:
+            for path in sorted(place.glob("verified-*.json")):
+                try:
+                    found = unsealed(read_plain(path))["files"]
+                    self.files = {place / name: state for name, state in found.items()} | self.files
+                except (OSError, DistillError, ValueError, KeyError, AttributeError):  # damaged, or being replaced: verify anew
+                    continue
+
+    @staticmethod
+    def _state(path: Path, what: str) -> list[Any] | None:
+        try:
+            found = path.lstat()
+        except OSError:
+            return None
+        return [found.st_size, found.st_mtime_ns, what]
+
+    def _key(self, path: Path) -> Path:
+        return path.parent.resolve() / path.name
+
+    def knows(self, path: Path, what: str) -> bool:
+        """Whether a file is as it was when it was verified; other processes may have done that since the start."""
+        state, key = self._state(path, what), self._key(path)
+        if self.files.get(key) != state and not self.current:
+            self.current = True
+            self._read()
+        return state is not None and self.files.get(key) == state
+
+    def verify(self, checks: Iterable[Check], anew: bool = False, all_of_them: bool = False) -> list[DistillError]:
+        """Run the checks of files that are not known, in threads, and remember what is right; returns the first error, or all."""
+        todo = [check for check in checks if anew or not self.knows(check.path, check.what)]
+        if not todo:
+            return []
+        states = [self._state(check.path, check.what) for check in todo]  # of before
+        size = sum(state[0] for state in states if state)
+        if size > LONG:
+            self._say(f"verifying {len(todo)} files of {self.places[0]}, {size / 1e9:.1f} GB; {self.name} remembers it")
+        wrong: list[DistillError] = []
+        pool = ThreadPoolExecutor(max(1, min(8, processes.usable_cpus() // processes.local_world_size())))
+        said = time.monotonic()
+        try:
+            for k, (check, state, error) in enumerate(zip(todo, states, pool.map(_error_of, todo), strict=True)):
+                self.files.pop(self._key(check.path), None)
+                if error is not None:
+                    wrong.append(error)
+                    if not all_of_them:
+                        break
+                elif state is not None:
+                    self.files[self._key(check.path)], self.saved = state, False
+                if time.monotonic() - said > SAID_EVERY:
+                    said = time.monotonic()
+                    self._say(f"verifying: {k + 1} of {len(todo)} files")
+                    if not anew:
+                        self.save()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self.current = False
+            self.save(alone=anew)
+        return wrong
+
+    @staticmethod
+    def _say(text: str) -> None:
+        if processes.rank() == 0:
+            print(text, file=sys.stderr)
+
+    def save(self, alone: bool = False, elsewhere: bool = False) -> None:
+        """Write what is new where that is allowed; `alone`: without what other processes wrote; `elsewhere`: as the second choice."""
+        if self.saved and not alone:
+            return
+        if not alone:
+            self._read()
+        for place in self.places[: 1 + elsewhere]:
+            inside = {str(path.relative_to(place)): state for path, state in self.files.items() if path.is_relative_to(place)}
+            apart = {
+                str(path): state for path, state in self.files.items() if place != self.places[0] and path.is_relative_to(self.places[0])
+            }
+            try:
+                if not place.is_dir():
+                    continue
+                write_atomic(place / self.name, sealed({"files": inside | apart}))
+                self.saved = True
+            except DistillError:  # a read-only store
+                continue
+            for other in place.glob("verified-*.json") if alone else ():
+                if other.name != self.name:
+                    other.unlink(missing_ok=True)
+            return
+
+
+def _error_of(check: Check) -> DistillError | None:
+    try:
+        check.run()
+    except DistillError as error:
+        return error
+    return None

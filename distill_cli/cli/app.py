@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from distill_cli import __version__, locks, messages, processes
 from distill_cli.cli import common, models, recipes
@@ -25,7 +27,7 @@ from distill_cli.cli.sample import sample
 from distill_cli.cli.train import train
 from distill_cli.cli.vae import vae
 from distill_cli.cli.watch import watch
-from distill_cli.errors import DistillError, Interrupted, nearest, printable, printable_lines
+from distill_cli.errors import DistillError, Interrupted, UsageError, nearest, printable, printable_lines
 
 app = typer.Typer(
     name="distill",
@@ -53,8 +55,16 @@ def distill(
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
+class Job(typer.core.TyperCommand):
+    """A command whose processes share work."""
+
+    def invoke(self, ctx: Any) -> Any:
+        processes.settled()
+        return super().invoke(ctx)
+
+
 for command in (train, pairs, dmd, cm, sample, edit, evaluate, watch, classifier, vae, bench, convert):
-    app.command()(command)
+    app.command(cls=typer.core.TyperCommand if command in (watch, convert) else Job)(command)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")
 app.command()(env)
@@ -89,8 +99,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done or preempted, 1 the user can fix it, 2 usage, 3 a bug, 130 interrupted."""
     debug = os.environ.get("DISTILL_DEBUG") == "1"
     common.ARGUMENTS, common.RESUMES = sys.argv[1:] if arguments is None else arguments, False
-    processes.adopt_slurm()
-    processes.share_cores()
+    with suppress(UsageError):  # said where a job begins: help and lists need none of it
+        processes.adopt_slurm()
+        processes.share_cores()
     try:
         return app(arguments, prog_name="distill", standalone_mode=False) or 0
     except ClickError as error:
@@ -137,7 +148,7 @@ def _no_memory(error: Exception) -> bool:
 
 def _lost_another(error: Exception) -> bool:
     """Whether an error is that of a connection to another process of this run, which says itself why it ended."""
-    if processes.world_size() == 1 or "torch" not in sys.modules:
+    if not processes.several() or "torch" not in sys.modules:
         return False
     from torch.distributed import DistError
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -24,14 +23,28 @@ if TYPE_CHECKING:
     GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
     TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
 
+
+def expand(param: typer.CallbackParam, value: Any) -> Any:
+    """Put `~` and $VAR into the paths of an argument that is no key of a recipe."""
+    if not value:
+        return value
+    from distill_cli.config.base import expanded
+    from distill_cli.errors import UsageError
+
+    try:
+        return [expanded(path) for path in value] if isinstance(value, list | tuple) else expanded(value)
+    except ValueError as error:
+        raise UsageError(f"{param.opts[0] if param.param_type_name == 'option' else value}: {error}") from error
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other key of the recipe.")]
-Recipe = Annotated[str | None, typer.Option(help="A recipe's name or file.", metavar="NAME|FILE")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the results.")]
+Recipe = Annotated[str | None, typer.Option(help="A recipe's name or file.", metavar="NAME|FILE", callback=expand)]
+Out = Annotated[Path | None, typer.Option(help="Folder of the results.", callback=expand)]
 Seed = Annotated[int | None, typer.Option(help="Of all noise, orders and times.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, then stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folder.", metavar="RUN")]
+Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folder.", metavar="RUN", callback=expand)]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images at a time.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
@@ -181,31 +194,9 @@ def open_model(command: str, name: str, config: GenerateT, sketched: Model | Non
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
     say_read(command, model, given)
-    if sketched is None:
-        note_cut(model, -(-config.num // repeat))
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config
-
-
-def note_cut(model: Model, used: int | None = None) -> None:
-    """Say how many prompts, of the first `used`, are longer than the text encoder reads."""
-    from distill_cli.processes import rank
-
-    text = model.text
-    if text is None or rank() > 0:
-        return
-    count = min(len(text.prompts), used or len(text.prompts))
-    cut = sum(text.cut(part) for part in batched(islice(text.prompts, count), 1000))
-    if cut:
-        say(f"{cut} of {count} prompts are longer than the {text.length} tokens that the text encoder reads: cut there")
-
-
-def batched(items: Iterable[str], count: int) -> Iterator[list[str]]:
-    """Lists of `count` items, the last one of what is left."""
-    iterator = iter(items)
-    while part := list(islice(iterator, count)):
-        yield part
 
 
 def open_run(

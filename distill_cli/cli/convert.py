@@ -11,8 +11,10 @@ from distill_cli.cli import common
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="An NVlabs .pkl, an OpenAI .pt, or Stable Diffusion in one .safetensors file.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model.")],
+    file: Annotated[
+        Path, typer.Argument(help="An NVlabs .pkl, an OpenAI .pt, or Stable Diffusion in one .safetensors file.", callback=common.expand)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the model.", callback=common.expand)],
     kind: Annotated[str | None, typer.Option(help="OpenAI: teacher or student; default by edm_, cd_, ct_ of its name.")] = None,
     resolution: Annotated[int | None, typer.Option(help="OpenAI: pixels; default the number in its name, else 64.")] = None,
     head_channels: Annotated[int | None, typer.Option(help="OpenAI: channels of an attention head; default 64.")] = None,

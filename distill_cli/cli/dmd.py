@@ -56,12 +56,13 @@ def dmd(
     from distill_cli.distill.dmd import DMD
     from distill_cli.distill.engine import Engine
     from distill_cli.models import load
-    from distill_cli.pairs.store import MANIFEST, PairStore, check_all
+    from distill_cli.pairs.store import MANIFEST, PairStore
+    from distill_cli.processes import rank
 
     sketch, download = common.sketched(config.teacher, dry_run)
     model = sketch or load(config.teacher)
     there = config.pairs is not None and (not dry_run or (config.pairs / MANIFEST).is_file())
-    store = PairStore(config.pairs) if config.pairs is not None and there else None
+    store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
     asked = model.text is not None and (config.prompts is not None or config.pairs is None)
     given = chosen(config.prompts, model.lineage.data) if asked else ()
     common.say_read("dmd", model, store, given)
@@ -69,15 +70,17 @@ def dmd(
         common.dry_run(config, {**download, **_plan(config, model, store)})
         return
     if store is not None:
-        for error in check_all(store.folder, store.manifest):
-            raise error
+        store.verify()
     else:
         common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
     objective = DMD(config, model, store, given)
-    if config.prompts is not None:
-        common.note_cut(objective.teacher)
+    text = objective.teacher.text
+    if config.prompts is not None and resume is None and text is not None and rank() == 0:
+        text.say_cut(range(len(text.prompts)))
     engine = Engine(config, objective)
     common.start_run(engine, "dmd", resume, given)
+    if store is not None:
+        store.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
     student = engine.train()
     if student is None:  # process 0 alone has it
         return

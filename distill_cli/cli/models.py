@@ -22,7 +22,7 @@ def ls(json: common.Json = False) -> None:
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A name, a folder, a run, or a hub id.")],
+    name: Annotated[str, typer.Argument(help="A name, a folder, a run, or a hub id.", callback=common.expand)],
     json: common.Json = False,
 ) -> None:
     """Show what a model is, how it is sampled, and where it came from."""

@@ -29,9 +29,12 @@ def pairs(
     device: common.Device = None,
     num_processes: common.Processes = None,
     shards: common.Shards = None,
-    check: Annotated[Path | None, typer.Option(help="Verify every shard of a folder of pairs.", metavar="DIR")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Verify every shard of a folder of pairs.", metavar="DIR", callback=common.expand)
+    ] = None,
     merge: Annotated[
-        list[Path] | None, typer.Option(help="Join folders that hold parts of one job in --out; once a folder.", metavar="DIR")
+        list[Path] | None,
+        typer.Option(help="Join folders that hold parts of one job in --out; once a folder.", metavar="DIR", callback=common.expand),
     ] = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
@@ -90,7 +93,7 @@ def _only(
 
     given = [key for key, value in flags.items() if value is not None and key not in allowed]
     if recipe or overrides or given or any(value is not None for value in others):
-        raise UsageError(f"{flag}: takes {'--out and ' if allowed else ''}the folder alone")
+        raise UsageError(f"{flag} makes no pairs, so it takes no other option{' than --out' if allowed else ''}")
 
 
 def _merge(folders: list[Path], out: Path | None, as_json: bool) -> None:
@@ -107,9 +110,12 @@ def _merge(folders: list[Path], out: Path | None, as_json: bool) -> None:
 def _check(folder: Path, as_json: bool) -> None:
     from distill_cli.errors import DistillError
     from distill_cli.pairs.store import check_all, read_manifest
+    from distill_cli.processes import rank
 
+    if rank() > 0:  # the first uses all cores
+        return
     manifest = read_manifest(folder)
-    wrong = list(check_all(folder, manifest))
+    wrong = check_all(folder, manifest)
     data = {"folder": str(folder), "pairs": manifest.num, "shards": manifest.shards, "wrong": [error.message for error in wrong]}
     common.result(data, f"pairs: {manifest.num} in {manifest.shards} shards, {len(wrong)} of them wrong", as_json)
     if wrong:

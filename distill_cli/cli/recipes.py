@@ -10,7 +10,7 @@ import typer
 from distill_cli.cli import common
 
 app = typer.Typer(help="Recipes: ls, show, cp, check.", no_args_is_help=True, rich_markup_mode=None)
-Name = Annotated[str, typer.Argument(help="A recipe's name or file.", metavar="NAME|FILE")]
+Name = Annotated[str, typer.Argument(help="A recipe's name or file.", metavar="NAME|FILE", callback=common.expand)]
 
 
 @app.command("ls")
@@ -35,7 +35,7 @@ def show(name: Name) -> None:
 
 
 @app.command("cp")
-def cp(name: Name, to: Annotated[Path, typer.Argument(help="A file or folder.")] = Path(".")) -> None:
+def cp(name: Name, to: Annotated[Path, typer.Argument(help="A file or folder.", callback=common.expand)] = Path(".")) -> None:
     """Copy a recipe, to change it."""
     from distill_cli import recipes
 
@@ -43,7 +43,7 @@ def cp(name: Name, to: Annotated[Path, typer.Argument(help="A file or folder.")]
 
 
 @app.command("check")
-def check(names: Annotated[list[str], typer.Argument(help="Names or files.", metavar="NAME|FILE...")]) -> None:
+def check(names: Annotated[list[str], typer.Argument(help="Names or files.", metavar="NAME|FILE...", callback=common.expand)]) -> None:
     """Say whether recipes are right, with every error at once."""
     from distill_cli import recipes
     from distill_cli.errors import UsageError

@@ -63,7 +63,7 @@ def sample(
     from distill_cli.sample import batch
 
     if config.search_times and part != (0, 1):
-        raise UsageError("--search-times: makes no samples to share out", "leave --shards out")
+        raise UsageError("--search-times makes no samples, so --shards has no use here")
     if common.planned_without(config.model, config, dry_run):
         return
     sketch, download = common.sketched(config.model, dry_run)

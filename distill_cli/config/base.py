@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,41 @@ Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def expanded(value: Any) -> Any:
+    """A path, or a name that may be one, with `~` and $VAR put in as a shell does; ValueError where nothing stands for them.
+
+    An absolute path that is there stays as it is: a run's recipe holds such.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    if not text:
+        raise ValueError("is empty")
+    if "\0" in text:
+        raise ValueError("has a null character in it")
+    if not (os.path.isabs(text) and os.path.exists(text)):
+        text = _VARIABLE.sub(_variable, text)
+    out = os.path.expanduser(text)
+    if out.startswith("~"):
+        raise ValueError(f"{out.partition('/')[0]} is nobody's home; a name that begins so is ./{out}")
+    return type(value)(out)
+
+
+def _variable(found: re.Match[str]) -> str:
+    """The value of $NAME or ${NAME}; $1 and the like stay."""
+    name = found[1] if found[2] is None else found[2]
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        if found[2] is None:
+            return found[0]
+        raise ValueError(f"{found[0]} is not the form $NAME or ${{NAME}}")
+    if not os.environ.get(name):
+        raise ValueError(f"${name} is {'empty' if name in os.environ else 'not set'}")
+    return os.environ[name]
 
 
 def _classes(value: Any) -> Any:
@@ -63,6 +99,10 @@ def _every(value: Any) -> Any:
     return int(text) if text.isdigit() else text
 
 
+Place = Annotated[Path, BeforeValidator(expanded)]
+"""A file or folder."""
+Name = Annotated[str, BeforeValidator(expanded)]
+"""A name that may be a file or folder."""
 Every = Annotated[int | str, BeforeValidator(_every)]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
@@ -73,6 +113,6 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    out: Path | None = Field(None, description="folder of the results; default runs/NAME")
+    out: Place | None = Field(None, description="folder of the results; default runs/NAME")
     seed: int = Field(0, ge=0, lt=2**63, description="of all noise, orders and times")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -10,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from distill_cli.config.base import (
     Classes,
     Config,
+    Name,
+    Place,
     Positive,
     Precision,
     Rate,
@@ -21,7 +22,7 @@ class GenerateConfig(Config):
     """What pairs and sample share: how images come out of a model."""
 
     num: Positive = Field(1000, description="images; with prompts by default each once, or images_per_prompt times")
-    prompts: str | None = Field(
+    prompts: Name | None = Field(
         None, description="of a model with text: a file of lines, JSON or a table, - for standard input, or a built-in set"
     )
     negative_prompt: str = Field("", description="of a model with text: what guidance leads away from")
@@ -38,7 +39,7 @@ class GenerateConfig(Config):
 class PairsConfig(GenerateConfig):
     """distill pairs"""
 
-    teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
+    teacher: Name = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
     shard_size: Positive = Field(500, description="pairs a file")
     dtype: Literal["float32", "float16"] = Field("float16", description="of the stored images, or latents, and text embeddings")
 
@@ -46,12 +47,12 @@ class PairsConfig(GenerateConfig):
 class SampleConfig(GenerateConfig):
     """distill sample"""
 
-    model: str = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
+    model: Name = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
     images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
     format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
     times: str | None = Field(None, description="a student's: index:0,22 (points of its grid), sigma:80,1.4, even; default its own")
     search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="a student's best times for so many steps")
-    classifier: str = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
+    classifier: Name = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
     grid: bool = Field(False, description="also grid.png of the first 100 images")
     scale: Positive | None = Field(None, description="enlargement of the grid's pictures; default to 64 pixels or more, 256 with captions")
 
@@ -60,9 +61,10 @@ class SampleConfig(GenerateConfig):
         unused = ("times", "steps", "solver", "guidance_scale", "grid", "format", "out") if self.search_times else ("classifier",)
         given = [key for key in unused if getattr(self, key) != type(self).model_fields[key].default]
         if self.search_times and given:
-            raise ValueError(f"search_times finds times and makes no samples: leave {', '.join(given)} out")
+            names = " and ".join(f"--{key.replace('_', '-')}" for key in given)
+            raise ValueError(f"--search-times makes no samples, so {names} {'has' if len(given) == 1 else 'have'} no use here")
         if given:
-            raise ValueError("classifier is for search_times")
+            raise ValueError("classifier is for search_times: nothing else measures in its features")
         return self
 
 
@@ -74,17 +76,17 @@ def _listed(value: Any) -> Any:
 class EvaluateConfig(Config):
     """distill evaluate"""
 
-    model: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
+    model: Annotated[list[Name], BeforeValidator(_listed), Field(min_length=1)] = Field(
         ["digits"], description="models as for sample, NAME@STEPS for other steps than its own; or an npz of images"
     )
-    data: str = Field("digits", description="the real images: a built-in set or a folder")
+    data: Name = Field("digits", description="the real images: a built-in set or a folder")
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
-    classifier: str = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
-    prompts: str | None = Field(None, description="of models with text, which are measured by clip alone: as for sample")
+    classifier: Name = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
+    prompts: Name | None = Field(None, description="of models with text, which are measured by clip alone: as for sample")
     images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
     negative_prompt: str = Field("", description="of models with text: what guidance leads away from")
     guidance_scale: Rate | None = Field(None, description="of teachers with text; default their own")
-    clip: str | None = Field(None, description="of models with text: a CLIP model, a folder or hub id, whose score is measured")
+    clip: Name | None = Field(None, description="of models with text: a CLIP model, a folder or hub id, whose score is measured")
     num: Positive = Field(2000, description="images of each model")
     seed: int = Field(7, ge=0, lt=2**63, description="of their noise; another than the pairs', whose noise a student knows")
     classes: Classes = Field(None, description="labels in turn; default all, balanced")
@@ -100,7 +102,7 @@ class EvaluateConfig(Config):
         ):
             given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
             if given and ours == (self.prompts is None):
-                raise ValueError(f"{given[0]} {'needs' if ours else 'is not for'} prompts")
+                raise ValueError(f"{given[0]} needs prompts" if ours else f"{given[0]} is not for prompts: they are measured by clip")
         return self
 
 
@@ -117,9 +119,9 @@ class EditConfig(Config):
     """distill edit: a consistency student edits pictures that it was never trained to edit (Song et al. 2303.01469, section 6.3)"""
 
     task: Literal["inpaint", "colorize", "superres", "sdedit", "interpolate"] = Field("interpolate", description="what is done")
-    model: str = Field("runs/cm", description="a consistency student: a folder, a run, or a hub id")
-    input: Path | None = Field(None, description="a picture or a folder of them; interpolate takes none")
-    mask: Path | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
+    model: Name = Field("runs/cm", description="a consistency student: a folder, a run, or a hub id")
+    input: Place | None = Field(None, description="a picture or a folder of them; interpolate takes none")
+    mask: Place | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
     patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: pixels of the model on a pixel of the input, each way")
     times: str | None = Field(
         None, description="as for sample; default every fourth of 40 points, sdedit from the 20th, interpolate its own"
@@ -136,7 +138,7 @@ class EditConfig(Config):
         needed = [key for key in ("input", "mask") if self.task in EDIT_KEYS[key] and getattr(self, key) is None]
         wrong = [f"{self.task} takes no {key}" for key in given] + [f"{self.task} needs {key}" for key in needed]
         if self.task == "interpolate" and self.classes is not None and len(self.classes) > 1:
-            wrong.append(f"interpolate takes one of classes, not {len(self.classes)}")
+            wrong.append(f"interpolate takes one class, not {len(self.classes)}")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +13,8 @@ from distill_cli.config.base import (
     Every,
     Fraction,
     Momentum,
+    Name,
+    Place,
     Positive,
     Precision,
     Rate,
@@ -59,7 +60,7 @@ class TrainingConfig(Config):
 class TrainConfig(TrainingConfig):
     """distill train"""
 
-    data: str = Field("digits", description="a built-in set or a folder of images (subfolders are classes)")
+    data: Name = Field("digits", description="a built-in set or a folder of images (subfolders are classes)")
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     flip: bool = Field(False, description="mirror images at random")
     prediction: Literal["edm", "eps", "v"] = Field("edm", description="edm: preconditioned, ln sigma normal; eps, v: DDPM's table")
@@ -67,7 +68,7 @@ class TrainConfig(TrainingConfig):
     p_std: Rate = Field(1.2, description="edm: standard deviation of ln sigma")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("linear", description="eps, v: betas over 1000 times")
     label_dropout: Fraction = Field(0.1, description="share of labels or captions replaced by the null one, so that guidance works")
-    vae: Path | None = Field(None, description="a folder of `distill vae`: then a text-to-image teacher; data needs captions")
+    vae: Place | None = Field(None, description="a folder of `distill vae`: then a text-to-image teacher; data needs captions")
     variants: Positive = Field(32, description="vae: random versions of each picture, encoded once")
     guidance_scale: Rate = Field(3.0, description="vae: what the teacher is sampled with")
     text: TextConfig = Field(TextConfig(), description="vae: the text encoder, trained with it")
@@ -90,7 +91,7 @@ class TrainConfig(TrainingConfig):
 class VAEConfig(TrainingConfig):
     """distill vae"""
 
-    data: str = Field("shapes", description="a built-in set or a folder of images")
+    data: Name = Field("shapes", description="a built-in set or a folder of images")
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     flip: bool = Field(False, description="mirror images at random")
     kl_weight: Weight = Field(1e-4, description="of the latents' divergence from a standard normal, a mean over their values")
@@ -101,7 +102,7 @@ class VAEConfig(TrainingConfig):
 class ClassifierConfig(TrainingConfig):
     """distill classifier"""
 
-    data: str = Field("digits", description="a built-in set, or a folder of images whose subfolders are classes")
+    data: Name = Field("digits", description="a built-in set, or a folder of images whose subfolders are classes")
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     flip: bool = Field(False, description="mirror images at random")
     width: Annotated[int, Field(gt=0, multiple_of=8)] = Field(64, description="channels, and features")
@@ -112,12 +113,12 @@ class ClassifierConfig(TrainingConfig):
 class DMDConfig(TrainingConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
-    teacher: str = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
-    pairs: Path | None = Field(
+    teacher: Name = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
+    pairs: Place | None = Field(
         None, description="a folder of `distill pairs`, of which each step takes batch_size; without it there is no regression"
     )
     classes: Classes = Field(None, description="labels that the student learns; default all")
-    prompts: str | None = Field(None, description="of a teacher with text: as for distill pairs; default those of the pairs")
+    prompts: Name | None = Field(None, description="of a teacher with text: as for distill pairs; default those of the pairs")
     negative_prompt: str | None = Field(None, description="of a teacher with text; default that of the pairs")
     match_pairs: bool = Field(False, description="matching loss on the paired batch too, as DMD's runs on LAION have it")
     lr: Rate = Field(5e-5, description="learning rate of the student")
@@ -127,8 +128,8 @@ class DMDConfig(TrainingConfig):
     matching_weight: Weight = Field(1.0, description="of the distribution-matching loss")
     fake_score: bool = Field(True, description="false is the paper's ablation: the teacher's score alone, which collapses")
     regression_loss: Literal["l2", "huber", "lpips"] = Field("l2", description="distance of the regression on pairs")
-    lpips_weights: Path | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
-    decoder: str | None = Field(
+    lpips_weights: Place | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
+    decoder: Name | None = Field(
         None, description="lpips of latents: an AutoencoderTiny, a folder or hub id; default the teacher's autoencoder"
     )
     regression_weight: Weight | None = Field(None, description="default 0.25 with pairs, 0 without")
@@ -166,6 +167,7 @@ CM_KEYS = {
     "scales": ("cd", "ct", "ict"),
     "scales_end": ("ct", "ict"),
     "target_decay": ("cd", "ct"),
+    "decay_over": ("ct",),
     "time_weights": ("cd",),
     "solver": ("cd",),
     "teacher_steps": ("cd",),
@@ -184,10 +186,8 @@ class CMConfig(TrainingConfig):
     """distill cm: consistency models (Song et al. 2303.01469 and successors)"""
 
     method: Literal["cd", "ct", "ict", "ect"] = Field("cd", description="distillation, training, improved training, easy tuning")
-    teacher: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="cd: whose ODE is followed; all: first weights; ct, ict do without"
-    )
-    data: str | None = Field(None, description="real images: a built-in set or a folder; default the set that the teacher has learned")
+    teacher: Name | None = Field(None, description="cd: whose ODE is followed; all: first weights; ct, ict do without")
+    data: Name | None = Field(None, description="real images: a built-in set or a folder; default the set that the teacher has learned")
     resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
     flip: bool = Field(False, description="mirror images at random")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the images that are never trained on")
@@ -197,11 +197,16 @@ class CMConfig(TrainingConfig):
     clip_norm: Rate = Field(1e4, description="largest gradient norm; the papers do not clip")
     metric: Literal["huber", "l1", "l2", "lpips"] = Field("huber", description="between the estimates; the 2023 paper's best is lpips")
     huber_c: Weight | None = Field(None, description="pseudo-Huber's c; default 0.00054 sqrt(dimensions)")
-    lpips_weights: Path | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
+    lpips_weights: Place | None = Field(None, description="lpips: torchvision's file of VGG-16; default torchvision's cache")
+    lpips_pooling: Literal["max", "average"] = Field("max", description="lpips: VGG's; average in OpenAI's program")
+    lpips_resize: Literal["always", "below-256"] = Field(
+        "always", description="lpips: pictures that are resized to 224 pixels; below-256 in OpenAI's program"
+    )
     weighting: Literal["uniform", "karras", "snr+1", "inverse-step"] | None = Field(None, description="of times; default the method's")
     scales: Annotated[int, Field(ge=2)] | None = Field(None, description="cd: N, the grid's times; ct, ict: s0, default 18, 2, 10")
     scales_end: Annotated[int, Field(ge=2)] | None = Field(None, description="ct, ict: s1, N - 1 at the end; default 150, 1280")
     target_decay: Momentum | None = Field(None, description="cd, ct: what the target keeps a step (ct: at first); default 0.95, 0.9")
+    decay_over: Literal["N", "N-1"] = Field("N", description="ct: divisor in the decay's schedule; N-1 in OpenAI's program")
     time_weights: list[Weight] | None = Field(
         None, description="cd: how often each of the grid's N - 1 intervals is drawn, the noisiest first; default all alike"
     )
@@ -235,14 +240,15 @@ class CMConfig(TrainingConfig):
         wrong = {
             f"not for method {self.method}: {', '.join(others)}": bool(others),
             "huber_c is for metric huber alone": self.huber_c is not None and self.metric != "huber",
-            "target_decay 0 has no schedule: ct raises it as N grows": self.target_decay == 0 and self.method == "ct",
-            "network.dropout: the dropout of this training is the key dropout": bool(self.network.dropout),
+            "target_decay 0 has no schedule: ct needs one above 0": self.target_decay == 0 and self.method == "ct",
+            "network.dropout has no use here: the key dropout sets it": bool(self.network.dropout),
             "network is for a student without a teacher": bool(self.teacher) and self.network != NetworkConfig(),
             f"scales_end {self.scales_end} is below scales {scales}": bool(self.scales_end and scales and self.scales_end < scales),
-            "lpips_weights is for metric lpips alone": bool(self.lpips_weights) and self.metric != "lpips",
         }
+        for key in ("lpips_weights", "lpips_pooling", "lpips_resize"):
+            wrong[f"{key} is for metric lpips alone"] = self.metric != "lpips" and getattr(self, key) != fields[key].default
         if weights is not None and "time_weights" not in others:
-            wrong[f"time_weights has {len(weights)} numbers, scales {scales} needs one less than that"] = len(weights) + 1 != scales
+            wrong[f"time_weights has {len(weights)} numbers, and {scales} scales have one interval less"] = len(weights) + 1 != scales
             wrong["time_weights are all 0"] = not sum(weights)
         if any(wrong.values()):
             raise ValueError("; ".join(problem for problem, there in wrong.items() if there))

@@ -21,6 +21,7 @@ from distill_cli.data.pictures import from_uint8
 from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest, printable
+from distill_cli.processes import say_hidden
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -213,6 +214,7 @@ def split(images: Images, holdout: float, seed: int) -> tuple[list[int], list[in
 def open_images(name: str, resolution: int | None = None, flip: bool = False) -> Images:
     """A built-in set by name, or a folder at `resolution` pixels."""
     if name in BUILTIN:
+        say_hidden("data", name, "the built-in set")
         images = BUILTIN[name]()
         if resolution not in (None, images.shape[-1]):
             raise UsageError(f"resolution {resolution}: {name} has {images.shape[-1]} pixels")

@@ -28,6 +28,7 @@ from distill_cli.data.reading import COPY, MARKS, PIECE, STDIN, Lines, begins_ar
 from distill_cli.data.shapes import HELD, TRAINED
 from distill_cli.errors import DistillError, UsageError, nearest, reason
 from distill_cli.files import os_errors
+from distill_cli.processes import say_hidden
 
 FIELDS = ("prompt", "text", "caption")
 """Where a prompt stands in an object of JSON, or in a table, in any case: the first of these that holds text."""
@@ -279,6 +280,7 @@ BUILTIN = dict(zip(PROMPT_SETS, (TRAINED, HELD), strict=True))
 def open_prompts(name: str | Path) -> Sequence[str]:
     """The prompts of a file, or a built-in set of captions."""
     if str(name) in BUILTIN:
+        say_hidden("prompts", str(name), "the built-in set")
         captions = Captions(thing.caption for thing in BUILTIN[str(name)])
         captions.about = f"{len(captions)} prompts of {name}"
         return captions

@@ -25,9 +25,9 @@ def ct_scales(step: int, steps: int, start: int, end: int) -> int:
     return math.ceil(math.sqrt(step / steps * ((end + 1) ** 2 - start**2) + start**2) - 1) + 1
 
 
-def ct_decay(scales: int, start: int, decay: float) -> float:
-    """mu(k) = exp(s0 ln mu0 / N(k)) of consistency training (2303.01469, appendix C)."""
-    return math.exp(start * math.log(decay) / scales)
+def ct_decay(scales: int, start: int, decay: float, over: str = "N") -> float:
+    """mu(k) = exp(s0 ln mu0 / N(k)) of consistency training (2303.01469, appendix C); OpenAI's program divides by N(k) - 1."""
+    return math.exp(start * math.log(decay) / (scales - 1 if over == "N-1" else scales))
 
 
 def ict_scales(step: int, steps: int, start: int, end: int) -> int:

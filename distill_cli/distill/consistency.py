@@ -8,6 +8,7 @@ noise), and in the target: an average of the student (cd, ct) or the student its
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,8 +68,10 @@ class Consistency:
             self.frozen.append(teacher.denoiser.eval().requires_grad_(False))
             self.real = guided(teacher.denoiser, self.sampling.guidance_scale, teacher.conditioner.null)
         self.identity: dict[str, Any] = {"teacher": self.teacher_hash} if teacher is not None else {}
-        self.perceptual = Perceptual(config.lpips_weights) if config.metric == "lpips" else None
-        if self.perceptual is not None:
+        self.perceptual: Perceptual | None = None
+        if config.metric == "lpips":
+            below = math.inf if config.lpips_resize == "always" else 256
+            self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
             self.frozen.append(self.perceptual)
             self.identity["lpips_weights"] = digest(self.perceptual)
         dimensions = torch.Size(start.shape).numel()
@@ -150,7 +153,7 @@ class Consistency:
         decay = config.target_decay
         if config.method == "ct":
             assert config.scales is not None
-            decay = maths.ct_decay(self.scales(step), config.scales, decay)
+            decay = maths.ct_decay(self.scales(step), config.scales, decay, config.decay_over)
         follow(self.kept["target"], self.networks["student"], 1 - decay)
 
     def model(self, network: nn.Module) -> Model:

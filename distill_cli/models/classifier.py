@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill_cli.errors import DistillError, UsageError, nearest, printable
 from distill_cli.files import folder_atomic, unreadable
+from distill_cli.processes import say_hidden
 
 BUILTIN = Path(__file__).parent / "builtin"
 SUFFIX = "-classifier"
@@ -87,6 +88,8 @@ def names() -> list[str]:
 def load(name: str) -> Classifier:
     """A built-in classifier by the name of its set, or that in a folder (or a run). Float32, frozen, on the CPU."""
     folder = BUILTIN / f"{name}{SUFFIX}" if name in names() else Path(name)
+    if name in names():
+        say_hidden("classifier", name, "the built-in one")
     if (folder / "classifier" / CONFIG).is_file():
         folder = folder / "classifier"
     if not (folder / CONFIG).is_file():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.tensors import content_of
 
 SHARD, AT_A_TIME = 512, 64
+AGAIN = "delete it and run the same command again: only missing embeddings are made"
 
 
 def unique(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +52,7 @@ class Embeddings:
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self.folder = Path(folder) / f"text-{self.key[:12]}"
         self.null = conditioner.encode([conditioner.negative])[0].to(self.dtype).float().cpu()
+        self.verified = shards.Verified(folder)
         self._open: dict[int, Any] = {}
 
     @property
@@ -69,8 +72,12 @@ class Embeddings:
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
         """Make what is missing on `device`, of several processes each its share, until a signal comes; the encoder is on the CPU then."""
+        mine = processes.mine(self.shards)
+        paths = [self.path(shard) for shard in mine if self.path(shard).exists()]
+        for error in self.verified.verify(shards.Check(path, "", partial(shards.check, path, AGAIN)) for path in paths):
+            raise error
         self.conditioner.encoder.to(device)
-        for shard in processes.mine(self.shards):
+        for shard in mine:
             if stop is not None and stop.requested:
                 break
             self.make(shard)
@@ -79,11 +86,11 @@ class Embeddings:
     def _shard(self, shard: int) -> Any:
         if shard not in self._open:
             self.make(shard)
-            again = "delete it and run the same command again: only missing embeddings are made"
-            metadata, shapes = shards.check(self.path(shard), again)
+            known = self.verified.knows(self.path(shard), "")
+            metadata, shapes = shards.check(self.path(shard), AGAIN, whole=not known)
             count = min(SHARD, len(self.firsts) - shard * SHARD)
             if metadata.get("key") != self.key or shapes != {"text": (count, *self.null.shape)}:
-                raise DistillError(f"{self.path(shard)}: of other prompts or another text encoder", again)
+                raise DistillError(f"{self.path(shard)}: of other prompts or another text encoder", AGAIN)
             self._open[shard] = safe_open(self.path(shard), "pt").get_slice("text")
         return self._open[shard]
 

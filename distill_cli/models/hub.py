@@ -12,6 +12,7 @@ from typing import Any
 
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.parts import best_variant, read_json, variants
+from distill_cli.processes import say_hidden
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """Parts of a pipeline that have weights, and the name of their file."""
@@ -173,6 +174,8 @@ def to_download(name: str) -> str:
         return f"{name} from the Hugging Face hub" if elsewhere and cached(name) is None else ""
     if cached(known.id) is not None or (name == known.id and Path(name).exists()):
         return ""
+    if name != known.id:
+        say_hidden("model", name, "the built-in one")
     return f"{name}: about {known.megabytes} MB of {known.id} from the Hugging Face hub, licence {known.licence}"
 
 

@@ -1,11 +1,12 @@
 """LPIPS (Zhang et al. 1801.03924) on VGG-16, as DMD and consistency distillation use it: on images resized to 224 pixels,
-or as they are (decoded latents).
+or as they are (decoded latents). OpenAI's consistency program has average pooling in VGG, and leaves images of 256 pixels as they are.
 
 The lpips package brings its linear layers; VGG's own weights are torchvision's file, from its cache or given by the user.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from pathlib import Path
@@ -35,11 +36,14 @@ def find_weights(given: Path | None) -> Path:
 
 
 class Perceptual(nn.Module):
-    """Distance (B,) of images (B, C, H, W) in [-1, 1]; differentiable in the first."""
+    """Distance (B,) of images (B, C, H, W) in [-1, 1]; differentiable in the first.
 
-    def __init__(self, weights: Path | None = None, resized: bool = True) -> None:
+    `resized`: images less than `below` pixels wide are resized to 224. `pooling` is VGG's: max or average.
+    """
+
+    def __init__(self, weights: Path | None = None, resized: bool = True, below: float = math.inf, pooling: str = "max") -> None:
         super().__init__()
-        self.resized = resized
+        self.below = below if resized else 0
         path = find_weights(weights)
         import lpips
 
@@ -52,6 +56,8 @@ class Perceptual(nn.Module):
                 for place, layer in part.named_children():
                     if isinstance(layer, nn.Conv2d):
                         layer.load_state_dict({key: stored[f"features.{place}.{key}"] for key in ("weight", "bias")})
+                    elif isinstance(layer, nn.MaxPool2d) and pooling == "average":
+                        setattr(part, place, nn.AvgPool2d(2))
         except OSError as error:
             raise unreadable(path, error) from error
         except Exception as error:  # torch raises many kinds for a file that is not one of weights
@@ -62,7 +68,7 @@ class Perceptual(nn.Module):
     def _features(self, images: Tensor) -> list[Tensor]:
         """Feature maps of unit length in each place."""
         images = images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()
-        if self.resized and images.shape[-2:] != (PIXELS, PIXELS):
+        if images.shape[-1] < self.below and images.shape[-2:] != (PIXELS, PIXELS):
             images = F.interpolate(images, size=(PIXELS, PIXELS), mode="bilinear", align_corners=False)
         maps = [m.float() for m in self.metric.net(self.metric.scaling_layer(images))]
         # as lpips.normalize_tensor, whose gradient is not a number where all features are 0

@@ -14,6 +14,7 @@ from distill_cli.errors import DistillError
 from distill_cli.files import os_errors
 from distill_cli.locks import alone
 from distill_cli.models.hub import offline
+from distill_cli.processes import say_hidden
 
 NVLABS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency/"
@@ -110,6 +111,7 @@ def to_download(name: str) -> str:
     published = PUBLISHED.get(name)
     if published is None or (cache() / "models" / name / "model_index.json").is_file():
         return ""
+    say_hidden("model", name, "the built-in one")
     return f"{name}: about {published.megabytes} MB from {published.url}, licence {published.licence}"
 
 

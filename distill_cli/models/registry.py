@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from distill_cli.errors import DistillError, UsageError, nearest
 from distill_cli.models.hub import HUB, PIPELINES, cached, download, is_id, short_name
 from distill_cli.models.published import PUBLISHED, fetch
+from distill_cli.processes import say_hidden
 
 if TYPE_CHECKING:
     from distill_cli.models.model import Model
@@ -124,6 +125,7 @@ def load(name: str) -> Model:
     Raises UsageError for an unknown name and DistillError for what cannot be read.
     """
     if name in REGISTRY:
+        say_hidden("model", name, "the built-in one")
         model = REGISTRY[name].load()
         model.denoiser.eval().requires_grad_(False)
         return model

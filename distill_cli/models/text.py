@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,6 +63,15 @@ class PromptConditioner:
         """How many of the prompts are longer than the encoder reads."""
         made = self.tokenizer(list(prompts), truncation=True, max_length=self.length + 1).input_ids
         return sum(len(tokens) > self.length for tokens in made)
+
+    def say_cut(self, positions: Iterable[int]) -> None:
+        """Say how many of the prompts at these positions of a job are longer than the encoder reads."""
+        labels = sorted({position // self.repeat % len(self.prompts) for position in positions})
+        parts = (labels[first : first + 1000] for first in range(0, len(labels), 1000))
+        cut = sum(self.cut(self.prompts[label] for label in part) for part in parts)
+        if cut:
+            read = f"the {self.length} tokens that the text encoder reads"
+            print(f"{cut} of {len(labels)} prompts are longer than {read}: cut there", file=sys.stderr)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -14,7 +14,7 @@ from distill_cli.files import remove_temporaries
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import Model, network_evaluations
-from distill_cli.pairs.store import MANIFEST, Manifest, check_shard, keep_prompts, shard_path, write_shard
+from distill_cli.pairs.store import MANIFEST, Manifest, checks, keep_prompts, shard_path, write_shard
 from distill_cli.runs import settle
 
 COUNTED = 100_000
@@ -85,8 +85,11 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
         teacher.text.table = Embeddings(used, folder, config.dtype)
     mine = processes.mine(manifest.shards, part)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
-    for shard in sorted(set(mine) - set(missing)):
-        check_shard(folder, manifest, shard, noise=False)
+    for error in shards.Verified(folder, who=mine.start).verify(checks(folder, manifest, sorted(set(mine) - set(missing)))):
+        raise error
+    if teacher.text is not None and processes.rank() == 0:  # which speaks for all of this part
+        absent = [s for s in range(part[0], manifest.shards, part[1]) if not shard_path(folder, s).exists()]
+        teacher.text.say_cut(pair for shard in absent for pair in manifest.range(shard))
     progress = launch.Progress(sum(len(manifest.range(s)) for s in missing), "pairs", "pairs")
     with launch.stoppable() as stop:
         for shard in missing:

@@ -1,5 +1,6 @@
 """A folder of noise-image pairs in shards of fixed size.
 
+    verified-0.json              which shards were verified, by their size and time (shards.Verified)
     prompts.jsonl                the prompts, of a model that has text: labels are their positions
     text-KEY/                    their embeddings (models/embeddings.py)
     manifest.json                what the pairs are: teacher's weights hash, solver, steps, guidance, seed, shapes, dtype
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
@@ -119,11 +122,11 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
     shards.write(shard_path(folder, shard), tensors, metadata)
 
 
-def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True) -> None:
-    """Raise DistillError where a shard is missing, corrupt, of other settings, or made from other noise."""
+def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True, whole: bool = True) -> None:
+    """Raise DistillError where a shard is missing, corrupt (asked if `whole`), of other settings, or made from other noise."""
     path = shard_path(folder, shard)
     again = "delete it and run distill pairs again: only missing shards are made"
-    metadata, shapes = shards.check(path, again)
+    metadata, shapes = shards.check(path, again, whole)
     indices = manifest.range(shard)
     if metadata["settings"] != manifest.settings_hash or metadata["pairs"] != f"{indices.start}-{indices.stop - 1}":
         raise DistillError(f"{path}: belongs to another store than {folder / MANIFEST}", again)
@@ -150,13 +153,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class PairStore:
-    """A map-style reader: pair i is {noise, x0, label}. Shards are memory-mapped and verified when first touched."""
+    """A map-style reader: pair i is {noise, x0, label}. Shards are memory-mapped, and verified when first touched unless they were.
 
-    def __init__(self, folder: Path) -> None:
+    `run` remembers what was verified where the folder may not be written to.
+    """
+
+    def __init__(self, folder: Path, run: Path | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self.verified = shards.Verified(self.folder, run)
         self._open: dict[int, Any] = {}
-        missing = [s for s in range(self.manifest.shards) if not shard_path(self.folder, s).exists()]
+        there = {entry.name for entry in os.scandir(self.folder)}
+        missing = [s for s in range(self.manifest.shards) if shard_path(self.folder, s).name not in there]
         if missing:
             raise DistillError(
                 f"{shard_path(self.folder, missing[0])}: missing ({len(missing)} of {self.manifest.shards} shards are)",
@@ -193,9 +201,19 @@ class PairStore:
             raise DistillError(f"{folder / PROMPTS}: corrupt: not the prompts of these pairs", again)
         return found
 
+    def verify(self) -> None:
+        """Verify this process's share of what was not verified yet: shards, the noise of the first, and embeddings."""
+        every = checks(self.folder, self.manifest, range(self.manifest.shards)) + text_checks(self.folder)
+        for error in self.verified.verify(every[k] for k in processes.mine(len(every))):
+            raise error
+
     def _shard(self, shard: int) -> Any:
         if shard not in self._open:
-            check_shard(self.folder, self.manifest, shard)
+            check = checks(self.folder, self.manifest, [shard])[0]
+            if self.verified.knows(check.path, check.what):
+                check_shard(self.folder, self.manifest, shard, noise=False, whole=False)
+            else:
+                check.run()
             handle = safe_open(shard_path(self.folder, shard), "pt")
             self._open[shard] = (handle.get_slice("x0"), handle.get_tensor("label"))
         return self._open[shard]
@@ -246,17 +264,29 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
     return {"shards": there, "of": manifest.shards, "copied": copied}
 
 
-def check_all(folder: Path, manifest: Manifest) -> Iterator[DistillError]:
-    """Verify every shard (of several processes each its share), prompts and embeddings; yields what is wrong, one after another."""
-    texts: list[Callable[[], Any]] = [
-        partial(shards.check, path, "delete it: it is made again when it is asked for") for path in sorted(folder.glob("text-*/shard-*"))
-    ]
-    if manifest.prompts:
-        texts.append(partial(PairStore.prompts_in, folder, manifest))
-    checks: list[Callable[[], Any]] = [partial(check_shard, folder, manifest, shard) for shard in range(manifest.shards)]
-    checks += texts
-    for k in processes.mine(len(checks)):
-        try:
-            checks[k]()
-        except DistillError as error:
-            yield error
+def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool = False) -> list[shards.Check]:
+    """What verifies shards; the noise of the first alone, or of all, as it depends on numpy and not on the disk."""
+    out = []
+    for shard in which:
+        what = manifest.settings_hash[:16] + f" numpy {np.__version__}" * (shard == 0)
+        run = partial(check_shard, folder, manifest, shard, noise=noise or shard == 0)
+        out.append(shards.Check(shard_path(folder, shard), what, run))
+    return out
+
+
+def text_checks(folder: Path) -> list[shards.Check]:
+    """What verifies the embeddings beside shards."""
+    again = "delete it: it is made again when it is asked for"
+    return [shards.Check(path, "", partial(shards.check, path, again)) for path in sorted(folder.glob("text-*/shard-*.safetensors"))]
+
+
+def check_all(folder: Path, manifest: Manifest) -> list[DistillError]:
+    """Verify every shard with its noise, prompts and embeddings, known or not, and remember what is right; returns what is wrong."""
+    every = checks(folder, manifest, range(manifest.shards), noise=True) + text_checks(folder)
+    wrong = shards.Verified(folder).verify(every, anew=True, all_of_them=True)
+    try:
+        if manifest.prompts:
+            PairStore.prompts_in(folder, manifest)
+    except DistillError as error:
+        wrong.append(error)
+    return wrong

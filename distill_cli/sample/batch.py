@@ -160,6 +160,9 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     model.to(where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
     missing = [batch for batch in mine if not samples.done(batch)]
+    if model.text is not None and processes.rank() == 0:  # which speaks for all of this part
+        absent = [batch for batch in samples.batches[part[0] :: part[1]] if not samples.done(batch)]
+        model.text.say_cut(image for batch in absent for image in batch)
     progress = launch.Progress(sum(map(len, missing)), "sample", "images")
     written: Future[None] | None = None
     with launch.stoppable() as stop, ThreadPoolExecutor(1) as writer:  # files are synced while the next batch is made
@@ -177,16 +180,16 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
             written.result()
     progress.close()
     rate = progress.rate()
-    absent = [k for k, batch in enumerate(samples.batches) if not samples.done(batch)]
-    if not absent:
+    left = [k for k, batch in enumerate(samples.batches) if not samples.done(batch)]
+    if not left:
         samples.finish()
     made = sum(map(len, missing))
     return {
         "folder": str(folder),
         "made": made,
         "kept": sum(map(len, mine)) - made,
-        "missing": sum(len(samples.batches[k]) for k in absent),
-        "left": sum(k % part[1] == part[0] for k in absent),
+        "missing": sum(len(samples.batches[k]) for k in left),
+        "left": sum(k % part[1] == part[0] for k in left),
         "network_evaluations": network_evaluations(sampling),
         "images_per_second": round(rate, 2) if made else None,
     }

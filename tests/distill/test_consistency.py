@@ -89,6 +89,8 @@ def test_schedules_of_consistency_training():
     assert scales[500] == math.ceil(math.sqrt(0.5 * (151**2 - 4) + 4) - 1) + 1 == 107
     assert maths.ct_decay(2, 2, 0.9) == pytest.approx(0.9)
     assert maths.ct_decay(151, 2, 0.9) == pytest.approx(0.9 ** (2 / 151))
+    assert maths.ct_decay(2, 2, 0.9, "N-1") == pytest.approx(0.81)  # OpenAI's program
+    assert maths.ct_decay(151, 2, 0.9, "N-1") == pytest.approx(0.9 ** (2 / 150))
     improved = [maths.ict_scales(k, 800, 10, 1280) for k in range(800)]
     assert sorted(set(improved)) == [11, 21, 41, 81, 161, 321, 641, 1281]
     assert [improved.count(n) for n in (11, 21, 641)] == [100, 100, 100]
@@ -205,9 +207,9 @@ def test_the_boundary_is_the_identity(tiny):
     assert (out - x).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("method", ["cd", "ct"])
-def test_the_target_follows_the_student_once_a_step(method, tiny):
-    cm = objective(tiny, method=method, target_decay=0.75, batch_size=4, accumulate=2, steps=10)
+@pytest.mark.parametrize(("method", "over"), [("cd", "N"), ("ct", "N"), ("ct", "N-1")])
+def test_the_target_follows_the_student_once_a_step(method, over, tiny):
+    cm = objective(tiny, method=method, target_decay=0.75, batch_size=4, accumulate=2, steps=10, decay_over=over)
     turns = [cm.turns(Draws(0, part)) for part in (range(4, 6), range(6, 8))]
     before = cm.kept["target"].network.unet.conv_out.weight.clone()
     for turn in turns:
@@ -216,7 +218,7 @@ def test_the_target_follows_the_student_once_a_step(method, tiny):
         cm.networks["student"].network.unet.conv_out.weight.add_(1.0)  # the engine's step
     for turn in turns:
         assert next(turn, None) is None
-    decay = 0.75 if method == "cd" else maths.ct_decay(cm.scales(1), 2, 0.75)
+    decay = 0.75 if method == "cd" else 0.75 ** (2 / (cm.scales(1) - (over == "N-1")))
     assert torch.allclose(cm.kept["target"].network.unet.conv_out.weight - before, torch.full_like(before, 1 - decay), atol=1e-5)
 
 
@@ -244,7 +246,7 @@ def test_guided_teachers(tiny):
     [
         ({"method": "ect", "scales": 5}, "not for method ect: scales"),
         ({"method": "ct", "time_weights": [1.0]}, "not for method ct: time_weights"),
-        ({"scales": 4, "time_weights": [1.0, 2.0]}, "time_weights has 2 numbers, scales 4 needs"),
+        ({"scales": 4, "time_weights": [1.0, 2.0]}, "time_weights has 2 numbers, and 4 scales have one interval less"),
         ({"scales": 3, "time_weights": [0.0, 0.0]}, "time_weights are all 0"),
         ({"method": "ect", "scales": 5, "solver": "euler", "huber_c": 1, "metric": "l1"}, "scales, solver; huber_c is for"),
         ({"method": "cd", "stages": 5}, "not for method cd: stages"),
@@ -255,8 +257,12 @@ def test_guided_teachers(tiny):
         ({"method": "ct", "target_decay": 0}, "target_decay 0 has no schedule"),
         ({"metric": "l2", "huber_c": 0.1}, "huber_c is for metric huber alone"),
         ({"network": {"layers": 2}}, "network is for a student without a teacher"),
-        ({"method": "ct", "network": {"dropout": 0.1}}, "is the key dropout"),
+        ({"method": "ct", "network": {"dropout": 0.1}}, "the key dropout sets it"),
         ({"lpips_weights": "x"}, "lpips_weights is for metric lpips alone"),
+        ({"lpips_pooling": "average"}, "lpips_pooling is for metric lpips alone"),
+        ({"lpips_resize": "below-256", "metric": "l2"}, "lpips_resize is for metric lpips alone"),
+        ({"method": "cd", "decay_over": "N-1"}, "not for method cd: decay_over"),
+        ({"method": "ict", "decay_over": "N-1"}, "not for method ict: decay_over"),
     ],
 )
 def test_options_of_other_methods_are_refused(options, says):

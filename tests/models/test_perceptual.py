@@ -51,6 +51,66 @@ def test_it_is_lpips_on_images_of_224_pixels(metric, vgg):
     assert torch.allclose(grey, metric(x[:, :1].repeat(1, 3, 1, 1), y[:, :1].repeat(1, 3, 1, 1)))
 
 
+def test_openais_program_has_average_pooling_and_leaves_large_pictures(vgg):
+    """Against VGG written out here; `seen` is what its first layer is given."""
+    stored = torch.load(vgg, weights_only=True)
+    seen = []
+
+    def expected(metric, x, y):
+        maps = []
+        for image in (x, y):
+            h, out = metric.metric.scaling_layer(image), []
+            for place in range(30):
+                if f"features.{place}.weight" in stored:
+                    h = F.relu(F.conv2d(h, stored[f"features.{place}.weight"], stored[f"features.{place}.bias"], padding=1))
+                elif place in (4, 9, 16, 23):
+                    out.append(h)
+                    h = F.avg_pool2d(h, 2)
+            maps.append([m / m.square().sum(1, keepdim=True).sqrt().clamp(min=1e-10) for m in (*out, h)])
+        return sum(lin((a - b).square()).mean((1, 2, 3)) for lin, a, b in zip(metric.metric.lins, *maps, strict=True))
+
+    def pictures(size):
+        return [torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1)]
+
+    ours = Perceptual(vgg, below=256, pooling="average")
+    ours.metric.net.slice1[0].register_forward_hook(lambda layer, given, out: seen.append(given[0].shape[-1]))
+    with torch.no_grad():
+        for size, given in ((64, 224), (256, 256)):
+            seen.clear()
+            x, y = pictures(size)
+            resized = [F.interpolate(v, size=(224, 224), mode="bilinear", align_corners=False) if size < 256 else v for v in (x, y)]
+            distance = ours(x, y)
+            assert seen == [given, given]
+            assert torch.allclose(distance, expected(ours, *resized), rtol=1e-4)
+        papers = Perceptual(vgg)
+        papers.metric.net.slice1[0].register_forward_hook(lambda layer, given, out: seen.append(given[0].shape[-1]))
+        seen.clear()
+        assert not torch.allclose(papers(x, y), distance, rtol=1e-3)
+        assert seen == [224, 224]
+
+
+def test_consistency_distillation_asks_for_it(vgg, tiny):
+    from distill_cli.config import CMConfig
+    from distill_cli.data import open_images
+    from distill_cli.distill.consistency import Consistency
+    from distill_cli.recipes import check
+
+    def pooling(metric):
+        return {type(layer).__name__ for layer in metric.modules() if "Pool" in type(layer).__name__}
+
+    images = open_images("digits")
+    options = {"teacher": "tiny", "data": "digits", "metric": "lpips", "lpips_weights": vgg}
+    theirs = Consistency(CMConfig(**options, lpips_pooling="average", lpips_resize="below-256"), tiny.copy(), images).perceptual
+    assert (pooling(theirs), theirs.below) == ({"AvgPool2d"}, 256)
+    papers = Consistency(CMConfig(**options), tiny.copy(), images).perceptual
+    assert (pooling(papers), papers.below) == ({"MaxPool2d"}, float("inf"))
+    for recipe in ("imagenet64-cd", "imagenet64-ct"):  # which name OpenAI's script
+        config = check(recipe)
+        assert (config.lpips_pooling, config.lpips_resize) == ("average", "below-256")
+        assert config.decay_over == ("N-1" if recipe.endswith("ct") else "N")
+    assert check("cifar10-ct").lpips_pooling == "max"  # the paper's appendix
+
+
 def test_half_precision_is_for_vgg_alone(metric):
     x, y = (torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
     with torch.autocast("cpu", torch.bfloat16):

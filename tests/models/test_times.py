@@ -205,7 +205,7 @@ def test_what_a_search_refuses(distill, tmp_path, student):
     assert distill("sample", "--model", "student", "--search-times", 3, "--num", 4).code == 0  # 0,1,2
     result = distill("sample", "--model", "student", "--search-times", 2, "--out", "x", "--format", "npz")
     assert result.code == 2
-    assert "makes no samples: leave format, out out" in result.err
+    assert "--search-times makes no samples, so --format and --out have no use here" in result.err
     result = distill("sample", "--model", "student", "--classifier", "x")
     assert result.code == 2
     assert "classifier is for search_times" in result.err

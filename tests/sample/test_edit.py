@@ -249,7 +249,7 @@ def test_alpha_and_size_are_said(distill, tmp_path, student):
         (["colorize", "--input", "in", "--times", "sigma:81"], "81 is not above 0.002 and at most 80", ""),
         (["colorize", "--input", "in", "--patch", "2"], "colorize takes no patch", ""),
         (["colorize", "--input", "in", "frames=3"], "colorize takes no frames", ""),
-        (["interpolate", "--classes", "3,5"], "interpolate takes one of classes, not 2", ""),
+        (["interpolate", "--classes", "3,5"], "interpolate takes one class, not 2", ""),
         (["colorize", "--input", "broken"], "broken/p9.png: not a readable image", "remove or replace"),
         (["colorize", "--input", "nowhere", "--dry-run"], "nowhere: no such file or folder", ""),
         (["colorize", "--input", "in", "--times", "0,22"], "--times 0,22: unknown", "index:0,22"),
