@@ -49,8 +49,8 @@ class Tensors:
         """What the numbers of a tensor are stored as, None for a type that torch does not have."""
         return DTYPES.get(self.stored[name]["dtype"])
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor of that name as `dtype`."""
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name in float32."""
         kind = self.dtype(name)
         assert kind is not None
         begin, end = self.stored[name]["data_offsets"]
@@ -59,14 +59,17 @@ class Tensors:
             file.seek(self.begin + begin)
             if file.readinto(content_of(content)) != end - begin:
                 raise OSError(0, "shorter than when it was opened", str(self.path))
-        return content.view(kind).view(self.shapes[name]).to(dtype)
+        return content.view(kind).view(self.shapes[name]).float()
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, from whichever device, as safetensors does to the byte; a full disk is an OSError, which safetensors would hide."""
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, from whichever device, as safetensors does to the byte; a full disk is an OSError, which safetensors would hide.
+
+    `metadata` of several keys keep their order here; safetensors writes them in any.
+    """
     names = {kind: name for name, kind in DTYPES.items()}
     ranks = {name: -rank for rank, name in enumerate(DTYPES)}
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     begin = 0
     for name in sorted(tensors, key=lambda name: (ranks[names[tensors[name].dtype]], name)):
         value = tensors[name]
@@ -78,4 +81,5 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
-            file.write(content_of(tensors[name]))
+            if name != "__metadata__":
+                file.write(content_of(tensors[name]))

@@ -285,7 +285,7 @@ def test_edited_pictures_are_named_as_ever_and_never_too_long(tmp_path):
     "words", ["I/O error: No space left on device (os error 28)", 'IoError(Os { code: 28, kind: StorageFull, message: "No" })']
 )
 def test_a_full_disk_in_the_words_of_other_libraries(words, tmp_path, monkeypatch):
-    """safetensors and tokenizers say by a text alone that a disk is full: a text-to-image student and an autoencoder are saved by them."""
+    """tokenizers and safetensors say by a text alone that a disk is full; a student and an autoencoder are saved."""
     from safetensors import SafetensorError
 
     from distill_cli.models import load
@@ -293,15 +293,21 @@ def test_a_full_disk_in_the_words_of_other_libraries(words, tmp_path, monkeypatc
 
     model = load("tiny-sd")
 
-    def full(tensors, path, *rest, **options):
-        Path(path).write_bytes(b"half")
+    def said(tokenizer, folder):
+        (folder.parent / "half").write_bytes(b"half")
         raise SafetensorError(f"Error while serializing: {words}")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    for save in (lambda: model.save(tmp_path / "m"), lambda: Autoencoder(model.latent.vae).save(tmp_path / "v")):
-        with pytest.raises(DistillError, match="no space left on device") as error:
-            save()
-        assert "free some space" in error.value.hint
+    def full(path, *content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("distill_cli.models.stable_diffusion.save_tokenizer", said)
+    with pytest.raises(DistillError, match="no space left on device") as error:
+        model.save(tmp_path / "m")
+    assert "free some space" in error.value.hint
+    monkeypatch.setattr("distill_cli.tensors.write", full)
+    with pytest.raises(DistillError, match="no space left on device") as error:
+        Autoencoder(model.latent.vae).save(tmp_path / "v")
+    assert "free some space" in error.value.hint
     assert os.listdir(tmp_path) == []
     with pytest.raises(SafetensorError), files.os_errors(tmp_path):
         raise SafetensorError("header too large")

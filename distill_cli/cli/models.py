@@ -43,7 +43,7 @@ def show(
         "kind": model.lineage.kind,
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "shape": list(model.shape),
-        "pixels": model.picture,
+        "pixels": model.pixels if model.shape[1] == model.shape[2] else model.picture,
         "classes": list(model.conditioner.classes),
         "null_label": model.conditioner.null_label,
         "learned": "all" if model.conditioner.learned is None else list(model.conditioner.learned),

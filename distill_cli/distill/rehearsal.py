@@ -16,6 +16,7 @@ from distill_cli.models import classifier, load
 from distill_cli.models.autoencoder import Autoencoder
 from distill_cli.models.classifier import Classifier
 from distill_cli.models.model import Model
+from distill_cli.models.parts import unfilled
 from distill_cli.models.stable_diffusion import load_vae
 
 READERS: dict[type, Callable[[Path], Any]] = {
@@ -50,7 +51,8 @@ def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str,
             if isinstance(made, Model):
                 made.recipe = recipe
             made.save(folder)
-            reader(folder)
+            with unfilled():
+                reader(folder)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # diffusers, transformers, safetensors and json raise many kinds

@@ -12,7 +12,7 @@ from distill_cli.config import VAENetworkConfig
 from distill_cli.errors import UsageError
 from distill_cli.files import folder_atomic
 from distill_cli.models.hub import find
-from distill_cli.models.parts import load_network
+from distill_cli.models.parts import load_network, save_network
 
 AT_A_TIME = 2**20
 """Pixels that are decoded at a time: four pictures of 512 x 512."""
@@ -69,7 +69,7 @@ class Autoencoder(nn.Module):
     def save(self, folder: Path) -> None:
         """Write diffusers' folder of an AutoencoderKL, complete or absent."""
         with folder_atomic(Path(folder)) as temporary:
-            self.vae.save_pretrained(temporary)
+            save_network(self.vae, temporary, ("AutoencoderKL",), torch.float32)
 
 
 def create(pixels: int, image_channels: int, network: VAENetworkConfig, seed: int) -> Autoencoder:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_cli.errors import DistillError, reason
+from distill_cli.files import unreadable
 
+if TYPE_CHECKING:
+    import torch
+
+STEM = "diffusion_pytorch_model"
 POINTER = b"version https://git-lfs"
 """What a file begins with that git-lfs has left in the place of a large one."""
 HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^(vision_model|visual_projection|text_projection|logit_scale)(\.|$)")
@@ -36,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
         check_file(path)
         out = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DistillError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise DistillError(f"{path}: not readable as JSON ({reason(error)})") from error
     if not isinstance(out, dict):
@@ -66,8 +73,11 @@ def best_variant(known: Iterable[str]) -> str:
     return min(known, key=lambda name: (name == RAW, order.index(name) if name in order else len(order), name))
 
 
-def _variant(folder: Path, stem: str) -> str:
-    """The variant in which a network's weights are read; raises DistillError where they are not all there as floating-point numbers."""
+def _variant(folder: Path, stem: str) -> tuple[str, list[Path]]:
+    """The variant in which a network's weights are read, and its files.
+
+    Raises DistillError where they are not all there, or are no floating-point numbers.
+    """
     if not folder.is_dir():
         raise DistillError(f"{folder}: no such folder", "is the model complete?")
     names = [path.name for path in folder.iterdir()]
@@ -79,20 +89,23 @@ def _variant(folder: Path, stem: str) -> str:
         found = f"{others[0]}, and no {stem}.safetensors" if others else found
         raise DistillError(f"{folder}: {found}", "get the .safetensors files, or save the model in diffusers with safe_serialization=True")
     variant = best_variant(known)
-    files = [folder / name for name in known[variant]]
+    index = next((folder / name for name in known[variant] if name.endswith(".json")), None)
+    if index is not None:
+        parts = read_json(index).get("weight_map")
+        if not isinstance(parts, dict) or not parts:
+            raise DistillError(f"{index}: names no files (weight_map)", "is the folder complete?")
+        files = [folder / str(name) for name in sorted(set(parts.values()))]
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing:
+            raise DistillError(f"{missing}: missing, {index.name} names it", "is the folder complete?")
+    else:
+        files = [folder / name for name in known[variant] if not re.search(r"-\d+-of-\d+", name)]
+        if not files:
+            raise DistillError(f"{folder}: {known[variant][0]} is a part, and the index of the parts is missing", "is the folder complete?")
     for file in files:
         check_file(file)
         _refuse_integers(file)
-    index = next((file for file in files if file.suffix == ".json"), None)
-    if index is None:
-        if not any(re.fullmatch(rf"{re.escape(stem)}(\.[\w-]+?)?\.safetensors", file.name) for file in files):
-            raise DistillError(f"{folder}: {files[0].name} is a part, and the index of the parts is missing", "is the folder complete?")
-        return variant
-    parts = read_json(index).get("weight_map")
-    for name in sorted(set(parts.values())) if isinstance(parts, dict) else [index.name]:
-        if not (folder / str(name)).is_file():
-            raise DistillError(f"{folder / str(name)}: missing, {index.name} names it", "is the folder complete?")
-    return variant
+    return variant, files
 
 
 def _refuse_integers(file: Path) -> None:
@@ -112,21 +125,21 @@ def _refuse_integers(file: Path) -> None:
             )
 
 
-def load_network(kind: Any, folder: Path, stem: str = "diffusion_pytorch_model", harmless: re.Pattern[str] | None = None) -> Any:
+def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
     """The network of class `kind` in a folder of a pipeline: float32, on the CPU, evaluation mode, without gradients.
 
     Safetensors alone are read, of the highest precision where there are several variants. diffusers and transformers fill in random numbers
     for tensors that they do not find, and only warn: here each tensor of the network has to be in the files, in its shape, and no other may
-    be there but those of `HARMLESS`, or `harmless`. Raises DistillError that names the first.
+    be there but those of `HARMLESS`. Raises DistillError that names the first. Inside `unfilled` it stays without weights.
     """
     import torch
 
-    variant = _variant(folder, stem)
+    variant, files = _variant(folder, stem)
     read_json(folder / "config.json")
     quiet()
     options: dict[str, Any] = {"variant": variant} if variant else {}
     try:
-        network, found = _filled(kind, folder, _files(folder, stem, variant)) or kind.from_pretrained(
+        network, found = _filled(kind, folder, files) or kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True, **options
         )
     except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
@@ -134,21 +147,12 @@ def load_network(kind: Any, folder: Path, stem: str = "diffusion_pytorch_model",
     hold(
         str(folder),
         found["missing_keys"],
-        [name for name in found["unexpected_keys"] if not HARMLESS.search(name) and not (harmless and harmless.search(name))],
+        [name for name in found["unexpected_keys"] if not HARMLESS.search(name)],
         [name if isinstance(name, str) else name[0] for name in found.get("mismatched_keys", ())],
     )
     if found.get("error_msgs"):
         raise DistillError(f"{folder}: no readable network ({reason(ValueError(found['error_msgs'][0]))})", "is the folder complete?")
     return network.eval().requires_grad_(False)
-
-
-def _files(folder: Path, stem: str, variant: str) -> list[Path]:
-    """The files of a variant that `_variant` has found complete: those that its index names, else the one that holds all."""
-    names = variants([path.name for path in folder.iterdir()], stem)[variant]
-    index = next((name for name in names if name.endswith(".json")), None)
-    if index is not None:
-        return [folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values()))]
-    return [folder / next(name for name in names if not re.search(r"-\d+-of-\d+", name))]
 
 
 def empty(kind: Any, folder: Path) -> Any:
@@ -183,9 +187,37 @@ def _filled(kind: Any, folder: Path, files: Iterable[Path]) -> tuple[Any, dict[s
         "unexpected_keys": [name for name in places if name not in wanted],
         "mismatched_keys": [name for name in wanted if name in places and name not in fits],
     }
-    if not found["missing_keys"] and not found["mismatched_keys"]:
+    if not found["missing_keys"] and not found["mismatched_keys"] and not UNFILLED.get():
         network.load_state_dict({name: file.read(at) for name, (file, at) in ((name, places[name]) for name in wanted)}, assign=True)
     return network, found
+
+
+UNFILLED: ContextVar[bool] = ContextVar("unfilled", default=False)
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Have folders read and checked, and diffusers' networks left without their weights: for a look that takes no memory."""
+    token = UNFILLED.set(True)
+    try:
+        yield
+    finally:
+        UNFILLED.reset(token)
+
+
+def save_network(network: Any, folder: Path, kinds: Collection[str], dtype: torch.dtype) -> None:
+    """Write a network's folder as save_pretrained does, a tensor at a time; float32 numbers as `dtype`.
+
+    The network has to be of one of the classes `kinds` and to have the tensors of its class.
+    """
+    import torch
+
+    from distill_cli.tensors import write
+
+    own_names(network, kinds)
+    weights = {name: value.to(dtype) if value.dtype == torch.float32 else value for name, value in network.state_dict().items()}
+    network.save_config(folder)
+    write(folder / f"{STEM}.safetensors", weights, {"format": "pt"})
 
 
 def hold(where: str, missing: Iterable[str], left_over: Iterable[str], mismatched: Iterable[str] = ()) -> None:
@@ -199,7 +231,7 @@ def hold(where: str, missing: Iterable[str], left_over: Iterable[str], mismatche
         raise DistillError(f"{where}: its tensors are not those of the network: {text}", hint)
 
 
-def own_names(network: Any, kinds: Container[str]) -> None:
+def own_names(network: Any, kinds: Collection[str]) -> None:
     """Assert that a network to be written is of one of these classes and has the tensors of its class, under their names.
 
     A compiled or wrapped network has others; who reads it would get random numbers in their place.

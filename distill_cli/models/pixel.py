@@ -8,14 +8,12 @@ distill.json.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save as to_bytes
 
 from distill_cli.config import NetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
@@ -26,7 +24,7 @@ from distill_cli.models import schedulers
 from distill_cli.models.checks import check_pixels
 from distill_cli.models.hub import part_of
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text
-from distill_cli.models.parts import load_network, own_names, read_json
+from distill_cli.models.parts import load_network, read_json, save_network
 from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, numbers_of, table_of
 from distill_cli.models.unet import UNet
 
@@ -100,17 +98,14 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         assert isinstance(schedule, TableSchedule)
         scheduler = schedulers.make(config_of(schedule, denoiser.parameterisation), "DDPMScheduler")
         pipeline = DDPM_PIPELINE
-    own_names(model.unet, LIBRARIES)
-    unet = model.unet if dtype == torch.float32 else copy.deepcopy(model.unet).to(dtype)
+    kind = type(model.unet).__name__
     with folder_atomic(folder) as temporary:
-        unet.save_config(temporary / "unet")
-        weights = {name: value.contiguous() for name, value in unet.state_dict().items()}
-        (temporary / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(to_bytes(weights, {"format": "pt"}))
+        save_network(model.unet, temporary / "unet", LIBRARIES, dtype)
         scheduler.save_pretrained(temporary / "scheduler")
         index = {
             "_class_name": pipeline,
             "_diffusers_version": diffusers.__version__,
-            "unet": [LIBRARIES[type(unet).__name__], type(unet).__name__],
+            "unet": [LIBRARIES[kind], kind],
             "scheduler": ["diffusers", type(scheduler).__name__],
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

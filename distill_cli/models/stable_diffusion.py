@@ -26,7 +26,7 @@ from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.checks import check_latents, check_vae
 from distill_cli.models.hub import PARTS as WEIGHTS
 from distill_cli.models.model import Lineage, Model, Sampling
-from distill_cli.models.parts import load_network, own_names, quiet, read_json
+from distill_cli.models.parts import load_network, own_names, quiet, read_json, save_network
 from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra
 from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
 from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_encoder, save_tokenizer
@@ -111,12 +111,11 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
         model.unet.register_to_config(sample_size=height if height == width else [height, width])
     with folder_atomic(folder) as temporary:
         for name, network in model.parts().items():
-            own_names(network, PARTS[name])
-            stored: Any = network if dtype == torch.float32 else copy.deepcopy(network).to(dtype)
             if name == "text_encoder":
-                save_encoder(stored, temporary / name)
+                own_names(network, (PARTS[name],))
+                save_encoder(network if dtype == torch.float32 else copy.deepcopy(network).to(dtype), temporary / name)
             else:
-                stored.save_pretrained(temporary / name)
+                save_network(network, temporary / name, (PARTS[name],), dtype)
         save_tokenizer(text.tokenizer, temporary / "tokenizer")
         scheduler.save_pretrained(temporary / "scheduler")
         index = {

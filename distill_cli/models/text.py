@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from distill_cli.config import TextConfig
 from distill_cli.errors import DistillError, UsageError, reason
 from distill_cli.models.parts import check_file, quiet
+from distill_cli.tensors import write
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -189,5 +189,6 @@ def save_encoder(encoder: Any, folder: Path) -> None:
     weights = {f"text_model.{plain(name)}": value for name, value in encoder.state_dict().items()}
     encoder.config.architectures = ["CLIPTextModel"]
     encoder.config.save_pretrained(folder)
-    contiguous = {name: value.contiguous() for name, value in weights.items() if not name.endswith("position_ids")}
-    (folder / "model.safetensors").write_bytes(to_bytes(contiguous, {"format": "pt"}))
+    write(
+        folder / "model.safetensors", {key: value for key, value in weights.items() if not key.endswith("position_ids")}, {"format": "pt"}
+    )

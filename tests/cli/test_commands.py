@@ -25,7 +25,17 @@ def test_from_nothing_to_pictures(distill, tmp_path):
     assert run.code == 0, run.err
     assert run.json["student"] == "r/student"
     names = {path.name for path in (tmp_path / "r").iterdir()}
-    assert names == {"recipe.yaml", "env.json", "metrics.jsonl", "speed.jsonl", "samples", "checkpoints", "student", "comparison.png"}
+    assert names == {
+        "recipe.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "speed.jsonl",
+        "samples",
+        "checkpoints",
+        "student",
+        "comparison.png",
+        "begun.json",
+    }
     assert [json.loads(line)["step"] for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert yaml.safe_load((tmp_path / "r/recipe.yaml").read_text())["steps"] == 2
     sampled = distill("sample", "--model", "r", "--num", 5, "--out", "s", "--grid", "--json")

@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_another_autoencoder_is_refused(distill, tmp_path):
         """The first eight shapes."""
 
         def __init__(self, images):
-            self.images, self.classes, self.shape = images, images.classes, images.shape
+            self.images, self.classes, self.shape, self.about = images, images.classes, images.shape, images.about
             self.batch, self.captions = images.batch, images.captions
 
         def __len__(self):
@@ -287,10 +286,10 @@ def test_a_result_that_cannot_be_saved_ends_before_the_first_step(kind, tmp_path
 def test_a_full_disk_is_found_too(tmp_path, tiny, tiny_pairs, monkeypatch):
     made = engine_of("train", tmp_path / "r", tiny, tiny_pairs, steps=3, network=NETWORK)
 
-    def full(path, content):
+    def full(path, *content):
         raise OSError(errno.ENOSPC, "No space left on device", path.name)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("distill_cli.tensors.write", full)
     says = r"could not be saved and read again \(diffusion_pytorch_model.safetensors: no space left on device\)"
     with pytest.raises(DistillError, match=says) as error:
         made.train()

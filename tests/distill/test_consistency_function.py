@@ -10,7 +10,8 @@ from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Sca
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.distill.consistency import Consistency
-from distill_cli.models.model import ClassConditioner, Lineage, Model, UNet
+from distill_cli.models.model import ClassConditioner, Lineage, Model
+from distill_cli.models.unet import UNet
 from docs.figure3 import Plane
 
 SCHEDULE = EDMSchedule(0.02, 10.0)
