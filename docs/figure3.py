@@ -59,7 +59,8 @@ class Pairs:
         self.noise = Draws(2, range(PAIRS)).normal("prior", teacher.shape)
         with torch.no_grad():
             self.x0 = solvers.heun(real, schedule, schedule.prior_std * self.noise, schedule.times(40), None)
-        self.manifest = SimpleNamespace(shape=teacher.shape, teacher_hash=teacher.weights_hash(), classes=[0], guidance_scale=1.0)
+        made_by = {"teacher_hash": teacher.weights_hash(), "guidance_scale": 1.0, "settings_hash": ""}
+        self.manifest = SimpleNamespace(shape=teacher.shape, classes=[0], **made_by)
 
     def __len__(self) -> int:
         return PAIRS
