@@ -7,6 +7,7 @@ they were before the student's step. Dropout is off everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -224,7 +225,7 @@ def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tenso
         raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
     if config.regression_loss != "lpips":
         return partial(regression_loss, config.regression_loss), []
-    perceptual = Perceptual(config.lpips_weights, resized=latent is None)
+    perceptual = Perceptual(config.lpips_weights, below=math.inf if latent is None else 0)  # decoded latents are compared as they are
     if latent is None:
         return perceptual, [perceptual]
     codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent

@@ -166,8 +166,9 @@ class Row:
     @property
     def about(self) -> str:
         """What was read, for the first line of the job."""
-        if self.images is None:
-            return getattr(self.model, "about", "")
+        if self.model is not None:
+            return f"{self.spec} ({self.model.about})"
+        assert self.images is not None
         return f"{len(self.images)} pictures of {self.spec}{', no labels' if self.labels is None else ''}"
 
     @classmethod

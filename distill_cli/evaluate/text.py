@@ -72,7 +72,8 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     count = count_of(config, len(prompts))
     where = launch.device(config.device)
     clip = CLIP(config.clip, where)
-    said = [getattr(prepared(spec, config, prompts)[0], "about", "") for spec in config.model]  # what is wrong with one is said before
+    # errors of any model come before sampling
+    said = [f"{spec} ({prepared(spec, config, prompts)[0].about})" for spec in config.model]
     say_read(prompts, *said)
     settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
     remove_temporaries(config.out)

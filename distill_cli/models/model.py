@@ -29,7 +29,7 @@ from distill_cli.tensors import content_of
 Text = Annotated[str, AfterValidator(lambda text: printable(text))]
 """Text of a model that may be someone else's: shown on terminals, in cards and in JSON."""
 LARGE = 256
-"""Pixels from which pictures are few at a time."""
+"""Image width from which batches are made smaller."""
 CONSISTENCY = ("cd", "ct", "ict", "ect")
 """Methods of `distill cm`."""
 

@@ -38,12 +38,12 @@ def find_weights(given: Path | None) -> Path:
 class Perceptual(nn.Module):
     """Distance (B,) of images (B, C, H, W) in [-1, 1]; differentiable in the first.
 
-    `resized`: images less than `below` pixels wide are resized to 224. `pooling` is VGG's: max or average.
+    Images less than `below` pixels wide are resized to 224. `pooling` is VGG's: max or average.
     """
 
-    def __init__(self, weights: Path | None = None, resized: bool = True, below: float = math.inf, pooling: str = "max") -> None:
+    def __init__(self, weights: Path | None = None, below: float = math.inf, pooling: str = "max") -> None:
         super().__init__()
-        self.below = below if resized else 0
+        self.below = below
         path = find_weights(weights)
         import lpips
 

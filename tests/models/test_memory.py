@@ -38,7 +38,7 @@ def saved(engine):
     raise KeyboardInterrupt
 
 pixels("tiny", [32])
-held = 4 * pixels("large", [128, 256, 384])
+held = 4 * pixels("large", [96, 192, 288])
 step, Engine.train_step = Engine.train_step, saved
 peak("--teacher", "tiny", "--steps", "1", "--out", "t")
 Engine.train_step = stopped
@@ -58,7 +58,6 @@ def test_a_start_and_a_resume_hold_what_they_must(tmp_path):
     done = subprocess.run([sys.executable, "-c", RUNS], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     held, start, resume = json.loads(done.stdout.splitlines()[-1])
-    print(held, start, resume)
     for networks, (code, most) in ((4, start), (8, resume)):
         assert code == 130, done.stderr
         assert most < 1.15 * networks * held, (networks, most / held)
