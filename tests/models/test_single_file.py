@@ -115,7 +115,7 @@ def test_zero_terminal_snr_is_what_it_says(beside):
     assert model.denoiser.schedule.alphas_cumprod[-1] == 0
     assert model.sampling.solver == "ddim"
     assert any("zero terminal SNR by its tensor ztsnr" in note for note in model.notes)
-    with pytest.raises(DistillError, match="predicts noise has nothing to say at zero terminal SNR"):
+    with pytest.raises(DistillError, match="an eps network cannot start at zero terminal SNR"):
         load(written(beside, None, {"ss_zero_terminal_snr": "True"}))
 
 
