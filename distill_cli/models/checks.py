@@ -98,7 +98,7 @@ def check_vae(vae: Any, where: str) -> None:
         raise DistillError(
             f"{where}: {odd[0]} is {json.dumps(vae.config[odd[0]])}: latents that are moved too, not only scaled, are not read"
         )
-    if not (isinstance(vae.config["scaling_factor"], int | float) and vae.config["scaling_factor"] > 0):
+    if not (type(vae.config["scaling_factor"]) in (int, float) and 0 < vae.config["scaling_factor"] < float("inf")):
         raise DistillError(f"{where}: scaling_factor is {json.dumps(vae.config['scaling_factor'])}, a number above 0 is expected")
     if vae.config["in_channels"] != 3 or vae.config["out_channels"] != 3:
         raise DistillError(

@@ -222,6 +222,9 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
     )
 
 
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+"""What torch.save began its files with before it zipped them."""
+SUFFIXES = (".pkl", ".pt", ".pth")
 ZIPPED_NAMES = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
@@ -259,7 +262,13 @@ def open_file(path: Path, size: int | None = None, head: int | None = None, kind
         raise UsageError(f"{path}: no such file")
     check_file(path)
     with open(path, "rb") as handle:
-        zipped = handle.read(2) == b"PK"
+        head_bytes = handle.read(len(LEGACY))
+    zipped = head_bytes.startswith(b"PK")
+    if head_bytes == LEGACY:
+        anew = "save it anew where you trust it: torch.save(torch.load(FILE, weights_only=True), FILE)"
+        raise DistillError(f"{path}: a file of torch.save from before version 1.6, which is not read", anew)
+    if path.suffix.lower() not in SUFFIXES and not zipped and not head_bytes.startswith(b"\x80"):
+        raise DistillError(f"{path}: not a .pkl, .pt or .safetensors file")
     content = _state_dict(path) if zipped else read(path)
     given = {"--resolution": size, "--head-channels": head, "--kind": kind}
     if not zipped and any(given.values()):

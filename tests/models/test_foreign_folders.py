@@ -176,7 +176,7 @@ FOLDERS = {
     "a bool": ("scheduler/scheduler_config.json", {"beta_end": True}, "beta_end is true"),
     "no bool": ("scheduler/scheduler_config.json", {"set_alpha_to_one": "no"}, 'set_alpha_to_one is "no"'),
     "growing": ("scheduler/scheduler_config.json", {"beta_start": -0.1}, "betas from -0.1"),
-    "betas that are no betas": ("scheduler/scheduler_config.json", {"num_train_timesteps": 2, "trained_betas": [0.5, 2.0]}, "make no schedule"),
+    "betas that are no betas": ("scheduler/scheduler_config.json", {"num_train_timesteps": 2, "trained_betas": [0.5, 2.0]}, "no schedule"),
     "flow": ("scheduler/scheduler_config.json", {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
     "means": ("vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "latents_mean"),
     "moved": ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1"),

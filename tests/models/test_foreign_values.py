@@ -10,6 +10,7 @@ from distill_cli.errors import DistillError
 from distill_cli.models import classifier, convert, load
 from distill_cli.models.parts import check_file, load_network, quiet
 from tests.models.test_foreign_folders import DDPM, UNET, configure, pixels, refused, rewrite, whole  # noqa: F401
+from tests.models.test_single_file import beside, written  # noqa: F401
 
 SCHEDULER, TOKENIZER, NETWORK = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "unet/config.json"
 VALUES = [
@@ -21,19 +22,20 @@ VALUES = [
     (SCHEDULER, {"timestep_spacing": ["leading"]}, "timestep_spacing"),
     (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "2 trained_betas"),
     (SCHEDULER, {"_class_name": "DDIMScheduler"}, 'model_index.json names "PNDMScheduler"'),
+    *(("vae/config.json", {"scaling_factor": value}, "scaling_factor is") for value in (float("inf"), True, "1", 0)),
     ("model_index.json", {"tokenizer": ["transformers", "T5Tokenizer"]}, "T5Tokenizer"),
     ("model_index.json", {"unet": []}, "its unet is missing"),
 ]
 
 
-@pytest.mark.parametrize("file, values, says", VALUES, ids=str)
+@pytest.mark.parametrize(("file", "values", "says"), VALUES, ids=str)
 def test_values_of_another_form(whole, tmp_path, file, values, says):  # noqa: F811
     shutil.copytree(whole, tmp_path / "m")
     configure(tmp_path / "m" / file, **values)
     refused(tmp_path / "m", says)
 
 
-@pytest.mark.parametrize("size", ([16, 16, 16], "16", 16.0, True, [], 0))
+@pytest.mark.parametrize("size", [[16, 16, 16], "16", 16.0, True, [], 0])
 def test_sizes_of_pixel_models(tmp_path, size):
     configure(pixels(tmp_path / "m", DDPM) / NETWORK, sample_size=size)
     refused(tmp_path / "m", "sample_size is ")
@@ -51,7 +53,7 @@ def test_a_tokenizer_without_its_words(whole, tmp_path):  # noqa: F811
     assert load(str(tmp_path / "m")).text.tokens(["a red circle"]).unique().numel() > 3
     written(**{"circle</w>": 9999})
     refused(tmp_path / "m", "'circle</w>' is word 9999")
-    written(**{"ÿ": None})
+    written(ÿ=None)
     refused(tmp_path / "m", "lacks 'ÿ'")
     written(**{"<|endoftext|>": None})
     refused(tmp_path / "m", "lacks '<|endoftext|>'")
@@ -68,7 +70,7 @@ def test_a_text_encoder_of_another_shape(whole, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "key, value",
+    ("key", "value"),
     [
         ("sampling", {"steps": 0}),
         ("sampling", {"solver": "none"}),
@@ -148,3 +150,37 @@ def test_conversions_rehearse(tmp_path):
     with pytest.raises(DistillError, match=r"x\.pkl: the network does not take \(3, 17, 17\)"):
         convert.convert_file(write_nvlabs(state, small, tmp_path / "x.pkl"), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_openai_files_rehearse(tmp_path):
+    from tests.models.published import openai_shapes
+
+    tensors = {name: torch.zeros(shape) for name, shape in openai_shapes(32, [1, 2], 1, [False, True], 0).items()}
+    torch.save(tensors, tmp_path / "x.pt")
+    with pytest.raises(DistillError, match="--resolution 63: the network does not take"):
+        convert.convert_file(tmp_path / "x.pt", tmp_path / "m", size=63, head=32)
+    torch.save({name: value.to(torch.int8) for name, value in tensors.items()}, tmp_path / "x.pt")
+    with pytest.raises(DistillError, match="kept as torch.int8"):
+        convert.convert_file(tmp_path / "x.pt", tmp_path / "m", size=64, head=32)
+    torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(DistillError, match="before version 1.6"):
+        convert.open_file(tmp_path / "x.pt")
+    (tmp_path / "p.txt").write_text("a circle")
+    with pytest.raises(DistillError, match=r"not a \.pkl, \.pt or \.safetensors file"):
+        convert.open_file(tmp_path / "p.txt")
+
+
+def test_what_a_single_file_has_beside(beside):  # noqa: F811
+    scale = load(str(beside / "whole")).latent.vae.config["scaling_factor"]
+    model = load(written(beside, lambda w: w | {"more.weight": torch.zeros(1), "scale_factor": torch.tensor(scale)}))
+    assert any("1 tensors of no part left out, such as more.weight" in note for note in model.notes)
+    network = {"model.diffusion_model.": "model.diffusion_model._orig_mod."}
+    for change, says in (
+        (lambda w: w | {"first_stage_model.more": torch.ones(2)}, "first_stage_model.more has no place"),
+        (lambda w: w | {"scale_factor": torch.tensor(scale / 2)}, "scale_factor is another"),
+        (lambda w: w | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, "alphas_cumprod is another"),
+        (lambda w: {f"{network[k[:22]]}{k[22:]}" if k[:22] in network else k: v for k, v in w.items()}, "its UNet"),
+        (lambda w: w | {f"model_ema.{k[6:].replace('.', '')}": v.to(torch.int8) for k, v in w.items() if k[:22] in network}, "kept as I8"),
+    ):
+        with pytest.raises(DistillError, match=says):
+            load(written(beside, change))
