@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from distill_cli.errors import DistillError, printable
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
     "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64,
@@ -23,6 +25,12 @@ DTYPES = {
 def content_of(values: Tensor) -> Any:
     """The bytes of a tensor's numbers; no copy of those of a contiguous one on the CPU."""
     return memoryview(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def quantized(where: object, name: str, kind: object) -> DistillError:
+    """That a tensor of weights is not of floating-point numbers: the scale of whole ones stands elsewhere."""
+    hint = "get the weights in fp16 or float32"
+    return DistillError(f"{where}: {printable(name)} is kept as {printable(kind)}: quantized weights are not read", hint)
 
 
 class Tensors:
@@ -50,9 +58,10 @@ class Tensors:
         return DTYPES.get(self.stored[name]["dtype"])
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name in float32."""
+        """The tensor of that name in float32; raises DistillError for one of another kind of numbers."""
         kind = self.dtype(name)
-        assert kind is not None
+        if kind is None or not kind.is_floating_point:
+            raise quantized(self.path, name, self.stored[name]["dtype"])
         begin, end = self.stored[name]["data_offsets"]
         content = torch.empty(end - begin, dtype=torch.uint8)
         with open(self.path, "rb") as file:

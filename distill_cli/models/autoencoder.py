@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import VAENetworkConfig
-from distill_cli.errors import UsageError
+from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import folder_atomic
 from distill_cli.models.hub import find
 from distill_cli.models.parts import load_network, save_network
@@ -102,4 +102,6 @@ def load_decoder(spec: str, codec: VAECodec) -> Any:
     tiny = load_network(diffusers.AutoencoderTiny, folder)
     if (tiny.config.latent_channels, VAECodec(tiny).factor) != (codec.vae.config.latent_channels, codec.factor):
         raise UsageError(f"decoder {spec}: for other latents than the teacher's", "taesd is of Stable Diffusion 1 and 2")
+    if tiny.config.out_channels != 3:
+        raise DistillError(f"decoder {spec}: pictures of {tiny.config.out_channels} channels", "colour pictures are read")
     return tiny

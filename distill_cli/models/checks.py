@@ -31,11 +31,20 @@ def _refuse_unmet(config: Any, where: str) -> None:
             raise DistillError(f"{where}: {key} is {json.dumps(config[key])}: the network wants {wanted}", "such models are not read yet")
 
 
+def _refuse_size(config: Any, where: str) -> None:
+    size = config["sample_size"]
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise DistillError(f"{where}: sample_size is {json.dumps(size)}, a whole number above 0 or two of them are expected")
+
+
 def _refuse_channels(config: Any, where: str) -> None:
     made, given = config.get("out_channels", config["in_channels"]), config["in_channels"]
     if made != given:
         why = ": its variance is learned too, which is not read" if made == 2 * given else ""
-        raise DistillError(f"{where}: {given} channels go in and {made} come out{why}", "one estimate of what goes in is expected")
+        raise DistillError(
+            f"{where}: {given} channels go in and {made} come out{why}", "the network must have as many output as input channels"
+        )
 
 
 def _call(network: Any, where: str, shape: tuple[int, ...], expected: tuple[int, ...], call: Callable[[Any, Tensor], Any]) -> None:
@@ -54,17 +63,24 @@ def _call(network: Any, where: str, shape: tuple[int, ...], expected: tuple[int,
         )
 
 
-def _predict(model: Model, where: str, **condition: Any) -> None:
+def rehearse(model: Model, where: str, **condition: Any) -> None:
     """Call the model's network as a denoiser does."""
     _call(model.unet, where, model.shape, model.shape, lambda unet, x: unet(x, torch.ones(2), **condition, return_dict=False)[0])
+
+
+def rehearse_pixels(model: Model, where: str) -> None:
+    """Raise DistillError where a pixel model's network does not take its own pictures."""
+    labels = torch.zeros(2, dtype=torch.long, device="meta") if model.unet.config.get("num_class_embeds") else None
+    rehearse(model, where, class_labels=labels)
 
 
 def check_pixels(model: Model, folder: Path) -> None:
     """Raise DistillError where a pixel model wants what it would not get, or makes what is no picture."""
     where, config, count = f"{folder / 'unet'}", model.unet.config, len(model.conditioner.classes)
     _refuse_unmet(config, where)
-    if not config.get("sample_size"):
+    if config.get("sample_size") is None:
         raise DistillError(f"{where}: does not say its sample_size, so how large its pictures are is not known", "add it to config.json")
+    _refuse_size(config, where)
     if config["in_channels"] not in (1, 3):
         raise DistillError(f"{where}: pictures of {config['in_channels']} channels", "grey (1) and colour (3) are read")
     _refuse_channels(config, where)
@@ -72,7 +88,7 @@ def check_pixels(model: Model, folder: Path) -> None:
     labels = [*range(count), *([] if model.conditioner.null_label is None else [model.conditioner.null_label])]
     if max(labels, default=0) >= max(known, 1) or bool(known) != bool(count):
         raise DistillError(f"{where}: {known} labels are known to the network, and {len(labels)} to {folder / 'distill.json'}")
-    _predict(model, where, class_labels=torch.zeros(2, dtype=torch.long, device="meta") if known else None)
+    rehearse_pixels(model, where)
 
 
 def check_vae(vae: Any, where: str) -> None:
@@ -82,7 +98,7 @@ def check_vae(vae: Any, where: str) -> None:
         raise DistillError(
             f"{where}: {odd[0]} is {json.dumps(vae.config[odd[0]])}: latents that are moved too, not only scaled, are not read"
         )
-    if not (isinstance(vae.config["scaling_factor"], int | float) and vae.config["scaling_factor"] > 0):
+    if not (type(vae.config["scaling_factor"]) in (int, float) and 0 < vae.config["scaling_factor"] < float("inf")):
         raise DistillError(f"{where}: scaling_factor is {json.dumps(vae.config['scaling_factor'])}, a number above 0 is expected")
     if vae.config["in_channels"] != 3 or vae.config["out_channels"] != 3:
         raise DistillError(
@@ -95,20 +111,21 @@ def check_latents(model: Model, folder: Path) -> None:
     where, config, latent, text = f"{folder / 'unet'}", model.unet.config, model.latent, model.text
     assert latent is not None
     assert text is not None
-    channels, encoder, words = latent.vae.config["latent_channels"], text.encoder.config, len(text.tokenizer)
+    channels, encoder, words = latent.vae.config["latent_channels"], text.encoder.config, text.tokenizer.get_vocab()
     _refuse_unmet(config, where)
+    _refuse_size(config, where)
     if config.get("num_class_embeds"):
         raise DistillError(f"{where}: num_class_embeds is {config['num_class_embeds']}: the network wants class labels beside the text")
     if channels != config["in_channels"]:
         raise DistillError(f"{folder}: the autoencoder has {channels} channels, the network {config['in_channels']}")
     _refuse_channels(config, where)
-    if words > encoder.vocab_size:
-        word = text.tokenizer.convert_ids_to_tokens(encoder.vocab_size)
-        more = f"{folder / 'tokenizer'}: {words} words, the text encoder knows {encoder.vocab_size}: {word!r} is one more"
+    word = max(words, key=lambda word: (words[word] >= encoder.vocab_size, -words[word]))
+    if words[word] >= encoder.vocab_size:
+        more = f"{folder / 'tokenizer'}: {word!r} is word {words[word]}, the text encoder knows {encoder.vocab_size}, from 0"
         raise DistillError(more, "resize the encoder's embeddings, or take the word out of the tokenizer")
     width = config["cross_attention_dim"]
     if any(each != encoder.hidden_size for each in (width if isinstance(width, list | tuple) else [width])):
         raise DistillError(f"{where}: reads text of width {width}, {folder / 'text_encoder'} makes {encoder.hidden_size}")
-    _predict(model, where, encoder_hidden_states=torch.empty(2, text.length, encoder.hidden_size, device="meta"))
+    rehearse(model, where, encoder_hidden_states=torch.empty(2, text.length, encoder.hidden_size, device="meta"))
     picture = (3, *(latent.factor * size for size in model.shape[1:]))
     _call(latent.vae, f"{folder / 'vae'}", model.shape, picture, lambda vae, z: vae.decode(z, return_dict=False)[0])

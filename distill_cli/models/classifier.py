@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from distill_cli.errors import DistillError, UsageError, nearest, printable
 from distill_cli.files import folder_atomic, unreadable
+from distill_cli.models.parts import check_file
 from distill_cli.processes import say_hidden
+from distill_cli.tensors import quantized
 
 BUILTIN = Path(__file__).parent / "builtin"
 SUFFIX = "-classifier"
@@ -94,12 +96,20 @@ def load(name: str) -> Classifier:
         folder = folder / "classifier"
     if not (folder / CONFIG).is_file():
         raise UsageError(f"--classifier {name}: no classifier", nearest(name, names(), "built in"))
+    for name in (CONFIG, WEIGHTS):
+        check_file(folder / name)
     try:
         stored = json.loads((folder / CONFIG).read_text())
         shown = {"classes": tuple(map(printable, stored["classes"])), "data": printable(stored["data"])}
         info = ClassifierInfo(**{**stored, **shown, "shape": tuple(stored["shape"])})
         network = Classifier(info)
-        network.load_state_dict({key: value.float() for key, value in from_bytes((folder / WEIGHTS).read_bytes()).items()})
+        weights = from_bytes((folder / WEIGHTS).read_bytes())
+        for key, value in weights.items():
+            if not value.is_floating_point():
+                raise quantized(folder / WEIGHTS, key, value.dtype)
+            if not value.isfinite().all():
+                raise DistillError(f"{folder / WEIGHTS}: {printable(key)} holds what is no number", "is the file sound?")
+        network.load_state_dict({key: value.float() for key, value in weights.items()})
     except OSError as error:
         raise unreadable(Path(error.filename or folder), error) from error
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.errors import DistillError, UsageError, printable
+from distill_cli.errors import DistillError, UsageError, printable, reason
 from distill_cli.files import remove_folder
+from distill_cli.models.checks import rehearse_pixels
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.openai import blocks, openai_network, settle_openai
+from distill_cli.models.parts import check_file
 from distill_cli.models.times import PUBLISHED, from_indices
 from distill_cli.models.unet import UNet
 from distill_cli.models.unpickle import Record, check_operations, read
+from distill_cli.tensors import quantized
 
 SONG = {
     "model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4, "attn_resolutions": [16],
@@ -79,6 +82,8 @@ def place(
     for name, value in tensors.items():
         if DROPPED.search(name):
             continue
+        if not value.is_floating_point():
+            raise quantized("the network", name, value.dtype)
         new = rename(name)
         if ".qkv." in new:
             module, kind = new.split(".qkv.")
@@ -217,6 +222,9 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
     )
 
 
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+"""What torch.save began its files with before it zipped them."""
+SUFFIXES = (".pkl", ".pt", ".pth")
 ZIPPED_NAMES = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
@@ -252,8 +260,15 @@ def open_file(path: Path, size: int | None = None, head: int | None = None, kind
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
+    check_file(path)
     with open(path, "rb") as handle:
-        zipped = handle.read(2) == b"PK"
+        head_bytes = handle.read(len(LEGACY))
+    zipped = head_bytes.startswith(b"PK")
+    if head_bytes == LEGACY:
+        anew = "save it anew where you trust it: torch.save(torch.load(FILE, weights_only=True), FILE)"
+        raise DistillError(f"{path}: a file of torch.save from before version 1.6, which is not read", anew)
+    if path.suffix.lower() not in SUFFIXES and not zipped and not head_bytes.startswith(b"\x80"):
+        raise DistillError(f"{path}: not a .pkl, .pt or .safetensors file")
     content = _state_dict(path) if zipped else read(path)
     given = {"--resolution": size, "--head-channels": head, "--kind": kind}
     if not zipped and any(given.values()):
@@ -285,9 +300,14 @@ def convert_file(
 
     found = open_file(path, size, head, kind)
     model = model_of(found, name or path.stem, steps)
-    t = torch.tensor([0.02, 2.0])
-    with torch.no_grad():
-        images = model.denoiser(t.view(2, 1, 1, 1) * torch.ones(2, *model.shape), t, model.conditioner(torch.zeros(2, dtype=torch.long)))
+    t, where = torch.tensor([0.02, 2.0]), f"--resolution {size}" if size else str(path)
+    rehearse_pixels(model, where)
+    try:
+        with torch.no_grad():
+            x = t.view(2, 1, 1, 1) * torch.ones(2, *model.shape)
+            images = model.denoiser(x, t, model.conditioner(torch.zeros(2, dtype=torch.long)))
+    except (MemoryError, RuntimeError) as error:  # torch says a failed allocation as either
+        raise DistillError(f"{where}: two pictures of {model.shape} are not to be made here ({reason(error)})") from error
     if not torch.isfinite(images).all():
         raise DistillError(f"{path}: the network's images are not numbers", "the file is damaged")
     model.save(folder)

@@ -84,7 +84,8 @@ def kind_of(file: Tensors) -> tuple[str, str]:
     if len(missing) == 1 and FIRST in shapes:
         return f"Stable Diffusion without {missing[0]}", FOLDER
     if missing:
-        for pattern, what, hint in ALONE:
+        several = len({"model", "first_stage_model", "cond_stage_model"} & {name.partition(".")[0] for name in shapes}) > 1
+        for pattern, what, hint in () if several else ALONE:
             found = next((name for name in shapes if re.search(pattern, name)), None)
             if found is not None:
                 return f"{what}, by its tensor {printable(found, 100)}", hint

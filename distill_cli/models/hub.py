@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, printable, reason
-from distill_cli.models.parts import best_variant, read_json, variants
+from distill_cli.models.parts import best_variant, has_vocabulary, read_json, variants
 from distill_cli.processes import say_hidden
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -66,10 +66,10 @@ def cached(hub_id: str) -> Path | None:
         return None
     folder = Path(index).parent
     named = read_json(Path(index))
-    there = [part for part, value in named.items() if isinstance(value, list) and value[0]]
+    there = [part for part, value in named.items() if isinstance(value, list) and value and value[0]]
     needed = [(part, "config.json") for part in PARTS if part in there] + [("scheduler", "scheduler_config.json")]
-    needed += [("tokenizer", "merges.txt")] if "tokenizer" in there else []
-    whole = all((part_of(folder, part) / name).exists() for part, name in needed)
+    whole = "tokenizer" not in there or has_vocabulary(part_of(folder, "tokenizer"))
+    whole = whole and all((part_of(folder, part) / name).exists() for part, name in needed)
     return folder if whole and all(_has_weights(part_of(folder, part), PARTS[part]) for part in PARTS if part in there) else None
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from distill_cli.config.base import Positive, Solver
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
@@ -109,9 +110,9 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    solver: str = "heun"
-    steps: int = 18
-    guidance_scale: float = 1.0
+    solver: Solver = "heun"
+    steps: Positive = 18
+    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     guidance_calls: Literal[1, 2] = 1
 
 

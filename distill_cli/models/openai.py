@@ -89,7 +89,7 @@ def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> 
             fixed[f"output_blocks.{i}.2"] = f"up_blocks.{level}.upsamplers.0"
 
     def rename(name: str) -> str:
-        stem, kind = name.rsplit(".", 1)
+        stem, _, kind = name.rpartition(".")
         parts = stem.split(".")
         for cut in range(len(parts), 0, -1):
             module = fixed.get(".".join(parts[:cut]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.errors import DistillError, reason
+from distill_cli.errors import DistillError, printable, reason
 from distill_cli.files import unreadable
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         return
     if path.stat().st_size == 0:
-        again = "a full disk or an interrupted download leaves it so: delete it, and fetch it again"
-        raise DistillError(f"{path}: an empty file", again)
+        what, it = (f"a link to an empty file, {path.resolve()}", "both") if path.is_symlink() else ("an empty file", "it")
+        again = f"a full disk or an interrupted download leaves it so: delete {it}, and fetch it again"
+        raise DistillError(f"{path}: {what}", again)
     with open(path, "rb") as handle:
         if handle.read(len(POINTER)) == POINTER:
             raise DistillError(f"{path}: a pointer of git-lfs, not the file itself", "git lfs pull fetches it")
@@ -49,6 +51,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(out, dict):
         raise DistillError(f"{path}: not a JSON object")
     return out
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer's words are in a folder: transformers makes an empty one of a folder without them."""
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+
+
+def check_named(index: Mapping[str, Any], part: str, found: Any, where: Path) -> None:
+    """Raise DistillError where a pipeline's index names another class for a part than is `found` in its folder."""
+    entry = index.get(part)
+    named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if named is not None and named != found:
+        raise DistillError(f"{where}: {json.dumps(found)}, but model_index.json names {json.dumps(named)}", "is it of another model?")
 
 
 def variants(names: Iterable[str], stem: str) -> dict[str, list[str]]:
@@ -88,29 +103,48 @@ def _variant(folder: Path, stem: str) -> tuple[str, list[Path]]:
         found = f"only {pickled[0]}, which is not read: it may run code" if pickled else "no weights"
         found = f"{others[0]}, and no {stem}.safetensors" if others else found
         raise DistillError(f"{folder}: {found}", "get the .safetensors files, or save the model in diffusers with safe_serialization=True")
-    variant = best_variant(known)
-    index = next((folder / name for name in known[variant] if name.endswith(".json")), None)
-    if index is not None:
-        parts = read_json(index).get("weight_map")
-        if not isinstance(parts, dict) or not parts:
-            raise DistillError(f"{index}: names no files (weight_map)", "is the folder complete?")
-        files = [folder / str(name) for name in sorted(set(parts.values()))]
-        missing = next((file for file in files if not file.is_file()), None)
-        if missing:
-            raise DistillError(f"{missing}: missing, {index.name} names it", "is the folder complete?")
+    first: DistillError | None = None
+    while known:
+        variant = best_variant(known)
+        try:
+            files = _files(folder, known.pop(variant))
+        except DistillError as error:
+            first = first or error
+            continue
+        for file in files:
+            _refuse_integers(file)
+        if first:
+            print(printable(f"{first.message}: the {variant or 'plain'} weights are read"), file=sys.stderr)
+        return variant, files
+    assert first is not None
+    raise first
+
+
+def _files(folder: Path, names: Collection[str]) -> list[Path]:
+    """The files of a variant, a whole one before those that an index names; raises DistillError where they are not all there."""
+    whole = [folder / name for name in names if not name.endswith(".json") and not re.search(r"-\d+-of-\d+", name)]
+    index = next((folder / name for name in names if name.endswith(".json")), None)
+    if whole:
+        files = whole
+    elif index is None:
+        raise DistillError(f"{folder}: {min(names)} is a part, and the index of the parts is missing", "is the folder complete?")
     else:
-        files = [folder / name for name in known[variant] if not re.search(r"-\d+-of-\d+", name)]
-        if not files:
-            raise DistillError(f"{folder}: {known[variant][0]} is a part, and the index of the parts is missing", "is the folder complete?")
+        parts = read_json(index).get("weight_map")
+        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+            raise DistillError(f"{index}: names no files (weight_map)", "is the folder complete?")
+        files = [folder / name for name in sorted(set(parts.values()))]
     for file in files:
+        if not file.is_file():
+            raise DistillError(f"{file}: missing{f', {index.name} names it' if index and not whole else ''}", "is the folder complete?")
         check_file(file)
-        _refuse_integers(file)
-    return variant, files
+    return files
 
 
 def _refuse_integers(file: Path) -> None:
     """Raise DistillError where a tensor of weights is kept in whole numbers, whose scale stands elsewhere."""
     from safetensors import SafetensorError, safe_open
+
+    from distill_cli.tensors import quantized
 
     if file.suffix == ".safetensors":
         try:
@@ -120,9 +154,7 @@ def _refuse_integers(file: Path) -> None:
             raise DistillError(f"{file}: no readable network ({reason(error)})", "is the file complete?") from error
         odd = next((name for name, kind in sorted(kinds.items()) if "F" not in kind and not HARMLESS.search(name)), None)
         if odd:
-            raise DistillError(
-                f"{file}: {odd} is kept as {kinds[odd]}: quantized weights are not read", "get the weights in fp16 or float32"
-            )
+            raise quantized(file, odd, kinds[odd])
 
 
 def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
@@ -138,6 +170,8 @@ def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
     read_json(folder / "config.json")
     quiet()
     options: dict[str, Any] = {"variant": variant} if variant else {}
+    if not hasattr(kind, "load_config"):
+        options["ignore_mismatched_sizes"] = True  # `hold` names them, transformers prints a report
     try:
         network, found = _filled(kind, folder, files) or kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True, **options

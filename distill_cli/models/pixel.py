@@ -9,6 +9,7 @@ distill.json.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from distill_cli.models import schedulers
 from distill_cli.models.checks import check_pixels
 from distill_cli.models.hub import part_of
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text
-from distill_cli.models.parts import load_network, read_json, save_network
+from distill_cli.models.parts import check_named, load_network, read_json, save_network
 from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, numbers_of, table_of
 from distill_cli.models.unet import UNet
 
@@ -150,26 +151,41 @@ def card(model: Model) -> str:
     return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"
 
 
-def read_extra(folder: Path) -> Extra | None:
-    """What distill.json says; None where there is none."""
+def read_extra(folder: Path, schedule: NoiseSchedule, prediction: str) -> Extra | None:
+    """What distill.json says, held against the scheduler's schedule and prediction; None where there is none."""
     if not (folder / EXTRA).exists():
         return None
     try:
-        return Extra.model_validate(read_json(folder / EXTRA))
+        extra = Extra.model_validate(read_json(folder / EXTRA))
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise DistillError(f"{folder / EXTRA}: {key}: {problem['msg'].lower()}") from error
+    edm, count, times = isinstance(schedule, EDMSchedule), len(extra.classes), extra.few_step_times
+    falling = times is None or (bool(times) and all(here > there for here, there in pairwise([*times, -1 if not edm else 0])))
+    held = {
+        "parameterisation": edm or extra.parameterisation == prediction,
+        "time_input": edm == (extra.time_input != "t"),
+        "null_label": extra.null_label in (None, count) and (bool(count) or extra.null_label is None),
+        "learned": extra.learned is None or (bool(extra.learned) and set(extra.learned) <= set(range(count))),
+        "few_step_times": falling and (not times or times[0] <= schedule.t_max * (1 + 1e-6)),
+    }
+    wrong = next((key for key, fits in held.items() if not fits), None)
+    if wrong:
+        what = f"it does not fit {count} classes, and {prediction} with times to {schedule.t_max:g}"
+        raise DistillError(f"{folder / EXTRA}: {wrong} is {json.dumps(getattr(extra, wrong))}: {what}", "is it of another model?")
+    return extra
 
 
-def _schedule(folder: Path, pipeline: str) -> tuple[NoiseSchedule, Scales, str, tuple[str, ...]]:
+def _schedule(folder: Path, index: dict[str, Any]) -> tuple[NoiseSchedule, Scales, str, tuple[str, ...]]:
     """The schedule, its constants and the network's prediction, from scheduler_config.json, and what it does not say."""
     path = part_of(folder, "scheduler") / "scheduler_config.json"
     config = read_json(path)
-    kind = config.get("_class_name")
+    kind, pipeline = config.get("_class_name"), str(index.get("_class_name"))
     if (kind == CONSISTENCY_SCHEDULER) != (pipeline == EDM_PIPELINE) or kind not in (*PIXEL_SCHEDULERS, *EDM_SCHEDULERS):
         known = (CONSISTENCY_SCHEDULER,) if pipeline == EDM_PIPELINE else (*PIXEL_SCHEDULERS, "EDMEulerScheduler")
         raise DistillError(f"{path}: {kind or 'no scheduler class'} in a {pipeline}", f"a {pipeline} is read with {', '.join(known)}")
+    check_named(index, "scheduler", kind, path)
     if kind not in EDM_SCHEDULERS:
         schedule, prediction = table_of(config, str(path))
         return schedule, Scales(), prediction, schedulers.assumed(config, str(path))
@@ -195,7 +211,7 @@ def load(folder: Path, name: str) -> Model:
 
     index = read_json(folder / "model_index.json")
     pipeline = str(index.get("_class_name"))
-    schedule, scales, prediction, notes = _schedule(folder, pipeline)
+    schedule, scales, prediction, notes = _schedule(folder, index)
     network: Any = diffusers.UNet2DModel
     if index.get("unet") == [LIBRARIES["EDMUNet"], "EDMUNet"]:
         from distill_cli.models.edm import EDMUNet as network
@@ -206,10 +222,10 @@ def load(folder: Path, name: str) -> Model:
     unet = load_network(network, part_of(folder, "unet"))
     count = unet.config.num_class_embeds
     few = pipeline == EDM_PIPELINE
-    extra = read_extra(folder) or Extra(
+    extra = read_extra(folder, schedule, prediction) or Extra(
         parameterisation=prediction,
         time_input="250 ln sigma" if few else "ln sigma / 4" if prediction == "edm" else "t",
-        classes=[str(i) for i in range(count or 0)],
+        classes=[str(i) for i in range(count - (network is not diffusers.UNet2DModel) if count else 0)],  # EDMUNet: the null row is none
         sampling=Sampling(solver="few-step", steps=1) if few else Sampling() if prediction == "edm" else Sampling(solver="ddim", steps=50),
         few_step_times=[schedule.t_max] if few else None,
         lineage=Lineage(name=name, kind="student" if few else "teacher"),

@@ -79,6 +79,9 @@ def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = P
         known = "a table of betas is read" if "beta_schedule" in whole else "it has no table of betas"
         raise DistillError(f"{source}: {name} is not read: {known}", "models of DDPM's kind are read, not flow matching")
     prediction, spacing, trained = whole.get("prediction_type"), whole.get("timestep_spacing", "leading"), whole.get("trained_betas")
+    for key in ("prediction_type", "beta_schedule", "timestep_spacing"):
+        if not isinstance(whole.get(key), str | None):
+            raise DistillError(f"{source}: {key} is {json.dumps(whole[key])}, a word is expected")
     if prediction not in kinds:
         raise DistillError(f"{source}: prediction_type {prediction!r} is none of {', '.join(kinds)}")
     if spacing not in SPACINGS:
@@ -96,6 +99,8 @@ def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = P
         raise DistillError(f"{source}: betas from {given['beta_start']} to {given['beta_end']} are not between 0 and 1, or fall")
     if trained is not None and not (isinstance(trained, list) and trained and all(type(beta) in (int, float) for beta in trained)):
         raise DistillError(f"{source}: trained_betas are no list of numbers")
+    if trained is not None and len(trained) != given["num_train_timesteps"]:
+        raise DistillError(f"{source}: {len(trained)} trained_betas, and num_train_timesteps is {given['num_train_timesteps']}")
     given |= {"beta_schedule": whole.get("beta_schedule"), "trained_betas": trained}
     for key in ("rescale_betas_zero_snr", "set_alpha_to_one"):
         given[key] = whole.get(key, False)
@@ -111,7 +116,9 @@ def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = P
             f"{source}: its betas make no schedule: alpha^2 goes from {table[0]:.3g} to {table[-1]:.3g} over {len(table)} times"
         )
     if kinds[prediction] == "eps" and not table[-1] > 0:
-        raise DistillError(f"{source}: a network that predicts noise has nothing to say at zero terminal SNR", "is it one of v_prediction?")
+        raise DistillError(
+            f"{source}: an eps network cannot start at zero terminal SNR", "set prediction_type to v_prediction if it predicts v"
+        )
     return schedule, kinds[prediction]
 
 

@@ -6,6 +6,8 @@ with all its parts. The networks are filled tensor by tensor, in float32.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ COUNTS = (f"{AVERAGED}decay", f"{AVERAGED}num_updates")
 WORDS = {"eps": "epsilon", "v": "v_prediction"}
 ZERO = {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
 """What a schedule without signal at its end takes beside: a scheduler that can begin there."""
+KNOWN = re.compile(
+    r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|model_ema\.|"
+    r"(betas|alphas_cumprod\w*|sqrt_\w+|log_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr)$"
+)
+"""Tensors of the parts, and of what was trained with: its times, which the scheduler says again."""
 HARMLESS = ("position_ids", "text_projection", "logit_scale", "text_projection.weight")
 """Tensors beside a text encoder's own that it has no use for."""
 
@@ -80,12 +87,34 @@ def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str
         places: dict[str, Any] = averaged(file)
         return theirs.convert_ldm_unet_checkpoint(places, network.config)
     if part == "vae":
-        return theirs.convert_ldm_vae_checkpoint({name: file.read(name) for name in file.shapes if name.startswith(VAE)}, network.config)
+        given = {name: file.read(name) for name in file.shapes if name.startswith(VAE) and not name.startswith(f"{VAE}loss.")}
+        out = theirs.convert_ldm_vae_checkpoint(dict(given), network.config)
+        taken = {value.untyped_storage().data_ptr() for value in out.values()}
+        _refuse_left(file, (name for name, value in given.items() if value.untyped_storage().data_ptr() not in taken))
+        return out
     prefix = next(prefix for prefix in TEXTS if any(name.startswith(prefix) for name in file.shapes))
     names: dict[str, Any] = {name: name for name in file.shapes if name.startswith(prefix) and not name.endswith(HARMLESS)}
     if prefix == TEXTS[0]:
         return theirs.convert_ldm_clip_checkpoint(names)
     return theirs.convert_open_clip_checkpoint(network, {name: file.read(name) for name in names})
+
+
+def _refuse_left(file: Tensors, names: Iterable[str]) -> None:
+    left = sorted(names)
+    if left:
+        raise DistillError(f"{file.path}: {printable(left[0])} has no place in the network ({len(left)} in all)", "is it another model's?")
+
+
+def _held(file: Tensors, model: Model, folder: Path, zero: str) -> None:
+    """Raise DistillError where the table of times or the scale of latents in a file is another than in the configuration."""
+    assert model.latent is not None
+    table, scale = model.denoiser.schedule.alphas_cumprod.float(), torch.tensor(float(model.latent.vae.config["scaling_factor"]))  # type: ignore[attr-defined]
+    for name, part, value in (("alphas_cumprod", "scheduler", table), ("scale_factor", "vae", scale)):
+        if name not in file.shapes or (zero and part == "scheduler"):  # zero terminal SNR is said of a file with the table of before
+            continue
+        stored = file.read(name).reshape(-1)
+        if len(stored) != value.numel() or not torch.allclose(stored, value.reshape(-1), rtol=1e-2, atol=1e-3):
+            raise DistillError(f"{file.path}: its {name} is another than in {folder / part}", "is the configuration another model's?")
 
 
 def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
@@ -99,9 +128,7 @@ def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
     except (KeyError, IndexError, AttributeError, TypeError) as error:
         raise DistillError(f"{file.path}: its {part} is not the one of {folder} ({reason(error)})", "is it another model's?") from error
     if part == "unet":
-        left = sorted({*averaged(file).values()} - {*found.values()})
-        if left:
-            raise DistillError(f"{file.path}: {printable(left[0])} has no place in the network ({len(left)} in all), by {folder}")
+        _refuse_left(file, {*averaged(file).values()} - {*found.values()})
     expected = {plain(name): (name, value.shape) for name, value in network.state_dict().items() if not name.endswith("position_ids")}
     odd = sorted(expected.keys() ^ found.keys())
     if odd:
@@ -173,7 +200,11 @@ def load(path: Path, prediction: str | None = None) -> Model:
             notes.append(f"assumed: pictures of {768 if said == 'v' else 512} pixels")
         return network
 
+    beside = sorted(name for name in file.shapes if not KNOWN.match(name))
+    if beside:
+        notes.append(f"{len(beside)} tensors of no part left out, such as {printable(beside[0], 100)}")
     model = stable_diffusion.load(folder, path.stem, given, changes)
+    _held(file, model, folder, zero)
     if not own:
         notes.append(f"configuration and tokenizer of {HUB['sd21' if second else 'sd15'].id}")
         model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or HUB["sd21" if second else "sd15"].licence})
@@ -192,7 +223,6 @@ def convert_checkpoint(path: Path, folder: Path, prediction: str | None = None) 
         "pixels": model.pixels,
         "prediction": model.denoiser.parameterisation,
         "licence": model.lineage.licence,
-        "read": list(model.notes),
-        "assumed": [],
+        "assumed": [note.removeprefix(f"{path}: ") for note in model.notes],
         "weights_hash": model.weights_hash(),
     }

@@ -26,7 +26,7 @@ from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.checks import check_latents, check_vae
 from distill_cli.models.hub import PARTS as WEIGHTS
 from distill_cli.models.model import Lineage, Model, Sampling
-from distill_cli.models.parts import load_network, own_names, quiet, read_json, save_network
+from distill_cli.models.parts import check_named, load_network, own_names, quiet, read_json, save_network
 from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra
 from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
 from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_encoder, save_tokenizer
@@ -155,15 +155,19 @@ def load(
         if found != kind:
             raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
     path = folder / "scheduler" / "scheduler_config.json"
-    config = {**read_json(path), **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
+    stored = read_json(path)
+    config = {**stored, **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
     schedule, prediction = table_of(config, str(path), schedulers.LATENT_SCHEDULERS)
+    check_named(index, "scheduler", stored["_class_name"], path)
+    if index.get("tokenizer") != ["transformers", "CLIPTokenizerFast"]:
+        check_named(index, "tokenizer", "CLIPTokenizer", folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     made = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
     encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, when nothing else is read
     check_vae(vae, str(folder / "vae"))
     student = config["_class_name"] == "LCMScheduler"
     solver = "few-step" if student else SOLVER_OF.get(config["_class_name"], "ddim")
-    extra = (read_extra(folder) if given is None else None) or Extra(
+    extra = (read_extra(folder, schedule, prediction) if given is None else None) or Extra(
         parameterisation=prediction,
         time_input="t",
         sampling=Sampling(solver="few-step", steps=1) if student else Sampling(solver=solver, steps=50, guidance_scale=7.5),

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from distill_cli.config import TextConfig
 from distill_cli.errors import DistillError, UsageError, reason
-from distill_cli.models.parts import check_file, quiet
+from distill_cli.models.parts import check_file, has_vocabulary, quiet, read_json
 from distill_cli.tensors import write
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
+"""How versions of transformers call CLIP's tokenizer."""
 
 
 class PromptConditioner:
@@ -135,18 +137,32 @@ def byte_letters() -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder of a pipeline."""
+    """The tokenizer in a folder of a pipeline; raises DistillError where it lacks words or does not say how many tokens it makes."""
     from transformers import CLIPTokenizer
 
     if not folder.is_dir():
         raise DistillError(f"{folder}: no such folder", "is the model complete?")
     for file in folder.iterdir():
         check_file(file)
+    if not has_vocabulary(folder):
+        raise DistillError(f"{folder}: no vocabulary: tokenizer.json, or vocab.json and merges.txt", "is the folder complete?")
+    config = folder / "tokenizer_config.json"
+    kind = read_json(config).get("tokenizer_class") if config.exists() else None
+    if kind not in (None, *CLASSES):
+        raise DistillError(f"{config}: tokenizer_class is {json.dumps(kind)}, not {CLASSES[0]}", "CLIP's text encoders are read")
     quiet()
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a missing or broken file
         raise DistillError(f"{folder}: no readable tokenizer ({reason(error)})", "is the folder complete?") from error
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    lacking = [word for word in (tokenizer.bos_token, tokenizer.eos_token, *byte_letters()) if word not in words]
+    if lacking:
+        raise DistillError(f"{folder}: its vocabulary lacks {lacking[0]!r} ({len(lacking)} in all)", "is it CLIP's, and complete?")
+    length = tokenizer.model_max_length
+    if type(length) not in (int, float) or not length >= 2 or length % 1 != 0:
+        raise DistillError(f"{config}: model_max_length is {json.dumps(length)}, a whole number of 2 or more is expected")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

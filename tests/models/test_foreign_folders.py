@@ -176,7 +176,7 @@ FOLDERS = {
     "a bool": ("scheduler/scheduler_config.json", {"beta_end": True}, "beta_end is true"),
     "no bool": ("scheduler/scheduler_config.json", {"set_alpha_to_one": "no"}, 'set_alpha_to_one is "no"'),
     "growing": ("scheduler/scheduler_config.json", {"beta_start": -0.1}, "betas from -0.1"),
-    "betas that are no betas": ("scheduler/scheduler_config.json", {"trained_betas": [0.5, 2.0]}, "make no schedule"),
+    "betas that are no betas": ("scheduler/scheduler_config.json", {"num_train_timesteps": 2, "trained_betas": [0.5, 2.0]}, "no schedule"),
     "flow": ("scheduler/scheduler_config.json", {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
     "means": ("vae/config.json", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "latents_mean"),
     "moved": ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1"),
@@ -221,7 +221,7 @@ def test_a_word_that_the_encoder_does_not_know(whole, tmp_path):
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "m/tokenizer")
     tokenizer.add_tokens(["<my-cat>"])
     tokenizer.save_pretrained(tmp_path / "m/tokenizer")
-    refused(tmp_path / "m", "'<my-cat>' is one more")
+    refused(tmp_path / "m", "'<my-cat>' is word 605")
 
 
 @pytest.mark.parametrize(
