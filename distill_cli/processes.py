@@ -21,6 +21,9 @@ from distill_cli.errors import UsageError
 
 TOGETHER = "DISTILL_TOGETHER"
 """Names the folder in which processes that `start` has started leave that they have begun, and their exit codes."""
+SAID = "DISTILL_SAID"
+"""Holds what the process that started this one has said, a line each."""
+_HIDDEN: list[str] = []
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """What a scheduler sends, and a terminal that goes."""
 
@@ -74,13 +77,18 @@ OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 UNUSED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "accumulate=N does it"),
     "ACCELERATE_MIXED_PRECISION": ("no", "--precision does it"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "networks are not compiled"),
     "ACCELERATE_USE_CPU": ("false", "--device does it"),
     "ACCELERATE_TORCH_DEVICE": ("", "--device does it"),
 }
 """accelerate's variables that would change what is trained, their neutral values, and what there is instead."""
 FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """accelerate's ways to share a model, which both it and the engine ask for."""
+COMPILED = "ACCELERATE_DYNAMO_"
+"""How those of accelerate's variables begin that say how networks are compiled, which they are not."""
+TRUE, FALSE = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
+_OF_FSDP = ("OFFLOAD_PARAMS", "USE_ORIG_PARAMS", "SYNC_MODULE_STATES", "FORWARD_PREFETCH", "ACTIVATION_CHECKPOINTING")
+TRUTHS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", *(f"FSDP_{name}" for name in (*_OF_FSDP, "CPU_RAM_EFFICIENT_LOADING")))
+"""accelerate's variables that are true or false, and of which it takes nothing else."""
 UNKNOWN = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 """What accelerate can be asked to share in a way that is not known here."""
 
@@ -115,13 +123,18 @@ def settled() -> None:
 
 def own_arithmetic() -> None:
     """Take away those of accelerate's variables that would change what is trained, and say so; UsageError for what is not known here."""
-    for name in UNKNOWN:
-        if os.environ.get(name, "").lower() in ("true", "1", "yes"):
-            raise UsageError(f"{name}: not supported", "accelerate's FSDP (fsdp_version 2) shards weights, its DeepSpeed moments")
-    for name in FLAGS:
-        if os.environ.get(name, "").lower() not in ("", "true", "false"):
+    for name in (*UNKNOWN, *FLAGS, *TRUTHS):
+        if not os.environ.get(name, "x").strip():
+            del os.environ[name]
+        known = ("true", "false") if name in FLAGS else (*TRUE, *FALSE)
+        if os.environ.get(name, "true").lower() not in known:
             raise UsageError(f"{name}={os.environ[name]}: neither true nor false", f"unset {name}")
-    for name, (neutral, ours) in UNUSED.items():
+    for name in UNKNOWN:
+        if os.environ.get(name, "").lower() in TRUE:
+            raise UsageError(f"{name}: not supported", "accelerate's FSDP (fsdp_version 2) shards weights, its DeepSpeed moments")
+    compiled = [name for name in os.environ if name.startswith(COMPILED)]  # of which `accelerate launch` sets some itself
+    said = {name: ("no" if name.endswith("BACKEND") else os.environ[name].lower(), "networks are not compiled") for name in compiled}
+    for name, (neutral, ours) in (UNUSED | said).items():
         value = os.environ.pop(name, neutral)
         if value.lower() not in (neutral, "") and rank() == 0:
             print(f"{name}={value} is not used: {ours}", file=sys.stderr)
@@ -246,8 +259,10 @@ def first_to(what: str) -> bool:
 
 def say_hidden(option: str, name: str, what: str) -> None:
     """Where a file or folder here has the name of something built in, say which of them is meant, and how the other is named."""
-    if os.path.lexists(name) and rank() == 0:
-        print(f"{option} {name}: {what}; what lies here under that name is ./{name}", file=sys.stderr)
+    text = f"{option} {name}: {what}; what lies here under that name is ./{name}"
+    if os.path.lexists(name) and rank() == 0 and text not in os.environ.get(SAID, "").splitlines():
+        _HIDDEN.append(text)
+        print(text, file=sys.stderr)
 
 
 def begin() -> None:
@@ -288,7 +303,7 @@ def start(count: int, arguments: list[str]) -> int:
     options: dict[str, Any] = {"signals_to_handle": ",".join(heard)} if hasattr(LaunchConfig, "signals_to_handle") else {}
     signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
-        os.environ[TOGETHER] = folder
+        os.environ[TOGETHER], os.environ[SAID] = folder, "\n".join(_HIDDEN)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -323,4 +338,4 @@ def start(count: int, arguments: list[str]) -> int:
             print("hint: out of memory? The same command, or --resume, goes on from what is complete", file=sys.stderr)
             return 128 - code
         finally:
-            del os.environ[TOGETHER]
+            del os.environ[TOGETHER], os.environ[SAID]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from distill_cli.config import CONFIGS, Config
+from distill_cli.config.base import expanded, unexpanded
 from distill_cli.errors import UsageError, nearest
 from distill_cli.files import os_errors, write_atomic
 from distill_cli.processes import say_hidden
@@ -35,19 +36,33 @@ def find(name: str) -> Path:
     """The file of a recipe given by name or by path."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or "/" in name:
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             return path
-        raise UsageError(f"--recipe {name}: no such file", "distill recipes ls shows the built-in ones")
+        raise UsageError(f"--recipe {name}: no such file", "distill recipes ls shows the built-in ones; several processes need a file")
     if name not in names():
         raise UsageError(f"--recipe {name}: no recipe of that name", nearest(name, names()))
     say_hidden("recipe", name, "the built-in one")
     return folder() / f"{name}.yaml"
 
 
+_PIPED: dict[Path, bytes] = {}
+"""What came through pipes, which are read once."""
+
+
+def text_of(path: Path) -> str:
+    """The text of a recipe's file; raises UsageError for what is no text."""
+    with os_errors(path):
+        content = path.read_bytes() if path.is_file() else _PIPED.get(path) or _PIPED.setdefault(path, path.read_bytes())
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a text file: no UTF-8 at byte {error.start}", "save it as UTF-8") from error
+
+
 def describe(path: Path) -> str:
     """The comment that a recipe opens with: its command, cost and expected result."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in text_of(path).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# ").rstrip())
@@ -64,6 +79,15 @@ class _Loader(yaml.SafeLoader):
         letter: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) in ("bool", "null", "merge")]
         for letter, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError, MemoryError):
+            raise
+        except Exception as error:  # of what does not fit its tag: IndexError, KeyError, AttributeError, ...
+            what = repr(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            raise yaml.MarkedYAMLError(problem=f"{what} is no {node.tag.removeprefix(_TAG)}", problem_mark=node.start_mark) from error
 
 
 _FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
@@ -102,7 +126,9 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except RecursionError as error:
         raise UsageError(f"{source}: nested too deeply, or in itself") from error
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -111,12 +137,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 def read(path: Path) -> dict[str, Any]:
     """The keys of a recipe file, `command` among them."""
-    with os_errors(path):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: not a text file") from error
-    data = parse_yaml(text, str(path))
+    data = parse_yaml(text_of(path), str(path))
     if not isinstance(data, dict) or str(data.get("command")) not in CONFIGS:
         raise UsageError(f"{path}: no recipe", f"it needs a line `command: ...` with one of {', '.join(CONFIGS)}")
     return data
@@ -152,7 +173,10 @@ def _typed(config: type[BaseModel], key: str, text: str) -> Any:
     kinds = _kinds_of(config, key)
     listed = list in kinds and text.startswith("[")
     if listed or not kinds <= {str, Path, list, type(None)}:
-        return parse_yaml(text, key)
+        value = parse_yaml(text, key)
+        if value is None and text.strip() not in ("null", "~"):
+            raise UsageError(f"{key}: is empty (null means the default)")
+        return value
     return None if text == "null" and type(None) in kinds else text
 
 
@@ -165,16 +189,15 @@ def keys(config: type[BaseModel], prefix: str = "") -> list[str]:
     return out
 
 
-def _flatten(config: type[BaseModel], data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _flatten(config: type[BaseModel], data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values."""
     for name, value in data.items():
         field = config.model_fields.get(str(name))
         section = _section(field.annotation) if field else None
         if section and isinstance(value, Mapping):
-            out |= _flatten(section, value, f"{prefix}{name}.")
+            yield from _flatten(section, value, f"{prefix}{name}.")
         else:
-            out[f"{prefix}{name}"] = value
-    return out
+            yield f"{prefix}{name}", value
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +231,9 @@ def resolve(
         data = read(path)
         if data["command"] != command:
             raise UsageError(f"--recipe {recipe}: made for `distill {data['command']}`, not for `distill {command}`")
-        for key, value in _flatten(config, {k: v for k, v in data.items() if k != "command"}).items():
+        for key, value in _flatten(config, {k: v for k, v in data.items() if k != "command"}):
+            if key in values:
+                errors.append(f"{path}: key {key} is given twice")
             values[key], sources[key] = value, f"{path}: "
     given: set[str] = set()
     for text in overrides:
@@ -270,6 +295,11 @@ def _options(annotation: Any) -> str:
     return ""
 
 
+def _is_path(*parts: Any) -> bool:
+    """Whether a value of an annotation and its metadata is expanded as paths are."""
+    return any(getattr(part, "func", None) is expanded or _is_path(*typing.get_args(part)) for part in parts)
+
+
 def dump(config: Config, comments: bool = False) -> str:
     """A resolved recipe as YAML that runs again as it stands; with comments every key is explained."""
     command = next(name for name, known in CONFIGS.items() if known is type(config))
@@ -283,6 +313,8 @@ def dump(config: Config, comments: bool = False) -> str:
                 add(value, indent + "  ")
                 continue
             plain = model.model_dump(mode="json", include={name})[name]
+            if _is_path(field.annotation, *field.metadata):
+                plain = [*map(unexpanded, plain)] if isinstance(plain, list) else plain and unexpanded(plain)
             text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
             note = f"  # {_options(field.annotation)}{field.description}" if comments and field.description else ""
             lines.append(f"{indent}{name}: {text}{note}")
@@ -297,7 +329,7 @@ def copy(name: str, to: Path) -> Path:
     path = to / source.name if to.is_dir() else to
     if path.exists():
         raise UsageError(f"{path}: exists already", "choose another name")
-    write_atomic(path, source.read_bytes())
+    write_atomic(path, text_of(source))
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from distill_cli.errors import DistillError, UsageError, printable_lines
 from distill_cli.files import write_atomic
+from distill_cli.recipes import parse_yaml, text_of
 from distill_cli.runs import Run, parsed
 
 REPORT = "report.html"
@@ -160,14 +161,12 @@ def facts(run: Run, recipe: dict[str, Any], lines: list[dict[str, Any]], speed: 
 
 def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
     """The run's page as HTML, and whether the run has come to its last step; `refresh` seconds make a live page load itself again."""
-    import yaml
-
     if not run.recipe.is_file():
         raise UsageError(f"{run.folder}: no run: it has no recipe.yaml")
     try:
-        text = run.recipe.read_text(encoding="utf-8")
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # a date of no day, a number of too many digits
+        text = text_of(run.recipe)
+        loaded = parse_yaml(text, str(run.recipe))
+    except UsageError as error:
         raise DistillError(f"{run.recipe}: not readable as YAML") from error
     recipe = loaded if isinstance(loaded, dict) else {}
     lines, speed = read_lines(run.metrics), read_lines(run.speed)

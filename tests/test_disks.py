@@ -171,7 +171,7 @@ def test_prompts_that_may_not_be_read(tmp_path, monkeypatch):
 def test_pictures_and_classifiers_that_may_not_be_read(tmp_path, monkeypatch):
     import builtins
 
-    from distill_cli.data.images import open_picture
+    from distill_cli.data.opened import open_picture
     from distill_cli.models.classifier import Classifier, ClassifierInfo, load
 
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 
 
 def expand(param: typer.CallbackParam, value: Any) -> Any:
-    """Put `~` and $VAR into the paths of an argument that is no key of a recipe."""
+    """Put `~` and $VAR into the paths of an argument that is a Path or no key of a recipe."""
     if not value:
         return value
     from distill_cli.config.base import expanded
     from distill_cli.errors import UsageError
 
-    try:
-        return [expanded(path) for path in value] if isinstance(value, list | tuple) else expanded(value)
-    except ValueError as error:
-        raise UsageError(f"{param.opts[0] if param.param_type_name == 'option' else value}: {error}") from error
+    out = []
+    for given in value if isinstance(value, list | tuple) else [value]:
+        try:
+            out.append(type(given)(expanded(str(given))))
+        except ValueError as error:
+            raise UsageError(f"{param.opts[0] if param.param_type_name == 'option' else given}: {error}") from error
+    return out if isinstance(value, list | tuple) else out[0]
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other key of the recipe.")]
@@ -66,16 +69,21 @@ RESUMES = False
 """Whether the command goes on, started again, from what it has made until it was stopped."""
 
 
+def begin_job() -> None:
+    """From here on the same command, started again, goes on from what this one has made."""
+    global RESUMES
+    RESUMES = True
+
+
 def start_processes(count: int | None, prompts: str | None = None) -> None:
     """Where `count` processes are wanted and this is not one of them, start them, wait, and end this one with their exit code.
 
     `prompts` that come through a pipe are read here, for all of them.
     """
-    global RESUMES
     from distill_cli import locks, processes
     from distill_cli.errors import UsageError
 
-    RESUMES = True
+    begin_job()
     already = processes.world_size()
     if count is None or count == already:
         return

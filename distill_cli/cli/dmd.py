@@ -19,7 +19,9 @@ def dmd(
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
     teacher: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder, or a hub id.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="A folder of `distill pairs`, for the regression loss.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="A folder of `distill pairs`, for the regression loss.", callback=common.expand)
+    ] = None,
     prompts: common.Prompts = None,
     negative_prompt: common.Negative = None,
     out: common.Out = None,

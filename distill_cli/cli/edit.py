@@ -15,8 +15,8 @@ def edit(
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
     model: Annotated[str | None, typer.Option(help="A consistency student: a folder, a run, or a hub id.")] = None,
-    input: Annotated[Path | None, typer.Option(help="A picture, or a folder of them.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="inpaint: white where the picture is painted anew.")] = None,
+    input: Annotated[Path | None, typer.Option(help="A picture, or a folder of them.", callback=common.expand)] = None,
+    mask: Annotated[Path | None, typer.Option(help="inpaint: white where the picture is painted anew.", callback=common.expand)] = None,
     patch: Annotated[int | None, typer.Option(help="superres: pixels of the model on one of the input, each way.")] = None,
     times: Annotated[str | None, typer.Option(help="index:0,22 (points of the student's grid), sigma:80,1.4, or even.")] = None,
     classes: common.Classes = None,
@@ -41,7 +41,7 @@ def edit(
         common.dry_run(config, {"model": f"{config.model} is not there yet: --model"})
         return
     if not dry_run:
-        common.start_processes(None)
+        common.begin_job()
     from distill_cli.models import load
     from distill_cli.sample.editing import Task, run
 

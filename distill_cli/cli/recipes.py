@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import common
+from distill_cli.errors import printable_lines
 
 app = typer.Typer(help="Recipes: ls, show, cp, check.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(help="A recipe's name or file.", metavar="NAME|FILE", callback=common.expand)]
@@ -31,7 +32,7 @@ def show(name: Name) -> None:
     """Print a recipe."""
     from distill_cli import recipes
 
-    print(recipes.find(name).read_text(), end="")
+    print(printable_lines(recipes.text_of(recipes.find(name))), end="")
 
 
 @app.command("cp")

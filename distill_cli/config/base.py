@@ -22,38 +22,45 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:(\$|\w+)|\{([^}]*)\})", re.ASCII)
 
 
 def expanded(value: Any) -> Any:
-    """A path, or a name that may be one, with `~` and $VAR put in as a shell does; ValueError where nothing stands for them.
+    """A path, or a name that may be one, with `~` and $VAR put in as a shell does and $ for $$; ValueError where nothing stands for them.
 
-    An absolute path that is there stays as it is: a run's recipe holds such.
+    A path that is there stays as it is, and so does a Path, which has been expanded.
     """
-    if not isinstance(value, str | Path):
+    if not isinstance(value, str):
         return value
-    text = str(value)
+    text = value
     if not text:
         raise ValueError("is empty")
     if "\0" in text:
         raise ValueError("has a null character in it")
-    if not (os.path.isabs(text) and os.path.exists(text)):
+    if not os.path.exists(text):
         text = _VARIABLE.sub(_variable, text)
     out = os.path.expanduser(text)
-    if out.startswith("~"):
-        raise ValueError(f"{out.partition('/')[0]} is nobody's home; a name that begins so is ./{out}")
-    return type(value)(out)
+    if out.startswith("~") and not os.path.exists(out):
+        raise ValueError(f"{out.partition('/')[0]} is nobody's home: give the whole path of a name that begins so")
+    return out
+
+
+def unexpanded(value: str) -> str:
+    """Text of which `expanded` makes `value`."""
+    return (os.path.abspath(value) if value.startswith("~") else value).replace("$", "$$")
 
 
 def _variable(found: re.Match[str]) -> str:
-    """The value of $NAME or ${NAME}; $1 and the like stay."""
+    """The value of $NAME or ${NAME}, $ for $$; $1 and the like stay."""
     name = found[1] if found[2] is None else found[2]
+    if name == "$":
+        return "$"
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         if found[2] is None:
             return found[0]
         raise ValueError(f"{found[0]} is not the form $NAME or ${{NAME}}")
     if not os.environ.get(name):
-        raise ValueError(f"${name} is {'empty' if name in os.environ else 'not set'}")
+        raise ValueError(f"${name} is {'empty' if name in os.environ else 'not set'} ($$ is a dollar sign)")
     return os.environ[name]
 
 
@@ -75,6 +82,13 @@ def _classes(value: Any) -> Any:
 def _not_empty(value: list[int] | None) -> list[int] | None:
     if value is not None and not value:
         raise ValueError("no class given")
+    return value
+
+
+def _text(value: Any) -> Any:
+    """Text that is Unicode, as no byte of another code is."""
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("has a byte in it that is no UTF-8")
     return value
 
 
@@ -103,6 +117,8 @@ Place = Annotated[Path, BeforeValidator(expanded)]
 """A file or folder."""
 Name = Annotated[str, BeforeValidator(expanded)]
 """A name that may be a file or folder."""
+Text = Annotated[str, BeforeValidator(_text)]
+"""Words that a model or a parser reads."""
 Every = Annotated[int | str, BeforeValidator(_every)]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]

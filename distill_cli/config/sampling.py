@@ -15,6 +15,7 @@ from distill_cli.config.base import (
     Precision,
     Rate,
     Solver,
+    Text,
 )
 
 
@@ -25,7 +26,7 @@ class GenerateConfig(Config):
     prompts: Name | None = Field(
         None, description="of a model with text: a file of lines, JSON or a table, - for standard input, or a built-in set"
     )
-    negative_prompt: str = Field("", description="of a model with text: what guidance leads away from")
+    negative_prompt: Text = Field("", description="of a model with text: what guidance leads away from")
     resolution: Positive | None = Field(None, description="pixels of a latent model's pictures; default the model's own")
     classes: Classes = Field(None, description="labels in turn, such as 0-9 or 3,5; default all, balanced")
     solver: Solver | None = Field(None, description="default the model's own")
@@ -50,7 +51,7 @@ class SampleConfig(GenerateConfig):
     model: Name = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
     images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
     format: Literal["png", "npz"] = Field("png", description="a file an image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
-    times: str | None = Field(None, description="a student's: index:0,22 (points of its grid), sigma:80,1.4, even; default its own")
+    times: Text | None = Field(None, description="a student's: index:0,22 (points of its grid), sigma:80,1.4, even; default its own")
     search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="a student's best times for so many steps")
     classifier: Name = Field("digits", description="search_times: in whose features the Fréchet distance is measured")
     grid: bool = Field(False, description="also grid.png of the first 100 images")
@@ -84,7 +85,7 @@ class EvaluateConfig(Config):
     classifier: Name = Field("digits", description="whose features are measured: a built-in one, or a folder of `distill classifier`")
     prompts: Name | None = Field(None, description="of models with text, which are measured by clip alone: as for sample")
     images_per_prompt: Positive = Field(1, description="pictures of each prompt, one after another")
-    negative_prompt: str = Field("", description="of models with text: what guidance leads away from")
+    negative_prompt: Text = Field("", description="of models with text: what guidance leads away from")
     guidance_scale: Rate | None = Field(None, description="of teachers with text; default their own")
     clip: Name | None = Field(None, description="of models with text: a CLIP model, a folder or hub id, whose score is measured")
     num: Positive = Field(2000, description="images of each model")
@@ -123,7 +124,7 @@ class EditConfig(Config):
     input: Place | None = Field(None, description="a picture or a folder of them; interpolate takes none")
     mask: Place | None = Field(None, description="inpaint: a picture of the input's size, white where it is painted anew")
     patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: pixels of the model on a pixel of the input, each way")
-    times: str | None = Field(
+    times: Text | None = Field(
         None, description="as for sample; default every fourth of 40 points, sdedit from the 20th, interpolate its own"
     )
     classes: Classes = Field(None, description="labels of the pictures in turn; default none where the model can do without")

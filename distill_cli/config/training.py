@@ -18,6 +18,7 @@ from distill_cli.config.base import (
     Positive,
     Precision,
     Rate,
+    Text,
     Weight,
 )
 from distill_cli.config.networks import NetworkConfig, TextConfig, VAENetworkConfig
@@ -119,7 +120,7 @@ class DMDConfig(TrainingConfig):
     )
     classes: Classes = Field(None, description="labels that the student learns; default all")
     prompts: Name | None = Field(None, description="of a teacher with text: as for distill pairs; default those of the pairs")
-    negative_prompt: str | None = Field(None, description="of a teacher with text; default that of the pairs")
+    negative_prompt: Text | None = Field(None, description="of a teacher with text; default that of the pairs")
     match_pairs: bool = Field(False, description="matching loss on the paired batch too, as DMD's runs on LAION have it")
     lr: Rate = Field(5e-5, description="learning rate of the student")
     fake_lr: Rate | None = Field(None, description="learning rate of the fake score; default lr")
@@ -219,7 +220,7 @@ class CMConfig(TrainingConfig):
     q: Annotated[float, Field(gt=1)] = Field(2.0, description="ect: how much nearer a stage")
     k: Weight = Field(8.0, description="ect: r / t at small noise")
     b: Rate = Field(1.0, description="ect: where small noise ends")
-    times: str | None = Field(None, description="the student's own for several steps, as for distill sample; default ImageNet-64's two")
+    times: Text | None = Field(None, description="the student's own for several steps, as for distill sample; default ImageNet-64's two")
     label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that edits can do without a class")
     dropout: Fraction = Field(0.0, description="of training, the same in student and target")
     network: NetworkConfig = Field(NetworkConfig(), description="ct, ict without a teacher")

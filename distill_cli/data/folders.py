@@ -43,7 +43,7 @@ class Found:
         for kind, names in (("broken link(s)", self.broken), ("folder(s) without pictures", self.empty)):
             if names:
                 counts.append((f"{kind} ({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})", len(names)))
-        parts = ", ".join(f"{count} {kind.replace('(s)', 's' * (count > 1), 1)}" for kind, count in counts)
+        parts = ", ".join(f"{count} {kind.replace('(s)', 's' * (count > 1))}" for kind, count in counts)
         return f"; left out: {repr(parts)[1:-1]}" if parts else ""  # names may hold control characters
 
 
@@ -110,6 +110,8 @@ def _read_folder(folder: Path, root: Path, found: Found, read: frozenset[str], s
         elif not is_file:
             if entry.is_symlink():
                 found.broken.append(str(path.relative_to(root)))
+            else:
+                found.left_out["pipe(s) or device(s)"] += 1
         elif SHEETS.get(entry.name) in names:
             found.left_out[entry.name] += 1
         elif suffix in read:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distill_cli.config import BUILTIN_SETS
 from distill_cli.data.folders import SUFFIXES, pictures_below
-from distill_cli.data.listing import unread
+from distill_cli.data.opened import open_picture
 from distill_cli.data.pictures import from_uint8
 from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest, printable
-from distill_cli.processes import say_hidden
+from distill_cli.processes import rank, say_hidden
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -78,66 +78,6 @@ class Digits:
         return self.grey[list(positions)] * ink[:, :, None, None] * 2 - 1, self.labels[list(positions)]
 
 
-BITS, PHOTOMETRIC = 258, 262
-"""Tags of TIFF: bits a sample, and whether 0 is black (1) or white (0)."""
-DARK = 16
-"""Of 255: the largest value of 12 bits in 16."""
-
-
-class Picture(NamedTuple):
-    """A picture upright, as RGB, with an alpha channel laid on white."""
-
-    image: PIL.Image.Image
-    transparent: bool
-    """Whether it had an alpha channel that showed."""
-    dark: str
-    """What is to be said of one that fills a small part of its 16 bits; '' of others."""
-
-
-def open_picture(path: Path) -> Picture:
-    """Read a picture. Its depth is the format's: 8 bits a channel or fewer, 16 bits, or floats from 0 to 1; others are refused."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            deep = ";16" in str(opened.tile)  # as its data are packed: Pillow takes the upper 8 of colours' 16 bits
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16") or upright.mode in ("I", "F"):  # Pillow would cut off what is over 255
-                upright = _of_white(np.asarray(upright).astype(np.float64), opened)
-            picture = upright.convert("RGBA")
-    except DistillError:
-        raise
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise unread(path, error) from error
-    background = Image.new("RGBA", picture.size, "white")
-    colours: Any = picture.convert("RGB").getextrema() if deep else ()
-    dark = deep and max(most for _, most in colours) <= DARK
-    transparent = picture.getchannel("A").getextrema() != (255, 255)
-    said = f"{path}: 16 bits a channel, and no value over a sixteenth of white: read as they stand, so it is dark" if dark else ""
-    return Picture(Image.alpha_composite(background, picture).convert("RGB"), transparent, said)
-
-
-def _of_white(grey: np.ndarray, opened: PIL.Image.Image) -> PIL.Image.Image:
-    """Grey values (H, W) of more than 8 bits as a picture of 8; raises DistillError where nothing says which of them is white."""
-    from PIL import Image
-
-    tags = getattr(opened, "tag_v2", {})
-    bits = tags.get(BITS, (0,))[0]
-    white = 1 if opened.mode == "F" else 4095 if bits == 12 else 65535
-    if opened.mode == "I" and opened.format not in ("PNG", "PPM"):  # whose 16 bits Pillow gives in 32
-        raise _depth(opened, "signed integers of 16 bits" if bits == 16 else "integers of 32 bits")
-    if not (grey.min() >= 0 and grey.max() <= white):
-        raise _depth(opened, f"floats from {grey.min():.4g} to {grey.max():.4g}")
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero
-        grey = white - grey
-    return Image.fromarray((grey / (white / 255)).round().astype(np.uint8))
-
-
-def _depth(opened: PIL.Image.Image, what: str) -> DistillError:
-    path = getattr(opened, "filename", "")
-    return DistillError(f"{path}: {what}: nothing says which is white", "save it with 8 or 16 bits a channel, or as floats from 0 to 1")
-
-
 def cover(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
     """The picture scaled so that it covers height x width, cut in the centre; as it is where it fits."""
     from PIL import Image, ImageOps
@@ -172,6 +112,7 @@ class Folder:
             raise DistillError(f"--data {path}: {stray.name} is in no class", "move it into a subfolder, or have no subfolders")
         self.labels = [names.index(parts[0]) if names else 0 for parts in tops]
         self.root, self.digest = path, ""  # the digest is listing.prepare's
+        self.rows: list[list[Any]] = []  # and so are these, of pictures.jsonl
         self.shape = (3, resolution, resolution)
         self.resolution, self.flip = resolution, flip
         self.said = False
@@ -182,15 +123,16 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def _read(self, position: int) -> np.ndarray:
+    def _read(self, position: int) -> tuple[np.ndarray, str]:
         picture = open_picture(self.files[position])
-        if picture.dark and not self.said:
-            self.said = True
-            print(picture.dark, file=sys.stderr)
-        return np.asarray(cover(picture.image, self.resolution, self.resolution))
+        return np.asarray(cover(picture.image, self.resolution, self.resolution)), picture.dark
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        images = from_uint8(np.stack(list(self.readers.map(self._read, positions))))
+        read, dark = zip(*self.readers.map(self._read, positions), strict=True)
+        if any(dark) and not self.said and rank() == 0:
+            self.said = True
+            print(printable(next(filter(None, dark))), file=sys.stderr)
+        images = from_uint8(np.stack(read))
         if self.flip:
             mirrored = draws.uniform("augment") < 0.5
             images[mirrored] = images[mirrored].flip(-1)

@@ -13,64 +13,45 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import os_errors, read_plain, unreadable, write_atomic, write_atomic_lines
-from distill_cli.processes import mine, rank
+from distill_cli.data.opened import BrokenPicture, header, open_picture
+from distill_cli.errors import DistillError, UsageError, printable
+from distill_cli.files import os_errors, read_plain, write_atomic, write_atomic_lines
+from distill_cli.processes import mine, rank, usable_cpus
 
 if TYPE_CHECKING:
     from distill_cli.data.images import Folder
 
 LIST, BROKEN = "pictures.jsonl", "broken-pictures-{}.jsonl"
-READERS, AT_A_TIME = 32, 256
+READERS, AT_A_TIME = 32, 64
 """Threads that read headers, more than cores because files far away answer slowly; pictures that one of them takes at a time."""
+NAMED = 20
+"""So many broken pictures are named."""
 Row = list[Any]
 
 
-class BrokenPicture(DistillError):
-    """A file that is there and can be read, and is no picture."""
+def _trouble(files: Sequence[Path], look: Callable[[Path], Any], threads: int) -> tuple[list[DistillError], int]:
+    """Have `look` read every file, in parallel; returns what is wrong, in the order of the files, and how often it answered truly."""
 
-    def __init__(self, path: Path, error: BaseException) -> None:
-        super().__init__(f"{path}: not a readable image ({error})", "remove or replace the file")
-        self.path = path
+    def check(first: int) -> tuple[list[DistillError], int]:
+        wrong, count = [], 0
+        for path in files[first : first + AT_A_TIME]:
+            try:
+                count += bool(look(path))
+            except DistillError as error:
+                wrong.append(error)
+        return wrong, count
 
-
-def unread(path: Path, error: Exception) -> DistillError:
-    """What to raise where PIL could not open or decode `path`: what the system said, or BrokenPicture."""
-    if isinstance(error, MemoryError):
-        raise error
-    if isinstance(error, OSError) and error.errno is not None:
-        return unreadable(path, error)
-    return BrokenPicture(path, error)
-
-
-def _trouble(path: Path, whole: bool = False) -> DistillError | None:
-    """What is wrong with the header of a picture, or with the `whole` of it."""
-    from PIL import Image
-
+    pool = ThreadPoolExecutor(threads)
     try:
-        with Image.open(path) as opened:
-            if whole:
-                opened.load()
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-        return unread(path, error)
-    return None
-
-
-def read_headers(files: Sequence[Path]) -> list[DistillError]:
-    """Read the header of every picture, in parallel; returns what is wrong, in the order of the files."""
-
-    def check(first: int) -> list[DistillError]:
-        return [wrong for path in files[first : first + AT_A_TIME] if (wrong := _trouble(path))]
-
-    pool = ThreadPoolExecutor(READERS)
-    try:
-        return [error for part in pool.map(check, range(0, len(files), AT_A_TIME)) for error in part]
+        parts = list(pool.map(check, range(0, len(files), AT_A_TIME)))
+        return [error for wrong, _ in parts for error in wrong], sum(count for _, count in parts)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -82,16 +63,20 @@ def prepare(images: Folder, run: Path | None) -> list[str]:
     """
     share = [images.files[k] for k in mine(len(images.files))]
     with noting(run, images.root):
-        wrong = read_headers(share)
+        wrong, moving = _trouble(share, header, READERS)
         if wrong:
             broken = [error for error in wrong if isinstance(error, BrokenPicture)]
             if run is not None:
                 note(run, images.root, [error.path for error in broken])
+            for error in wrong[:NAMED] if len(wrong) > 1 else ():
+                print(printable(error.message), file=sys.stderr)
             first = (broken or wrong)[0]
             first.message += f"; {len(wrong) - 1} more of {len(share)} cannot be read" if len(wrong) > 1 else ""
             raise first
         lines = [f"headers of {len(images.files)} pictures read"]
-        rows = rows_of(images)
+        if moving:
+            lines.append(f"{moving} of {len(share)} pictures {'have' if moving > 1 else 'has'} several frames: the first is taken")
+        rows = images.rows = rows_of(images)
         kept = read(run) if run is not None else None
         if run is not None and kept is not None:
             lines += follow(images, rows, kept, found_broken(run))
@@ -120,7 +105,7 @@ def keep(images: Folder, run: Path) -> None:
     """Write the list of a run that has none."""
     if (run / LIST).exists():
         return
-    lines = [json.dumps(row) + "\n" for row in [images.classes, *rows_of(images)]]
+    lines = [json.dumps(row) + "\n" for row in [images.classes, *(images.rows or rows_of(images))]]
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     write_atomic_lines(run / LIST, [json.dumps({"pictures": len(lines) - 1, "sha256": digest}) + "\n", *lines])
 
@@ -168,15 +153,23 @@ def note(run: Path, root: Path, broken: Sequence[Path]) -> None:
 
 
 @contextmanager
-def noting(run: Path | None, root: Path | None) -> Iterator[None]:
-    """Have `run`, if any, remember a broken picture that ends the body, so that the advice to remove it is safe."""
+def noting(run: Path | None, root: Path | None, files: Sequence[Path] = ()) -> Iterator[None]:
+    """Have `run`, if any, remember a broken picture that ends the body, and all others of `files`, so that they may be removed."""
     try:
         yield
     except BrokenPicture as error:
         if run is not None and root is not None:
             try:
                 note(run, root, [error.path])
-                error.hint = f"remove or replace the file, then --resume {run}"
+                if files:
+                    print(f"{printable(error.path)} is broken: looking at all {len(files)} pictures", file=sys.stderr)
+                    wrong, _ = _trouble(sorted({*files}), open_picture, usable_cpus())
+                    broken = [other.path for other in wrong if isinstance(other, BrokenPicture)]
+                    note(run, root, broken)
+                    if len(broken) > 1:
+                        names = ", ".join(_name(path, root) for path in broken[:NAMED]) + ", ..." * (len(broken) > NAMED)
+                        error.message += f"; {len(broken)} pictures are broken: {names}"
+                error.hint = f"{error.hint}, then --resume {run}"
             except DistillError as unwritten:
                 error.hint = f"leave the file until --resume {run} has noted it: {unwritten.message}"
         raise
@@ -213,8 +206,7 @@ def follow(images: Folder, rows: list[Row], kept: tuple[list[str], list[Row]], b
             taken = str(instead.get(following[name], following[name]))
             lines.append(f"{name} was found broken and is gone: {taken} takes its place")
         elif name in broken:
-            if still := _trouble(root / taken, whole=True):
-                raise still
+            open_picture(root / taken)
             if [taken, *present[taken][1:3]] != [name, size, time]:
                 lines.append(f"{name} was found broken and has been replaced: {taken} is read as it is now")
         where.append((root / taken, label))

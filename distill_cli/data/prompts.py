@@ -24,7 +24,7 @@ from typing import IO, Any, overload
 
 from distill_cli import processes
 from distill_cli.config import PROMPT_SETS
-from distill_cli.data.reading import COPY, MARKS, PIECE, STDIN, Lines, begins_array, copied, elements, is_pipe, visible
+from distill_cli.data.reading import COPY, PIECE, STDIN, Lines, begins_array, begins_object, code_of, copied, elements, is_pipe, visible
 from distill_cli.data.shapes import HELD, TRAINED
 from distill_cli.errors import DistillError, UsageError, nearest, reason
 from distill_cli.files import os_errors
@@ -46,7 +46,10 @@ class Form:
     columns: tuple[str, ...] = ()
     """What the header says; where there is none, the first line is a prompt."""
     quoting: Any = csv.QUOTE_MINIMAL
-    strict: bool = False
+    blank: bool = False
+    """Whether blanks follow its delimiters."""
+    rows_are_lines: bool = False
+    """Whether no cell may go on in the next line."""
 
     @cached_property
     def fields(self) -> list[int]:
@@ -65,18 +68,22 @@ class PromptFile(Sequence[str]):
         self.name = "standard input" if str(path) in STDIN else str(path)
         self.unit = "line"
         self._open = self._opened()
-        forms, doubt = self._forms(self._head()), ""
+        self.doubt = ""
+        forms, first = self._forms(self._head()), None
         for k, form in enumerate(forms):
             try:
                 self._index(form)
                 break
             except DistillError as error:
+                first = first or error
                 if k == len(forms) - 1:
-                    raise
-                doubt = doubt or error.message.removeprefix(f"--prompts {self.name} ")
+                    raise first from error
+        if first and not self.doubt:
+            self.doubt = f"names a column, but it is no table ({first.message.removeprefix(f'--prompts {self.name} ')})"
+        self.as_they_stand = first is not None and form.quoting == csv.QUOTE_NONE
         if not self.starts:
             raise self._fault("no prompts in it" + self._left_out())
-        self.about = self._said(doubt)
+        self.about = self._said()
 
     def _opened(self) -> IO[bytes]:
         """The file, or a copy of what comes through a pipe: one that can be read at any place, again and again."""
@@ -97,10 +104,8 @@ class PromptFile(Sequence[str]):
     def _head(self) -> str:
         """The beginning of the file; raises DistillError for one that is no text."""
         head = os.pread(self._open.fileno(), PIECE, 0)
-        code = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
-        if code or max(head[k::2].count(0) for k in (0, 1)) > len(head) // 4 > 0:
-            code = code or "UTF-16"
-            raise self._fault(f"{code}, not UTF-8", f"iconv -f {code} -t UTF-8 makes a file that can be read")
+        if code := code_of(head):
+            raise self._fault(f"{code[:6]}, not UTF-8", f"iconv -f {code} -t UTF-8 makes a file that can be read")
         if b"\0" in head:
             raise self._fault("not a text file")
         return head.decode(errors="ignore").removeprefix("\ufeff")
@@ -112,15 +117,24 @@ class PromptFile(Sequence[str]):
         if first.startswith("[") and (suffix in JSON or begins_array(first)) and not self.own:
             self._unroll()
             return [Form("json")]
-        if self.own or suffix in JSON or re.match(r"\{\s*\"", first):
+        like = re.match(r"\{\s*\"", first) is not None
+        if self.own or suffix in JSON or (like and (len(first) >= PIECE // 2 or begins_object(first))):
             return [Form("json")]
+        self.doubt = "begins like JSON and is none" if like else ""
         default = TABLES.get(suffix, ",")
         forms = []
         for delimiter in default + DELIMITERS.replace(default, ""):
-            form = Form("table", delimiter, _header(head, delimiter), strict=suffix != ".csv")
-            prose = suffix not in TABLES and delimiter != "\t" and f"{delimiter} " in first  # as between the parts of a sentence
-            if form.fields and not prose and (len(form.columns) > 1 or delimiter == default):
-                forms += [form, replace(form, quoting=csv.QUOTE_NONE)][: 1 + (delimiter == "\t")]
+            form = Form("table", delimiter, _header(head, delimiter), blank=f"{delimiter} " in first)
+            if not form.fields or (len(form.columns) == 1 and delimiter != default):
+                continue
+            if suffix not in TABLES and form.blank and any(len(name.split()) > 2 for name in form.columns):  # parts of a sentence
+                self.doubt = "is taken for a prompt and not for the names of columns"
+                continue
+            as_they_stand = replace(form, quoting=csv.QUOTE_NONE)
+            if delimiter == "\t" and len(form.columns) > 1:  # few who write such tables quote cells
+                forms += [replace(form, rows_are_lines=True), as_they_stand, form]
+            else:
+                forms += [form, as_they_stand]
         forms.sort(key=lambda form: -len(form.columns))
         if suffix not in TABLES:
             return [*forms, Form("lines", columns=forms[0].columns if forms and len(forms[0].columns) == 1 else ())]
@@ -162,14 +176,17 @@ class PromptFile(Sequence[str]):
         form, lines = self.form, Lines(self._open, f"--prompts {self.name}", start, piece)
         rows: Iterator[Any] = lines
         if form.kind == "table":
-            rows = csv.reader(lines, delimiter=form.delimiter, quoting=form.quoting, strict=form.strict)
+            rows = csv.reader(lines, delimiter=form.delimiter, quoting=form.quoting, skipinitialspace=form.blank, strict=True)
         header = start == 0 and bool(form.columns)
         while True:
             start, number = lines.end, lines.number + 1
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                raise self._bad(number, f"no table ({error})") from error
+                what = "a quote that is not closed" if "unexpected end" in str(error) else str(error)
+                raise self._bad(number, f"no table ({what})") from error
+            if form.rows_are_lines and lines.number > number:
+                raise self._bad(number, "a cell that goes on in the next line")
             if row is None:
                 return
             if not row or (isinstance(row, str) and not row.strip()):
@@ -216,7 +233,7 @@ class PromptFile(Sequence[str]):
         what = f"{unit} without a visible letter" if self.form.kind == "lines" else f"empty {unit}"
         return f"; {self.left_out} {what} left out" if self.left_out else ""
 
-    def _said(self, doubt: str) -> str:
+    def _said(self) -> str:
         names = sorted(filter(None, self.used), key=lambda name: -self.used[name])
         what = "column" if self.form.kind == "table" else "field"
         where = f", {what} {names[0]}" if names else ""
@@ -225,9 +242,9 @@ class PromptFile(Sequence[str]):
         said = f"{len(self)} prompt{'s' * (len(self) > 1)}{where} of {self.name}{self._left_out()}"
         if self.form.kind == "lines" and self.form.columns:
             said += f"; its first line, {self.form.columns[0]}, is taken for a header"
-        elif self.form.kind == "lines" and doubt:
-            said += f"; its first line names a column, but it is no table ({doubt}): each line is taken for a prompt"
-        elif doubt:
+        elif self.form.kind == "lines" and self.doubt:
+            said += f"; its first line {self.doubt}: each line is taken for a prompt"
+        elif self.as_they_stand:
             said += "; quotes are taken as they stand"
         return said
 
@@ -257,7 +274,7 @@ def _is_unicode(text: str) -> bool:
 def _header(head: str, delimiter: str) -> tuple[str, ...]:
     """The first row of a table that begins so, or nothing where it is none."""
     try:
-        rows = csv.reader(re.split(r"(?<=\n)|(?<=\r)(?!\n)", head), delimiter=delimiter)
+        rows = csv.reader(re.split(r"(?<=\n)|(?<=\r)(?!\n)", head), delimiter=delimiter, skipinitialspace=True)
         return tuple(cell.strip() for cell in next((row for row in rows if row), []))
     except csv.Error:
         return ()

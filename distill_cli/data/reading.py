@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -25,6 +26,7 @@ INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".jo
 """Letters and marks that show nothing, as control and format characters and spaces do (UNSEEN, categories of Unicode)."""
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How files in other codes than UTF-8 begin, the longer marks first."""
+UNMARKED = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 COPY = "DISTILL_PROMPTS"
 """Names the prompts of a pipe and the file that holds them for the processes that this one starts."""
 
@@ -63,6 +65,20 @@ class Lines:
         return text.removeprefix("\ufeff")
 
 
+def code_of(head: bytes) -> str:
+    """The code of a text that begins so and is no UTF-8, as iconv calls it; '' where it is UTF-8, or no text."""
+    marked = [name for mark, name in MARKS.items() if head.startswith(mark)]
+    found = {}
+    for code in marked or (UNMARKED if b"\0" in head else ()):
+        try:
+            text = codecs.getincrementaldecoder(code)().decode(head)
+        except UnicodeDecodeError:
+            continue
+        if all(letter.isprintable() or letter.isspace() or letter == "\ufeff" for letter in text):
+            found[code] = sum(map(str.isascii, text))
+    return max(found, key=lambda code: found[code], default="") if marked or any(found.values()) else ""
+
+
 def visible(text: str) -> bool:
     """Whether a text has a letter or mark that shows."""
     first = text[:1]
@@ -81,6 +97,14 @@ def begins_array(text: str) -> bool:
     except ValueError:
         return rest == "]"
     return isinstance(element, str | dict | None) and re.match(r"\s*(,|\]?\s*$)", rest[end:]) is not None
+
+
+def begins_object(text: str) -> bool:
+    """Whether a text begins with a whole object of JSON."""
+    try:
+        return isinstance(json.JSONDecoder().raw_decode(text)[0], dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def elements(text: IO[str]) -> Iterator[Any]:

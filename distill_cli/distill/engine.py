@@ -292,7 +292,8 @@ class Engine:
 
     def train(self) -> Any:
         """Train to the last step, save the result and return it (on process 0 alone); a signal leaves a run that resumes."""
-        with noting(self.run.folder, getattr(getattr(self.objective, "images", None), "root", None)):
+        images = getattr(self.objective, "images", None)
+        with noting(self.run.folder, getattr(images, "root", None), getattr(images, "files", ())):
             return self._train()
 
     def _train(self) -> Any:

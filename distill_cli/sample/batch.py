@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import struct
 import zipfile
@@ -65,6 +66,14 @@ def _array(path: Path, stored: Any, name: str) -> np.ndarray:
         if "allow_pickle" not in str(error):
             raise
         raise DistillError(f"{path}: {name} holds Python objects", "np.savez(file, arr_0=images) of one array of numbers") from error
+    except MemoryError as error:
+        with stored.zip.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        if math.prod(shape) * dtype.itemsize > stored.zip.getinfo(f"{name}.npy").file_size:  # more than is there
+            raise EOFError from error
+        raise
     if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is no array
         raise DistillError(f"{path}: {name} is no array")
     return array

@@ -15,7 +15,8 @@ from distill_cli import launch
 from distill_cli.config import EditConfig
 from distill_cli.data.folders import EDITS as SETTINGS
 from distill_cli.data.folders import SHEET, SUFFIXES, pictures_below
-from distill_cli.data.images import fit, open_picture
+from distill_cli.data.images import fit
+from distill_cli.data.opened import header, open_picture
 from distill_cli.data.pictures import finished, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
@@ -70,6 +71,8 @@ class Pictures:
         picture, transparent, dark = open_picture(file)
         if dark:
             self._say("depth", dark)
+        if header(file):
+            self._say("frames", f"{file}: several frames, of which the first is taken")
         if transparent:
             self._say("alpha", f"{file}: its alpha channel is laid on white")
         height, width = self.height // patch, self.width // patch

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from distill_cli.data.folders import pictures_below
-from distill_cli.data.images import Folder, open_picture
+from distill_cli.data.images import Folder
+from distill_cli.data.opened import open_picture
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
 

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from distill_cli.data import open_images
-from distill_cli.data.images import hue_to_rgb, open_picture
+from distill_cli.data.images import hue_to_rgb
+from distill_cli.data.opened import open_picture
 from distill_cli.data.pictures import grid, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError

@@ -41,7 +41,7 @@ def test_tables(tmp_path, name, content, said):
 @pytest.mark.parametrize(
     ("name", "content", "prompts", "said"),
     [
-        ("p.txt", "text, bold, on a wall\na photo, red, blue\n", ["text, bold, on a wall", "a photo, red, blue"], ""),
+        ("p.txt", "text, bold, on a wall\na photo, red, blue\n", ["text, bold, on a wall", "a photo, red, blue"], "taken for a prompt"),
         ("p.txt", "a cat\tat home\nmy prompt\tyours\n", ["a cat\tat home", "my prompt\tyours"], ""),
         ("p.txt", "prompt\na cat, at home\n", ["a cat, at home"], "; its first line, prompt, is taken for a header"),
         ("p.txt", "id,prompt\n1,a\n2,b,c\n", ["id,prompt", "1,a", "2,b,c"], "its first line names a column, but it is no table (line 3: "),
