@@ -74,6 +74,15 @@ def unreadable(path: Path, error: OSError) -> DistillError:
 
 
 @contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """As os_errors, of a file that is read: what the system says of it, and no advice on where to write."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error) from error
+
+
+@contextmanager
 def open_plain(path: Path) -> Iterator[io.BufferedReader]:
     """A file to read. Raises FileNotFoundError, and DistillError where the system refuses it or it is a symbolic link."""
     try:

@@ -96,7 +96,7 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Hears signals while its body runs; inside another such body it is that one's."""
+    """Listen for signals while the body runs. A nested call shares the outer Stop."""
     outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     if isinstance(outer, Stop):
         yield outer

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from distill_cli.errors import DistillError
 from distill_cli.files import TEMPORARY, lives, os_errors
+from distill_cli.messages import tell
 
 NAME = f"{TEMPORARY}lock"
 """The lock of a run's folder: a name that counts for nothing there."""
@@ -80,7 +82,8 @@ class Lock:
                 pass
             with suppress(FileNotFoundError):  # it is given back just now
                 data, seen = _content(self.lease), self.lease.stat()
-                dead = data.get("host") == socket.gethostname() and not lives(str(data.get("process")))
+                here = data.get("host") == socket.gethostname()  # its own number is that of an earlier container's process
+                dead = here and (data.get("process") == os.getpid() or not lives(str(data.get("process"))))
                 if not dead and _now(self.lease) - seen.st_mtime < STALE:
                     return self._holder(self.lease)
                 gone = self.lease.with_name(f"{self.lease.name}-{socket.gethostname()[:64]}+{os.getpid()}")
@@ -95,6 +98,11 @@ class Lock:
 
     def _renew(self, done: threading.Event) -> None:
         while not done.wait(RENEWED):
+            found = _content(self.lease)
+            if found and found != json.loads(self.text):  # this process was asleep for longer than a lease lasts
+                tell(f"{self.lease.parent} is being trained by {self._holder(self.lease)} by now: stopping")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             with suppress(OSError):
                 os.utime(self.lease)
 

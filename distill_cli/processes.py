@@ -257,6 +257,12 @@ def first_to(what: str) -> bool:
     return True
 
 
+def said_by_any(what: str) -> bool:
+    """Whether one of the processes that run together on this machine has said `what`."""
+    folder = _claims()
+    return folder is not None and (folder / f"distill-{what}").exists()
+
+
 def say_hidden(option: str, name: str, what: str) -> None:
     """Where a file or folder here has the name of something built in, say which of them is meant, and how the other is named."""
     text = f"{option} {name}: {what}; what lies here under that name is ./{name}"
@@ -280,10 +286,14 @@ def begin() -> None:
 def leave(code: int) -> None:
     """Tell the process that started this one how it ends."""
     if TOGETHER in os.environ:
-        place = Path(os.environ[TOGETHER], f"code-{rank()}")
         with suppress(OSError):
-            place.with_name(f"half-{rank()}").write_text(str(code))
-            place.with_name(f"half-{rank()}").rename(place)
+            Path(os.environ[TOGETHER], f"code-{rank()}-{code}").touch()  # a name, since a full disk takes no bytes
+
+
+def _codes(folder: str) -> dict[int, int]:
+    """The exit codes that processes have left in their common folder, by their numbers."""
+    names = (path.name.split("-") for path in Path(folder).glob("code-*-*"))
+    return {int(number): int(code) for _, number, code in names}
 
 
 def start(count: int, arguments: list[str]) -> int:
@@ -319,16 +329,19 @@ def start(count: int, arguments: list[str]) -> int:
             elastic_launch(config, sys.executable)("-m", "distill_cli", *arguments)
             return 0
         except SignalException as stopped:
-            codes = [int(path.read_text()) for path in Path(folder).glob("code-*")]
+            codes = _codes(folder)
             begun = len(list(Path(folder).glob("begun-*")))  # the others have nothing to lose
             if len(codes) < begun and stopped.sigval != signal.SIGINT:
                 print(f"error: {begun - len(codes)} of {count} processes were ended before they could stop in order", file=sys.stderr)
                 return 128 + signal.SIGTERM
-            return max(codes, default=130 if stopped.sigval == signal.SIGINT else 0)
+            if not said_by_any("stop") and stopped.sigval != signal.SIGINT:  # it came before the first step
+                print(f"stopped by {signal.Signals(stopped.sigval).name}", file=sys.stderr)
+                print("hint: the same command, or --resume, goes on from what is complete", file=sys.stderr)
+            return max(codes.values(), default=130 if stopped.sigval == signal.SIGINT else 0)
         except ChildFailedError as failed:
-            told = Path(folder, "distill-error")  # by which process
-            if told.exists() and Path(folder, f"code-{told.read_text()}").exists():
-                return int(Path(folder, f"code-{told.read_text()}").read_text())
+            codes, told = _codes(folder), Path(folder, "distill-error")  # by which process
+            if told.exists() and (said := told.read_text()).isdecimal() and int(said) in codes:
+                return codes[int(said)]
             ends = {number: failure.exitcode for number, failure in failed.failures.items()}
             ends = {number: code for number, code in ends.items() if code != -signal.SIGTERM} or ends  # which stopped the others
             number, code = min(ends.items(), key=lambda end: (end[1] > 0, -end[1]))  # killed, else the highest: 1 may have lost another

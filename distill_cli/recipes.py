@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from distill_cli.config import CONFIGS, Config
 from distill_cli.config.base import expanded, unexpanded
 from distill_cli.errors import UsageError, nearest
-from distill_cli.files import os_errors, write_atomic
+from distill_cli.files import reading, write_atomic
 from distill_cli.processes import say_hidden
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -51,7 +51,7 @@ _PIPED: dict[Path, bytes] = {}
 
 def text_of(path: Path) -> str:
     """The text of a recipe's file; raises UsageError for what is no text."""
-    with os_errors(path):
+    with reading(path):
         content = path.read_bytes() if path.is_file() else _PIPED.get(path) or _PIPED.setdefault(path, path.read_bytes())
     try:
         return content.decode()

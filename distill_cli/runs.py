@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import is_empty, os_errors, read_plain, remove_temporaries, sealed, sync, unsealed, write_atomic
+from distill_cli.files import TEMPORARY, is_empty, os_errors, read_plain, reading, remove_temporaries, sealed, sync, unsealed, write_atomic
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "lpips", "timm", "safetensors", "numpy", "pydantic", "typer")
 
@@ -52,24 +52,28 @@ ALWAYS: dict[str, Any] = {
 """What folders from before there was text mean by saying nothing."""
 
 
-def settle(path: Path, settings: dict[str, Any], what: str) -> None:
+def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> None:
     """Begin a job's folder by writing its settings to `path`, or continue it where they are the same.
 
-    Raises UsageError where the folder holds something else, with the differences named.
+    `ours` is a pattern of the names of files that say themselves which settings they belong to: a folder that holds only such files
+    may lack its settings. Raises UsageError where the folder holds something else, with the differences named.
     """
     folder = path.parent
     if path.exists():
         try:
             old = unsealed(read_plain(path))
         except ValueError as error:
-            raise DistillError(f"{path}: corrupt: {error}", f"choose another folder, or delete {folder}") from error
+            again = "delete it and run the same command: what is complete is kept" if ours else "choose another folder"
+            raise DistillError(f"{path}: corrupt: {error}", again) from error
         settings = ALWAYS | json.loads(json.dumps(settings))
         old = ALWAYS | old
         other = [f"{key} is {old.get(key)}, not {settings.get(key)}" for key in {**settings, **old} if old.get(key) != settings.get(key)]
         if other:
             raise UsageError(f"--out {folder}: made with other settings: {'; '.join(other)}", "choose another folder, or the same settings")
         return
-    if not is_empty(folder) and not path.exists():  # another process may have begun it since
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    kept = bool(ours) and all(re.fullmatch(ours, name) or name.startswith(TEMPORARY) for name in names)
+    if not is_empty(folder) and not kept and not path.exists():  # another process may have begun it since
         raise UsageError(f"--out {folder}: not empty and no folder of {what}", "choose another folder")
     write_atomic(path, sealed(settings, indent=2))
 
@@ -149,14 +153,16 @@ class Run:
         self._clock = (time.time(), step)
         if not self.metrics.exists():
             return
-        with os_errors(self.metrics):
-            *lines, _ = self.metrics.read_bytes().split(b"\n")  # the last one is empty, or torn
+        with reading(self.metrics):
+            *lines, last = self.metrics.read_bytes().split(b"\n")
+        if parsed(last) is not None:  # else it is empty, or torn
+            lines.append(last)
         found = [(text, line.get("step")) for text in lines if (line := parsed(text)) is not None]
         if len(found) < len(lines):
             print(f"{self.metrics}: {len(lines) - len(found)} damaged lines are left out", file=sys.stderr)
         past = [isinstance(at, int | float) and at > step for _, at in found]
         write_atomic(self.metrics, b"".join(text + b"\n" for (text, _), late in zip(found, past, strict=True) if not late))
 
-    def settled(self) -> None:
+    def sync_metrics(self) -> None:
         """Have the metrics outlive a power cut, before a checkpoint that does."""
         sync(self.metrics)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +110,7 @@ class Verified:
         if self.files.get(key) != state and not self.current:
             self.current = True
             self._read()
-        return state is not None and self.files.get(key) == state
+        return state is not None and self.files.get(key) == state and os.access(path, os.R_OK)
 
     def verify(self, checks: Iterable[Check], anew: bool = False, all_of_them: bool = False) -> list[DistillError]:
         """Run the checks of files that are not known, in threads, and remember what is right; returns the first error, or all."""
@@ -167,7 +169,8 @@ class Verified:
                 continue
             for other in place.glob("verified-*.json") if alone else ():
                 if other.name != self.name:
-                    other.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        other.unlink()
             return
 
 

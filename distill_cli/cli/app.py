@@ -156,12 +156,15 @@ def _lost_another(error: Exception) -> bool:
 
 
 def _preempted(number: int, frame: FrameType | None) -> None:
-    """Before the first step, and while results are written, end at once: what is complete is there, and a job goes on from it."""
+    """End at once with 0: complete files are kept, and the same command or --resume continues.
+
+    Of processes that another one has started that one says so: it knows whether the signal was sent to it, or one of them has failed.
+    """
     if not common.RESUMES:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    if processes.first_to("stop"):
+    if processes.TOGETHER not in os.environ and not processes.said_by_any("error") and processes.first_to("stop"):
         messages.tell(f"stopped by {signal.Signals(number).name}\nhint: the same command, or --resume, goes on from what is complete")
     processes.leave(0)
     locks.release()

@@ -51,7 +51,9 @@ def cm(
     sketch = common.sketched(config.teacher, dry_run)[0] if config.teacher else None
     model = sketch or (load(config.teacher) if config.teacher else None)
     if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
-        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})  # of when all counted 40 points
+        config = config.model_copy(
+            update={"times": spelled(parse(config.times, EDMSchedule(), 2))}
+        )  # runs saved before students had their own grid
     config, said = without_null(config, model, resume is None and "label_dropout" in config.model_fields_set)
     if said:
         common.say(said)

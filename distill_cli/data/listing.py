@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_cli.data.opened import BrokenPicture, header, open_picture
 from distill_cli.errors import DistillError, UsageError, printable
-from distill_cli.files import os_errors, read_plain, write_atomic, write_atomic_lines
+from distill_cli.files import os_errors, read_plain, reading, write_atomic, write_atomic_lines
 from distill_cli.processes import mine, rank, usable_cpus
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _name(file: Path, root: Path) -> str:
 def rows_of(images: Folder) -> list[Row]:
     """Name, bytes, time and label of every picture."""
     rows = []
-    with os_errors(images.root):
+    with reading(images.root):
         for file, label in zip(images.files, images.labels, strict=True):
             found = os.stat(file)
             rows.append([_name(file, images.root), found.st_size, int(found.st_mtime), label])
@@ -111,15 +111,12 @@ def keep(images: Folder, run: Path) -> None:
 
 
 def read(run: Path) -> tuple[list[str], list[Row]] | None:
-    """The classes and the list of a run; None for one of before there were lists."""
+    """The classes and the list of a run; None for a run that began before such lists were written."""
     path = run / LIST
     try:
-        with os_errors(path):
-            head, _, rest = read_plain(path).partition(b"\n")
-    except DistillError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
+        head, _, rest = read_plain(path).partition(b"\n")
+    except FileNotFoundError:
+        return None
     try:
         if hashlib.sha256(rest).hexdigest() != json.loads(head)["sha256"]:
             raise ValueError
@@ -134,7 +131,7 @@ def found_broken(run: Path) -> set[str]:
     found: set[str] = set()
     for path in run.glob(BROKEN.format("*")):
         try:
-            with os_errors(path):
+            with reading(path):
                 found |= {json.loads(line) for line in path.read_bytes().splitlines()}
         except (ValueError, TypeError) as error:
             raise DistillError(f"{path}: corrupt", "a line each, the name of a picture in JSON") from error

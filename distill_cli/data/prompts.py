@@ -27,7 +27,7 @@ from distill_cli.config import PROMPT_SETS
 from distill_cli.data.reading import COPY, PIECE, STDIN, Lines, begins_array, begins_object, code_of, copied, elements, is_pipe, visible
 from distill_cli.data.shapes import HELD, TRAINED
 from distill_cli.errors import DistillError, UsageError, nearest, reason
-from distill_cli.files import os_errors
+from distill_cli.files import reading
 from distill_cli.processes import say_hidden
 
 FIELDS = ("prompt", "text", "caption")
@@ -148,7 +148,7 @@ class PromptFile(Sequence[str]):
         self.unit = "element"
         out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._open.seek(0)
-        with os_errors(self.path):
+        with reading(self.path):
             try:
                 for element in elements(io.TextIOWrapper(self._open, "utf-8-sig")):
                     out.write(json.dumps(element).encode() + b"\n")

@@ -24,7 +24,8 @@ STATE = "state.json"
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, in order."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []  # glob would leave out a folder that may not be read
-    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal())
+    numbers = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()]
+    return sorted(number for number in numbers if path_of(folder, number).name in names)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -99,7 +100,12 @@ def load(
     Before anything is filled, every file is verified, and `check` may refuse the state.
     """
     path = path_of(folder, step)
-    older = f"delete {path} to resume from an older checkpoint"
+    if not path.is_dir():
+        what = "a link that leads nowhere" if path.is_symlink() else "no folder" if path.exists() else "no such folder"
+        raise DistillError(f"{path}: {what}", "a checkpoint is a folder: put it back, or move that away")
+    others = [number for number in steps(folder) if number < step]
+    instead = f"resume from step {others[-1]}" if others else "begin anew: there is no older checkpoint"
+    older = f"delete {path} to {instead}"
     try:
         stored = unsealed(read_plain(path / STATE))
         sums, state = dict(stored["sha256"]), dict(stored["state"])
@@ -107,7 +113,7 @@ def load(
             if sha256_plain(path / name) != sums.get(name):
                 raise DistillError(f"{path / name}: corrupt: its checksum does not match", older)
     except FileNotFoundError as error:
-        raise DistillError(f"{error.filename}: missing", f"put it back, or move {path} away to resume from an older one") from error
+        raise DistillError(f"{error.filename}: missing", f"put it back, or move {path} away to {instead}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DistillError(f"{path / STATE}: corrupt", older) from error
     if check is not None:

@@ -229,7 +229,7 @@ class Engine:
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
         if self.saved != self.step:
-            self.run.settled()
+            self.run.sync_metrics()
             scaler = self.accelerator.scaler
             state = {
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
@@ -248,6 +248,8 @@ class Engine:
         self.run, self.begun = run, identity.begun(self.config, self.objective)
         identity.refuse(self.config, self.begun, identity.read(run.folder))
         newest = identity.newest(run.checkpoints, self.talk)
+        if newest is None and rank() == 0 and run.metrics.is_file() and run.metrics.stat().st_size:
+            print(f"{run.folder}: no checkpoint: begins at step 0", file=sys.stderr)
         if newest is not None:
             if newest > self.config.steps:
                 raise UsageError(f"--steps {self.config.steps}: the run is at step {newest} already")

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from distill_cli.config import TrainingConfig
 from distill_cli.distill import checkpoint
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.files import os_errors, read_plain, sealed, unsealed, write_atomic
+from distill_cli.files import read_plain, sealed, unsealed, write_atomic
 
 BEGUN = "begun.json"
 BACK = "put that back, or begin anew"
@@ -24,6 +24,13 @@ DIGITS = 64
 """Of a SHA-256 in hexadecimal."""
 SEEN_AFTER = 60.0
 """Seconds after which every machine sees what another has written to a file system that they share."""
+FREE = {
+    "out", "device", "steps", "lr", "fake_lr", "lr_schedule", "lr_end", "betas", "weight_decay", "warmup_steps", "clip_norm", "precision",
+    "batch_size", "accumulate", "ema_halflife", "fake_steps", "matching_weight", "regression_weight", "guidance_calls", "on_nan", "tracker",
+    "log_every", "sample_every", "save_every", "keep", "keep_best",
+    "teacher", "data", "pairs", "prompts", "vae", "decoder", "lpips_weights", "guidance_scale", "optimizer", "times",
+}  # fmt: skip
+"""Keys of a recipe that may be another one when a run is taken up: how it is trained and logged, and what is held by its content."""
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers of so many bytes."""
 
@@ -39,6 +46,8 @@ def begun(config: TrainingConfig, objective: Any) -> dict[str, Any]:
         "images or pairs": getattr(getattr(objective, "order", None), "count", None),
         "guidance scale": getattr(getattr(objective, "sampling", None), "guidance_scale", None),
         "classes": None if images is None else list(images.classes),
+        "shape of the images": None if images is None else list(images.shape),
+        "recipe": config.model_dump(mode="json", exclude=FREE),
         **getattr(objective, "identity", {}),
     }
 
@@ -53,10 +62,13 @@ def digest(network: nn.Module) -> str:
 
 
 def refuse(config: TrainingConfig, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """Raise UsageError where a run is taken up with something else; what `then` does not say, as in runs of before, is free."""
+    """Raise UsageError where a run is taken up with something else. A key that `then` lacks (runs of older versions) is not compared."""
     for what, value in now.items():
         old = then.get(what, value)
         if old == value:
+            continue
+        if isinstance(value, dict) and isinstance(old, dict):
+            refuse(config, value, old)
             continue
         if isinstance(value, list) and isinstance(old, list):
             new, gone = ([name for name in one if name not in other] for one, other in ((value, old), (old, value)))
@@ -69,13 +81,12 @@ def refuse(config: TrainingConfig, now: Mapping[str, Any], then: Mapping[str, An
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What a run's folder says that it has begun with; nothing where it is of before."""
+    """Read begun.json; {} for a run of an older version."""
     path = folder / BEGUN
-    if not path.exists():
-        return {}
     try:
-        with os_errors(path):
-            return unsealed(read_plain(path))
+        return unsealed(read_plain(path))
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
         raise DistillError(f"{path}: corrupt", "delete it, and the run is taken up with what is there now") from error
 
@@ -146,7 +157,7 @@ def take_up(
         first_error(None, talk)
 
     try:
-        if not path.is_dir():
+        if talk is not None and not path.is_dir():
             shared = "the run's folder has to be on a file system that all machines share"
             raise DistillError(f"{path}: process 0 sees it, and another does not", shared)
         return checkpoint.load(folder, step, networks, optimizers, checked)

@@ -21,12 +21,12 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What a method is to the engine."""
+    """The interface a training method implements."""
 
     networks: dict[str, nn.Module]
     """Trained networks; the first one's average is the result. The engine puts wrapped ones in their place."""
     frozen: list[nn.Module]
-    """Networks that only answer."""
+    """Frozen networks: moved to the device, never trained or saved."""
     kept: dict[str, nn.Module]
     """Networks that the objective changes itself: they go into checkpoints."""
     rates: dict[str, float]

@@ -57,5 +57,5 @@ def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str,
         raise
     except Exception as error:  # diffusers, transformers, safetensors and json raise many kinds
         said = error.message if isinstance(error, DistillError) else reason(error)
-        hint = error.hint if isinstance(error, DistillError) and error.hint else "mend that"
+        hint = error.hint if isinstance(error, DistillError) and error.hint else "fix this"
         raise DistillError(f"{place}: could not be saved and read again ({said})", f"{hint}; then --resume {place.parent}") from error

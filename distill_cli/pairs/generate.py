@@ -14,7 +14,7 @@ from distill_cli.files import remove_temporaries
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import Model, network_evaluations
-from distill_cli.pairs.store import MANIFEST, Manifest, checks, keep_prompts, shard_path, write_shard
+from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_prompts, shard_path, write_shard
 from distill_cli.runs import settle
 
 COUNTED = 100_000
@@ -75,7 +75,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     how many share the work. ^C, SIGTERM and SIGUSR1 stop between batches; finished shards stay.
     """
     manifest = manifest_of(config, teacher)
-    settle(folder / MANIFEST, manifest.settings(), "pairs")
+    settle(folder / MANIFEST, manifest.settings(), "pairs", OURS)
     remove_temporaries(folder)
     where = launch.device(config.device)
     teacher.to(where)

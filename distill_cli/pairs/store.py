@@ -37,6 +37,8 @@ from distill_cli.runs import settle
 LATER = ("guidance_calls", "prompts", "negative_prompt")
 """Settings that the first stores did not have: without them a store's hash is as it was."""
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
+OURS = r"shard-\d+\.safetensors|prompts\.jsonl|text-\w+|verified-\d+\.json"
+"""What a store holds beside its manifest; each shard says to which manifest it belongs."""
 
 
 class Manifest(BaseModel):
@@ -148,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         wrong = error.errors()[0]
         raise DistillError(f"{path}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg'].lower()}", "is it of another version?") from error
     except ValueError as error:
-        hint = "write it again with the same distill pairs command after deleting it"
+        hint = "delete it and run the same distill pairs command: shards that are complete are kept"
         raise DistillError(f"{path}: corrupt: {error}", hint) from error
 
 
@@ -244,7 +246,7 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
     for folder, other in manifests.items():
         if other != manifest:
             raise UsageError(f"--merge {folder}: pairs of another job than {folders[0]}", "the manifests differ")
-    settle(out / MANIFEST, manifest.settings(), "pairs")
+    settle(out / MANIFEST, manifest.settings(), "pairs", OURS)
     remove_temporaries(out)
     copied = 0
     for folder in folders:
@@ -265,7 +267,7 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
 
 
 def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool = False) -> list[shards.Check]:
-    """What verifies shards; the noise of the first alone, or of all, as it depends on numpy and not on the disk."""
+    """One check a shard. Noise is checked in the first shard alone unless `noise`: it depends on numpy, not on the disk."""
     out = []
     for shard in which:
         what = manifest.settings_hash[:16] + f" numpy {np.__version__}" * (shard == 0)

@@ -24,7 +24,7 @@ from distill_cli.data.pictures import finished, grid, png
 from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, reason
-from distill_cli.files import os_errors, remove_temporaries, write_atomic, write_atomic_lines
+from distill_cli.files import reading, remove_temporaries, write_atomic, write_atomic_lines
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.runs import settle
 
@@ -36,7 +36,7 @@ CAPTIONED = 256
 
 def read_npz(path: Path, hint: str = "delete it and run the same command again") -> tuple[np.ndarray, np.ndarray | None]:
     """arr_0, images, and arr_1, labels where the file has any; raises DistillError that says what else the file is."""
-    with os_errors(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         begins = file.read(2)
     if begins != b"PK":
         raise DistillError(f"{path}: {'no npz file' if begins else 'empty'}", hint)
