@@ -50,10 +50,9 @@ def cm(
 
     sketch = common.sketched(config.teacher, dry_run)[0] if config.teacher else None
     model = sketch or (load(config.teacher) if config.teacher else None)
+    # runs saved before students had their own grid counted times on 40 points
     if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
-        config = config.model_copy(
-            update={"times": spelled(parse(config.times, EDMSchedule(), 2))}
-        )  # runs saved before students had their own grid
+        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})
     config, said = without_null(config, model, resume is None and "label_dropout" in config.model_fields_set)
     if said:
         common.say(said)

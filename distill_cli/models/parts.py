@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_cli.errors import DistillError, printable, reason
-from distill_cli.files import unreadable
+from distill_cli.files import reading, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def check_file(path: Path) -> None:
         what, it = (f"a link to an empty file, {path.resolve()}", "both") if path.is_symlink() else ("an empty file", "it")
         again = f"a full disk or an interrupted download leaves it so: delete {it}, and fetch it again"
         raise DistillError(f"{path}: {what}", again)
-    with open(path, "rb") as handle:
+    with reading(path), open(path, "rb") as handle:
         if handle.read(len(POINTER)) == POINTER:
             raise DistillError(f"{path}: a pointer of git-lfs, not the file itself", "git lfs pull fetches it")
 
