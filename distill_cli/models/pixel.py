@@ -164,7 +164,7 @@ def read_extra(folder: Path, schedule: NoiseSchedule, prediction: str) -> Extra 
     edm, count, times = isinstance(schedule, EDMSchedule), len(extra.classes), extra.few_step_times
     falling = times is None or (bool(times) and all(here > there for here, there in pairwise([*times, -1 if not edm else 0])))
     held = {
-        "parameterisation": edm or extra.parameterisation == prediction,
+        "parameterisation": extra.parameterisation in (("edm", "consistency") if edm else (prediction,)),
         "time_input": edm == (extra.time_input != "t"),
         "null_label": extra.null_label in (None, count) and (bool(count) or extra.null_label is None),
         "learned": extra.learned is None or (bool(extra.learned) and set(extra.learned) <= set(range(count))),

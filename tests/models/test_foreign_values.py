@@ -79,6 +79,7 @@ def test_a_text_encoder_of_another_shape(whole, tmp_path):  # noqa: F811
         *(("learned", learned) for learned in ([], [10], [-1])),
         *(("null_label", label) for label in (3, -1, 11)),
         ("time_input", "t"),
+        *(("parameterisation", name) for name in ("eps", "v", "x0", "flow")),
     ],
     ids=str,
 )
