@@ -86,7 +86,7 @@ class _Loader(yaml.SafeLoader):
         except (yaml.YAMLError, RecursionError, MemoryError):
             raise
         except Exception as error:  # of what does not fit its tag: IndexError, KeyError, AttributeError, ...
-            what = repr(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            what = repr(node.value[:40]) if isinstance(node, yaml.ScalarNode) else "this"
             raise yaml.MarkedYAMLError(problem=f"{what} is no {node.tag.removeprefix(_TAG)}", problem_mark=node.start_mark) from error
 
 
@@ -175,7 +175,7 @@ def _typed(config: type[BaseModel], key: str, text: str) -> Any:
     if listed or not kinds <= {str, Path, list, type(None)}:
         value = parse_yaml(text, key)
         if value is None and text.strip() not in ("null", "~"):
-            raise UsageError(f"{key}: is empty (null means the default)")
+            raise UsageError(f"{key}: is empty ({'null means' if type(None) in kinds else 'leave it out for'} the default)")
         return value
     return None if text == "null" and type(None) in kinds else text
 

@@ -51,7 +51,7 @@ def test_a_value_that_does_not_fit_its_tag_is_one_line(text, tmp_path):
      (CMConfig, "steps="), (DMDConfig, "betas=")],
 )  # fmt: skip
 def test_an_empty_value_is_no_default(config, text):
-    with pytest.raises(UsageError, match=f"{text.partition('=')[0]}: is empty .null means the default"):
+    with pytest.raises(UsageError, match=f"{text.partition('=')[0]}: is empty .(null means|leave it out for) the default"):
         resolve(config, overrides=[text])
 
 
