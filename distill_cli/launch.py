@@ -112,7 +112,7 @@ def stoppable() -> Iterator[Stop]:
 
 @contextmanager
 def preparing(where: torch.device, hint: str) -> Iterator[Stop]:
-    """Long work before the first step, shared between processes, which looks at `requested` between its parts.
+    """Run long work before the first step. The body looks at `requested` between its parts.
 
     Waits for all of them; a signal to any of them ends the command in all.
     """

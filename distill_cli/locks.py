@@ -26,6 +26,10 @@ RENEWED, STALE = 30.0, 300.0
 """Seconds from one renewal of a lease to the next, and after which it is nobody's."""
 
 
+LEASES: set[Path] = set()
+"""Leases that this process holds."""
+
+
 class Lock:
     """A file that one process holds: by flock, else by a lease."""
 
@@ -82,8 +86,9 @@ class Lock:
                 pass
             with suppress(FileNotFoundError):  # it is given back just now
                 data, seen = _content(self.lease), self.lease.stat()
-                here = data.get("host") == socket.gethostname()  # its own number is that of an earlier container's process
-                dead = here and (data.get("process") == os.getpid() or not lives(str(data.get("process"))))
+                here, process = data.get("host") == socket.gethostname(), data.get("process")
+                earlier = process == os.getpid() and self.lease not in LEASES  # of a container before this one
+                dead = here and (earlier or not lives(str(process)))
                 if not dead and _now(self.lease) - seen.st_mtime < STALE:
                     return self._holder(self.lease)
                 gone = self.lease.with_name(f"{self.lease.name}-{socket.gethostname()[:64]}+{os.getpid()}")
@@ -92,6 +97,7 @@ class Lock:
                     gone.unlink()
                 else:  # another has, and its new lease was taken away
                     os.rename(gone, self.lease)
+        LEASES.add(self.lease)
         self._done = threading.Event()
         threading.Thread(target=self._renew, args=(self._done,), daemon=True).start()
         return ""
@@ -110,6 +116,7 @@ class Lock:
         """Give it back, and take its file away."""
         if self._done is not None:
             self._done.set()
+            LEASES.discard(self.lease)
             if _content(self.lease) == json.loads(self.text):
                 self.lease.unlink(missing_ok=True)
         if self._handle is not None:

@@ -365,6 +365,8 @@ class Engine:
 
     def _check_skipped(self, step: int) -> None:
         """Stop where too many updates up to `step` were left out in a row."""
+        if self.config.on_nan != "skip" and not self.accelerator.scaler:  # nothing is left out, and asking would wait for the device
+            return
         for name, (row, _) in self.skipped.items():
             if row >= SKIPPED_AT_MOST:
                 hint = "use --precision bf16" if self.accelerator.scaler else self._hint()

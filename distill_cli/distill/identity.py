@@ -68,9 +68,9 @@ def refuse(config: TrainingConfig, now: Mapping[str, Any], then: Mapping[str, An
         if old == value:
             continue
         if isinstance(value, dict) and isinstance(old, dict):
-            refuse(config, value, old)
+            refuse(config, *({f"{what}.{key}".removeprefix("recipe."): each for key, each in part.items()} for part in (value, old)))
             continue
-        if isinstance(value, list) and isinstance(old, list):
+        if isinstance(value, list) and all(isinstance(name, str) for name in value) and isinstance(old, list):
             new, gone = ([name for name in one if name not in other] for one, other in ((value, old), (old, value)))
             said = f"{new[0]} is new" if new else f"{gone[0]} is gone" if gone else "in another order"
             raise UsageError(f"{what}: {said}; the run has begun with {len(old)}", BACK)

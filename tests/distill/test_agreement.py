@@ -135,8 +135,11 @@ def test_lists_say_what_is_new():
     identity.refuse(config, {"classes": ["cat", "dog"], "pairs": "of what was not held before"}, then)
 
 
-def test_another_network_in_the_recipe_is_one_line(tmp_path, tiny, tiny_pairs):
+def test_another_network_in_the_recipe_is_one_line(tmp_path, tiny, tiny_pairs, monkeypatch):
     engine_of("train", tmp_path / "r", tiny, tiny_pairs, steps=2, network=NETWORK).train()
+    with pytest.raises(UsageError, match=r"network.channels: \[8, 24\]; the run has begun with \[8, 16\]"):
+        engine_of("train", tmp_path / "r", tiny, tiny_pairs, resume=True, steps=4, network=NETWORK | {"channels": [8, 24]})
+    monkeypatch.setattr("distill_cli.distill.identity.refuse", lambda *_: None)  # as of a run of an older version
     with pytest.raises(UsageError, match=r"teacher: .* is \(.*, in step-000002 \("):
         engine_of("train", tmp_path / "r", tiny, tiny_pairs, resume=True, steps=4, network=NETWORK | {"channels": [8, 24]})
 
