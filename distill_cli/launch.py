@@ -114,7 +114,7 @@ def stoppable() -> Iterator[Stop]:
 def preparing(where: torch.device, hint: str) -> Iterator[Stop]:
     """Run long work before the first step. The body looks at `requested` between its parts.
 
-    Waits for all of them; a signal to any of them ends the command in all.
+    Waits for all processes; a signal to any of them ends the command in all.
     """
     with stoppable() as stop:
         yield stop
