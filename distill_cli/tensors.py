@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -31,6 +32,15 @@ def quantized(where: object, name: str, kind: object) -> DistillError:
     """That a tensor of weights is not of floating-point numbers: the scale of whole ones stands elsewhere."""
     hint = "get the weights in fp16 or float32"
     return DistillError(f"{where}: {printable(name)} is kept as {printable(kind)}: quantized weights are not read", hint)
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(content_of(value))
+    return digest.hexdigest()
 
 
 class Tensors:

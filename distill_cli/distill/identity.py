@@ -17,6 +17,7 @@ from distill_cli.config import TrainingConfig
 from distill_cli.distill import checkpoint
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import read_plain, sealed, unsealed, write_atomic
+from distill_cli.tensors import hash_of
 
 BEGUN = "begun.json"
 BACK = "put that back, or begin anew"
@@ -54,11 +55,7 @@ def begun(config: TrainingConfig, objective: Any) -> dict[str, Any]:
 
 def digest(network: nn.Module) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of a network's weights."""
-    out = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        out.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        out.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return out.hexdigest()
+    return hash_of(network.state_dict())
 
 
 def refuse(config: TrainingConfig, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -25,7 +24,7 @@ from distill_cli.models import lcm, schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.models.times import parse
-from distill_cli.tensors import content_of
+from distill_cli.tensors import hash_of
 
 Text = Annotated[str, AfterValidator(lambda text: printable(text))]
 """Text of a model that may be someone else's: shown on terminals, in cards and in JSON."""
@@ -204,15 +203,11 @@ class Model:
         """SHA-256 over the names, dtypes, shapes and bytes of the weights, in the order of their names; '' without weights (plans)."""
         if any(value.is_meta for value in self.unet.state_dict().values()):
             return ""
-        digest = hashlib.sha256()
         named = dict(self.unet.state_dict())
         for part, network in self.parts().items():
             if part != "unet":
                 named |= {f"{part}.{plain(name)}": value for name, value in network.state_dict().items()}
-        for name, value in sorted(named.items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(content_of(value))
-        return digest.hexdigest()
+        return hash_of(named)
 
     def times(self, solver: str, steps: int) -> Tensor:
         """(steps,) decreasing times of a solver on this model's schedule."""
