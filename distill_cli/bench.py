@@ -26,19 +26,19 @@ from distill_cli import launch
 from distill_cli.config import CMConfig, Config, DMDConfig, GenerateConfig, PairsConfig, SampleConfig, TrainConfig, TrainingConfig
 from distill_cli.data import open_images
 from distill_cli.data.shapes import TRAINED
-from distill_cli.distill.consistency import Consistency, images_of
-from distill_cli.distill.denoising import Denoising
-from distill_cli.distill.dmd import DMD
-from distill_cli.distill.engine import Engine
-from distill_cli.distill.optimizer import make_optimizer
-from distill_cli.distill.text_to_image import TextToImage
 from distill_cli.errors import UsageError
+from distill_cli.methods.cm.objective import Consistency, images_of
+from distill_cli.methods.dmd.objective import DMD
+from distill_cli.methods.train.denoising import Denoising
+from distill_cli.methods.train.text_to_image import TextToImage
 from distill_cli.models import load, schedulers
 from distill_cli.models.model import Model, network_evaluations
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run, versions
 from distill_cli.sample import batch
+from distill_cli.training.engine import Engine
+from distill_cli.training.optimizer import make_optimizer
 
 BATCHES = 3
 WARM_UP = 2

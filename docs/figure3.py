@@ -23,7 +23,7 @@ from distill_cli.diffusion import solvers
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.distill.dmd import DMD
+from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models.model import ClassConditioner, Lineage, Model
 from distill_cli.models.unet import UNet
 

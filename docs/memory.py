@@ -38,7 +38,7 @@ def command(arguments: list[str], ending: str) -> None:
     done = threading.Event()
     threading.Thread(target=_watch, args=(found, done), daemon=True).start()
     if ending:
-        from distill_cli.distill.engine import Engine
+        from distill_cli.training.engine import Engine
 
         step = Engine.train_step
 

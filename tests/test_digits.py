@@ -13,7 +13,7 @@ def judged(distill, model, *options):
 
 
 def test_the_teacher_ships_small(distill):
-    from distill_cli.models.registry import BUILTIN
+    from distill_cli.models.sources.registry import BUILTIN
 
     assert (BUILTIN / "digits/unet/diffusion_pytorch_model.safetensors").stat().st_size < 4e6
     shown = distill("models", "show", "digits", "--json").json

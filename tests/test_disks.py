@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from distill_cli import files, runs, shards
-from distill_cli.distill import checkpoint
 from distill_cli.errors import DistillError
 from distill_cli.files import sealed, unsealed
+from distill_cli.training import checkpoint
 from tests.cli.test_bad_input import one_line
 
 NETWORK = ["network.channels=[8,16]", "network.attention=[false,false]", "network.groups=4", "network.head=8"]
@@ -272,7 +272,7 @@ def test_folders_of_samples_are_named_as_ever_and_never_too_long(tmp_path):
 
 
 def test_edited_pictures_are_named_as_ever_and_never_too_long(tmp_path):
-    from distill_cli.sample.editing import names_of
+    from distill_cli.edit.job import names_of
 
     assert names_of([Path("in/a.png"), Path("in/b.c.jpg")]) == ["0000-a", "0001-b.c"]
     names = names_of([Path("in") / f"{'ä' * 125}{end}.png" for end in "ab"])

@@ -181,7 +181,7 @@ def test_a_live_run_is_left_alone(distill, tmp_path):
 
 def test_begun_at_the_same_time(distill, tmp_path, monkeypatch):
     """Another begins the run while this one loads its model."""
-    from distill_cli.distill import dmd
+    from distill_cli.methods.dmd import objective as dmd
 
     original, lock = dmd.DMD.__init__, locks.Lock(tmp_path / "r" / locks.NAME)
 

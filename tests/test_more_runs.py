@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from distill_cli import locks, processes
-from distill_cli.distill import checkpoint
 from distill_cli.errors import DistillError
 from distill_cli.runs import Run
+from distill_cli.training import checkpoint
 from tests.cli.test_bad_input import one_line
 
 SMALL = ("network.channels=[8,16]", "network.attention=[false,false]", "network.groups=4", "network.head=8", "sample_every=0")

@@ -13,8 +13,8 @@ import yaml
 from distill_cli import recipes
 from distill_cli.config import CONFIGS, CMConfig, DMDConfig, PairsConfig, SampleConfig, TrainConfig
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.distill.consistency import own_times
 from distill_cli.errors import UsageError
+from distill_cli.methods.cm.objective import own_times
 
 TOP = Path(__file__).parent.parent
 

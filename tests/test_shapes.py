@@ -20,7 +20,7 @@ def judged(distill, tmp_path, *options):
 
 
 def test_the_teacher_ships_small(distill):
-    from distill_cli.models.registry import BUILTIN
+    from distill_cli.models.sources.registry import BUILTIN
 
     assert sum(path.stat().st_size for path in (BUILTIN / "shapes").rglob("*") if path.is_file()) < 12e6
     shown = distill("models", "show", "shapes", "--json").json
@@ -49,7 +49,7 @@ def test_plain_diffusers_opens_it(tmp_path):
     from distill_cli.data.pictures import to_uint8
     from distill_cli.diffusion.noise import Draws
     from distill_cli.models import load
-    from distill_cli.models.registry import BUILTIN
+    from distill_cli.models.sources.registry import BUILTIN
 
     prompts = ["a large red circle at the top left of a white background", "a small blue cross in the centre of a pink background"]
     model = load("shapes").with_prompts(prompts)

@@ -34,8 +34,8 @@ def classifier(
     config = common.open_run(ClassifierConfig, "classifier", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.distill.classification import Classification
-    from distill_cli.distill.engine import Engine
+    from distill_cli.methods.classifier.objective import Classification
+    from distill_cli.training.engine import Engine
 
     objective = Classification(config, common.open_data("classifier", config, resume, dry_run))
     count = sum(p.numel() for p in objective.networks["classifier"].parameters())

@@ -43,10 +43,10 @@ def cm(
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.diffusion.schedule import EDMSchedule
-    from distill_cli.distill.consistency import Consistency, check, images_of, new, without_null
-    from distill_cli.distill.engine import Engine
+    from distill_cli.methods.cm.objective import Consistency, check, images_of, new, without_null
     from distill_cli.models import load
     from distill_cli.models.times import parse, spelled
+    from distill_cli.training.engine import Engine
 
     sketch = common.sketched(config.teacher, dry_run)[0] if config.teacher else None
     model = sketch or (load(config.teacher) if config.teacher else None)

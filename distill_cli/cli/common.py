@@ -16,8 +16,8 @@ from distill_cli.errors import printable, printable_lines
 if TYPE_CHECKING:
     from distill_cli.config import Config, GenerateConfig, TrainingConfig
     from distill_cli.data import Images
-    from distill_cli.distill.engine import Engine
     from distill_cli.models.model import Model, Sampling
+    from distill_cli.training.engine import Engine
 
     ConfigT = TypeVar("ConfigT", bound=Config)
     GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
@@ -156,7 +156,7 @@ def dry_run(config: Config, plan: dict[str, Any]) -> None:
 
 def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
     """Whether a dry run is done because its teacher is not here yet: it downloads nothing, and the plan says what it would."""
-    from distill_cli.models import hub, published
+    from distill_cli.models.sources import hub, published
 
     if not dry_run_wanted or hub.short_name(teacher):  # whose sketch is known
         return False
@@ -168,7 +168,7 @@ def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
 
 def sketched(teacher: str, dry_run_wanted: bool) -> tuple[Model | None, dict[str, str]]:
     """For a dry run with a hub model that is not here yet: its sketch, and what the plan says of the download."""
-    from distill_cli.models.hub import short_name, to_download
+    from distill_cli.models.sources.hub import short_name, to_download
 
     known = short_name(teacher)
     download = to_download(teacher) if dry_run_wanted and known else ""
@@ -272,7 +272,7 @@ def start_run(engine: Engine, command: str, resume: Path | None, prompts: Sequen
     from distill_cli.data.reading import is_pipe
     from distill_cli.errors import DistillError
     from distill_cli.files import write_atomic
-    from distill_cli.models.registry import REGISTRY
+    from distill_cli.models.sources.registry import REGISTRY
     from distill_cli.pairs.store import PROMPTS, keep_prompts
     from distill_cli.processes import rank
     from distill_cli.recipes import dump

@@ -24,9 +24,9 @@ def convert(
     """Convert a published checkpoint into a model's folder. Nothing inside the file is run."""
     from distill_cli.errors import UsageError
     from distill_cli.files import is_empty
-    from distill_cli.models.convert import convert_file
-    from distill_cli.models.published import PUBLISHED, published_as
-    from distill_cli.models.single_file import SUFFIX, convert_checkpoint
+    from distill_cli.models.sources.convert import convert_file
+    from distill_cli.models.sources.published import PUBLISHED, published_as
+    from distill_cli.models.sources.single_file import SUFFIX, convert_checkpoint
 
     if not is_empty(out):
         raise UsageError(f"--out {out}: exists already", "choose another folder")

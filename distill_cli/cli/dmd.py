@@ -55,11 +55,11 @@ def dmd(
     if common.planned_without(config.teacher, config, dry_run):
         return
     from distill_cli.data.prompts import chosen
-    from distill_cli.distill.dmd import DMD
-    from distill_cli.distill.engine import Engine
+    from distill_cli.methods.dmd.objective import DMD
     from distill_cli.models import load
     from distill_cli.pairs.store import MANIFEST, PairStore
     from distill_cli.processes import rank
+    from distill_cli.training.engine import Engine
 
     sketch, download = common.sketched(config.teacher, dry_run)
     model = sketch or load(config.teacher)
@@ -97,7 +97,7 @@ def dmd(
 
 def _plan(config: DMDConfig, model: Model, store: PairStore | None) -> dict[str, Any]:
     """The plan of a run: what any training takes, and the arithmetic."""
-    from distill_cli.distill.dmd import guidance_of
+    from distill_cli.methods.dmd.objective import guidance_of
     from distill_cli.models.cost import distillation, time_of
 
     count = sum(p.numel() for p in model.denoiser.parameters())

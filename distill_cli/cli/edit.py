@@ -42,8 +42,8 @@ def edit(
         return
     if not dry_run:
         common.begin_job()
+    from distill_cli.edit.job import Task, run
     from distill_cli.models import load
-    from distill_cli.sample.editing import Task, run
 
     student = common.sketched(config.model, dry_run)[0] or load(config.model)
     work = Task(config, student, config.out)

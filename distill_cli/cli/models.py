@@ -14,7 +14,7 @@ app = typer.Typer(help="Models: ls, show.", no_args_is_help=True, rich_markup_mo
 @app.command("ls")
 def ls(json: common.Json = False) -> None:
     """List the models that are known by name."""
-    from distill_cli.models.registry import REGISTRY
+    from distill_cli.models.sources.registry import REGISTRY
 
     rows = {entry.name: {"summary": entry.summary, "licence": entry.licence} for entry in REGISTRY.values()}
     common.result(rows, "\n".join(f"{name:22} {row['summary']} [{row['licence']}]" for name, row in rows.items()), json)
@@ -26,8 +26,9 @@ def show(
     json: common.Json = False,
 ) -> None:
     """Show what a model is, how it is sampled, and where it came from."""
-    from distill_cli.models import hub, load, published
-    from distill_cli.models.registry import REGISTRY
+    from distill_cli.models import load
+    from distill_cli.models.sources import hub, published
+    from distill_cli.models.sources.registry import REGISTRY
 
     download = published.to_download(name) or (hub.to_download(name) if hub.short_name(name) else "")
     if download:  # showing it is no reason to fetch gigabytes

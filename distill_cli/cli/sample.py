@@ -101,7 +101,7 @@ def _search(config: SampleConfig, model: Model, as_json: bool) -> None:
     from distill_cli.errors import UsageError
     from distill_cli.evaluate.search import search_times
     from distill_cli.models.pixel import save_times
-    from distill_cli.models.registry import folder_of
+    from distill_cli.models.sources.registry import folder_of
 
     folder = folder_of(Path(config.model))
     if folder is None:

@@ -36,9 +36,9 @@ def train(
     config = common.open_run(TrainConfig, "train", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.distill.denoising import Denoising
-    from distill_cli.distill.engine import Engine
-    from distill_cli.distill.text_to_image import TextToImage
+    from distill_cli.methods.train.denoising import Denoising
+    from distill_cli.methods.train.text_to_image import TextToImage
+    from distill_cli.training.engine import Engine
 
     images = common.open_data("train", config, resume, dry_run)
     objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)

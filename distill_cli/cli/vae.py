@@ -34,8 +34,8 @@ def vae(
     config = common.open_run(VAEConfig, "vae", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.distill.autoencoding import Autoencoding
-    from distill_cli.distill.engine import Engine
+    from distill_cli.methods.vae.objective import Autoencoding
+    from distill_cli.training.engine import Engine
 
     objective = Autoencoding(config, common.open_data("vae", config, resume, dry_run))
     count = sum(p.numel() for p in objective.networks["vae"].parameters())

@@ -20,9 +20,9 @@ from distill_cli.errors import DistillError, UsageError, reason
 from distill_cli.evaluate.report import RATES, old_rates, samples_of, split
 from distill_cli.files import remove_temporaries, write_atomic
 from distill_cli.models import load
-from distill_cli.models.hub import find
 from distill_cli.models.model import LARGE, Model
 from distill_cli.models.parts import load_network
+from distill_cli.models.sources.hub import find
 from distill_cli.runs import settle, versions
 from distill_cli.sample import batch
 

@@ -1,5 +1,5 @@
 """Pretrained networks as Model: `load` is the only way in, `Model.save` the only way out."""
 
-from distill_cli.models.registry import load
+from distill_cli.models.sources.registry import load
 
 __all__ = ["load"]

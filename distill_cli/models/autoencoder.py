@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from distill_cli.config import VAENetworkConfig
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import folder_atomic
-from distill_cli.models.hub import find
 from distill_cli.models.parts import load_network, save_network
+from distill_cli.models.sources.hub import find
 
 AT_A_TIME = 2**20
 """Pixels that are decoded at a time: four pictures of 512 x 512."""

@@ -13,9 +13,9 @@ from distill_cli.config import DMDConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.hub import HUB
 from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.schedulers import STABLE_DIFFUSION
+from distill_cli.models.sources.hub import HUB
 from distill_cli.models.text import PromptConditioner
 from distill_cli.models.unet import UNet
 

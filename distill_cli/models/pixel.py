@@ -23,10 +23,10 @@ from distill_cli.errors import DistillError, UsageError, printable_lines
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.checks import check_pixels
-from distill_cli.models.hub import part_of
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text
 from distill_cli.models.parts import check_named, load_network, read_json, save_network
 from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, numbers_of, table_of
+from distill_cli.models.sources.hub import part_of
 from distill_cli.models.unet import UNet
 
 EXTRA = "distill.json"

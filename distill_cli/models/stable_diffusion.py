@@ -24,11 +24,11 @@ from distill_cli.files import folder_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.checks import check_latents, check_vae
-from distill_cli.models.hub import PARTS as WEIGHTS
 from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.parts import check_named, load_network, own_names, quiet, read_json, save_network
 from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra
 from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
+from distill_cli.models.sources.hub import PARTS as WEIGHTS
 from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_encoder, save_tokenizer
 from distill_cli.models.unet import UNet
 
@@ -138,7 +138,7 @@ def load(
 ) -> Model:
     """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
 
-    Of a single file (models/single_file.py) `given` makes the networks, of a class and a part's name, and `changes` go over the
+    Of a single file (models/sources/single_file.py) `given` makes the networks, of a class and a part's name, and `changes` go over the
     configuration of the scheduler: the folder is then another's.
 
     A folder without distill.json gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by PNDM or DPM-Solver++ where its

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_cli.distill import checkpoint
 from distill_cli.files import sealed, unsealed
 from distill_cli.runs import redacted
+from distill_cli.training import checkpoint
 
 DMD = ("dmd", "--teacher", "tiny", "batch_size=4", "log_every=2", "save_every=2", "sample_every=0", "warmup_steps=0")
 
@@ -155,7 +155,7 @@ def test_full_memory_is_no_bug(error, distill, monkeypatch):
 
 
 def test_nan_says_at_which_step_and_keeps_the_last_good_checkpoint(distill, tmp_path, monkeypatch):
-    from distill_cli.distill.dmd import DMD as Objective
+    from distill_cli.methods.dmd.objective import DMD as Objective
 
     original = Objective.generate
 

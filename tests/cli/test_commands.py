@@ -293,7 +293,7 @@ def test_env_explains_a_torch_that_does_not_fit(distill, monkeypatch):
 def test_any_command_explains_a_torch_that_does_not_fit(distill, monkeypatch):
     import torch
 
-    from distill_cli.models import registry
+    from distill_cli.models.sources import registry
 
     def broken():
         raise RuntimeError("Failed to import diffusers.models because of: operator torchvision::nms does not exist")

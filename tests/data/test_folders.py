@@ -117,7 +117,7 @@ def test_a_plan_says_what_it_read(distill, folder):
 
 def test_edit_walks_alike(folder, tmp_path):
     from distill_cli.config import EditConfig
-    from distill_cli.sample.editing import find
+    from distill_cli.edit.job import find
 
     picture(folder / "cat/._1.png")
     config = EditConfig(task="inpaint", input=folder, mask=folder / "dog/1.png")

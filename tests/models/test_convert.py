@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.models import convert, load, unpickle
-from distill_cli.models.convert import convert_file, model_of, open_file, place
+from distill_cli.models import load
 from distill_cli.models.edm import EDMUNet
+from distill_cli.models.sources import convert, unpickle
+from distill_cli.models.sources.convert import convert_file, model_of, open_file, place
 from tests.models.published import CIFAR10, IMAGENET64, Persistent, dump, nvlabs_shapes, openai_shapes, write_nvlabs
 
 GOLDEN = Path(os.environ.get("DISTILL_GOLDEN", Path(__file__).parents[2].parent / "shared/golden"))

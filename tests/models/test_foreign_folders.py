@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load, schedulers
-from distill_cli.models.hub import files_of
 from distill_cli.models.parts import best_variant, load_network, variants
+from distill_cli.models.sources.hub import files_of
 
 STEM = "diffusion_pytorch_model"
 UNET = f"{STEM}.safetensors"

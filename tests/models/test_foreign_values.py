@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from distill_cli.errors import DistillError
-from distill_cli.models import classifier, convert, load
+from distill_cli.models import classifier, load
 from distill_cli.models.parts import check_file, load_network, quiet
+from distill_cli.models.sources import convert
 from tests.models.test_foreign_folders import DDPM, UNET, configure, pixels, refused, rewrite, whole  # noqa: F401
 from tests.models.test_single_file import beside, written  # noqa: F401
 

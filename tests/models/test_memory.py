@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_cli.distill import checkpoint
+from distill_cli.training import checkpoint
 
 MIB = 2**20
 RUNS = """
 import ctypes, gc, json, sys
 from distill_cli.cli.app import run
-from distill_cli.distill.engine import Engine
+from distill_cli.training.engine import Engine
 from docs.memory import pixels
 
 def now(what):
@@ -70,7 +70,7 @@ def test_a_checkpoint_is_written_in_parts(tmp_path):
     network(torch.zeros(1, 512)).sum().backward()
     optimizer.step()
     code = (
-        "import sys, torch, resource; from distill_cli.distill import checkpoint; from pathlib import Path;"
+        "import sys, torch, resource; from distill_cli.training import checkpoint; from pathlib import Path;"
         "n = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(64)));"
         "o = torch.optim.Adam(n.parameters()); n(torch.zeros(1, 1024)).sum().backward(); o.step();"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; b = peak();"

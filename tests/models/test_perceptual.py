@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from distill_cli.config import DMDConfig, PairsConfig
 from distill_cli.diffusion.noise import Draws
-from distill_cli.distill.dmd import DMD
 from distill_cli.errors import DistillError
+from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
 from distill_cli.models.perceptual import FILE, Perceptual
 from distill_cli.pairs.generate import generate
@@ -92,7 +92,7 @@ def test_openais_program_has_average_pooling_and_leaves_large_pictures(vgg):
 def test_consistency_distillation_asks_for_it(vgg, tiny):
     from distill_cli.config import CMConfig
     from distill_cli.data import open_images
-    from distill_cli.distill.consistency import Consistency
+    from distill_cli.methods.cm.objective import Consistency
     from distill_cli.recipes import check
 
     def pooling(metric):

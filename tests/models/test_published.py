@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from distill_cli.errors import DistillError
-from distill_cli.models import load, published
+from distill_cli.models import load
+from distill_cli.models.sources import published
 from tests.models.published import write_nvlabs
 from tests.models.test_convert import SMALL, random_tensors
 
@@ -105,7 +106,7 @@ def test_sizes_are_those_of_the_networks():
     """The stated megabytes against the published architectures' parameter counts, at 4 bytes each."""
     import torch
 
-    from distill_cli.models.convert import nvlabs_network
+    from distill_cli.models.sources.convert import nvlabs_network
     from tests.models.published import CIFAR10, IMAGENET64
 
     ve = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save, save_file
 from distill_cli import tensors
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.models import load, single_file
-from distill_cli.models.convert import open_file
-from distill_cli.models.openai import PUBLISHED_BY_OPENAI, settle_openai
+from distill_cli.models import load
+from distill_cli.models.sources import single_file
+from distill_cli.models.sources.convert import open_file
+from distill_cli.models.sources.openai import PUBLISHED_BY_OPENAI, settle_openai
 from tests.models import original
 from tests.models.published import openai_shapes
 

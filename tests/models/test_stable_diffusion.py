@@ -237,7 +237,7 @@ def test_hub_models_offline(monkeypatch, tmp_path):
 def test_which_files_of_the_hub_are_fetched():
     from types import SimpleNamespace
 
-    from distill_cli.models.hub import files_of
+    from distill_cli.models.sources.hub import files_of
 
     names = [
         "model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/config.json", "vae/config.json",
@@ -302,7 +302,7 @@ def test_a_download_is_announced_first(monkeypatch, tmp_path, capsys):
 
     import huggingface_hub
 
-    from distill_cli.models.hub import download
+    from distill_cli.models.sources.hub import download
 
     made().save(tmp_path / "model")
     fetched = []

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distill_cli.errors import DistillError
-from distill_cli.models.convert import open_file
+from distill_cli.models.sources.convert import open_file
 from tests.models import published
 from tests.models.published import Persistent, dump, write_nvlabs
 from tests.models.test_convert import SMALL, random_tensors
@@ -124,7 +124,7 @@ def test_bombs_and_fragments_are_refused_and_take_no_memory(tmp_path):
         (tmp_path / f"{name}.pkl").write_bytes(content)
     code = (
         "import resource, sys; from pathlib import Path; from distill_cli.errors import DistillError;"
-        "from distill_cli.models import convert;"
+        "from distill_cli.models.sources import convert;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "for path in sorted(Path(sys.argv[1]).glob('*.pkl')):\n"
         "    before = peak()\n"

@@ -10,8 +10,8 @@ from distill_cli.diffusion import solvers
 from distill_cli.diffusion.consistency import sigma_at
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.edit import zero_shot as edit
 from distill_cli.models.model import Sampling
-from distill_cli.sample import edit
 
 
 def close(ours, theirs, relative=1e-6):
@@ -125,7 +125,7 @@ def test_inpainting_keeps_what_is_known_exactly(distill, tmp_path, student):
 
 def test_a_killed_edit_goes_on(distill, tmp_path, student, monkeypatch):
     """Only what is missing is made; pictures and the picture of pictures equal those of a run that was not stopped."""
-    from distill_cli.sample import editing
+    from distill_cli.edit import job as editing
 
     pictures(tmp_path / "in", count=5)
     arguments = ("edit", "colorize", "--model", "student", "--input", "in", "--times", "index:0,20", "batch_size=2")

@@ -1,1 +1,0 @@
-"""Training: one engine, one objective a file."""

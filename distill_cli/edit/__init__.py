@@ -1,0 +1,1 @@
+"""Zero-shot edits with consistency students."""

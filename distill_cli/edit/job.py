@@ -1,0 +1,226 @@
+"""Pictures in, edited pictures out: what `distill edit` does with files."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_cli import launch
+from distill_cli.config import EditConfig
+from distill_cli.data.folders import EDITS as SETTINGS
+from distill_cli.data.folders import SHEET, SUFFIXES, pictures_below
+from distill_cli.data.images import fit
+from distill_cli.data.opened import header, open_picture
+from distill_cli.data.pictures import finished, png, save_comparison, to_uint8
+from distill_cli.diffusion.noise import Draws
+from distill_cli.edit import zero_shot as edit
+from distill_cli.errors import UsageError
+from distill_cli.files import LONGEST, bounded, remove_temporaries, sha256, write_atomic
+from distill_cli.models.model import Model
+from distill_cli.models.times import nearest, parse
+from distill_cli.runs import settle
+
+SHOWN = 20
+
+
+def find(config: EditConfig, folder: Path) -> tuple[list[Path], str]:
+    """The pictures that `--input` names, in the order of their names, without the mask; and what was read and left out."""
+    path = config.input
+    assert path is not None
+    if not path.exists():
+        raise UsageError(f"--input {path}: no such file or folder")
+    if not path.is_dir():
+        return [path], f"the picture {path}"
+    if folder.resolve().is_relative_to(path.resolve()):
+        raise UsageError(f"--out {folder}: lies in --input {path}", "the results would be edited next time: choose another folder")
+    mask = config.mask.resolve() if config.mask else None
+    found = pictures_below(path)
+    files = [file for file in found.files if file.resolve() != mask]
+    if not files:
+        raise UsageError(f"--input {path}: no pictures in it{found.without}", f"file names end in {', '.join(SUFFIXES)}")
+    if len(files) < len(found.files):
+        found.left_out["mask"] += 1
+    return files, f"{len(files)} picture{'s' * (len(files) > 1)} in {path}{found.without}"
+
+
+def names_of(files: list[Path]) -> list[str]:
+    """The names of the results, without .png."""
+    return [bounded(f"{k:04d}-{file.stem}", LONGEST - len(".png")) for k, file in enumerate(files)]
+
+
+class Pictures:
+    """Reads files as the model wants them, and says once for each kind what had to be done to one."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        self.said: set[str] = set()
+
+    def _say(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            print(text, file=sys.stderr)
+            self.said.add(kind)
+
+    def read(self, file: Path, patch: int = 1) -> Tensor:
+        """(3, height, width) in [-1, 1]; a picture that is smaller by `patch` each way has each pixel repeated."""
+        picture, transparent, dark = open_picture(file)
+        if dark:
+            self._say("depth", dark)
+        if header(file):
+            self._say("frames", f"{file}: several frames, of which the first is taken")
+        if transparent:
+            self._say("alpha", f"{file}: its alpha channel is laid on white")
+        height, width = self.height // patch, self.width // patch
+        if patch > 1 and picture.size == (width, height):
+            return fit(picture, height, width).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+        if picture.size != (self.width, self.height):
+            self._say("size", f"{file}: {picture.width}x{picture.height} pixels, scaled and cut to {self.width}x{self.height}")
+        return fit(picture, self.height, self.width)
+
+    def mask(self, path: Path, files: list[Path]) -> Tensor:
+        """(1, 1, height, width): 1 where the picture stays (the mask is black), 0 where it is painted anew (white)."""
+        if not path.is_file():
+            raise UsageError(f"--mask {path}: no such file")
+        mask, transparent, dark = open_picture(path)
+        if dark:
+            self._say("mask depth", dark)
+        if transparent:
+            self._say("mask", f"{path}: its alpha channel is laid on white, which is painted anew")
+        for file in files:
+            size = open_picture(file)[0].size
+            if size != mask.size:
+                raise UsageError(
+                    f"--mask {path}: {mask.width}x{mask.height} pixels, {file} has {size[0]}x{size[1]}", "they must be the same"
+                )
+        known = (fit(mask, self.height, self.width).mean(0, keepdim=True) < 0).float()[None]
+        if known.all() or not known.any():
+            raise UsageError(f"--mask {path}: all {'black: nothing is' if known.all() else 'white: everything is'} painted anew")
+        return known
+
+
+def _times(config: EditConfig, model: Model) -> list[float]:
+    schedule = edit.check_can_edit(model, config.model)
+    if config.times is not None:
+        return parse(config.times, schedule, min(len(edit.EVERY_FOURTH), schedule.grid - 1))
+    if config.task == "interpolate":
+        return model.times("few-step", model.sampling.steps).tolist()
+    return nearest(schedule, edit.TIMES.get(config.task, edit.EVERY_FOURTH))
+
+
+def _projection(config: EditConfig, files: list[Path], pictures: Pictures) -> edit.Projection | None:
+    """Onto the part of a picture that the task keeps."""
+    if config.task == "superres":
+        if pictures.height % config.patch or pictures.width % config.patch:
+            raise UsageError(f"--patch {config.patch}: does not divide the model's {pictures.height}x{pictures.width} pixels")
+        return edit.patch_means(config.patch)
+    if config.task == "inpaint":
+        assert config.mask is not None
+        return edit.inpainting(pictures.mask(config.mask, files))
+    return edit.luminance if config.task == "colorize" else None
+
+
+class Task:
+    """The pictures of one `distill edit`, by their places: what goes in, where each begins, what comes out."""
+
+    def __init__(self, config: EditConfig, model: Model, folder: Path) -> None:
+        self.config, self.model, self.folder = config, model, folder
+        self.times = _times(config, model)
+        channels, height, width = model.shape
+        if channels != 3:
+            raise UsageError(f"--model {config.model}: pictures of {channels} channels", "editing is for colour pictures")
+        self.files: list[Path] = []
+        self.about = ""
+        if config.task == "interpolate":
+            ends = Draws(config.seed, range(2)).normal("prior", model.shape)
+            self.arc = edit.between(ends[0], ends[1], config.frames)
+            self.names = [f"{k:03d}" for k in range(config.frames)]
+        else:
+            self.files, self.about = find(config, folder)
+            self.names = names_of(self.files)
+            self.pictures = Pictures(height, width)
+        edit.labels_of(model, 1, config.classes)
+
+    @cached_property
+    def projection(self) -> edit.Projection | None:
+        """Onto what the task keeps; raises UsageError for a mask or a patch that does not fit."""
+        return _projection(self.config, self.files, self.pictures) if self.files else None
+
+    def check(self) -> None:
+        """Raise UsageError for what does not fit, before anything is planned or made."""
+        _ = self.projection
+
+    def digest(self) -> str:
+        """Of the files that go in; raises DistillError for a picture that cannot be read, before any is edited."""
+        files = [*self.files, *([self.config.mask] if self.config.mask else [])]
+        for file in files:
+            open_picture(file)
+        return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+
+    def file(self, place: int) -> Path:
+        return self.folder / f"{self.names[place]}.png"
+
+    def inputs(self, part: range) -> Tensor:
+        patch = self.config.patch if self.config.task == "superres" else 1
+        return torch.stack([self.pictures.read(self.files[place], patch) for place in part])
+
+    def begin(self, inputs: Tensor, part: range) -> tuple[Tensor, Tensor]:
+        """What is known of the inputs, and where they begin."""
+        known = inputs if self.projection is None else self.projection(inputs)
+        return known, known + self.times[0] * Draws(self.config.seed, part).normal("prior", self.model.shape)
+
+    def edited(self, part: range) -> Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        model, config = self.model, self.config
+        if config.task == "interpolate":
+            start = self.times[0] * self.arc[part.start : part.stop]
+            labels = edit.labels_of(model, 1, config.classes).expand(len(part))
+            return edit.edit(model, start, self.times, labels, Draws(config.seed, [0] * len(part)))
+        known, start = self.begin(self.inputs(part), part)
+        labels = edit.labels_of(model, len(part), config.classes, part.start)
+        return edit.edit(model, start, self.times, labels, Draws(config.seed, part), known, self.projection)
+
+    def side_by_side(self) -> Path:
+        """The first pictures in rows: the inputs, what the student is given of them, and what is in the folder."""
+        part = range(min(SHOWN, len(self.names)))
+        _, height, width = self.model.shape
+        out = torch.stack([fit(open_picture(self.file(place))[0], height, width) for place in part])
+        rows = [("from one noise to another", out)]
+        if self.config.task != "interpolate":
+            inputs = self.inputs(part)
+            known, start = self.begin(inputs, part)
+            given = known if self.projection else start.clamp(-1, 1)
+            if self.config.task == "colorize":
+                given = known.sum(1, keepdim=True).expand_as(known) / edit.WHITE
+            rows = [("input", inputs), ("what the student is given", given), (self.config.task, out)]
+        path = self.folder / SHEET
+        save_comparison([(title, to_uint8(images)) for title, images in rows], path, len(part), self.config.scale or self.model.enlarged)
+        return path
+
+
+def run(task: Task) -> dict[str, Any]:
+    """Do a task: a picture for each and side-by-side.png in its folder. Called again it makes only what is missing."""
+    config, model, folder = task.config, task.model, task.folder
+    digest = task.digest()
+    settings = config.model_dump(mode="json", exclude={"out", "device", "scale", "model", "times", "input", "mask"})
+    settle(folder / SETTINGS, settings | {"model_hash": model.weights_hash(), "times": task.times, "files": digest}, "edits")
+    remove_temporaries(folder)
+    model.to(launch.device(config.device))
+    count = len(task.names)
+    parts = [range(first, min(count, first + config.batch_size)) for first in range(0, count, config.batch_size)]
+    missing = [part for part in parts if not all(task.file(place).exists() for place in part)]
+    progress = launch.Progress(sum(map(len, missing)), config.task, "pictures")
+    with launch.stoppable() as stop:
+        for part in missing:
+            if stop.requested:
+                raise stop.interrupted(stop.requested, f"stopped before picture {part.start}", "the same command makes what is missing")
+            for place, picture in zip(part, finished(task.edited(part)), strict=True):
+                write_atomic(task.file(place), png(picture))
+            progress.add(len(part))
+    shown = str(task.side_by_side())
+    made = sum(map(len, missing))
+    return {"folder": str(folder), "pictures": count, "made": made, "network_evaluations": len(task.times), "picture": shown}

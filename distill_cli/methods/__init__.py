@@ -1,0 +1,1 @@
+"""The methods: one room each, with its options (config.py, no torch) and its objective."""

@@ -1,0 +1,1 @@
+"""Training of the classifiers that `distill evaluate` measures in."""

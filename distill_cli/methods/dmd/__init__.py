@@ -1,0 +1,1 @@
+"""Distribution matching distillation (Yin et al. 2311.18828)."""

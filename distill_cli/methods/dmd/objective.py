@@ -1,0 +1,286 @@
+"""Distribution matching distillation (Yin et al. 2311.18828): a one-step student from a teacher and its pairs.
+
+One step: the student's images get the difference of two denoisers as their gradient, the teacher (which alone is
+guided) and the fake score, plus a regression on pairs; then the fake score learns to denoise those same images, as
+they were before the student's step. Dropout is off everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.config import DMDConfig
+from distill_cli.data.prompts import chosen, digest_of, in_turn
+from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.schedule import add_noise
+from distill_cli.errors import UsageError
+from distill_cli.launch import device, preparing
+from distill_cli.models.autoencoder import VAECodec, load_decoder
+from distill_cli.models.embeddings import Embeddings
+from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
+from distill_cli.models.perceptual import Perceptual
+from distill_cli.models.text import PromptConditioner
+from distill_cli.pairs.store import Manifest, PairStore
+from distill_cli.training.identity import digest
+from distill_cli.training.objective import Loss
+
+FAKE_BEHIND = 1.15
+SPREAD_LOST = 0.7
+
+
+class DMD:
+    """The objective; its student and fake score start as copies of the teacher."""
+
+    result = "student"
+
+    def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
+        if teacher.few_step_times is not None:
+            raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
+        if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
+            raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
+        self.config, self.pairs = config, pairs
+        self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
+        self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
+        self.identity: dict[str, Any] = {"teacher": self.teacher_hash}
+        self.regression_weight = 0.0
+        if pairs is not None:
+            if teacher.latent is not None:
+                teacher = replace(teacher, size=pairs.manifest.shape[1:])
+            check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
+            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
+            self.order = Order(config.seed, len(pairs))
+            self.identity["pairs"] = pairs.manifest.settings_hash
+        self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
+        answering: list[nn.Module] = []
+        if self.regression_weight:
+            self.distance, answering = measure(config, teacher.latent)
+            names = ("lpips_weights", "decoder") if config.decoder else ("lpips_weights",)
+            self.identity |= {name: digest(network) for name, network in zip(names, answering)}
+        teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
+        self.teacher = teacher
+        if teacher.text is not None:
+            self.identity["prompts"] = digest_of(teacher.text.prompts)
+        scale = guidance_of(config, pairs.manifest if pairs is not None else None)
+        self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
+        null = teacher.conditioner.null
+        self.real = guided(teacher.denoiser, self.sampling.guidance_scale, null, self.sampling.guidance_calls)
+        self.rates = {"student": config.lr}
+        if config.matching_weight and config.fake_score:
+            self.rates["fake"] = config.fake_lr or config.lr
+        teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
+        self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
+        self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
+        if teacher.latent is not None:  # for the pictures to look at
+            self.frozen.append(teacher.latent.vae)
+        if teacher.text is not None and teacher.text.table is None:
+            self.frozen.append(teacher.text.encoder)
+        self.kept: dict[str, nn.Module] = {}
+        self.frozen += answering
+        count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
+        self.embedded = False
+        self.labels = teacher.conditioner.labels(count or 1, config.classes)
+
+    def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
+        """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
+        bins = self.schedule.bins or self.config.t_bins
+        first, last = round(low * bins), min(bins - 1, round(high * bins))
+        place = (first + uniform * (last - first + 1)).floor()
+        return self.schedule.at(place / max(1, bins - 1)).float()
+
+    def generate(self, noise: Tensor, condition: Condition) -> Tensor:
+        """The student's images (B, C, H, W) from standard-normal noise: sigma_max * noise for EDM, pure noise else."""
+        t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
+        return self.networks["student"](self.schedule.prior_std * noise, t, condition)
+
+    def _embed(self, where: torch.device) -> None:
+        """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
+        with preparing(where, f"resume with --resume {self.config.out}") as stop:
+            for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
+                if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
+                    conditioner.table.complete(where, stop)
+        self.embedded = True
+
+    def turns(self, draws: Draws) -> Iterator[Loss]:
+        where = next(self.networks["student"].parameters()).device
+        if not self.embedded:  # by now the run has its folder
+            self._embed(where)
+        shape = self.teacher.shape
+        count = len(draws) if self.config.matching_weight else 0
+        noise = draws.normal("noise", shape)[:count]
+        labels = self.labels[(draws.uniform("label") * len(self.labels)).long()][:count].to(where)
+        condition = self.teacher.conditioner(labels)
+        paired = None
+        if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
+            paired = {key: value.to(where) for key, value in self.pairs.batch([self.order[i] for i in draws.indices]).items()}
+            noise = torch.cat([noise.to(where), paired["noise"]])
+            theirs = self.of_pairs(paired["label"])
+            condition = None if condition is None or theirs is None else torch.cat([condition, theirs])
+        images = self.generate(noise.to(where), condition)
+        generated = images[count:]
+        if self.config.match_pairs:
+            count = len(images)
+        x, condition = images[:count], None if condition is None else condition[:count]
+
+        def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
+            """A draw for each image that is matched, those of pairs with turns of their own."""
+            turns = [turn, turn + self.config.fake_steps] if count > len(draws) else [turn]
+            return torch.cat([draw(*what, turn=k) for k in turns]).to(where)
+
+        loss = images.new_zeros(())
+        metrics: dict[str, Tensor] = {}
+        if self.config.matching_weight:
+            t = self.times(each(draws.uniform, "matching_time"), self.config.t_low, self.config.t_high)
+            gradient, metrics = self._match(x, each(draws.normal, "matching_noise", shape), t, condition)
+            matching = matching_loss(x, gradient)
+            loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
+        if paired is not None:
+            if self.regression_weight:
+                assert self.distance is not None
+                regression = self.distance(generated, paired["x0"]).mean()
+                loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
+            drawn = paired["label"] if self.teacher.text is None else torch.zeros_like(paired["label"])  # prompts hardly come twice
+            metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
+        yield Loss("student", loss, metrics)
+
+        if "fake" in self.networks:
+            x = x.detach()
+            for turn in range(self.config.fake_steps):
+                t = self.times(each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
+                eps = each(draws.normal, "score_noise", shape, turn=turn)
+                sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.error
+                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
+                yield Loss("fake", errors.mean())
+
+    @torch.no_grad()
+    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient at the student's images x, and how well each denoiser knows them.
+
+        Without a fake score x stands in for its estimate, which leaves the real score's part alone (in the mean over the noise).
+        """
+        x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        noisy = add_noise(self.schedule, x, noise, t)
+        estimates = {"real": self.real(noisy, t, condition)}
+        if "fake" in self.networks:
+            estimates["fake"] = self.networks["fake"](noisy, t, condition)
+        weight = denoising_weight(self.schedule, t, self.teacher.denoiser.scales.sigma_data)
+        errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in estimates.items()}
+        return matching_gradient(x, estimates["real"], estimates.get("fake", x)), errors
+
+    def model(self, network: nn.Module) -> Model:
+        assert isinstance(network, NetworkDenoiser)
+        lineage, conditioner = self.teacher.lineage, self.teacher.conditioner
+        if self.config.classes is not None and isinstance(conditioner, ClassConditioner):
+            conditioner = replace(conditioner, learned=tuple(self.config.classes))
+        return replace(
+            self.teacher,
+            denoiser=network,
+            conditioner=conditioner,
+            lineage=Lineage(
+                name=f"{lineage.name}-dmd",
+                kind="student",
+                method="dmd",
+                teacher=lineage.name,
+                teacher_hash=self.teacher_hash,
+                licence=lineage.licence,
+                data=lineage.data,
+            ),
+            sampling=Sampling(solver="few-step", steps=1),
+            few_step_times=[self.schedule.t_max],
+        )
+
+    def advice(self, metrics: dict[str, float], done: float) -> str:
+        real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
+        if fake > FAKE_BEHIND * real > 0:
+            return (
+                f"the fake score has fallen behind: its error on the student's images is {fake / real:.2f} times the teacher's. "
+                "Lower lr, or raise fake_steps or fake_lr"
+            )
+        if done > 0.25 and metrics.get("spread", 1.0) < SPREAD_LOST * metrics.get("pairs_spread", 0.0):
+            share = metrics["spread"] / metrics["pairs_spread"]
+            return (
+                f"the student's images are collapsing: their spread inside a class is {share:.2f} times the teacher's. "
+                "Lower lr, or raise regression_weight"
+            )
+        return ""
+
+
+def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
+    """The teacher's guidance scale: what is asked for, else that of the pairs; None for the teacher's own."""
+    return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
+
+
+def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
+    """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
+    if config.decoder and latent is None:
+        raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
+    if config.regression_loss != "lpips":
+        return partial(regression_loss, config.regression_loss), []
+    perceptual = Perceptual(config.lpips_weights, below=math.inf if latent is None else 0)  # decoded latents are compared as they are
+    if latent is None:
+        return perceptual, [perceptual]
+    codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent
+    return partial(of_decoded, perceptual, codec), [perceptual, codec.vae]
+
+
+def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> tuple[Model, Conditioner]:
+    """The teacher for the prompts of a run, opened here unless given, and what makes conditions of its pairs' labels.
+
+    The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
+    """
+    if teacher.text is None:
+        if config.prompts or config.negative_prompt:
+            teacher.with_prompts((), config.negative_prompt or "")
+        return teacher, teacher.conditioner
+    stored = pairs.manifest.negative_prompt if pairs is not None else ""
+    negative = stored if config.negative_prompt is None else config.negative_prompt
+    theirs = in_turn(pairs.prompts(), len(pairs)) if pairs is not None else ()
+    if not prompts:
+        prompts = theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data)
+    teacher = teacher.with_prompts(prompts, negative)
+    own = teacher.text
+    assert own is not None
+    of_pairs = own if pairs is None or config.prompts is None else own.given(theirs, negative)
+    dtype = pairs.manifest.dtype if pairs is not None else "float16"
+    if config.out is not None:
+        own.table = Embeddings(own, config.out, dtype)
+    if pairs is not None:
+        of_pairs.table = Embeddings(of_pairs, pairs.folder, dtype)
+    return teacher, of_pairs
+
+
+def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:
+    """(B,) distances of latents, between the pictures that they stand for."""
+    with torch.no_grad():
+        there = codec.raw(reference)
+    torch.clear_autocast_cache()
+    return metric(codec.raw(x), there)
+
+
+def spread(images: Tensor, labels: Tensor) -> Tensor:
+    """How much images (B, C, H, W) of one class (B,) differ: the standard deviation of each value inside a class, averaged."""
+    x = images.detach().float().flatten(1)
+    same = (labels[:, None] == labels[None]).to(x)
+    means = same @ x / same.sum(1, keepdim=True)
+    return (x - means).square().mean(0).sqrt().mean()
+
+
+def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str, classes: list[int] | None = None) -> None:
+    """Refuse pairs of another teacher, of another resolution, or of classes that are not asked for."""
+    manifest = pairs.manifest
+    if tuple(manifest.shape) != shape:
+        raise UsageError(f"--pairs {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
+    if manifest.teacher_hash != teacher_hash:
+        raise UsageError(f"--pairs {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")
+    others = sorted(set(manifest.classes) - set(classes if classes is not None else manifest.classes))
+    if others:
+        raise UsageError(f"--pairs {pairs.folder}: has class {others[0]}, which is not in classes", "make pairs of the same --classes")

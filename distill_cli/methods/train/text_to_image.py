@@ -1,0 +1,139 @@
+"""Trains a latent text-to-image teacher from captioned pictures (Rombach et al. 2112.10752), its text encoder with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.config import TrainConfig
+from distill_cli.data.images import Captioned, Images
+from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.losses import denoising_loss
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.errors import UsageError
+from distill_cli.launch import Stop, preparing
+from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.model import Lineage, Model
+from distill_cli.models.schedulers import STABLE_DIFFUSION
+from distill_cli.models.stable_diffusion import create, load_vae
+from distill_cli.models.text import PromptConditioner, make_tokenizer
+from distill_cli.training.identity import digest
+from distill_cli.training.objective import Loss
+
+ENCODED = 64
+"""Pictures encoded at a time."""
+
+
+class TextDenoiser(nn.Module):
+    """A denoiser whose condition are tokens (B, L): what is trained."""
+
+    def __init__(self, denoiser: NetworkDenoiser, encoder: nn.Module) -> None:
+        super().__init__()
+        self.denoiser, self.encoder = denoiser, encoder
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.denoiser(x, t, self.encoder(tokens)[0])
+
+
+class Latents:
+    """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
+
+    def __init__(self, images: Images, codec: VAECodec, variants: int, seed: int, stop: Stop) -> None:
+        count = len(images)
+        means, spreads = [], []
+        for first in range(0, variants * count, ENCODED):
+            if stop.requested:  # what is there is left
+                break
+            picks = range(first, min(variants * count, first + ENCODED))
+            x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
+            with torch.no_grad(), torch.autocast(next(codec.vae.parameters()).device.type, enabled=False):
+                mean, spread = codec.moments(x)
+            means.append(mean.cpu())
+            spreads.append(spread.cpu())
+        self.means, self.spreads = torch.cat(means), torch.cat(spreads)
+
+    def batch(self, positions: Sequence[int], noise: Tensor) -> Tensor:
+        """Latents (B, c, h, w) at positions, drawn by standard-normal `noise`."""
+        return self.means[list(positions)] + self.spreads[list(positions)] * noise
+
+
+class TextToImage:
+    """Denoising of latents under their captions; a caption is dropped now and then, so that guidance works."""
+
+    result = "teacher"
+
+    def __init__(self, config: TrainConfig, images: Images) -> None:
+        if config.vae is None or not isinstance(images, Captioned):
+            raise UsageError(f"--data {config.data}: has no captions", "a text-to-image teacher needs them: data=shapes")
+        self.config = config
+        vae = load_vae(config.vae)
+        tokenizer = make_tokenizer(images.captions(range(len(images))), config.text.length)
+        parts = 2 ** (len(config.network.channels) - 1)
+        if images.shape[-1] // VAECodec(vae).factor % parts:
+            raise UsageError(
+                f"resolution {images.shape[-1]}: the autoencoder and {len(config.network.channels)} network.channels do not divide it"
+            )
+        self.teacher = create(
+            vae=vae,
+            tokenizer=tokenizer,
+            pixels=images.shape[-1],
+            network=config.network,
+            text=config.text,
+            scheduler={
+                "_class_name": "DDIMScheduler",
+                **STABLE_DIFFUSION,
+                "beta_schedule": config.beta_schedule,
+                "clip_sample": False,
+                "steps_offset": 1,
+                "timestep_spacing": "trailing",
+                "rescale_betas_zero_snr": config.prediction == "v",
+            },
+            parameterisation=config.prediction,
+            lineage=Lineage(name=config.data, method="denoising", data=config.data),
+            guidance_scale=config.guidance_scale,
+            seed=config.seed,
+        )
+        assert self.teacher.text is not None
+        self.conditioner, self.schedule = self.teacher.text, self.teacher.denoiser.schedule
+        self.images: Captioned = images
+        self.latents: Latents | None = None
+        self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
+        self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
+        self.empty = self.conditioner.tokens([""])[0]
+        self.networks: dict[str, nn.Module] = {"teacher": TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train()}
+        self.rates = {"teacher": config.lr}
+        self.frozen: list[nn.Module] = [vae]
+        self.kept: dict[str, nn.Module] = {}
+        self.identity: dict[str, Any] = {"vae": digest(vae)}
+        self.order = Order(config.seed, config.variants * len(images))
+
+    def turns(self, draws: Draws) -> Iterator[Loss]:
+        if self.latents is None:  # the engine has moved the autoencoder by now
+            assert self.teacher.latent is not None
+            codec = self.teacher.latent
+            with preparing(next(codec.vae.parameters()).device, f"resume with --resume {self.config.out}") as stop:
+                self.latents = Latents(self.images, codec, self.config.variants, self.config.seed, stop)
+        positions = [self.order[i] for i in draws.indices]
+        shape = self.teacher.shape
+        tokens = self.tokens[[position % len(self.images) for position in positions]]
+        dropped = draws.uniform("label_dropout") < self.config.label_dropout
+        tokens = torch.where(dropped[:, None], self.empty, tokens)
+        network = self.networks["teacher"]
+        device = next(network.parameters()).device
+        x = self.latents.batch(positions, draws.normal("augment", shape)).to(device)
+        noise = draws.normal("noise", shape).to(device)
+        t = (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float().to(device)
+        error = "velocity" if self.config.prediction == "v" else "noise"
+        yield Loss("teacher", denoising_loss(network, self.schedule, x, noise, t, tokens.to(device), error=error).mean())
+
+    def model(self, network: nn.Module) -> Model:
+        assert isinstance(network, TextDenoiser)
+        trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
+        return replace(self.teacher, denoiser=network.denoiser, conditioner=trained)
+
+    def advice(self, metrics: dict[str, float], done: float) -> str:
+        return ""

@@ -1,0 +1,1 @@
+"""Where models come from: built-in ones, the hub, published files, single files."""

@@ -1,0 +1,159 @@
+"""Models by name, folder or hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_cli.errors import DistillError, UsageError, nearest
+from distill_cli.models.sources.hub import HUB, PIPELINES, cached, download, is_id, short_name
+from distill_cli.models.sources.published import PUBLISHED, fetch
+from distill_cli.processes import say_hidden
+
+if TYPE_CHECKING:
+    from distill_cli.models.model import Model
+
+BUILTIN = Path(__file__).parents[1] / "builtin"
+PARTS = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that is known by name."""
+
+    name: str
+    summary: str
+    licence: str
+    load: Callable[[], Model]
+
+
+def _digits() -> Model:
+    from distill_cli.models import pixel
+
+    return pixel.load(BUILTIN / "digits", "digits")
+
+
+def _tiny() -> Model:
+    from distill_cli.diffusion.schedule import EDMSchedule
+    from distill_cli.models import pixel
+    from distill_cli.models.model import Lineage
+
+    return pixel.create(
+        resolution=16,
+        channels=[8, 16],
+        attention=[False, True],
+        groups=4,
+        head=8,
+        classes=[str(i) for i in range(10)],
+        schedule=EDMSchedule(),
+        parameterisation="edm",
+        lineage=Lineage(name="tiny", licence="Apache-2.0", data="none: random weights"),
+    )
+
+
+def _shapes() -> Model:
+    return open_folder(BUILTIN / "shapes", "shapes")
+
+
+def _tiny_sd() -> Model:
+    from distill_cli.models.stable_diffusion import tiny
+
+    return tiny()
+
+
+def _hub(name: str) -> Model:
+    return load(HUB[name].id)
+
+
+def _published(name: str) -> Model:
+    from distill_cli.models import pixel
+
+    return pixel.load(fetch(name), name)
+
+
+REGISTRY = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "digits",
+            "EDM, 16x16 RGB, handwritten digits in coloured ink, 10 classes; ships with distill",
+            "Apache-2.0; data CC BY 4.0",
+            _digits,
+        ),
+        Entry(
+            "shapes",
+            "Stable Diffusion in miniature: v prediction, 64x64 RGB, 4x8x8 latents, one coloured shape by its caption; ships with distill",
+            "Apache-2.0",
+            _shapes,
+        ),
+        Entry("tiny-sd", "Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny_sd),
+        *(
+            Entry(name, f"{known.summary}; {known.megabytes} MB, downloaded on first use", known.licence, partial(_hub, name))
+            for name, known in HUB.items()
+        ),
+        Entry("tiny", "EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny),
+        *(
+            Entry(name, f"{known.summary}; {known.megabytes} MB, downloaded on first use", known.licence, partial(_published, name))
+            for name, known in PUBLISHED.items()
+        ),
+    )
+}
+
+
+def folder_of(path: Path) -> Path | None:
+    """The model's folder in `path`, which is one itself or a run."""
+    return next((folder for folder in (path, *(path / part for part in PARTS)) if (folder / "model_index.json").is_file()), None)
+
+
+def open_folder(folder: Path, name: str) -> Model:
+    """The model in a diffusers pipeline folder."""
+    from distill_cli.models import pixel, stable_diffusion
+    from distill_cli.models.parts import read_json
+
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind not in PIPELINES:
+        raise DistillError(f"{folder}: a {kind} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
+    return (stable_diffusion if kind == stable_diffusion.PIPELINE else pixel).load(folder, name)
+
+
+def load(name: str) -> Model:
+    """The model called `name`: a built-in one, a folder (of a model, or of a run), a single file, or a hub id. Float32, on the CPU.
+
+    Raises UsageError for an unknown name and DistillError for what cannot be read.
+    """
+    if name in REGISTRY:
+        say_hidden("model", name, "the built-in one")
+        model = REGISTRY[name].load()
+        model.denoiser.eval().requires_grad_(False)
+        return model
+    path = Path(name)
+    if path.is_dir():
+        folder = folder_of(path)
+        if folder is not None:
+            return open_folder(folder, path.name)
+        if (path / "recipe.yaml").is_file():
+            for part in ("classifier", "vae"):
+                if (path / part).is_dir():
+                    raise DistillError(
+                        f"{path}: a run of `distill {part}`: it makes no pictures", f"what it has trained is in {path / part}"
+                    )
+            raise DistillError(f"{path}: a run that has not finished: it has no student yet", f"finish it with --resume {path}")
+        raise DistillError(f"{path}: no model: it has no model_index.json", "give a diffusers pipeline folder")
+    if path.is_file():
+        from distill_cli.models.sources import single_file
+
+        return single_file.load(path)
+    if is_id(name) and path.parent.is_dir() and not short_name(name) and cached(name) is None:
+        raise UsageError(
+            f"{name}: no such folder", nearest(path.name, [found.name for found in path.parent.iterdir()], f"{path.parent} has")
+        )
+    if is_id(name):
+        model = open_folder(download(name), name)
+        known = short_name(name)
+        if known and not model.lineage.licence:
+            model.lineage = model.lineage.model_copy(update={"licence": HUB[known].licence})
+        return model
+    raise UsageError(f"{name}: no model of that name and no such folder", nearest(name, REGISTRY, "built in"))

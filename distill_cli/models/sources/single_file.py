@@ -1,0 +1,228 @@
+"""Stable Diffusion from a single .safetensors checkpoint, in the layout of its first publishers (CompVis, Stability).
+
+What such a file holds is read off its tensors' names and shapes and its metadata; `kind_of` names what is not Stable Diffusion 1 or 2
+with all its parts. The networks are filled tensor by tensor, in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distill_cli.errors import DistillError, printable, reason
+from distill_cli.models.model import Model
+from distill_cli.models.parts import check_file, empty, quiet
+from distill_cli.models.sources.convert import trimmed
+from distill_cli.models.sources.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
+from distill_cli.models.sources.hub import HUB, WANTED, cached, command
+from distill_cli.models.text import plain
+from distill_cli.tensors import Tensors
+
+SUFFIX = ".safetensors"
+AVERAGED = "model_ema."
+COUNTS = (f"{AVERAGED}decay", f"{AVERAGED}num_updates")
+WORDS = {"eps": "epsilon", "v": "v_prediction"}
+ZERO = {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+"""What a schedule without signal at its end takes beside: a scheduler that can begin there."""
+KNOWN = re.compile(
+    r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|model_ema\.|"
+    r"(betas|alphas_cumprod\w*|sqrt_\w+|log_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr)$"
+)
+"""Tensors of the parts, and of what was trained with: its times, which the scheduler says again."""
+HARMLESS = ("position_ids", "text_projection", "logit_scale", "text_projection.weight")
+"""Tensors beside a text encoder's own that it has no use for."""
+
+
+def configuration(path: Path, width: int) -> tuple[Path, bool]:
+    """The folder of the configurations and tokenizer that such a file lacks, and whether it is the file's own, beside it.
+
+    Else that of sd15 or sd21 in the cache, by the `width` of the text that the file's network reads.
+    """
+    if (path.parent / "model_index.json").is_file():
+        return path.parent, True
+    known = HUB.get({768: "sd15", 1024: "sd21"}.get(width, ""))
+    if known is None:
+        what = (
+            f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024, and lacks its configuration and tokenizer"
+        )
+        raise DistillError(f"{path}: {what}", "put model_index.json and the folders that it names beside the file, weights left out")
+    found = cached(known.id)
+    if found is None:
+        raise DistillError(
+            f"{path}: the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache",
+            f"{command(known.id, WANTED)} --local-dir FOLDER, and put the file into that folder",
+        )
+    return found, False
+
+
+def averaged(file: Tensors) -> dict[str, str]:
+    """Where the network's weights stand, by their names: in the averages of training where the file has them, else under their own.
+
+    CompVis' names of averages are those of the weights without their dots. Raises DistillError where only some have one.
+    """
+    own = [name for name in file.shapes if name.startswith(NETWORK)]
+    if not any(name.startswith(AVERAGED) and name not in COUNTS for name in file.shapes):
+        return {name: name for name in own}
+    out = {}
+    for name in own:
+        flat = name.removeprefix("model.")
+        place = next((AVERAGED + form for form in (flat.replace(".", ""), flat) if AVERAGED + form in file.shapes), None)
+        if place is None or file.shapes[place] != file.shapes[name]:
+            raise DistillError(f"{file.path}: has averaged weights (model_ema), but not of {printable(name)}", "is the file complete?")
+        out[name] = place
+    return out
+
+
+def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str]:
+    """The tensors of a part, or where they stand in the file, by the names of diffusers and transformers."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    if part == "unet":
+        places: dict[str, Any] = averaged(file)
+        return theirs.convert_ldm_unet_checkpoint(places, network.config)
+    if part == "vae":
+        given = {name: file.read(name) for name in file.shapes if name.startswith(VAE) and not name.startswith(f"{VAE}loss.")}
+        out = theirs.convert_ldm_vae_checkpoint(dict(given), network.config)
+        taken = {value.untyped_storage().data_ptr() for value in out.values()}
+        _refuse_left(file, (name for name, value in given.items() if value.untyped_storage().data_ptr() not in taken))
+        return out
+    prefix = next(prefix for prefix in TEXTS if any(name.startswith(prefix) for name in file.shapes))
+    names: dict[str, Any] = {name: name for name in file.shapes if name.startswith(prefix) and not name.endswith(HARMLESS)}
+    if prefix == TEXTS[0]:
+        return theirs.convert_ldm_clip_checkpoint(names)
+    return theirs.convert_open_clip_checkpoint(network, {name: file.read(name) for name in names})
+
+
+def _refuse_left(file: Tensors, names: Iterable[str]) -> None:
+    left = sorted(names)
+    if left:
+        raise DistillError(f"{file.path}: {printable(left[0])} has no place in the network ({len(left)} in all)", "is it another model's?")
+
+
+def _held(file: Tensors, model: Model, folder: Path, zero: str) -> None:
+    """Raise DistillError where the table of times or the scale of latents in a file is another than in the configuration."""
+    assert model.latent is not None
+    table, scale = model.denoiser.schedule.alphas_cumprod.float(), torch.tensor(float(model.latent.vae.config["scaling_factor"]))  # type: ignore[attr-defined]
+    for name, part, value in (("alphas_cumprod", "scheduler", table), ("scale_factor", "vae", scale)):
+        if name not in file.shapes or (zero and part == "scheduler"):  # zero terminal SNR is said of a file with the table of before
+            continue
+        stored = file.read(name).reshape(-1)
+        if len(stored) != value.numel() or not torch.allclose(stored, value.reshape(-1), rtol=1e-2, atol=1e-3):
+            raise DistillError(f"{file.path}: its {name} is another than in {folder / part}", "is the configuration another model's?")
+
+
+def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
+    """A part of the model with its weights from the file, each in its place; DistillError that names the first that has none."""
+    try:
+        network = empty(kind, folder)
+    except Exception as error:  # diffusers and transformers raise many kinds for a configuration that is none
+        raise DistillError(f"{folder}: no readable configuration ({reason(error)})", "is the folder complete?") from error
+    try:
+        found = {plain(name): value for name, value in _converted(file, part, network).items()}
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise DistillError(f"{file.path}: its {part} is not the one of {folder} ({reason(error)})", "is it another model's?") from error
+    if part == "unet":
+        _refuse_left(file, {*averaged(file).values()} - {*found.values()})
+    expected = {plain(name): (name, value.shape) for name, value in network.state_dict().items() if not name.endswith("position_ids")}
+    odd = sorted(expected.keys() ^ found.keys())
+    if odd:
+        what = "missing" if odd[0] in expected else "of no place in the network"
+        raise DistillError(f"{file.path}: {part}: {printable(odd[0])} is {what} ({len(odd)} in all), by {folder}", "is it another model's?")
+    weights = {}
+    for short, value in found.items():
+        name, shape = expected[short]
+        tensor = file.read(value) if isinstance(value, str) else value
+        if trimmed(tensor.shape) != trimmed(shape):
+            raise DistillError(f"{file.path}: {part}: {printable(name)} has shape {tuple(tensor.shape)}, not {tuple(shape)} as in {folder}")
+        weights[name] = tensor.reshape(shape).contiguous()
+        found[short] = ""
+    network.load_state_dict(weights, strict=False, assign=True)
+    for module in network.modules():
+        for name, value in module.named_buffers(recurse=False):
+            if value.is_meta:  # the counting ones of a text encoder, which no file need have
+                setattr(module, name, torch.arange(value.shape[-1]).expand(value.shape))
+    return network.eval().requires_grad_(False)
+
+
+def load(path: Path, prediction: str | None = None) -> Model:
+    """The model in a single file, in float32, evaluation mode, on the CPU; `prediction` (eps or v) goes before what the file says.
+
+    `Model.notes` says what was read off the file and what was assumed.
+    """
+    from distill_cli.models import stable_diffusion
+
+    if path.suffix.lower() != SUFFIX:
+        raise DistillError(f"{path}: not a {SUFFIX} file", "only safetensors are read: other checkpoints may run code")
+    check_file(path)
+    quiet()
+    try:
+        file = Tensors(path)
+    except OSError as error:
+        raise DistillError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (SafetensorError, ValueError) as error:
+        raise DistillError(f"{path}: no readable safetensors ({reason(error)})", "is the download complete?") from error
+    other, hint = kind_of(file)
+    if other:
+        raise DistillError(f"{path}: {other}", hint)
+    width = next(shape[1] for name, shape in file.shapes.items() if name.endswith("attn2.to_k.weight"))
+    said, zero, why = predicts(file, prediction)
+    second = width == 1024
+    if second and not said and not (path.parent / "model_index.json").is_file():
+        raise DistillError(
+            f"{path}: Stable Diffusion 2, which was published twice, predicting noise and v, and the file does not say which",
+            f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER",
+        )
+    folder, own = configuration(path, width)
+    changes: dict[str, Any] = {"prediction_type": WORDS[said]} if said else {}
+    notes = [f"Stable Diffusion {2 if second else 1}" if width in (768, 1024) else f"text of {width} channels"]
+    if said:
+        notes.append(f"predicts {said} by {why}")
+    elif own:
+        notes.append(f"the file does not say what it predicts: taken from {folder / 'scheduler'}")
+    else:
+        notes.append("the file does not say what it predicts: assumed eps, as Stable Diffusion 1 does")
+    if zero:
+        changes |= ZERO
+        notes.append(f"zero terminal SNR by {zero}")
+    if any(name.startswith(AVERAGED) and name not in COUNTS for name in file.shapes):
+        notes.append("averaged weights (model_ema) taken, not the raw ones beside them")
+
+    def given(kind: Any, part: str) -> Any:
+        network = _filled(file, part, kind, folder / part)
+        if part == "unet" and second and not own:
+            network.register_to_config(sample_size=96 if said == "v" else 64)
+            notes.append(f"assumed: pictures of {768 if said == 'v' else 512} pixels")
+        return network
+
+    beside = sorted(name for name in file.shapes if not KNOWN.match(name))
+    if beside:
+        notes.append(f"{len(beside)} tensors of no part left out, such as {printable(beside[0], 100)}")
+    model = stable_diffusion.load(folder, path.stem, given, changes)
+    _held(file, model, folder, zero)
+    if not own:
+        notes.append(f"configuration and tokenizer of {HUB['sd21' if second else 'sd15'].id}")
+        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or HUB["sd21" if second else "sd15"].licence})
+    model.notes = (*model.notes, f"{path}: {'; '.join(notes)}")
+    return model
+
+
+def convert_checkpoint(path: Path, folder: Path, prediction: str | None = None) -> dict[str, Any]:
+    """Write the model in a single file as a diffusers folder, in float32."""
+    model = load(path, prediction)
+    model.save(folder)
+    return {
+        "format": "single-file checkpoint",
+        "kind": model.lineage.kind,
+        "parameters": sum(value.numel() for value in model.denoiser.parameters()),
+        "pixels": model.pixels,
+        "prediction": model.denoiser.parameterisation,
+        "licence": model.lineage.licence,
+        "assumed": [note.removeprefix(f"{path}: ") for note in model.notes],
+        "weights_hash": model.weights_hash(),
+    }

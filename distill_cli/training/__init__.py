@@ -1,0 +1,1 @@
+"""The training loop that every method shares: engine, optimizers, averages, checkpoints."""

@@ -1,0 +1,166 @@
+"""The objective against the paper: who is guided, which times, which order, which images."""
+
+import pytest
+import torch
+
+from distill_cli.config import DMDConfig
+from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, add_noise
+from distill_cli.errors import UsageError
+from distill_cli.methods.dmd.objective import DMD, check_pairs, spread
+from distill_cli.models import pixel
+from distill_cli.models.model import Lineage
+from distill_cli.pairs.store import PairStore
+
+
+def objective(tiny, pairs=None, **options):
+    return DMD(DMDConfig(teacher="tiny", device="cpu", pairs=pairs, **options), tiny.copy(), PairStore(pairs) if pairs else None)
+
+
+def test_matching_times_are_2_to_98_percent_and_score_times_all(tiny):
+    dmd = objective(tiny)
+    u = torch.linspace(0, 1 - 1e-9, 20_000, dtype=torch.float64)
+    sigma = EDMSchedule().at(torch.arange(1000, dtype=torch.float64) / 999).float()
+    matching, score = dmd.times(u, 0.02, 0.98), dmd.times(u, 0.0, 1.0)
+    assert torch.equal(matching.unique(), sigma[20:981])
+    assert torch.equal(score.unique(), sigma)
+    assert matching[0] < matching[-1]  # the first bins are the small sigmas
+
+
+def test_matching_times_of_a_table_are_20_to_980(tiny):
+    table = TableSchedule.from_config({"beta_schedule": "linear"})
+    model = pixel.create(
+        resolution=8, channels=[8], attention=[False], groups=4, head=8, classes=[], schedule=table, parameterisation="eps",
+        lineage=Lineage(name="x"),
+    )  # fmt: skip
+    times = DMD(DMDConfig(device="cpu"), model, None).times(torch.linspace(0, 1 - 1e-9, 20_000, dtype=torch.float64), 0.02, 0.98)
+    assert times.unique().tolist() == list(range(20, 981))
+
+
+def test_the_student_starts_at_sigma_max_and_is_the_teacher(tiny):
+    dmd, noise, labels = objective(tiny), torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        expected = tiny.denoiser(80.0 * noise, torch.full((3,), 80.0), labels)
+        assert torch.equal(dmd.generate(noise, labels), expected)
+
+
+def test_one_step_by_hand(tiny, tiny_pairs):
+    """The first loss and its gradient, from the formulas and the draws alone, with a guided teacher and an unguided fake score."""
+    dmd = objective(tiny, tiny_pairs, guidance_scale=3.0, regression_weight=0.7)
+    with torch.no_grad():
+        dmd.networks["fake"].network.unet.conv_out.bias.add_(0.1)
+    draws = Draws(0, range(4))
+    loss = next(dmd.turns(draws))
+    pairs = PairStore(tiny_pairs).batch([dmd.order[i] for i in range(4)])
+    labels = (draws.uniform("label") * 10).long()
+    t80 = torch.full((4,), 80.0)
+    with torch.no_grad():
+        x = tiny.denoiser(80 * draws.normal("noise", tiny.shape), t80, labels)
+        again = tiny.denoiser(80 * pairs["noise"], t80, pairs["label"])
+        t = dmd.times(draws.uniform("matching_time"), 0.02, 0.98)
+        noisy = x + t.view(-1, 1, 1, 1) * draws.normal("matching_noise", tiny.shape)
+        cond, uncond = tiny.denoiser(noisy, t, labels), tiny.denoiser(noisy, t, torch.full((4,), 10))
+        real, fake = uncond + 3.0 * (cond - uncond), dmd.networks["fake"](noisy, t, labels)
+        gradient = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    expected = 0.5 * gradient.square().mean() + 0.7 * (again - pairs["x0"]).square().mean()
+    assert loss.network == "student"
+    assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.metrics["matching_loss"].item() == pytest.approx(0.5 * gradient.square().mean().item(), rel=1e-4)
+
+
+def test_the_fake_score_learns_the_images_of_before_the_students_step(tiny):
+    dmd = objective(tiny, fake_steps=2)
+    draws = Draws(0, range(4))
+    turns = dmd.turns(draws)
+    labels = (draws.uniform("label") * 10).long()
+    with torch.no_grad():
+        x = dmd.generate(draws.normal("noise", tiny.shape), labels)
+    next(turns)
+    with torch.no_grad():  # the engine steps the student here
+        for p in dmd.networks["student"].parameters():
+            p.add_(0.05)
+    losses = list(turns)
+    assert [loss.network for loss in losses] == ["fake", "fake"]
+    for turn, loss in enumerate(losses):
+        t = dmd.times(draws.uniform("score_time", turn), 0.0, 1.0)
+        noisy = add_noise(EDMSchedule(), x, draws.normal("score_noise", tiny.shape, turn), t)
+        with torch.no_grad():
+            error = (dmd.networks["fake"](noisy, t, labels) - x).square().mean((1, 2, 3))
+        assert loss.value.item() == pytest.approx(((t**-2 + 0.5**-2) * error).mean().item(), rel=1e-4)
+        loss.value.backward()
+    assert all(p.grad is None for p in dmd.networks["student"].parameters())
+    assert any(p.grad is not None for p in dmd.networks["fake"].parameters())
+
+
+def test_the_students_loss_trains_the_student_alone(tiny, tiny_pairs):
+    dmd = objective(tiny, tiny_pairs)
+    next(dmd.turns(Draws(0, range(4)))).value.backward()
+    assert all(p.grad is None for p in dmd.networks["fake"].parameters())
+    assert all(p.grad is None for p in dmd.teacher.denoiser.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in dmd.networks["student"].parameters())
+
+
+def test_without_matching_no_fake_score_is_trained(tiny, tiny_pairs):
+    losses = list(objective(tiny, tiny_pairs, matching_weight=0).turns(Draws(0, range(2))))
+    assert [loss.network for loss in losses] == ["student"]
+
+
+def test_dropout_is_off_everywhere(tiny):
+    dmd = objective(tiny)
+    assert not any(m.training for n in (*dmd.networks.values(), *dmd.frozen) for m in n.modules())
+
+
+def test_pairs_of_another_teacher_or_resolution_are_refused(tiny, tiny_pairs):
+    pairs = PairStore(tiny_pairs)
+    with pytest.raises(UsageError, match="made by another teacher"):
+        check_pairs(pairs, tiny.shape, "0" * 64)
+    with pytest.raises(UsageError, match="has class 1, which is not in classes"):
+        check_pairs(pairs, tiny.shape, tiny.weights_hash(), [0])
+    with pytest.raises(UsageError, match=r"images of shape \(3, 16, 16\), the teacher's are \(3, 32, 32\)"):
+        check_pairs(pairs, (3, 32, 32), tiny.weights_hash())
+
+
+def test_the_teacher_is_guided_as_its_pairs_were(tiny, tiny_pairs):
+    pairs = PairStore(tiny_pairs)
+    pairs.manifest = pairs.manifest.model_copy(update={"guidance_scale": 2.5})
+    config = DMDConfig(pairs=tiny_pairs, device="cpu")
+    assert DMD(config, tiny.copy(), pairs).sampling.guidance_scale == 2.5
+    assert DMD(config.model_copy(update={"guidance_scale": 1.5}), tiny.copy(), pairs).sampling.guidance_scale == 1.5
+    assert DMD(DMDConfig(device="cpu"), tiny.copy(), None).sampling.guidance_scale == tiny.sampling.guidance_scale
+
+
+def test_students_and_keys_of_other_teachers_are_refused(tiny, tiny_pairs):
+    student = tiny.copy()
+    student.few_step_times = [80.0]
+    with pytest.raises(UsageError, match="a student"):
+        DMD(DMDConfig(device="cpu"), student, None)
+    config = DMDConfig(pairs=tiny_pairs, regression_loss="lpips", decoder="x", device="cpu")
+    with pytest.raises(UsageError, match="for latents"):
+        DMD(config, tiny.copy(), PairStore(tiny_pairs))
+
+
+def test_guidance_without_a_null_class_is_refused(tiny):
+    from dataclasses import replace
+
+    from distill_cli.models.model import ClassConditioner
+
+    with pytest.raises(UsageError, match="no null class"):
+        DMD(DMDConfig(guidance_scale=2.0, device="cpu"), replace(tiny.copy(), conditioner=ClassConditioner()), None)
+
+
+def test_a_fake_score_that_falls_behind_is_reported(tiny):
+    dmd = objective(tiny)
+    assert dmd.advice({"real_error": 1.0, "fake_error": 0.9}, 0.5) == ""
+    assert "fallen behind: its error on the student's images is 1.50 times" in dmd.advice({"real_error": 1.0, "fake_error": 1.5}, 0.5)
+    assert "collapsing: their spread inside a class is 0.50 times" in dmd.advice({"spread": 0.2, "pairs_spread": 0.4}, 0.5)
+    assert dmd.advice({"spread": 0.2, "pairs_spread": 0.4}, 0.1) == ""
+
+
+def test_spread_is_that_inside_a_class():
+    images = torch.zeros(6, 1, 2, 2)
+    labels = torch.tensor([3, 3, 3, 3, 5, 5])
+    images[4:] = 7.0  # another class, elsewhere, without any spread of its own
+    assert spread(images, labels) == 0
+    images[:2] = 1.0
+    assert spread(images, labels) == pytest.approx((4 * 0.25 / 6) ** 0.5)
+    assert spread(images[:4], labels[:4]) == pytest.approx(0.5)

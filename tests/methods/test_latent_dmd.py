@@ -1,0 +1,178 @@
+"""Distribution matching in latents: golden numbers through the objective itself, text from disk, regression on decoded latents."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from distill_cli.config import DMDConfig, PairsConfig
+from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import TableSchedule
+from distill_cli.errors import UsageError
+from distill_cli.methods.dmd.objective import DMD, of_decoded
+from distill_cli.models import load
+from distill_cli.pairs.generate import generate
+from distill_cli.pairs.store import PairStore
+
+PROMPTS = ["a small red circle", "a large blue cross", "a yellow square"]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load("tiny-sd").with_prompts(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, teacher):
+    """Seven pairs of three prompts, guided away from a negative one."""
+    folder = tmp_path_factory.mktemp("pairs") / "tiny-sd"
+    model = teacher.with_prompts(PROMPTS, "grey")
+    generate(PairsConfig(teacher="tiny-sd", num=7, shard_size=4, batch_size=4, steps=3, guidance_scale=3, dtype="float32"), model, folder)
+    return folder
+
+
+class GoldenDraws(Draws):
+    """Draws whose matching and score noises and times are given."""
+
+    def __init__(self, noise, t):
+        super().__init__(0, range(len(t)))
+        self.noise, self.t = noise, t.double()
+
+    def normal(self, purpose, shape=(), turn=0):
+        return self.noise if purpose in ("matching_noise", "score_noise") else super().normal(purpose, shape, turn)
+
+    def uniform(self, purpose, turn=0):
+        if purpose == "matching_time":
+            return (self.t - 20 + 0.5) / 961
+        return (self.t + 0.5) / 1000 if purpose == "score_time" else super().uniform(purpose, turn)
+
+
+class Fixed(nn.Module):
+    """A student whose images are given, and learnt."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = nn.Parameter(x.clone())
+
+    def forward(self, x, t, condition=None):
+        return self.x
+
+
+class Wrapped(nn.Module):
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x, t, condition=None):
+        return self.denoiser(x, t)
+
+
+def test_golden_dmd_sd_through_the_objective(golden, teacher):
+    g = golden("dmd_sd")
+    schedule = TableSchedule(g["alphas_cumprod"])
+    dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", guidance_scale=g.header["guidance_scale"]), teacher, None)
+    assert dmd.sampling.guidance_scale == 8
+    null = teacher.conditioner.null
+    cond, uncond = g.mixture("teacher_cond", schedule), g.mixture("teacher_uncond", schedule)
+
+    def both(x, t, condition):
+        is_null = (condition == null).flatten(1).all(1)
+        return torch.where(is_null.view(-1, 1, 1, 1), uncond(x, t), cond(x, t))
+
+    student = Fixed(g["x"])
+    dmd.schedule, dmd.teacher = schedule, replace(dmd.teacher, size=(8, 8))
+    dmd.real = guided(both, dmd.sampling.guidance_scale, null)
+    dmd.networks = {"student": student, "fake": Wrapped(g.mixture("fake", schedule))}
+    turns = dmd.turns(GoldenDraws(g["noise"], g["t"]))
+    first = next(turns)
+    assert first.value.item() == pytest.approx(g["loss"].item(), rel=1e-6)
+    first.value.backward()
+    assert (student.x.grad - g["dloss_dx"]).abs().max() <= 1e-6 * g["dloss_dx"].abs().max()
+    second = next(turns)
+    assert second.network == "fake"
+    assert second.value.item() == pytest.approx(g["fake_loss"].item(), rel=1e-6)
+
+
+def test_the_text_encoder_is_not_needed_while_training_runs(teacher, stored, monkeypatch):
+    dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", pairs=stored), teacher, PairStore(stored))
+    assert dmd.teacher.text.negative == "grey"  # as the pairs were made
+    assert teacher.text.encoder not in dmd.frozen
+    expected = dmd.teacher.text.given(PROMPTS, "grey")(torch.tensor([0, 1, 2]))
+    next(dmd.turns(Draws(0, range(1))))
+    monkeypatch.setattr(type(teacher.text), "encode", None)  # whoever asks it now fails
+    losses = [loss.value.item() for loss in dmd.turns(Draws(0, range(4)))]
+    assert len(losses) == 2
+    assert torch.allclose(dmd.of_pairs(torch.tensor([0, 1, 2])), expected, atol=1e-5)
+
+
+def test_without_pairs_the_embeddings_stand_in_the_run(teacher, tmp_path, monkeypatch):
+    dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", out=tmp_path / "run"), teacher, None)
+    assert teacher.text.encoder not in dmd.frozen
+    assert not (tmp_path / "run").exists()  # which must be new when the run begins
+    list(dmd.turns(Draws(0, range(2))))
+    assert len(list((tmp_path / "run").glob("text-*/shard-*"))) == 2  # 864 captions
+    monkeypatch.setattr(type(teacher.text), "encode", None)
+    assert len(list(dmd.turns(Draws(0, range(4))))) == 2
+
+
+def test_pairs_hold_the_latents_of_their_noise_and_prompt(teacher, stored):
+    store = PairStore(stored)
+    batch = store.batch([1, 5])
+    assert batch["x0"].shape == (2, 4, 8, 8)
+    assert [store.prompts()[label] for label in batch["label"]] == [PROMPTS[1], PROMPTS[2]]
+    model = teacher.with_prompts(PROMPTS, "grey")
+    again = model.generate(Draws(0, [1, 5]), batch["label"], store.manifest.sampling)
+    assert torch.allclose(again, batch["x0"], atol=1e-4)
+
+
+def test_matching_on_pairs_too(teacher, stored):
+    """The option of the LAION runs: matching and fake score see both batches, each image with noise and time of its own."""
+    dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", pairs=stored, match_pairs=True), teacher, PairStore(stored))
+    seen = []
+    real = dmd._match
+    dmd._match = lambda x, noise, t, condition: seen.append((x, noise, t, condition)) or real(x, noise, t, condition)
+    fake = dmd.networks["fake"]
+    fake.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    list(dmd.turns(Draws(0, range(3))))
+    x, noise, t, condition = seen[0]
+    assert len(x) == len(noise) == len(t) == len(condition) == 6
+    assert len(noise.flatten(1).unique(dim=0)) == 6
+    assert len(t.unique()) > 3
+    pairs = PairStore(stored).batch([dmd.order[i] for i in range(3)])
+    assert torch.equal(condition[3:], dmd.of_pairs(pairs["label"]))
+    student = dmd.networks["student"]
+    with torch.no_grad():
+        assert torch.allclose(x[3:], student(pairs["noise"], torch.full((3,), 999.0), condition[3:]), atol=1e-5)
+    assert len(seen[-1][0]) == 6
+
+
+def test_regression_on_decoded_latents(teacher):
+    """The distance is between pictures, its gradient arrives at the latents, and the reference has none."""
+    latents = torch.randn(2, 4, 8, 8, requires_grad=True)
+    reference = torch.randn(2, 4, 8, 8)
+    seen = []
+
+    def metric(x, y):
+        seen.append((x, y))
+        return (x - y).square().flatten(1).mean(1)
+
+    distance = of_decoded(metric, teacher.latent, latents, reference)
+    assert distance.shape == (2,)
+    assert seen[0][0].shape == (2, 3, 64, 64)
+    assert torch.allclose(seen[0][1], teacher.latent.vae.decode(reference / teacher.latent.scale).sample, atol=1e-5)
+    distance.sum().backward()
+    assert latents.grad.abs().max() > 0
+    assert not seen[0][1].requires_grad
+
+
+def test_what_does_not_go_together(teacher, stored, tiny, tiny_pairs):
+    with pytest.raises(UsageError, match="shape"):
+        DMD(DMDConfig(device="cpu", pairs=tiny_pairs), teacher, PairStore(tiny_pairs))
+    with pytest.raises(UsageError, match="no text"):
+        DMD(DMDConfig(device="cpu", prompts="shapes"), tiny, None)
+    with pytest.raises(UsageError, match="no text"):
+        DMD(DMDConfig(device="cpu", negative_prompt="ugly"), tiny, None)
+    with pytest.raises(UsageError, match="t_bins 10: for EDM teachers"):
+        DMD(DMDConfig(device="cpu", t_bins=10), teacher, None)
