@@ -1,0 +1,60 @@
+"""What a denoiser is told beside x_t and t: named tensors, under the names that diffusers' networks give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """Named parts, each (B, ...): class_labels, encoder_hidden_states, pooled_projections, timestep_cond, ...
+
+    Without parts it is no condition. All parts have the same B; `null` conditions have B = 1.
+    """
+
+    parts: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __bool__(self) -> bool:
+        return bool(self.parts)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """The condition with every part changed."""
+        return Condition({name: change(part) for name, part in self.parts.items()})
+
+    def __getitem__(self, rows: Any) -> Condition:
+        """The condition of some of the samples: a slice, or positions."""
+        return self.map(lambda part: part[rows])
+
+    def to(self, device: str | torch.device) -> Condition:
+        return self.map(lambda part: part.to(device))
+
+    def like(self, other: Condition) -> Condition:
+        """This condition of one sample for all samples of `other`, on its device and in its dtypes. Raises ValueError for other parts."""
+        if set(self.parts) != set(other.parts):
+            raise ValueError(f"a condition of {', '.join(self.parts) or 'nothing'} in the place of {', '.join(other.parts) or 'nothing'}")
+        return Condition({name: self.parts[name].to(part.device, part.dtype).expand_as(part) for name, part in other.parts.items()})
+
+    def where(self, mask: Tensor, null: Condition) -> Condition:
+        """`null`, of one sample, for the samples at which `mask` (B,) is true."""
+        other = null.like(self)
+        return Condition(
+            {name: torch.where(mask.reshape(-1, *[1] * (part.ndim - 1)), other.parts[name], part) for name, part in self.parts.items()}
+        )
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """Conditions of the same parts, one after another."""
+        first = conditions[0]
+        if any(set(other.parts) != set(first.parts) for other in conditions):
+            raise ValueError("conditions of different parts")
+        return Condition({name: torch.cat([condition.parts[name] for condition in conditions]) for name in first.parts})
+
+
+NOTHING = Condition()
+"""No condition."""
