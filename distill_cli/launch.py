@@ -35,6 +35,7 @@ def _keep_freed_memory() -> None:
 def device(wanted: str) -> torch.device:
     """`auto` is the process's GPU where there is one."""
     _keep_freed_memory()
+    arithmetic("no")
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UsageError("--device cuda: no CUDA device", "distill env shows what torch sees")
@@ -47,15 +48,54 @@ def device(wanted: str) -> torch.device:
 
 
 def check_precision(where: torch.device, precision: str) -> None:
-    if precision == "fp16" and where.type == "cpu":
-        raise UsageError("--precision fp16: needs a GPU", "use bf16")
+    """Raise UsageError where `where` cannot compute so."""
+    if precision in ("tf32", "fp16") and where.type == "cpu":
+        raise UsageError(f"--precision {precision}: needs a GPU", "use no or bf16")
+    if precision == "tf32" and torch.cuda.get_device_capability(where) < (8, 0):
+        raise UsageError("--precision tf32: this GPU has none", "use no or fp16")
+
+
+def arithmetic(precision: str) -> dict[str, Any]:
+    """Set how this process's GPU multiplies float32 numbers, and return what runs, for env.json.
+
+    `no` is float32 everywhere (torch alone would let convolutions run in TF32, with 10 bits of mantissa); `tf32` is TF32 everywhere.
+    With `bf16` and `fp16`, which networks run in, the convolutions that stay float32 (LPIPS) run in TF32, and products do not.
+    """
+    convolutions, products = precision != "no", precision == "tf32"
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+    return {"precision": precision, "tf32_convolutions": convolutions, "tf32_products": products}
+
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(where: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic of networks: `no` (float32), `bf16`, `fp16`."""
+    """The arithmetic of networks: `no` (float32), `tf32`, `bf16` or `fp16`; float32 products keep it when the context is left."""
     check_precision(where, precision)
-    kinds = {"no": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(where.type, kinds[precision], enabled=precision != "no")
+    arithmetic(precision)
+    return torch.autocast(where.type, HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
+
+
+def repeatable(where: torch.device, wanted: bool) -> None:
+    """Have a GPU compute the same bits every time: before its first product. A CPU does so unasked."""
+    wanted = wanted and where.type == "cuda"
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads once
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+
+
+@contextmanager
+def naming_the_undetermined() -> Iterator[None]:
+    """Turn torch's complaint about an operation that has no deterministic kernel into one line that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        name, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise UsageError(f"deterministic: {name} has no kernel on GPUs that gives the same bits every time", "leave it out") from error
 
 
 PATIENCE = timedelta(days=1)

@@ -130,6 +130,18 @@ class Run:
                 remove_temporaries(part)
         return run
 
+    def note(self, arithmetic: dict[str, Any], where: Any) -> None:
+        """Say in env.json on which device (torch's) and in which arithmetic it trains; resumed elsewhere, the newest is kept."""
+        import torch
+
+        path = self.folder / "env.json"
+        try:
+            env = json.loads(path.read_text())
+        except (OSError, ValueError):  # nothing depends on it
+            env = {}
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+        write_atomic(path, json.dumps({**env, "device": name, "arithmetic": arithmetic}, indent=2) + "\n")
+
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         with os_errors(self.metrics), open(self.metrics, "a") as handle:

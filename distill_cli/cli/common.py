@@ -51,7 +51,7 @@ Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folde
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images at a time.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
-Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16.")]
+Precision = Annotated[str | None, typer.Option(help="no, tf32, bf16 or fp16.")]
 Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - uncond).")]
 Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, pndm, dpm++, ancestral or few-step.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]

@@ -120,7 +120,7 @@ Name = Annotated[str, BeforeValidator(expanded)]
 Text = Annotated[str, BeforeValidator(_text)]
 """Words that a model or a parser reads."""
 Every = Annotated[int | str, BeforeValidator(_every)]
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)]
+Precision = Annotated[Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(_no)]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
 
 

@@ -43,6 +43,7 @@ class TrainingConfig(Config):
     clip_norm: Rate = Field(10.0, description="largest gradient norm of a network")
     ema_halflife: Count = Field(0, description="images; 0: no averaging")
     precision: Precision = Field("no", description="of the networks' arithmetic; weights stay float32")
+    deterministic: bool = Field(False, description="the same run, again or resumed, is the same bits on one GPU too; slower")
     log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
     save_every: Every = Field(500, description="between checkpoints: steps, or a time such as 30s, 10m, 2h")

@@ -25,7 +25,20 @@ from distill_cli.data.listing import noting
 from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.launch import PATIENCE, Progress, autocast, check_precision, device, plain_links, spared, stoppable, whole
+from distill_cli.launch import (
+    PATIENCE,
+    Progress,
+    arithmetic,
+    autocast,
+    check_precision,
+    device,
+    naming_the_undetermined,
+    plain_links,
+    repeatable,
+    spared,
+    stoppable,
+    whole,
+)
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
 from distill_cli.recipes import dump
@@ -53,14 +66,24 @@ def tracker_of(config: TrainingConfig) -> str | None:
 
 
 def honour_fsdp(accelerator: Any) -> None:
-    """Have accelerate's FSDP wanted by its configuration work on the CPU too, where it leaves it out although torch can."""
+    """Have accelerate's FSDP wanted by its configuration work on the CPU too, where it leaves it out although torch can.
+
+    The plugin is what GPUs get. Raises UsageError for what FSDP cannot have here.
+    """
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        made = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            made.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, made
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise UsageError("FSDP of version 1 is not supported", "fsdp_version: 2 in accelerate's configuration, or FSDP_VERSION=2")
+    if accelerator.mixed_precision == "fp16":
+        raise UsageError("--precision fp16: not with FSDP, which would round times and losses too", "use bf16: weights stay float32")
 
 
 class Engine:
@@ -74,6 +97,7 @@ class Engine:
         self.config, self.objective = config, objective
         wanted = device(config.device)
         check_precision(wanted, config.precision)
+        repeatable(wanted, config.deterministic)
         self.part = config.batch_size // config.accumulate
         if self.part % world_size():
             parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
@@ -81,7 +105,8 @@ class Engine:
         plain_links(wanted)
         spread = zero.plugin(config, objective.networks, wanted)
         self.accelerator = Accelerator(
-            mixed_precision=config.precision if spread is None else "no",
+            # accelerate brings fp16's gradient scaler alone: given bf16, its FSDP would round the networks' times (999 to 1000) and x_t
+            mixed_precision="fp16" if config.precision == "fp16" and spread is None else "no",
             deepspeed_plugin=spread,
             cpu=wanted.type == "cpu",
             log_with=tracker_of(config),
@@ -126,8 +151,9 @@ class Engine:
         """One step: every turn of the objective, each over all parts of the batch."""
         torch.manual_seed(hash((self.config.seed, self.step, rank())) % 2**63)  # dropout alone uses torch's generator
         turns = [self.objective.turns(part) for part in self.draws(self.step)]
-        while name := self._turn(turns):
-            self._update(name)
+        with naming_the_undetermined():
+            while name := self._turn(turns):
+                self._update(name)
         self.step += 1
         self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
 
@@ -268,6 +294,7 @@ class Engine:
             identity.check_same(identity.shared(self.begun, self.objective, networks, optimizers), self.talk)
         if rank() == 0:
             identity.write(run.folder, self.begun)
+            run.note(arithmetic(self.config.precision) | {"deterministic": self.config.deterministic}, self.accelerator.device)
             checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best)
             run.forget_after(self.step)
             if self.config.tracker != "none":

@@ -49,7 +49,7 @@ class Classification:
         height, width = x.shape[2:]
         x = torch.stack([p[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] for p, (dy, dx) in zip(padded, moves.tolist())])
         labels = labels.to(device)
-        logits = network(x.to(device))
+        logits = network(x.to(device)).float()
         right = (logits.argmax(1) == labels).float().mean()
         yield Loss("classifier", nn.functional.cross_entropy(logits, labels), {"accuracy": right})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,21 @@ from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.models.times import PUBLISHED, nearest, parse
+from distill_cli.processes import rank
 from distill_cli.training.ema import follow
 from distill_cli.training.identity import digest
 from distill_cli.training.objective import Loss
+
+
+FINE = 100
+"""Points of a grid above which bf16 (7 bits of mantissa; fp16 and tf32 have 10) is too coarse."""
+ROUNDED = "times come so near to each other that most of the loss will be rounding (over 80% on grids of 1280 points)"
+
+
+def rounds(config: CMConfig) -> bool:
+    """Whether bf16 hides what the student learns: the difference of two estimates at neighbouring times."""
+    fine = config.method in ("ict", "ect") or max(config.scales or 0, config.scales_end or 0) > FINE
+    return config.precision == "bf16" and fine
 
 
 class Consistency:
@@ -44,6 +57,8 @@ class Consistency:
 
     def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
         self.config, self.teacher, self.images = config, teacher, images
+        if rounds(config) and rank() == 0:
+            print(f"warning: precision bf16: {ROUNDED}; precision=fp16, tf32 or no", file=sys.stderr)
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
         if teacher is not None:
             teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
