@@ -81,7 +81,7 @@ def repeatable(where: torch.device, wanted: bool) -> None:
     wanted = wanted and where.type == "cuda"
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads once
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
     torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.deterministic = wanted
 

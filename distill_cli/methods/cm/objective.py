@@ -38,7 +38,6 @@ from distill_cli.training.ema import follow
 from distill_cli.training.identity import digest
 from distill_cli.training.objective import Loss
 
-
 FINE = 100
 """Points of a grid above which bf16 (7 bits of mantissa; fp16 and tf32 have 10) is too coarse."""
 ROUNDED = "times come so near to each other that most of the loss will be rounding (over 80% on grids of 1280 points)"
