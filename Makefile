@@ -1,10 +1,10 @@
-# make demo: from nothing to a one-step student of the built-in teacher.  make test: lint, types, all tests.
+# make demo: from nothing to a one-step student of the built-in teacher.  make test: lint, types, all tests.  make gpu: what needs a GPU.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 DISTILL := $(VENV)/bin/distill
 DEMO := runs/demo
 
-.PHONY: demo test lint
+.PHONY: demo test lint gpu
 
 $(VENV)/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; hint: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -33,3 +33,6 @@ lint: $(VENV)/tools
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2
 	$(VENV)/bin/python -m pytest -m slow
+
+gpu: $(VENV)/ready
+	PYTHON=$(VENV)/bin/python sh docs/gpu.sh

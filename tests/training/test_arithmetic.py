@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,37 +131,11 @@ def test_fp16_is_refused_under_fsdp():
         honour_fsdp(accelerator)
 
 
-TIMES = """
-import sys, torch
-from distill_cli.config import DMDConfig
-from distill_cli.methods.dmd.objective import DMD
-from distill_cli.models import load
-from distill_cli.runs import Run
-from distill_cli.training.engine import Engine
-from pathlib import Path
-
-config = DMDConfig(teacher="tiny-sd", device="cpu", batch_size=4, precision="bf16", sample_every=0, ema_halflife=20, lr=1e-3, steps=2,
-                   prompts="shapes")
-from distill_cli.data.prompts import chosen
-teacher = load("tiny-sd")
-objective = DMD(config, teacher, None, chosen("shapes", ""))
-engine = Engine(config, objective)
-seen = []
-network = engine.plain["student"].network.unet
-network.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args[0].dtype, args[1].flatten()[0].item())), with_kwargs=True)
-outer = []
-engine.objective.networks["student"].register_forward_hook(lambda module, args, out: outer.append(out.dtype))
-engine.train_step()
-print("SEEN", type(engine.objective.networks["student"]).__name__, seen, outer)
-"""
-
-
 @pytest.mark.slow
-def test_under_fsdp_networks_get_their_times_unrounded(tmp_path):
+def test_under_fsdp_networks_get_their_times_unrounded():
     """With the plugin that GPUs get (honour_fsdp): a student of one step is asked at 999, which bf16 would make 1000."""
-    script = tmp_path / "times.py"
-    script.write_text(TIMES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    script = Path(__file__).with_name("fsdp_times.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), "cpu"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -168,6 +143,6 @@ def test_under_fsdp_networks_get_their_times_unrounded(tmp_path):
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("SEEN FSDP"), line
-        assert "(torch.float32, 999.0)" in line
+        assert "('torch.float32', 999.0)" in line
         assert "1000.0" not in line
-        assert line.endswith("[torch.float32]")
+        assert line.endswith("['torch.float32']")

@@ -1,0 +1,177 @@
+"""CUDA code on a machine without a card (fake_card.py): whole commands run on it, no operation mixes devices, nobody waits in a step.
+
+python -m tests.test_fake_card        # prints copies, waits and casts a step, for every method and family, and a picture
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from tests.fake_card import COUNTS, Card, WrongDeviceError, card
+from tests.unchanged.record import FOLDERS, RUNS
+
+TEACHER_PAIRS = ("--num", 4, "--steps", 2, "shard_size=4", "batch_size=4", "--device", "cpu")
+EPS, LATENTS = FOLDERS / "train-eps", FOLDERS / "train-latents"
+CASES = {
+    **{name: RUNS[name] for name in ("dmd-tiny", "dmd-tiny-sd", "cd-tiny", "ct-tiny", "ict-tiny", "ect-tiny")},
+    "dmd-eps": ("dmd", "--teacher", EPS, "--batch-size", 4),
+    "dmd-guided": ("dmd", "--teacher", "tiny-sd", "--prompts", "shapes", "--guidance-scale", 3, "--batch-size", 4, "precision=bf16"),
+    "cd-guided": (*RUNS["cd-tiny"], "--guidance-scale", 2, "precision=bf16"),
+    **{name: RUNS[name] for name in ("train-edm", "train-eps", "train-v", "vae", "train-latents", "classifier")},
+}  # fmt: skip
+"""name -> the command that trains"""
+COPIES = {
+    "dmd-tiny": 11, "dmd-tiny-sd": 28, "dmd-eps": 22, "dmd-guided": 24, "cd-tiny": 5, "cd-guided": 7, "ct-tiny": 5, "ict-tiny": 5,
+    "ect-tiny": 5, "train-edm": 4, "train-eps": 10, "train-v": 10, "vae": 2, "train-latents": 11, "classifier": 2,
+}  # fmt: skip
+"""Copies to the card in a step, at most."""
+BACK = {"dmd-tiny-sd": 2, "dmd-guided": 1}
+"""Copies from the card in a step, at most; elsewhere there are none."""
+SAMPLES = {
+    "tiny": ("--model", "tiny", "--steps", 3),
+    "tiny-guided": ("--model", "tiny", "--steps", 3, "--guidance-scale", 2),
+    "tiny-ancestral": ("--model", "tiny", "--steps", 3, "--solver", "ancestral"),
+    "eps": ("--model", EPS, "--steps", 3),
+    "latents": ("--model", LATENTS, "--steps", 3, "--prompts", "shapes-held"),
+    "tiny-sd": ("--model", "tiny-sd", "--steps", 3, "--prompts", "shapes-held"),
+    "tiny-sd-dpm++": ("--model", "tiny-sd", "--steps", 3, "--prompts", "shapes-held", "--solver", "dpm++"),
+    "dmd-tiny": ("--model", FOLDERS / "dmd-tiny"),
+    "dmd-tiny-sd": ("--model", FOLDERS / "dmd-tiny-sd", "--prompts", "shapes-held"),
+    "cd-tiny": ("--model", FOLDERS / "cd-tiny", "--steps", 2),
+    "ect-tiny": ("--model", FOLDERS / "ect-tiny", "--steps", 2),
+}
+
+
+def call(*arguments):
+    from distill_cli.cli.app import run
+
+    AcceleratorState._reset_state(True)
+    try:
+        assert run([str(argument) for argument in arguments]) == 0, arguments
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def inputs(name, folder):
+    """What a case reads, made on the CPU."""
+    command = CASES[name]
+    teacher = {"pairs-tiny": ("tiny",), "pairs-tiny-sd": ("tiny-sd", "--prompts", "shapes-held")}
+    for store, about in teacher.items():
+        if store in command:
+            call("pairs", "--teacher", *about, *TEACHER_PAIRS, "--out", store)
+    if "vae=vae" in command and not Path(folder, "vae").exists():
+        (Path(folder) / "vae").symlink_to(FOLDERS / "vae")
+
+
+def trained(name, *more):
+    """Train 3 steps on the card; returns the counts of the second."""
+    from distill_cli.training.engine import Engine
+
+    steps, plain = [], Engine.advance
+
+    def advance(self):
+        COUNTS.clear()
+        out = plain(self)
+        steps.append((COUNTS.numbers(), dict(COUNTS.where)))
+        return out
+
+    with patch("distill_cli.cli.common.compare"), patch.object(Engine, "advance", advance), card():
+        call(*CASES[name], "--device", "cuda", "--steps", 3, "log_every=1000", "sample_every=0", "save_every=2", *more, "--out", name)
+    return steps[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_each_method_stays_on_the_card(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inputs(name, tmp_path)
+    counts, where = trained(name)
+    assert counts["waits"] == 0, where
+    assert counts["to_host"] <= BACK.get(name, 0), where
+    assert 0 < counts["to_card"] <= COPIES[name], where
+
+
+def test_a_run_on_the_card_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained("ct-tiny")
+    with patch("distill_cli.cli.common.compare"), card():
+        call("cm", "--resume", "ct-tiny", "--steps", 4)
+    assert (tmp_path / "ct-tiny/checkpoints/step-000004").is_dir()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_pictures_of_the_card_are_the_hosts(name, tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    command = ("sample", *SAMPLES[name], "--num", 4, "--seed", 6, "format=npz")
+    call(*command, "--device", "cpu", "--out", "host")
+    with card() as counts:
+        call(*command, "--device", "cuda", "--out", "card")
+    assert counts.to_card > 0  # so it was there
+    here, there = (np.load(Path(folder, "samples.npz"))["arr_0"].astype(int) for folder in ("host", "card"))
+    assert np.abs(here - there).max() <= 1
+
+
+def test_pairs_of_the_card_are_the_hosts(tmp_path, monkeypatch):
+    from distill_cli.pairs.store import PairStore
+
+    monkeypatch.chdir(tmp_path)
+    call("pairs", "--teacher", "tiny", *TEACHER_PAIRS, "--out", "host")
+    with card():
+        call("pairs", "--teacher", "tiny", *TEACHER_PAIRS[:-1], "cuda", "--out", "card")
+    here, there = (PairStore(Path(folder)).batch(range(4))["x0"].float() for folder in ("host", "card"))
+    assert (here - there).abs().max() < 2e-3  # stored in float16
+
+
+def test_what_a_card_refuses_and_what_it_waits_for():
+    with card() as counts:
+        there, here = torch.ones(3, device="cuda"), torch.ones(3)
+        assert isinstance(there, Card)
+        with pytest.raises(WrongDeviceError, match="add: tensors of two devices"):
+            there + here
+        with pytest.raises((RuntimeError, TypeError), match="numpy"):
+            there.numpy()
+        counts.clear()
+        assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number travels with the call
+        assert (counts.to_card, counts.to_host, counts.waits) == (0, 0, 1)
+        there[there > 0]
+        there.sum().item()
+        there.cpu()
+        there + here.to(there.device)
+        there.double()
+        assert counts.numbers() == {"to_card": 1, "to_host": 1, "waits": 3, "casts": 1, "cast_values": 3}
+        with torch.autocast("cuda", torch.bfloat16):
+            assert (torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")).dtype == torch.bfloat16
+        weight = torch.ones(2, device="cuda", requires_grad=True)
+        (weight * 3).sum().backward()
+        assert weight.grad.device.type == "cuda"
+    assert not torch.cuda.is_available()
+
+
+def table():
+    """Lines of a table: counts a step, and of eight pictures."""
+    rows = ["| job | copies to the card | copies back | waits | casts | values cast |", "|---|---|---|---|---|---|"]
+    for name in CASES:
+        os.chdir(tempfile.mkdtemp())
+        inputs(name, ".")
+        counts, where = trained(name)
+        print(name, counts, where, file=sys.stderr)
+        rows.append(f"| a step of {name} | " + " | ".join(f"{value:,}" for value in counts.values()) + " |")
+    for name, command in SAMPLES.items():
+        both = []
+        for number in (4, 8):  # batches of 4: what the second one takes
+            with card() as seen:
+                call("sample", *command, "--num", number, "batch_size=4", "format=npz", "--device", "cuda", "--out", f"{name}-{number}-s")
+            both.append(seen.numbers())
+        rows.append(f"| 4 pictures of {name} | " + " | ".join(f"{both[1][key] - both[0][key]:,}" for key in both[0]) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

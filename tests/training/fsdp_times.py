@@ -1,0 +1,26 @@
+"""What a network gets under FSDP, a process of several: torchrun --nproc-per-node N fsdp_times.py cpu|cuda (test_arithmetic, docs/gpu.sh).
+
+Needs ACCELERATE_USE_FSDP=true and FSDP_VERSION=2. Prints the kind of the wrapped network, the types and times that came to the network in
+it, and the types that came out.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from distill_cli.config import DMDConfig
+from distill_cli.data.prompts import chosen
+from distill_cli.methods.dmd.objective import DMD
+from distill_cli.models import load
+from distill_cli.training.engine import Engine
+
+with tempfile.TemporaryDirectory() as folder:
+    config = DMDConfig(teacher="tiny-sd", device=sys.argv[1], batch_size=4, precision="bf16", lr=1e-3, steps=2, out=Path(folder))
+    engine = Engine(config, DMD(config, load("tiny-sd"), None, chosen("shapes", "")))
+    got, given = [], []
+    inner = engine.plain["student"].network.unet
+    inner.register_forward_pre_hook(lambda module, args, kwargs: got.append((str(args[0].dtype), args[1].max().item())), with_kwargs=True)
+    outer = engine.objective.networks["student"]
+    outer.register_forward_hook(lambda module, args, out: given.append(str(out.dtype)))
+    engine.train_step()
+    print("SEEN", type(outer).__name__, got, given, flush=True)
