@@ -31,8 +31,8 @@ from distill_cli.methods.cm.objective import Consistency, images_of
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.methods.train.denoising import Denoising
 from distill_cli.methods.train.text_to_image import TextToImage
-from distill_cli.models import load, schedulers
-from distill_cli.models.model import Model, network_evaluations
+from distill_cli.models import formats, load, schedulers
+from distill_cli.models.model import Model
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run, versions
@@ -155,7 +155,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     """`make(k)` makes BATCHES batches into the k-th folder."""
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
-    calls = network_evaluations(sampling)
+    calls = sampling.evaluations
     turn = iter(range(10**9))
 
     def bare() -> Callable[[], None]:
@@ -181,9 +181,9 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
     prompts = [model.text.prompts[k] for k in model.text.labels(config.num).tolist()]
 
     def bare() -> Callable[[], None]:
-        model.save(folder / "pipeline")
+        formats.save(model, folder / "pipeline")
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(where)
-        if sampling.solver != "few-step":
+        if model.sampler.teaches:
             pipeline.scheduler = schedulers.make(model.scheduler or {}, schedulers.SOLVERS[sampling.solver])
         pipeline.set_progress_bar_config(disable=True)
 

@@ -189,7 +189,7 @@ def open_model(command: str, name: str, config: GenerateT, sketched: Model | Non
     from distill_cli.models import load
     from distill_cli.models.model import LARGE
 
-    model = load(name) if sketched is None else sketched
+    model = load(name, config.steps) if sketched is None else sketched
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
     repeat = getattr(config, "images_per_prompt", 1)
@@ -328,12 +328,11 @@ def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, p
     """Models below one another, from the same noise, which is in no store of pairs."""
     from distill_cli.data.pictures import save_comparison, to_uint8
     from distill_cli.launch import autocast, device
-    from distill_cli.models.model import network_evaluations
 
     rows = []
     for name, (model, sampling) in models.items():
         with autocast(device(config.device), config.precision if model.latent is not None else "no"):
             images, _ = model.examples(config.seed, model.shown, sampling, classes)
-        calls = network_evaluations(sampling)
+        calls = sampling.evaluations
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
     save_comparison(rows, path, columns=20 if model.shown == 40 else 8, scale=model.enlarged)

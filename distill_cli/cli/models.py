@@ -27,6 +27,7 @@ def show(
 ) -> None:
     """Show what a model is, how it is sampled, and where it came from."""
     from distill_cli.models import load
+    from distill_cli.models.formats import format_of
     from distill_cli.models.sources import hub, published
     from distill_cli.models.sources.registry import REGISTRY
 
@@ -53,8 +54,11 @@ def show(
         "parameterisation": denoiser.parameterisation,
         "time_input": denoiser.time_input,
         "sampling": model.sampling.model_dump(),
-        "few_step_times": model.few_step_times,
-        "grid": getattr(denoiser.schedule, "grid", None),
+        "knows": model.sampler.knows,
+        "answers": model.sampler.answers,
+        "times": list(model.sampler.times),
+        "grid": denoiser.schedule.grid or None,
+        "in_diffusers": format_of(model).in_diffusers(model).said,
         "lineage": model.lineage.model_dump(exclude={"name", "kind"}),
         "weights_hash": model.weights_hash(),
     }

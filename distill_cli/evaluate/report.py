@@ -186,7 +186,7 @@ class Row:
             found, count = tuple(row.images.shape[1:]), len(row.images)
         else:
             name, steps = split(spec)
-            row = cls(spec, model=load(name), steps=steps)
+            row = cls(spec, model=load(name, steps), steps=steps)
             assert row.model is not None
             if row.model.text is not None:
                 raise UsageError(f"--model {spec}: makes pictures of prompts", "--prompts FILE clip=FOLDER measures how well they fit them")

@@ -120,8 +120,8 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple[Model, int | None, float | None]:
     """A model for the prompts, its steps, and its guidance scale; a student has its guidance and negative prompt built in."""
     name, steps = split(spec)
-    model = load(name)
-    student = model.few_step_times is not None
+    model = load(name, steps)
+    student = model.sampler.guidance == "inside"
     model = model.with_prompts(prompts, "" if student else config.negative_prompt, config.images_per_prompt)
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)

@@ -13,7 +13,8 @@ from distill_cli.config import DMDConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.model import Lineage, Model
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.sources.hub import HUB
 from distill_cli.models.text import PromptConditioner
@@ -51,7 +52,7 @@ def sketch(name: str) -> Model:
         denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(STABLE_DIFFUSION), "v" if name == "sd21" else "eps", Scales(), "t"),
         conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
         lineage=Lineage(name=name, licence=HUB[name].licence),
-        sampling=Sampling(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
+        sampler=Sampler(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
         codec=VAECodec(vae),
         scheduler=dict(STABLE_DIFFUSION),
     )

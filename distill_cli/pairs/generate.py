@@ -13,7 +13,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import Model, network_evaluations
+from distill_cli.models.model import Model
 from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_prompts, shard_path, write_shard
 from distill_cli.runs import settle
 
@@ -47,7 +47,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
 
 def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
     """What making the pairs costs, for --dry-run."""
-    calls = network_evaluations(manifest.sampling)
+    calls = manifest.sampling.evaluations
     item = shards.DTYPES[manifest.dtype].itemsize
     size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
     text = {}

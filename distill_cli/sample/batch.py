@@ -25,7 +25,7 @@ from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import reading, remove_temporaries, write_atomic, write_atomic_lines
-from distill_cli.models.model import Model, network_evaluations
+from distill_cli.models.model import Model
 from distill_cli.runs import settle
 
 SETTINGS = "sampling.json"
@@ -161,8 +161,8 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     if model.text is not None:
         settings["prompts"] = digest_of(model.text.prompts)
     settings |= {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
-    if sampling.solver == "few-step":
-        settings["times"] = model.times("few-step", sampling.steps).tolist()
+    if model.sampler.times:
+        settings["times"] = model.sampler.times_for(model.denoiser.schedule, sampling.solver, sampling.steps).tolist()
     settle(folder / SETTINGS, settings, "samples")
     remove_temporaries(folder)
     where = launch.device(config.device)
@@ -199,6 +199,6 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         "kept": sum(map(len, mine)) - made,
         "missing": sum(len(samples.batches[k]) for k in left),
         "left": sum(k % part[1] == part[0] for k in left),
-        "network_evaluations": network_evaluations(sampling),
+        "network_evaluations": sampling.evaluations,
         "images_per_second": round(rate, 2) if made else None,
     }

@@ -28,9 +28,11 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.launch import device
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import ClassConditioner, Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.times import PUBLISHED, nearest, parse
 from distill_cli.training.ema import follow
 from distill_cli.training.identity import digest
@@ -48,7 +50,7 @@ class Consistency:
         if teacher is not None:
             teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         start = teacher.copy() if teacher is not None else new(config, images)
-        self.schedule, self.few_step_times = check(config, start, images)
+        self.schedule, self.own_times = check(config, start, images)
         start.denoiser.schedule, self.start = self.schedule, start
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
@@ -174,7 +176,7 @@ class Consistency:
             licence=start.licence,
             data=self.config.data or start.data,
         )
-        return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), self.few_step_times)
+        return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""
@@ -227,7 +229,7 @@ def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, 
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
     check_images(config, start, images)
-    if start.few_step_times is not None and config.method in ("cd", "ect"):
+    if not start.sampler.teaches and config.method in ("cd", "ect"):
         raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
     return own_times(config, schedule)
 

@@ -27,8 +27,10 @@ from distill_cli.errors import UsageError
 from distill_cli.launch import device, preparing
 from distill_cli.models.autoencoder import VAECodec, load_decoder
 from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import ClassConditioner, Conditioner, Model
 from distill_cli.models.perceptual import Perceptual
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.text import PromptConditioner
 from distill_cli.pairs.store import Manifest, PairStore
 from distill_cli.training.identity import digest
@@ -44,7 +46,7 @@ class DMD:
     result = "student"
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
-        if teacher.few_step_times is not None:
+        if not teacher.sampler.teaches:
             raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
         if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
             raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
@@ -194,8 +196,7 @@ class DMD:
                 licence=lineage.licence,
                 data=lineage.data,
             ),
-            sampling=Sampling(solver="few-step", steps=1),
-            few_step_times=[self.schedule.t_max],
+            sampler=Sampler.one_step(self.schedule),
         )
 
     def advice(self, metrics: dict[str, float], done: float) -> str:

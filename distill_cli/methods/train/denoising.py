@@ -14,7 +14,8 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.training.objective import Loss
 
@@ -67,7 +68,7 @@ class Denoising:
 
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampling)
+        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampler)
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""

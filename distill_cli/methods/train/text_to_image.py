@@ -17,7 +17,8 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.stable_diffusion import create, load_vae
 from distill_cli.models.text import PromptConditioner, make_tokenizer

@@ -155,7 +155,7 @@ def load(path: Path, prediction: str | None = None) -> Model:
 
     `Model.notes` says what was read off the file and what was assumed.
     """
-    from distill_cli.models import stable_diffusion
+    from distill_cli.models.formats import stable_diffusion
 
     if path.suffix.lower() != SUFFIX:
         raise DistillError(f"{path}: not a {SUFFIX} file", "only safetensors are read: other checkpoints may run code")
@@ -214,8 +214,10 @@ def load(path: Path, prediction: str | None = None) -> Model:
 
 def convert_checkpoint(path: Path, folder: Path, prediction: str | None = None) -> dict[str, Any]:
     """Write the model in a single file as a diffusers folder, in float32."""
+    from distill_cli.models.formats import save
+
     model = load(path, prediction)
-    model.save(folder)
+    save(model, folder)
     return {
         "format": "single-file checkpoint",
         "kind": model.lineage.kind,
