@@ -24,7 +24,8 @@ from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.methods.dmd.objective import DMD
-from distill_cli.models.model import ClassConditioner, Lineage, Model
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import ClassConditioner, Model
 from distill_cli.models.unet import UNet
 
 MODES, WEIGHTS, STD = torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), torch.tensor([0.7, 0.3]), 0.4

@@ -17,6 +17,8 @@ from distill_cli.diffusion.schedule import EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models import load
+from distill_cli.models.formats import save
+from distill_cli.models.sampler import Sampler
 
 
 class Raw(nn.Module):
@@ -120,9 +122,9 @@ def test_times_are_drawn_as_often_as_their_weights_say(tiny):
 def test_the_students_own_times(tiny):
     """Those of the recipe, known to be right before training; at first the published ones."""
     cm = objective(tiny, scales=40)
-    assert cm.model(cm.networks["student"]).few_step_times == pytest.approx([80, 1.38237], rel=1e-5)
+    assert cm.model(cm.networks["student"]).sampler.times == pytest.approx([80, 1.38237], rel=1e-5)
     cm = objective(tiny, times="sigma:80,4,0.5")
-    assert cm.model(cm.networks["student"]).few_step_times == [80, 4, 0.5]
+    assert cm.model(cm.networks["student"]).sampler.times == (80, 4, 0.5)
     with pytest.raises(UsageError, match="^times sigma:4,80: noise levels must decrease"):
         objective(tiny, times="sigma:4,80")
 
@@ -130,8 +132,8 @@ def test_the_students_own_times(tiny):
 def test_a_student_by_distillation_counts_its_times_on_the_grid_it_was_distilled_on(tiny, tmp_path):
     cm = objective(tiny, scales=10, times="index:0,4")
     student = cm.model(cm.networks["student"])
-    assert student.few_step_times == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
-    student.save(tmp_path / "m")
+    assert list(student.sampler.times) == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
+    save(student, tmp_path / "m")
     again = load(str(tmp_path / "m"))
     assert again.times("few-step", 3).tolist() == maths.sigma_at(EDMSchedule(), torch.tensor([0, 3, 6]), 9).tolist()
     assert tiny.denoiser.schedule.grid == 40
@@ -280,7 +282,7 @@ def test_defaults_are_the_methods():
 
 def test_students_are_no_teachers(tiny):
     """Their estimates are no E[x0 | x]: the ODE would go elsewhere."""
-    student = tiny.copy(few_step_times=[80.0])
+    student = tiny.copy(sampler=Sampler.consistency([80.0]))
     for method in ("cd", "ect"):
         with pytest.raises(UsageError, match="--teacher tiny: a student"):
             Consistency(CMConfig(teacher="tiny", method=method), student, open_images("digits"))

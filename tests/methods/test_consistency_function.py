@@ -10,7 +10,8 @@ from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Sca
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.methods.cm.objective import Consistency
-from distill_cli.models.model import ClassConditioner, Lineage, Model
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import ClassConditioner, Model
 from distill_cli.models.unet import UNet
 from docs.figure3 import Plane
 

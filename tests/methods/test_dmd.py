@@ -9,7 +9,8 @@ from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, add_noise
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.objective import DMD, check_pairs, spread
 from distill_cli.models import pixel
-from distill_cli.models.model import Lineage
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.sampler import Sampler
 from distill_cli.pairs.store import PairStore
 
 
@@ -131,7 +132,7 @@ def test_the_teacher_is_guided_as_its_pairs_were(tiny, tiny_pairs):
 
 def test_students_and_keys_of_other_teachers_are_refused(tiny, tiny_pairs):
     student = tiny.copy()
-    student.few_step_times = [80.0]
+    student.sampler = Sampler.consistency([80.0])
     with pytest.raises(UsageError, match="a student"):
         DMD(DMDConfig(device="cpu"), student, None)
     config = DMDConfig(pairs=tiny_pairs, regression_loss="lpips", decoder="x", device="cpu")

@@ -14,6 +14,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load
 from distill_cli.models.edm import EDMUNet
+from distill_cli.models.sampler import Sampling
 from distill_cli.models.sources import convert, unpickle
 from distill_cli.models.sources.convert import convert_file, model_of, open_file, place
 from tests.models.published import CIFAR10, IMAGENET64, Persistent, dump, nvlabs_shapes, openai_shapes, write_nvlabs
@@ -158,7 +159,7 @@ def test_nvlabs_files_of_other_configurations_are_placed(changes, tmp_path):
     assert found["tensors"] == len(kept) + 4 * sum("qkv.weight" in name for name in kept)
     model = load(str(tmp_path / "m"))
     labels = torch.zeros(2, dtype=torch.long)
-    assert torch.isfinite(model.sample(Draws(0, range(2)), labels, convert.Sampling(steps=2))).all()
+    assert torch.isfinite(model.sample(Draws(0, range(2)), labels, Sampling(steps=2))).all()
     if found["classes"]:  # without labels the network is the one of the null class
         x, t = torch.randn(2, *model.shape), torch.zeros(2)
         null = torch.full((2,), found["classes"])
@@ -268,7 +269,7 @@ def test_a_converted_teacher_in_a_loop_of_plain_diffusers(tmp_path):
     for t in scheduler.timesteps:
         with torch.no_grad():
             x = scheduler.step(network(scheduler.scale_model_input(x, t), t, labels)[0], t, x).prev_sample
-    ours = model.sample(draws, labels, convert.Sampling(solver="euler", steps=6))
+    ours = model.sample(draws, labels, Sampling(solver="euler", steps=6))
     assert (ours - x.clamp(-1, 1)).abs().max() < 1e-4
 
 
@@ -295,5 +296,5 @@ def test_consistency_students_sample(tmp_path):
     model = model_of(open_file(tmp_path / "cd_x.pt", kwargs["image_size"]), "x")
     images = model.sample(Draws(0, range(2)), model.conditioner.labels(2))
     assert images.shape == (2, 3, 16, 16)
-    assert model.few_step_times == pytest.approx([80.0, 1.38237], rel=1e-4)  # the published two-step times
+    assert model.sampler.times == pytest.approx([80.0, 1.38237], rel=1e-4)  # the published two-step times
     assert model.sampling.steps == 1
