@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import expand
 from distill_cli.errors import DistillError, UsageError
 
@@ -33,7 +34,7 @@ def bounded(denoiser: Denoiser, config: Mapping[str, Any]) -> Denoiser:
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
         raise DistillError(f"LCMScheduler: timestep_scaling is {scaling!r}, not a number")
 
-    def function(x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def function(x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         scaled = t.double() * scaling
         norm = scaled.square() + SIGMA_DATA**2
         return expand(SIGMA_DATA**2 / norm, x) * x + expand(scaled / norm.sqrt(), x) * denoiser(x, t, condition)

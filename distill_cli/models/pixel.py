@@ -23,7 +23,8 @@ from distill_cli.errors import DistillError, UsageError, printable_lines
 from distill_cli.files import folder_atomic, write_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.checks import check_pixels
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling, Text
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.model import Lineage, Model, Sampling, Text
 from distill_cli.models.parts import check_named, load_network, read_json, save_network
 from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, numbers_of, table_of
 from distill_cli.models.sources.hub import part_of
@@ -124,14 +125,14 @@ def save_times(folder: Path, model: Model) -> None:
 
 def card(model: Model) -> str:
     """The README.md of a model's folder."""
-    lineage, sampling, kinds = model.lineage, model.sampling, f"{len(model.conditioner.classes) or 'no'} classes"
+    lineage, sampling = model.lineage, model.sampling
     times = ", ".join(f"{time:.4g}" for time in model.few_step_times or [])
     rows = {
         "kind": f"{lineage.kind}{f', by {lineage.method}' if lineage.method else ''}",
         "teacher": f"{lineage.teacher} (weights {lineage.teacher_hash[:12]})" if lineage.teacher else "",
         "licence": lineage.licence,
         "data": lineage.data,
-        "images": f"{model.picture} pixels, of {'prompts' if model.text is not None else kinds}",
+        "images": f"{model.picture} pixels, of {model.conditioner.summary}",
         "sampling": f"{sampling.solver}, {sampling.steps} step{'s' * (sampling.steps > 1)}, guidance scale {sampling.guidance_scale:g}",
         "times": f"{'t' if model.denoiser.time_input == 't' else 'sigma'} {times}" if times else "",
     }

@@ -24,12 +24,13 @@ from distill_cli.files import folder_atomic
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.checks import check_latents, check_vae
+from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.parts import check_named, load_network, own_names, quiet, read_json, save_network
 from distill_cli.models.pixel import EXTRA, Extra, card, extra_of, read_extra
 from distill_cli.models.schedulers import PREDICTION_TYPES, table_of
 from distill_cli.models.sources.hub import PARTS as WEIGHTS
-from distill_cli.models.text import PromptConditioner, create_encoder, load_tokenizer, make_tokenizer, save_encoder, save_tokenizer
+from distill_cli.models.text import create_encoder, load_tokenizer, make_tokenizer, save_encoder, save_tokenizer
 from distill_cli.models.unet import UNet
 
 PIPELINE = "StableDiffusionPipeline"

@@ -17,7 +17,8 @@ from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError, printable, reason
 from distill_cli.files import remove_folder
 from distill_cli.models.checks import rehearse_pixels
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.parts import check_file
 from distill_cli.models.sources.openai import blocks, openai_network, settle_openai
 from distill_cli.models.sources.unpickle import Record, check_operations, read
