@@ -184,8 +184,6 @@ def open_model(command: str, name: str, config: GenerateT, sketched: Model | Non
 
     Says what was read.
     """
-    from distill_cli.data.prompts import chosen
-    from distill_cli.errors import UsageError
     from distill_cli.models import load
     from distill_cli.models.model import LARGE
 
@@ -193,11 +191,8 @@ def open_model(command: str, name: str, config: GenerateT, sketched: Model | Non
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
     repeat = getattr(config, "images_per_prompt", 1)
-    if repeat > 1 and model.text is None:
-        raise UsageError(f"images_per_prompt {repeat}: {model.lineage.name} has no text")
-    given: Sequence[str] = ()
-    if config.prompts is not None or config.negative_prompt or model.text is not None:
-        given = chosen(config.prompts, model.lineage.data if model.text is not None else "")
+    given = model.conditioner.chosen(config.prompts, model.lineage.data)
+    if given or config.prompts is not None or config.negative_prompt or repeat > 1:
         model = model.with_prompts(given, config.negative_prompt, repeat)
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, expand
 
 

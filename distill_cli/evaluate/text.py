@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
             num=count,
             guidance_scale=scale,
             batch_size=size,
-            negative_prompt=model.text.negative if model.text else "",
+            negative_prompt=model.conditioner.negative,
             **options,
         )
         made = batch.sample(asked, model, folder)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.schedule import expand
 from distill_cli.errors import DistillError
 from distill_cli.models.sampler import Sampler
@@ -45,6 +46,6 @@ class BoundedDenoiser(NetworkDenoiser):
         self.scaling = scaling
         return self
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         skip, out = boundary(t, self.scaling)
         return expand(skip, x) * x + expand(out, x) * super().forward(x, t, condition)

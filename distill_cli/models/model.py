@@ -11,42 +11,20 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.conditioners import Conditioner, PromptConditioner
 from distill_cli.models.lineage import Lineage
+from distill_cli.models.parts import plain
 from distill_cli.models.sampler import SOLVERS, Sampler, Sampling, Task
-from distill_cli.models.text import PromptConditioner, plain
 from distill_cli.models.times import parse
 from distill_cli.tensors import hash_of
 
 LARGE = 256
 """Image width from which batches are made smaller."""
-
-
-class Conditioner(Protocol):
-    """Between the labels of a job's images and what the denoiser takes: ClassConditioner, or PromptConditioner (models/text.py)."""
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    @property
-    def null_label(self) -> int | None: ...
-
-    @property
-    def learned(self) -> tuple[int, ...] | None: ...
-
-    @property
-    def null(self) -> Tensor | None:
-        """The null condition of one sample; None where the model knows none."""
-
-    def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
-        """(count,) labels in turn, from position `start` of the job."""
-
-    def __call__(self, labels: Tensor) -> Condition:
-        """What the denoiser takes for these labels, on their device."""
 
 
 class Codec(Protocol):
@@ -57,34 +35,6 @@ class Codec(Protocol):
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest thing that `x` may be."""
-
-
-@dataclass(frozen=True)
-class ClassConditioner:
-    """Labels 0 .. len(classes)-1, and the null label after them where the model knows one; `learned` are those of a student of some."""
-
-    classes: tuple[str, ...] = ()
-    null_label: int | None = None
-    learned: tuple[int, ...] | None = None
-
-    @property
-    def null(self) -> Tensor | None:
-        return None if self.null_label is None else torch.tensor(self.null_label)
-
-    def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
-        """(count,) labels in turn, from position `start` of the job; zeros for a model without classes."""
-        known = list(range(max(1, len(self.classes))) if self.learned is None else self.learned)
-        wanted = known if classes is None else classes
-        beyond = sorted(set(wanted) - set(known))
-        if beyond:
-            has = f"has classes 0 to {len(self.classes) - 1}" if self.classes else "has no classes"
-            has = has if self.learned is None else f"has learned {', '.join(map(str, self.learned))}"
-            raise UsageError(f"--classes: no class {beyond[0]}", f"the model {has}")
-        return torch.tensor([wanted[i % len(wanted)] for i in range(start, start + count)])
-
-    def __call__(self, labels: Tensor) -> Condition:
-        """What the denoiser takes for these labels."""
-        return labels if self.classes else None
 
 
 class IdentityCodec:
@@ -145,9 +95,7 @@ class Model:
         out: dict[str, nn.Module] = {"unet": self.unet}
         if self.latent is not None:
             out["vae"] = self.latent.vae
-        if self.text is not None:
-            out["text_encoder"] = self.text.encoder
-        return out
+        return out | self.conditioner.parts()
 
     def to(self, device: str | torch.device) -> Model:
         for network in (self.denoiser, *self.parts().values()):
@@ -179,12 +127,10 @@ class Model:
 
     def with_prompts(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> Model:
         """This model for prompts, each `repeat` times in turn, away from the negative one; raises UsageError for one without text."""
-        if self.text is None:
-            flag = "--negative-prompt" if negative else "--prompts"
-            raise UsageError(f"{flag}: {self.lineage.name} has no text", f"it has {len(self.conditioner.classes) or 'no'} classes")
+        conditioner = self.conditioner.given(prompts, negative, repeat, self.lineage.name)
         if negative and self.sampler.guidance == "inside":
             raise UsageError("--negative-prompt: a student's guidance is built in", "give it to distill pairs and distill dmd")
-        return replace(self, conditioner=self.text.given(prompts, negative, repeat))
+        return replace(self, conditioner=conditioner)
 
     def with_resolution(self, pixels: int) -> Model:
         """This latent model at pictures whose shorter side has `pixels`, in its own aspect ratio.
@@ -226,7 +172,7 @@ class Model:
         out = self.sampler.asked(schedule, solver, steps, guidance_scale, guidance_calls)
         if self.scheduler is not None and schedule.bins is not None and out.steps >= schedule.bins:
             raise UsageError(f"--steps {out.steps}: the model has {schedule.bins} times", "a few dozen steps are plenty")
-        if out.guidance_scale != 1 and self.text is None and self.conditioner.null is None:
+        if out.guidance_scale != 1 and not self.conditioner.has_null:
             raise UsageError(f"--guidance-scale {out.guidance_scale}: the model knows no null class", "use 1")
         return out
 
@@ -242,9 +188,7 @@ class Model:
 
     def examples(self, seed: int, count: int, sampling: Sampling | None = None, classes: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Images (count, C, H, W) of noises that no job reaches by counting, and their labels: to look at while training."""
-        labels = self.conditioner.labels(count, classes)
-        if self.text is not None:  # prompts that follow one another may be alike
-            labels = labels * max(1, len(self.text.prompts) // count) % len(self.text.prompts)
+        labels = self.conditioner.spread(count, classes)
         return self.sample(Draws(seed, range(2**40, 2**40 + count)), labels, sampling), labels
 
     @torch.no_grad()

@@ -9,8 +9,9 @@ from distill_cli.config.base import Solver
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import UsageError
+from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
-from distill_cli.models.model import ClassConditioner, Model
+from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.unet import UNet
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distill_cli.config.base import Positive, Solver
 from distill_cli.diffusion import solvers
-from distill_cli.diffusion.denoiser import Condition, Denoiser, NetworkDenoiser
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import UsageError
 from distill_cli.models import schedulers

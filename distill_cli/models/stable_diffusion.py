@@ -13,12 +13,13 @@ from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models import schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.checks import check_vae
+from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.parts import load_network
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import PREDICTION_TYPES
-from distill_cli.models.text import PromptConditioner, create_encoder, make_tokenizer
+from distill_cli.models.text import create_encoder, make_tokenizer
 from distill_cli.models.unet import UNet
 
 

@@ -10,6 +10,7 @@ from distill_cli.config import CMConfig
 from distill_cli.data import open_images
 from distill_cli.data.images import split
 from distill_cli.diffusion import consistency as maths
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws
@@ -19,6 +20,7 @@ from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models import load
 from distill_cli.models.formats import save
 from distill_cli.models.sampler import Sampler
+from tests.conditions import labels_of, of
 
 
 class Raw(nn.Module):
@@ -164,7 +166,7 @@ def test_several_steps_of_the_teacher_lie_evenly_on_the_grid():
 
     t, middle, r = (schedule.at(torch.tensor([f], dtype=torch.float64)) for f in (0.6, 0.58, 0.56))
     exact = x * ((1 + r**2) / (1 + t**2)).sqrt()
-    one, two = (maths.ode_steps(denoiser, schedule, x, t, r, None, "heun", steps) - exact for steps in (1, 2))
+    one, two = (maths.ode_steps(denoiser, schedule, x, t, r, NOTHING, "heun", steps) - exact for steps in (1, 2))
     assert called == pytest.approx([v.item() for v in (t, r, t, middle, middle, r)], rel=1e-12)
     assert (one / two).item() == pytest.approx(4, rel=0.1)
 
@@ -230,17 +232,17 @@ def test_student_and_target_drop_the_same(tiny):
     cm = objective(tiny, method="ict", teacher=None, dropout=0.5, metric="l1", weighting="uniform", network=network)
     x, noise, t = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.full((4,), 1.0)
     torch.manual_seed(3)
-    first = cm.networks["student"](x, t, torch.arange(4))
-    assert not torch.equal(first, cm.networks["student"](x, t, torch.arange(4)))  # it does drop
-    assert cm.errors(x, noise, t, t, torch.arange(4)).abs().max() == 0
+    first = cm.networks["student"](x, t, of(torch.arange(4)))
+    assert not torch.equal(first, cm.networks["student"](x, t, of(torch.arange(4))))  # it does drop
+    assert cm.errors(x, noise, t, t, of(torch.arange(4))).abs().max() == 0
 
 
 def test_guided_teachers(tiny):
     cm = objective(tiny, guidance_scale=2.0)
     x, t, labels = torch.randn(2, 3, 16, 16), torch.full((2,), 3.0), torch.tensor([1, 2])
     with torch.no_grad():
-        cond, uncond = tiny.denoiser(x, t, labels), tiny.denoiser(x, t, torch.full((2,), 10))
-        assert torch.allclose(cm.real(x, t, labels), uncond + 2 * (cond - uncond), atol=1e-5)
+        cond, uncond = tiny.denoiser(x, t, of(labels)), tiny.denoiser(x, t, of(torch.full((2,), 10)))
+        assert torch.allclose(cm.real(x, t, of(labels)), uncond + 2 * (cond - uncond), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_labels_are_dropped(tiny):
     seen = []
     cm.errors = lambda x, noise, t, r, condition: seen.append(condition) or x.new_zeros(len(x))
     next(cm.turns(Draws(0, range(2000))))
-    assert (seen[0] == 10).double().mean() == pytest.approx(0.25, abs=0.03)
+    assert (labels_of(seen[0]) == 10).double().mean() == pytest.approx(0.25, abs=0.03)
 
 
 def test_students_of_easy_tuning_are_saved_with_diffusers_scalings(tiny):
@@ -321,7 +323,7 @@ def test_students_of_easy_tuning_are_saved_with_diffusers_scalings(tiny):
     assert cm.networks["student"].parameterisation == "edm"
     x, t, labels = torch.randn(2, 3, 16, 16), torch.full((2,), 1.38), torch.tensor([1, 2])
     with torch.no_grad():
-        assert (student.denoiser(x, t, labels) - cm.networks["student"](x, t, labels)).abs().max() < 5e-3
+        assert (student.denoiser(x, t, of(labels)) - cm.networks["student"](x, t, of(labels))).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("method", ["cd", "ict", "ect"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load
@@ -17,6 +18,7 @@ from distill_cli.models.edm import EDMUNet
 from distill_cli.models.sampler import Sampling
 from distill_cli.models.sources import convert, unpickle
 from distill_cli.models.sources.convert import convert_file, model_of, open_file, place
+from tests.conditions import of
 from tests.models.published import CIFAR10, IMAGENET64, Persistent, dump, nvlabs_shapes, openai_shapes, write_nvlabs
 
 GOLDEN = Path(os.environ.get("DISTILL_GOLDEN", Path(__file__).parents[2].parent / "shared/golden"))
@@ -52,14 +54,15 @@ def test_nvlabs_networks_are_the_papers(name, tmp_path):
     model = load(str(tmp_path / "m"))
     model.denoiser.double()
     labels = g["class_labels"].argmax(1) if kwargs["label_dim"] else None
+    condition = NOTHING if labels is None else of(labels)
     c_in = (g["sigma"] ** 2 + 0.25).rsqrt().view(-1, 1, 1, 1)
     with torch.no_grad():
-        close(model.denoiser(g["x"], g["sigma"], labels), g["denoised"])
-        close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, labels), g["raw"])
+        close(model.denoiser(g["x"], g["sigma"], condition), g["denoised"])
+        close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, condition), g["raw"])
         if labels is not None:
             null = torch.full_like(labels, len(model.conditioner.classes))
             assert model.conditioner.null_label is None  # never trained: published without label dropout
-            close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, null), g["raw_null"])
+            close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, of(null)), g["raw_null"])
 
 
 @pytest.mark.parametrize("kind", ["edm", "cd"])
@@ -73,8 +76,8 @@ def test_openai_networks_are_the_papers(kind, tmp_path):
     model.denoiser.double()
     c_in = (g["sigma"] ** 2 + 0.25).rsqrt().view(-1, 1, 1, 1)
     with torch.no_grad():
-        close(model.denoiser(g["x"], g["sigma"], g["class_labels"]), g["denoised" if kind == "edm" else "consistency"])
-        close(model.denoiser.network(c_in * g["x"], 250 * g["sigma"].log(), g["class_labels"]), g["raw"])
+        close(model.denoiser(g["x"], g["sigma"], of(g["class_labels"])), g["denoised" if kind == "edm" else "consistency"])
+        close(model.denoiser.network(c_in * g["x"], 250 * g["sigma"].log(), of(g["class_labels"])), g["raw"])
 
 
 @pytest.mark.parametrize("name", NVLABS)

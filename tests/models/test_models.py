@@ -11,8 +11,8 @@ from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load, pixel
 from distill_cli.models.formats import save
 from distill_cli.models.lineage import Lineage
-from distill_cli.models.model import Sampling
-from distill_cli.models.sampler import Sampler
+from distill_cli.models.sampler import Sampler, Sampling
+from tests.conditions import of
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_labels_go_round(tiny):
 def test_null_class_is_another_condition(tiny):
     x, t = torch.randn(2, 3, 16, 16), torch.ones(2)
     with torch.no_grad():
-        one, null = (tiny.denoiser(x, t, torch.full((2,), c)) for c in (3, tiny.conditioner.null_label))
+        one, null = (tiny.denoiser(x, t, of(torch.full((2,), c))) for c in (3, tiny.conditioner.null_label))
     assert tiny.conditioner.null_label == 10
     assert (one - null).abs().max() > 1e-4
 

@@ -14,6 +14,7 @@ from distill_cli.evaluate.search import UNUSED, lowest
 from distill_cli.models.formats import save
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.times import PUBLISHED, nearest, parse
+from tests.conditions import of
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_several_steps_start_at_their_first_time(student):
     other, draws = student.with_times("sigma:2"), Draws(0, range(2))
     labels = torch.tensor([1, 2])
     with torch.no_grad():
-        expected = other.denoiser(2 * draws.normal("prior", other.shape), torch.full((2,), 2.0), labels)
+        expected = other.denoiser(2 * draws.normal("prior", other.shape), torch.full((2,), 2.0), of(labels))
     assert torch.equal(other.sample(draws, labels), expected.clamp(-1, 1))
 
 
@@ -115,7 +116,7 @@ def test_students_open_in_plain_diffusers(steps, grid, strength, student, tmp_pa
     import diffusers.schedulers.scheduling_consistency_models as module
 
     with torch.no_grad():
-        first = student.denoiser(80 * draws.normal("prior", student.shape), torch.full((2,), 80.0), labels)
+        first = student.denoiser(80 * draws.normal("prior", student.shape), torch.full((2,), 80.0), of(labels))
     assert (first.abs().max() > 1.5) == (strength > 1)
     original = module.randn_tensor
     module.randn_tensor = lambda shape, **_: next(fresh, torch.zeros(shape))

@@ -21,7 +21,8 @@ from distill_cli.config import CMConfig
 from distill_cli.data import Images
 from distill_cli.data.images import BUILTIN, split
 from distill_cli.diffusion import consistency as maths
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.condition import Condition, dropped
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
@@ -29,7 +30,7 @@ from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.launch import device
 from distill_cli.models.lineage import Lineage
-from distill_cli.models.model import ClassConditioner, Model
+from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.models.sampler import Sampler
@@ -136,12 +137,10 @@ class Consistency:
     def turns(self, draws: Draws) -> Iterator[Loss]:
         step, place = divmod(draws.indices[0], self.config.batch_size)
         x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
-        null = self.start.conditioner.null
-        if null is not None:
-            labels = torch.where(draws.uniform("label_dropout") < self.config.label_dropout, null, labels)
         device = next(self.networks["student"].parameters()).device
         t, r = self.times(draws, step)
-        condition = self.start.conditioner(labels.to(device))
+        conditioner, uniform = self.start.conditioner, draws.uniform("label_dropout")
+        condition = dropped(conditioner(labels.to(device)), conditioner.null, uniform, self.config.label_dropout)
         noise = draws.normal("noise", x.shape[1:]).to(device)
         yield Loss("student", self.errors(x.to(device), noise, t.to(device), r.to(device), condition).mean())
         if "target" in self.kept and place < self.config.batch_size // self.config.accumulate:  # once a step
@@ -163,9 +162,7 @@ class Consistency:
         assert isinstance(network, NetworkDenoiser)
         network = copy.copy(network)
         network.parameterisation = "consistency"
-        conditioner = self.start.conditioner
-        if isinstance(conditioner, ClassConditioner):  # without dropout the null class has not been learned
-            conditioner = replace(conditioner, null_label=conditioner.null_label if self.config.label_dropout else None, learned=None)
+        conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # without dropout the null class is not learned
         start, teacher = self.start.lineage, self.teacher
         lineage = Lineage(
             name=f"{start.name}-{self.config.method}",

@@ -24,24 +24,23 @@ class InDiffusers:
 
 def card(model: Model, there: InDiffusers) -> str:
     """The README.md of a model's folder: what it is, how it is sampled here and in diffusers, the recipe that made it."""
-    lineage, sampler, kinds = model.lineage, model.sampler, f"{len(model.conditioner.classes) or 'no'} classes"
-    schedule, text = model.denoiser.schedule, model.text is not None
+    lineage, sampler, conditioner, schedule = model.lineage, model.sampler, model.conditioner, model.denoiser.schedule
     times = ", ".join(f"{time:.4g}" for time in sampler.times)
     rows = {
         "kind": f"{lineage.kind}{f', by {lineage.method}' if lineage.method else ''}",
         "teacher": f"{lineage.teacher} (weights {lineage.teacher_hash[:12]})" if lineage.teacher else "",
         "licence": lineage.licence,
         "data": lineage.data,
-        "images": f"{model.picture} pixels, of {'prompts' if text else kinds}",
+        "images": f"{model.picture} pixels, of {conditioner.summary}",
         "sampling": f"{sampler.solver}, {sampler.steps} step{'s' * (sampler.steps > 1)}, guidance scale {sampler.guidance_scale:g}",
         "times": f"{'sigma' if schedule.grid else 't'} {times}" if times else "",
         "grid": f"{schedule.grid} points, on which --times counts" if times and schedule.grid else "",
         "in diffusers": there.said,
     }
-    if model.conditioner.learned is not None:
-        rows["learned"] = f"the classes {', '.join(map(str, model.conditioner.learned))} alone"
+    if conditioner.learned is not None:
+        rows["learned"] = f"the classes {', '.join(map(str, conditioner.learned))} alone"
     table = "\n".join(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows.items() if value)
-    how = f"Sample with `distill sample --model FOLDER{' --prompts FILE' if text else ''}`"
+    how = f"Sample with `distill sample --model FOLDER{' --prompts FILE' * (conditioner.takes == 'prompts')}`"
     how += f", or in diffusers:\n\n```python\n{there.snippet}```" if there.snippet else "."
     shown = model.recipe.replace("```", "'''")  # another's text stays in its block
     recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{shown}```" if model.recipe else ""

@@ -14,10 +14,11 @@ from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import DistillError
 from distill_cli.files import folder_atomic
 from distill_cli.models.checks import check_pixels
+from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, Extra, extra_of, read_extra
 from distill_cli.models.lineage import Lineage
-from distill_cli.models.model import ClassConditioner, Model
+from distill_cli.models.model import Model
 from distill_cli.models.parts import check_named, load_network, read_json, save_network
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.hub import part_of

@@ -20,6 +20,7 @@ from distill_cli.errors import DistillError, printable
 from distill_cli.models import lcm, schedulers
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.checks import check_latents, check_vae
+from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.formats import folder as shared
 from distill_cli.models.formats.card import InDiffusers
 from distill_cli.models.formats.extra import Extra, read_extra
@@ -29,7 +30,7 @@ from distill_cli.models.parts import check_named, load_network, own_names, quiet
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import table_of
 from distill_cli.models.sources.hub import PARTS as WEIGHTS
-from distill_cli.models.text import PromptConditioner, load_tokenizer, save_encoder, save_tokenizer
+from distill_cli.models.text import load_tokenizer, save_encoder, save_tokenizer
 from distill_cli.models.unet import UNet
 
 PIPELINES = ("StableDiffusionPipeline",)

@@ -18,8 +18,9 @@ from distill_cli.errors import DistillError, UsageError, printable, reason
 from distill_cli.files import remove_folder
 from distill_cli.models import formats
 from distill_cli.models.checks import rehearse_pixels
+from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
-from distill_cli.models.model import ClassConditioner, Model
+from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.openai import blocks, openai_network, settle_openai

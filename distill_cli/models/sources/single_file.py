@@ -17,11 +17,10 @@ from torch import Tensor
 
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.model import Model
-from distill_cli.models.parts import check_file, empty, quiet
+from distill_cli.models.parts import check_file, empty, plain, quiet
 from distill_cli.models.sources.convert import trimmed
 from distill_cli.models.sources.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
 from distill_cli.models.sources.hub import HUB, WANTED, cached, command
-from distill_cli.models.text import plain
 from distill_cli.tensors import Tensors
 
 SUFFIX = ".safetensors"
