@@ -1,4 +1,4 @@
-"""Models by name, folder or hub id."""
+"""Load models by name, folder, single file or hub id."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("student", "teacher")
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that is known by name."""
+    """A built-in name for a model."""
 
     name: str
     summary: str
@@ -104,12 +104,12 @@ REGISTRY = {
 
 
 def folder_of(path: Path) -> Path | None:
-    """The model's folder in `path`, which is one itself or a run."""
+    """The model folder in `path`: itself, or the result of a run."""
     return next((folder for folder in (path, *(path / part for part in PARTS)) if (folder / "model_index.json").is_file()), None)
 
 
 def open_folder(folder: Path, name: str) -> Model:
-    """The model in a diffusers pipeline folder."""
+    """Load the model in a diffusers pipeline folder."""
     from distill_cli.models import pixel, stable_diffusion
     from distill_cli.models.parts import read_json
 
@@ -120,9 +120,9 @@ def open_folder(folder: Path, name: str) -> Model:
 
 
 def load(name: str) -> Model:
-    """The model called `name`: a built-in one, a folder (of a model, or of a run), a single file, or a hub id. Float32, on the CPU.
+    """Load a model in float32 on the CPU. `name`: a built-in name, a folder of a model or a run, a single file, or a hub id.
 
-    Raises UsageError for an unknown name and DistillError for what cannot be read.
+    Raises UsageError for an unknown name, DistillError for a model that cannot be read.
     """
     if name in REGISTRY:
         say_hidden("model", name, "the built-in one")
