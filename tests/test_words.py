@@ -19,6 +19,6 @@ def test_no_line_is_over_140_characters():
 def test_links_and_files_that_docs_name_are_there(page):
     text = page.read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    named = re.findall(r"`((?:distill_cli|tests|docs|recipes)/[\w/.-]+\.(?:py|yaml|md))`", text)
+    named = re.findall(r"`((?:distill_cli|tests|docs|recipes)/[a-z0-9_/.-]+\.(?:py|yaml|md))`", text)
     gone = [link for link in links if link and not (page.parent / link).exists()] + [name for name in named if not (ROOT / name).exists()]
     assert not gone
