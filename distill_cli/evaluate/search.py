@@ -1,4 +1,4 @@
-"""The times at which a student of several steps does best (Song et al. 2303.01469, section 3 and appendix C)."""
+"""Search for the best times of a few-step consistency student (Song et al. 2303.01469, section 3 and appendix C)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from distill_cli.models.model import Model
 from distill_cli.models.times import from_indices
 
 UNUSED = 2**41
-"""Where the noises begin that times are chosen on: no job that is measured afterwards reaches them by counting."""
+"""First noise index of the search, out of reach of any later job: times are never measured on the noise they were chosen on."""
 
 
 def lowest(score: Callable[[int], float], low: int, high: int) -> int:
-    """The place of the lowest score among low .. high (both included) by ternary search, as if it fell and then rose."""
+    """The place of the lowest score in low .. high (inclusive) by ternary search, which assumes that scores fall and then rise."""
     while high - low > 2:
         third = (high - low) // 3
         left, right = low + third, high - third
@@ -37,9 +37,9 @@ def lowest(score: Callable[[int], float], low: int, high: int) -> int:
 
 
 def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model, list[int], list[dict[str, Any]]]:
-    """The student with the best `steps` times, found one after another, each by ternary search; their indices; and all that was measured.
+    """Find the student's `steps` best times in turn, each by ternary search; returns the student, the times' indices, and every score.
 
-    The score is the Fréchet distance of `config.num` images of `config.seed` in the features of `config.classifier`.
+    The score is the Fréchet distance of `config.num` images with seed `config.seed` in the features of `config.classifier`.
     """
     schedule = model.denoiser.schedule
     if not model.sampler.edits:

@@ -74,7 +74,8 @@ def variants(names: Iterable[str], stem: str) -> dict[str, list[str]]:
     """
     out: dict[str, list[str]] = {}
     pattern = re.compile(
-        rf"{re.escape(stem)}(?:\.(?P<one>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<two>\w+))?\.safetensors(?:\.index(?:\.(?P<three>[\w-]+))?\.json)?"
+        rf"{re.escape(stem)}(?:\.(?P<one>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<two>\w+))?"
+        r"\.safetensors(?:\.index(?:\.(?P<three>[\w-]+))?\.json)?"
     )
     for name in sorted(names):
         if found := pattern.fullmatch(name):

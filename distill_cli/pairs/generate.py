@@ -1,4 +1,4 @@
-"""Make pairs: the teacher's images from (seed, i), shard after shard."""
+"""Make noise-image pairs with a teacher, shard by shard; pair i depends on (seed, i) alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_promp
 from distill_cli.runs import settle
 
 COUNTED = 100_000
-"""Prompts that a plan looks through for different ones."""
+"""Most prompts in which a plan counts duplicates."""
 
 
 def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
-    """The manifest that a config and its teacher come to."""
+    """The manifest of a job, from its config and its teacher."""
     sampling = teacher.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     conditioner = teacher.conditioner
     conditioner.labels(1, config.classes)
@@ -44,7 +44,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
 
 
 def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
-    """What making the pairs costs, for --dry-run."""
+    """The cost of making the pairs, for --dry-run."""
     calls = manifest.sampling.evaluations
     item = shards.DTYPES[manifest.dtype].itemsize
     size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
@@ -66,11 +66,11 @@ def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
 
 
 def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, int]:
-    """Make the missing shards that fall to this process of part (i, n) of the job; a damaged one is an error.
+    """Make this process's share of the missing shards in part (i, n) of the job; raises DistillError for a damaged shard.
 
-    Returns how many it made and kept, how many of all are missing, and how many of those are left to this part's other
-    processes. A shard is made whole by one process, in batches that never cross its border, so its bytes do not depend on
-    how many share the work. ^C, SIGTERM and SIGUSR1 stop between batches; finished shards stay.
+    Returns the numbers of shards: `made` and `kept` by this process, `missing` from the whole job, and `left` of these to other
+    processes of this part. One process makes a whole shard, in batches that never cross its border, so its bytes do not depend on
+    the number of processes. ^C, SIGTERM and SIGUSR1 stop between batches; finished shards stay.
     """
     manifest = manifest_of(config, teacher)
     settle(folder / MANIFEST, manifest.settings(), "pairs", OURS)

@@ -210,7 +210,7 @@ def test_what_a_search_refuses(distill, tmp_path, student):
     assert "--search-times makes no samples, so --format and --out have no use here" in result.err
     result = distill("sample", "--model", "student", "--classifier", "x")
     assert result.code == 2
-    assert "classifier is for search_times" in result.err
+    assert "classifier is used by search_times alone" in result.err
 
 
 def test_a_late_first_time_is_said(distill, tmp_path, student):

@@ -1,4 +1,4 @@
-"""Models by name, folder or hub id."""
+"""Load models by name, folder, single file or hub id."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("student", "teacher")
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that is known by name."""
+    """A built-in name for a model."""
 
     name: str
     summary: str
@@ -114,7 +114,7 @@ def folder_of(path: Path, steps: int | None = None) -> Path | None:
 
 
 def open_folder(folder: Path, name: str) -> Model:
-    """The model in a diffusers pipeline folder."""
+    """Load the model in a diffusers pipeline folder."""
     from distill_cli.models import formats
 
     return formats.load(folder, name)
