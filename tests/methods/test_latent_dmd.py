@@ -138,7 +138,7 @@ def test_matching_on_pairs_too(teacher, stored):
     fake.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     list(dmd.turns(Draws(0, range(3))))
     x, noise, t, condition = seen[0]
-    assert len(x) == len(noise) == len(t) == len(condition) == 6
+    assert len(x) == len(noise) == len(t) == len(condition.parts[TEXT]) == 6
     assert len(noise.flatten(1).unique(dim=0)) == 6
     assert len(t.unique()) > 3
     pairs = PairStore(stored).batch([dmd.order[i] for i in range(3)])
