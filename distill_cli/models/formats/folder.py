@@ -44,7 +44,7 @@ def write(model: Model, folder: Path, index: Mapping[str, Any], scheduler: Any, 
 def write_pixels(model: Model, folder: Path, dtype: torch.dtype, pipeline: str, scheduler: Any, there: InDiffusers) -> None:
     """Write the folder of a pixel model, its weights stored as `dtype`."""
     kind = type(model.net).__name__
-    index = {"_class_name": pipeline, "unet": [LIBRARIES[kind], kind]}
+    index = {"_class_name": pipeline, "unet": [LIBRARIES.get(kind), kind]}
     write(model, folder, index, scheduler, lambda path: save_network(model.net, path / "unet", LIBRARIES, dtype), there)
 
 
