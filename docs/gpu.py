@@ -69,7 +69,7 @@ def timed(work: Any, count: int = 5, warm: int = 2) -> float:
 
 def begin(*arguments: Any, device: str = "cuda", **env: str) -> subprocess.Popen[str]:
     """A distill command in a process of its own, in WORK."""
-    command = [sys.executable, "-m", "distill_cli", *map(str, arguments), "--device", device]
+    command = [sys.executable, "-m", "distill_cli", *map(str, arguments), *(("--device", device) if device else ())]
     settings = {**os.environ, "OMP_NUM_THREADS": "2", **env}
     return subprocess.Popen(command, cwd=WORK, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -144,8 +144,10 @@ def checks() -> None:
     script = Path("tests/training/fsdp_times.py").resolve()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(torch.cuda.device_count()), str(script), "cuda"]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
-    seen = next((line for line in done.stdout.splitlines() if line.startswith("SEEN")), done.stderr[-300:])
-    figure("FSDP, bf16: what the student's network gets", seen)
+    print(done.stderr)
+    said = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
+    said += [line for line in done.stderr.splitlines() if re.search(r"Error: |error: ", line)]
+    figure("FSDP, bf16: what the student's network gets", said[0] if said else done.stderr[:200])
     os.chdir(WORK)
     for name, command in {
         "dmd tiny-sd": ("dmd", "--teacher", "tiny-sd", "--prompts", "shapes", "--guidance-scale", 3),
@@ -209,10 +211,7 @@ def same() -> None:
         if kind == "dmd":
             half = begin(*command, "--steps", 6, "--precision", "no", "deterministic=true", "--out", "same-resumed")
     finish(half)
-    resumed = subprocess.Popen(
-        [sys.executable, "-m", "distill_cli", "dmd", "--resume", "same-resumed", "--steps", "12"],
-        cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    resumed = begin("dmd", "--resume", "same-resumed", "--steps", 12, device="")
     for out, process in runs.values():
         try:
             finish(process)

@@ -23,6 +23,7 @@ class Guided:
     def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         if not condition:
             raise ValueError("guidance needs a condition")
+        self.null = self.null.to(x.device)  # copied once
         null = self.null.like(condition)
         if self.calls == 1:
             cond, uncond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([condition, null])).chunk(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -136,6 +136,14 @@ class TableSchedule:
     floor: float = 0.0
     grid: int = 0
     usual_steps: int = 50
+    copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """The table on the devices on which it was wanted."""
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The table on `device`, copied there once: a copy a call would have the host wait for the GPU."""
+        if device not in self.copies:
+            self.copies[device] = self.alphas_cumprod.to(device)
+        return self.copies[device]
 
     @property
     def t_max(self) -> float:
@@ -150,7 +158,7 @@ class TableSchedule:
 
     def _alpha_squared(self, t: Tensor) -> Tensor:
         dtype = t.dtype if t.is_floating_point() else torch.float32
-        table = self.alphas_cumprod.to(t.device)
+        table = self._on(t.device)
         low = t.long().clamp(0, len(table) - 1)
         high = (low + 1).clamp(max=len(table) - 1)
         return torch.lerp(table[low], table[high], (t.to(table.dtype) - low)).to(dtype)
@@ -162,7 +170,7 @@ class TableSchedule:
         return (1 - self._alpha_squared(t)).sqrt()
 
     def time(self, level: Tensor) -> Tensor:
-        noise = 1 - self.alphas_cumprod.to(level.device)
+        noise = 1 - self._on(level.device)
         value = 1 / (1 + level.to(noise.dtype) ** -2)
         high = torch.searchsorted(noise, value.contiguous()).clamp(1, len(noise) - 1)
         below, above = noise[high - 1], noise[high]

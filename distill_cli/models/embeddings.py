@@ -64,13 +64,24 @@ class Embeddings:
         settings = [encoder_hash(conditioner), digest_of(conditioner.prompts), conditioner.negative, conditioner.length, dtype]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self.folder = Path(folder) / f"text-{self.key[:12]}"
-        self.null = conditioner.encode([conditioner.negative])[0].to(self.dtype).float().cpu()
         self.verified = shards.Verified(folder)
+        if self.null_path.exists():  # the same bits with any number of threads
+            for error in self.verified.verify([shards.Check(self.null_path, "", partial(shards.check, self.null_path, AGAIN))]):
+                raise error
+            with safe_open(self.null_path, "pt") as stored:
+                self.null = stored.get_tensor("text")[0].float()
+        else:
+            self.null = conditioner.encode([conditioner.negative])[0].to(self.dtype).float().cpu()
         self._open: dict[int, Any] = {}
 
     @property
     def shards(self) -> int:
         return -(-len(self.firsts) // SHARD)
+
+    @property
+    def null_path(self) -> Path:
+        """The null prompt's embedding, as the process has it that made the first shard."""
+        return self.folder / "null.safetensors"
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}.safetensors"
@@ -82,6 +93,8 @@ class Embeddings:
         texts = [self.conditioner.prompts[int(k)] for k in self.firsts[shard * SHARD : (shard + 1) * SHARD]]
         parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).cpu() for k in range(0, len(texts), AT_A_TIME)]
         shards.write(self.path(shard), {"text": torch.cat(parts).to(self.dtype)}, {"key": self.key})  # autocast joins no float16
+        if shard == 0:
+            shards.write(self.null_path, {"text": self.null[None].to(self.dtype)}, {"key": self.key})
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
         """Make what is missing on `device`, of several processes each its share, until a signal comes; the encoder is on the CPU then."""
