@@ -6,7 +6,6 @@ Only the command line is used, `load` and `Model.sample`, and diffusers for what
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import re
@@ -185,50 +184,49 @@ def waits(out: str, *command: Any) -> int:
     return counts[1]
 
 
-def weights(run: Path) -> str:
-    """A digest of a run's last weights, average and metrics."""
-    out = hashlib.sha256((run / "metrics.jsonl").read_bytes())
-    for path in sorted((run / "checkpoints").iterdir())[-1].glob("*.safetensors"):
-        out.update(path.read_bytes())
-    return out.hexdigest()
+DMD = ("dmd", "--teacher", "shapes", "--prompts", "shapes", "--guidance-scale", 3)
+CM = ("cm", "--method", "ict", "--teacher", "digits", "--data", "digits", "dropout=0.1")
+SMALL = ("--batch-size", 8, "sample_every=0", "save_every=6", "log_every=1", "warmup_steps=0", "ema_halflife=100", "--lr", "1e-3")
+
+
+def train(command: tuple[Any, ...], out: str, steps: int, precision: str, key: bool, **env: str) -> subprocess.Popen[str]:
+    settings = ("--steps", steps, "--precision", precision, f"deterministic={str(key).lower()}", "--out", out)
+    return begin(*command, *SMALL, *settings, **env)
+
+
+def verdict(one: str, other: str) -> str:
+    """Whether the weights, averages and metrics of two runs are the same bits; else the files that differ."""
+    files = []
+    for name in (one, other):
+        newest = sorted((WORK / name / "checkpoints").iterdir())[-1]
+        files.append({path.name: path.read_bytes() for path in (WORK / name / "metrics.jsonl", *newest.glob("*.safetensors"))})
+    apart = sorted(name for name in files[0] if files[0][name] != files[1].get(name))
+    return f"others: {', '.join(apart)}" if apart else "same bits"
 
 
 def same() -> None:
-    """The same commands twice, with and without `deterministic`, and resumed."""
-    common = ("--batch-size", 8, "sample_every=0", "save_every=6", "log_every=1", "warmup_steps=0", "ema_halflife=100", "--lr", "1e-3")
-    kinds = {
-        "dmd": ("dmd", "--teacher", "shapes", "--prompts", "shapes", "--guidance-scale", 3, *common),
-        "cm": ("cm", "--method", "ict", "--teacher", "digits", "--data", "digits", "dropout=0.1", *common),
-    }
+    """The same commands twice, with and without `deterministic`."""
     runs = {}
-    for kind, command in kinds.items():
-        for key in ("false", "true"):
+    for kind, command in {"dmd": DMD, "cm": CM}.items():
+        for key in (False, True):
             for precision in ("no", "bf16"):
-                for turn in (1, 2):
-                    out = f"same-{kind}-{key}-{precision}-{turn}"
-                    steps = ("--steps", 12, "--precision", precision, f"deterministic={key}", "--out", out)
-                    runs[kind, key, precision, turn] = out, begin(*command, *steps)
-        if kind == "dmd":
-            half = begin(*command, "--steps", 6, "--precision", "no", "deterministic=true", "--out", "same-resumed")
-    finish(half)
-    resumed = begin("dmd", "--resume", "same-resumed", "--steps", 12, device="")
-    for out, process in runs.values():
+                outs = [f"same-{kind}-{key}-{precision}-{turn}" for turn in (1, 2)]
+                runs[kind, key, precision] = outs, [train(command, out, 12, precision, key) for out in outs]
+    for (kind, key, precision), (outs, processes) in runs.items():
+        name = f"same {kind} command twice, {precision.replace('no', 'fp32')}" + (", deterministic" if key else "")
         try:
-            finish(process)
+            finish(*processes)
+            figure(name, verdict(*outs))
         except SystemExit as error:
-            figure(f"run {out}", f"failed: {str(error)[-300:]}")
-    finish(resumed)
+            figure(name, f"failed: {str(error)[-300:]}")
 
-    def verdict(*folders: str) -> str:
-        with suppress(OSError, IndexError):
-            return "same bits" if len({weights(WORK / folder) for folder in folders}) == 1 else "other weights"
-        return "failed"
 
-    for kind, key, precision, turn in runs:
-        if turn == 1:
-            name = f"same {kind} command twice, {precision.replace('no', 'fp32')}" + (", deterministic" if key == "true" else "")
-            figure(name, verdict(*(runs[kind, key, precision, k][0] for k in (1, 2))))
-    figure("resumed run, deterministic", verdict("same-dmd-true-no-1", "same-resumed"))
+def resume() -> None:
+    """A run of 12 steps against one that is resumed at 6, with another number of threads on the host."""
+    runs = [train(DMD, "whole", 12, "no", True), train(DMD, "resumed", 6, "no", True)]
+    finish(*runs)
+    finish(begin("dmd", "--resume", "resumed", "--steps", 12, device="", OMP_NUM_THREADS="8"))
+    figure("resumed run, deterministic", verdict("whole", "resumed"))
 
 
 def equal() -> None:
@@ -380,6 +378,7 @@ SECTIONS = {
     "facts": facts,
     "checks": checks,
     "same": same,
+    "resume": resume,
     "equal": equal,
     "make": make,
     "network": network,

@@ -12,9 +12,9 @@ begun=$(date +%s)
 timeout 150 "$PYTHON" docs/gpu.py make >>"$OUT/gpu.log" 2>&1 &
 making=$!
 limit_of() {
-    case $1 in facts) echo 40 ;; checks) echo 90 ;; same) echo 100 ;; equal) echo 60 ;; dmd-8 | dmd-16) echo 110 ;; compile) echo 120 ;; *) echo 80 ;; esac
+    case $1 in facts) echo 40 ;; checks) echo 90 ;; same) echo 100 ;; resume | equal) echo 60 ;; dmd-8 | dmd-16) echo 110 ;; compile) echo 120 ;; *) echo 80 ;; esac
 }
-for section in ${*:-facts checks same equal dmd-16 one-step network pipeline dmd-8 compile}; do
+for section in ${*:-facts checks same resume equal dmd-16 one-step network pipeline dmd-8 compile}; do
     case $section in dmd-* | one-step | network | pipeline) wait "$making" ;; esac
     left=$((${SECONDS_IN_ALL:-480} - $(date +%s) + begun - 5))
     limit=$(limit_of "$section")

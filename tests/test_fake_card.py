@@ -27,8 +27,8 @@ CASES = {
 }  # fmt: skip
 """name -> the command that trains"""
 COPIES = {
-    "dmd-tiny": 11, "dmd-tiny-sd": 28, "dmd-eps": 22, "dmd-guided": 24, "cd-tiny": 5, "cd-guided": 7, "ct-tiny": 5, "ict-tiny": 5,
-    "ect-tiny": 5, "train-edm": 4, "train-eps": 10, "train-v": 10, "vae": 2, "train-latents": 11, "classifier": 2,
+    "dmd-tiny": 11, "dmd-tiny-sd": 11, "dmd-eps": 6, "dmd-guided": 7, "cd-tiny": 7, "cd-guided": 7, "ct-tiny": 7, "ict-tiny": 7,
+    "ect-tiny": 7, "train-edm": 6, "train-eps": 6, "train-v": 6, "vae": 2, "train-latents": 5, "classifier": 2,
 }  # fmt: skip
 """Copies to the card in a step, at most."""
 BACK = {"dmd-tiny-sd": 2, "dmd-guided": 1}
