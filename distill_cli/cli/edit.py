@@ -42,11 +42,11 @@ def edit(
         return
     if not dry_run:
         common.begin_job()
-    from distill_cli.edit.job import Task, run
+    from distill_cli.edit.job import run, task_of
     from distill_cli.models import load
 
     student = common.sketched(config.model, dry_run)[0] or load(config.model)
-    work = Task(config, student, config.out)
+    work = task_of(config, student, config.out)
     common.say_read("edit", student, work)
     work.check()
     if dry_run:
