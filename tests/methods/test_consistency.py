@@ -207,7 +207,7 @@ def test_the_boundary_is_the_identity(tiny):
     cm = objective(tiny)
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        out = cm.networks["student"](x, torch.full((4,), 0.002), torch.arange(4))
+        out = cm.networks["student"](x, torch.full((4,), 0.002), of(torch.arange(4)))
     assert (out - x).abs().max() < 1e-6
 
 

@@ -76,7 +76,7 @@ def test_the_fake_score_learns_the_images_of_before_the_students_step(tiny):
     turns = dmd.turns(draws)
     labels = (draws.uniform("label") * 10).long()
     with torch.no_grad():
-        x = dmd.generate(draws.normal("noise", tiny.shape), labels)
+        x = dmd.generate(draws.normal("noise", tiny.shape), of(labels))
     next(turns)
     with torch.no_grad():  # the engine steps the student here
         for p in dmd.networks["student"].parameters():

@@ -138,7 +138,7 @@ def test_matching_on_pairs_too(teacher, stored):
     fake.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     list(dmd.turns(Draws(0, range(3))))
     x, noise, t, condition = seen[0]
-    assert len(x) == len(noise) == len(t) == len(condition) == 6
+    assert len(x) == len(noise) == len(t) == len(condition.parts[TEXT]) == 6
     assert len(noise.flatten(1).unique(dim=0)) == 6
     assert len(t.unique()) > 3
     pairs = PairStore(stored).batch([dmd.order[i] for i in range(3)])
@@ -159,10 +159,10 @@ def test_regression_on_decoded_latents(teacher):
         seen.append((x, y))
         return (x - y).square().flatten(1).mean(1)
 
-    distance = of_decoded(metric, teacher.latent, latents, reference)
+    distance = of_decoded(metric, teacher.codec, latents, reference)
     assert distance.shape == (2,)
     assert seen[0][0].shape == (2, 3, 64, 64)
-    assert torch.allclose(seen[0][1], teacher.latent.vae.decode(reference / teacher.latent.scale).sample, atol=1e-5)
+    assert torch.allclose(seen[0][1], teacher.codec.vae.decode(reference / teacher.codec.scale).sample, atol=1e-5)
     distance.sum().backward()
     assert latents.grad.abs().max() > 0
     assert not seen[0][1].requires_grad
