@@ -47,7 +47,7 @@ def test_one_step_by_hand():
     draws = Draws(0, range(64))
     loss = next(train.turns(draws)).value
     x, labels = train.images.batch([train.order[i] for i in range(64)], draws)
-    sigma = train.times(draws)
+    sigma = train.schedule.drawn(draws, train.config.p_mean, train.config.p_std)
     assert torch.equal(seen["x"], x + expand(sigma, x) * draws.normal("noise", (3, 16, 16)))
     dropped = seen["labels"] == 10
     assert torch.equal(seen["labels"][~dropped], labels[~dropped])

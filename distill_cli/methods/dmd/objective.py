@@ -20,7 +20,7 @@ from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
-from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
+from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
@@ -165,7 +165,7 @@ class DMD:
         estimates = {"real": self.real(noisy, t, condition)}
         if "fake" in self.networks:
             estimates["fake"] = self.networks["fake"](noisy, t, condition)
-        weight = denoising_weight(self.schedule, t, self.teacher.denoiser.scales.sigma_data)
+        weight = self.schedule.weight(t, self.teacher.denoiser.scales.sigma_data, "noise")
         errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in estimates.items()}
         return matching_gradient(x, estimates["real"], estimates.get("fake", x)), errors
 

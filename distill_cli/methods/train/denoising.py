@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from distill_cli.config import TrainConfig
@@ -49,17 +48,14 @@ class Denoising:
         self.identity: dict[str, Any] = {}
         self.order = Order(config.seed, len(images))
 
-    def times(self, draws: Draws) -> torch.Tensor:
-        """(B,) training times: ln sigma normal for EDM, whole times uniform over the table."""
-        if isinstance(self.schedule, EDMSchedule):
-            return (self.config.p_mean + self.config.p_std * draws.normal("time")).exp()
-        return (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float()
-
     def turns(self, draws: Draws) -> Iterator[Loss]:
         x, labels = self.images.batch([self.order[i] for i in draws.indices], draws)
         network = self.networks["teacher"]
         device = next(network.parameters()).device
-        noise, t = draws.normal("noise", x.shape[1:]).to(device), self.times(draws).to(device)
+        noise, t = (
+            draws.normal("noise", x.shape[1:]).to(device),
+            self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(device),
+        )
         conditioner, uniform = self.teacher.conditioner, draws.uniform("label_dropout")
         condition = dropped(conditioner(labels.to(device)), conditioner.null, uniform, self.config.label_dropout)
         error = "velocity" if self.config.prediction == "v" else "noise"

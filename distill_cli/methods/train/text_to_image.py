@@ -127,7 +127,7 @@ class TextToImage:
         device = next(network.parameters()).device
         x = self.latents.batch(positions, draws.normal("augment", shape)).to(device)
         noise = draws.normal("noise", shape).to(device)
-        t = (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float().to(device)
+        t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(device)
         error = "velocity" if self.config.prediction == "v" else "noise"
         yield Loss("teacher", denoising_loss(network, self.schedule, x, noise, t, tokens.to(device), error=error).mean())
 
