@@ -134,7 +134,7 @@ def bench_dmd(config: DMDConfig, folder: Path) -> Case:
             pairs,
         )
     objective = DMD(config, teacher, PairStore(pairs) if pairs else None)
-    size, matching, fake = config.batch_size, bool(config.matching_weight), "fake" in objective.networks
+    size, matching, fake = config.batch_size, bool(config.matching_weight), "fake" in objective.trained
     guided = objective.sampling.guidance_scale != 1
     forwards = (1 + guided) * matching + fake  # the teacher, guided or not, and the fake score
     student = size * (matching + bool(objective.regression_weight))  # on noise and on pairs

@@ -38,7 +38,7 @@ def classifier(
     from distill_cli.training.engine import Engine
 
     objective = Classification(config, common.open_data("classifier", config, resume, dry_run))
-    count = sum(p.numel() for p in objective.networks["classifier"].parameters())
+    count = sum(p.numel() for p in objective.trained["classifier"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"classifier": count}, count))
         return

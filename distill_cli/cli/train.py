@@ -42,7 +42,7 @@ def train(
 
     images = common.open_data("train", config, resume, dry_run)
     objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)
-    count = sum(p.numel() for p in objective.networks["teacher"].parameters())
+    count = sum(p.numel() for p in objective.trained["teacher"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"teacher": count}, count))
         return

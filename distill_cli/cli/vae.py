@@ -38,7 +38,7 @@ def vae(
     from distill_cli.training.engine import Engine
 
     objective = Autoencoding(config, common.open_data("vae", config, resume, dry_run))
-    count = sum(p.numel() for p in objective.networks["vae"].parameters())
+    count = sum(p.numel() for p in objective.trained["vae"].parameters())
     if dry_run:
         common.dry_run(config, common.training_plan(config, {"vae": count}, count))
         return

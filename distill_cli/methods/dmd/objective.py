@@ -8,7 +8,7 @@ they were before the student's step. Dropout is off everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,34 +24,39 @@ from distill_cli.diffusion.losses import denoising_loss, denoising_weight, match
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
-from distill_cli.launch import device, preparing
+from distill_cli.launch import preparing
 from distill_cli.models.autoencoder import VAECodec, load_decoder
 from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.text import PromptConditioner
 from distill_cli.pairs.store import Manifest, PairStore
+from distill_cli.runs import Run
 from distill_cli.training.identity import digest
-from distill_cli.training.objective import Loss
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
+ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
+"""Options by the frozen networks that they give."""
 FAKE_BEHIND = 1.15
 SPREAD_LOST = 0.7
 
 
-class DMD:
+class DMD(Objective):
     """The objective; its student and fake score start as copies of the teacher."""
 
-    result = "student"
+    config: DMDConfig
+    order: Order
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
         if teacher.few_step_times is not None:
             raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
         if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
             raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
-        self.config, self.pairs = config, pairs
+        super().__init__(config, "student")
+        self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
-        self.identity: dict[str, Any] = {"teacher": self.teacher_hash}
+        self.identity["teacher"] = self.teacher_hash
         self.regression_weight = 0.0
         if pairs is not None:
             if teacher.latent is not None:
@@ -61,33 +66,29 @@ class DMD:
             self.order = Order(config.seed, len(pairs))
             self.identity["pairs"] = pairs.manifest.settings_hash
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
-        answering: list[nn.Module] = []
+        answering: dict[str, nn.Module] = {}
         if self.regression_weight:
             self.distance, answering = measure(config, teacher.latent)
-            names = ("lpips_weights", "decoder") if config.decoder else ("lpips_weights",)
-            self.identity |= {name: digest(network) for name, network in zip(names, answering)}
+            self.identity |= {key: digest(answering[name]) for name, key in ASKED.items() if name in answering}
         teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
         self.teacher = teacher
         if teacher.text is not None:
             self.identity["prompts"] = digest_of(teacher.text.prompts)
         scale = guidance_of(config, pairs.manifest if pairs is not None else None)
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
-        null = teacher.conditioner.null
-        self.real = guided(teacher.denoiser, self.sampling.guidance_scale, null, self.sampling.guidance_calls)
-        self.rates = {"student": config.lr}
+        self.guidance = self.sampling.guidance_scale
+        self.real = guided(teacher.denoiser, self.guidance, teacher.conditioner.null, self.sampling.guidance_calls)
+        rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
-            self.rates["fake"] = config.fake_lr or config.lr
-        teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
-        self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
-        self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
+            rates["fake"] = config.fake_lr or config.lr
+        self.trained |= {name: Full(teacher.copy().denoiser.eval().requires_grad_(True), rate) for name, rate in rates.items()}
+        self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
         if teacher.latent is not None:  # for the pictures to look at
-            self.frozen.append(teacher.latent.vae)
+            self.frozen["vae"] = teacher.latent.vae
         if teacher.text is not None and teacher.text.table is None:
-            self.frozen.append(teacher.text.encoder)
-        self.kept: dict[str, nn.Module] = {}
-        self.frozen += answering
+            self.frozen["text_encoder"] = teacher.text.encoder
+        self.frozen |= answering
         count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
-        self.embedded = False
         self.labels = teacher.conditioner.labels(count or 1, config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
@@ -100,21 +101,17 @@ class DMD:
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's images (B, C, H, W) from standard-normal noise: sigma_max * noise for EDM, pure noise else."""
         t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
-        return self.networks["student"](self.schedule.prior_std * noise, t, condition)
+        return self.network("student")(self.schedule.prior_std * noise, t, condition)
 
-    def _embed(self, where: torch.device) -> None:
+    def prepare(self, where: torch.device, run: Run) -> None:
         """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
-        with preparing(where, f"resume with --resume {self.config.out}") as stop:
+        with preparing(where, f"resume with --resume {run.folder}") as stop:
             for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
                 if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
                     conditioner.table.complete(where, stop)
-        self.embedded = True
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        where = next(self.networks["student"].parameters()).device
-        if not self.embedded:  # by now the run has its folder
-            self._embed(where)
-        shape = self.teacher.shape
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        where, shape = self.device, self.teacher.shape
         count = len(draws) if self.config.matching_weight else 0
         noise = draws.normal("noise", shape)[:count]
         labels = self.labels[(draws.uniform("label") * len(self.labels)).long()][:count].to(where)
@@ -152,13 +149,13 @@ class DMD:
             metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
         yield Loss("student", loss, metrics)
 
-        if "fake" in self.networks:
+        if "fake" in self.trained:
             x = x.detach()
             for turn in range(self.config.fake_steps):
                 t = self.times(each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
                 eps = each(draws.normal, "score_noise", shape, turn=turn)
                 sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.error
-                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
+                errors = denoising_loss(self.network("fake"), self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
                 yield Loss("fake", errors.mean())
 
     @torch.no_grad()
@@ -170,13 +167,13 @@ class DMD:
         x = x.detach() if x.dtype == torch.float64 else x.detach().float()
         noisy = add_noise(self.schedule, x, noise, t)
         estimates = {"real": self.real(noisy, t, condition)}
-        if "fake" in self.networks:
-            estimates["fake"] = self.networks["fake"](noisy, t, condition)
+        if "fake" in self.trained:
+            estimates["fake"] = self.network("fake")(noisy, t, condition)
         weight = denoising_weight(self.schedule, t, self.teacher.denoiser.scales.sigma_data)
         errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in estimates.items()}
         return matching_gradient(x, estimates["real"], estimates.get("fake", x)), errors
 
-    def model(self, network: nn.Module) -> Model:
+    def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
         lineage, conditioner = self.teacher.lineage, self.teacher.conditioner
         if self.config.classes is not None and isinstance(conditioner, ClassConditioner):
@@ -198,7 +195,19 @@ class DMD:
             few_step_times=[self.schedule.t_max],
         )
 
-    def advice(self, metrics: dict[str, float], done: float) -> str:
+    def calls(self) -> Calls:
+        config, size = self.config, self.config.batch_size
+        paired = bool(config.pairs is not None and config.regression_weight != 0)
+        matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
+        trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []
+        if matched:
+            forwards = [Call("teacher", matched)] * (1 if self.guidance == 1 else 2)
+        if "fake" in self.trained:
+            forwards.append(Call("fake", matched))
+            trainings += [Call("fake", matched)] * config.fake_steps
+        return Calls(trainings, forwards, size if "lpips" in self.frozen and self.teacher.latent is not None else 0)
+
+    def advice(self, metrics: Mapping[str, float], done: float) -> str:
         real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
         if fake > FAKE_BEHIND * real > 0:
             return (
@@ -219,17 +228,17 @@ def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
     return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
 
 
-def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
+def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
     """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
     if config.decoder and latent is None:
         raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
     if config.regression_loss != "lpips":
-        return partial(regression_loss, config.regression_loss), []
+        return partial(regression_loss, config.regression_loss), {}
     perceptual = Perceptual(config.lpips_weights, below=math.inf if latent is None else 0)  # decoded latents are compared as they are
     if latent is None:
-        return perceptual, [perceptual]
+        return perceptual, {"lpips": perceptual}
     codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent
-    return partial(of_decoded, perceptual, codec), [perceptual, codec.vae]
+    return partial(of_decoded, perceptual, codec), {"lpips": perceptual, ("decoder" if config.decoder else "vae"): codec.vae}
 
 
 def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> tuple[Model, Conditioner]:
