@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from distill_cli.config import TrainingConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.models.model import Model, Sampling
+from distill_cli.runs import Run
 
-if TYPE_CHECKING:
-    from distill_cli.runs import Run
+Rows = dict[str, tuple[Model, Sampling]]
+"""Models by what they are called in a comparison, and how each is sampled."""
 
 
 @dataclass
@@ -181,6 +183,14 @@ class Objective:
     def model(self, network: nn.Module, step: int) -> Any:
         """The result after `step` steps, made of `network` (the average, or its copy): a Model, or another thing with `save(folder)`."""
         raise NotImplementedError
+
+    def compared(self, made: Any) -> Rows:
+        """What comparison.png shows of the result below one another: models, and how they are sampled."""
+        return {}
+
+    def remarks(self, made: Any) -> tuple[dict[str, Any], str]:
+        """What the command's result says of the result besides where it is: as JSON, and as a line or ''."""
+        return {}, ""
 
     def calls(self) -> Calls:
         """What a step asks of its networks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,15 @@ from distill_cli.data.images import split
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.models.classifier import Classifier, ClassifierInfo
+from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MEASURED = 500
 """Images that are in memory at once when the accuracy is measured."""
+
+
+def open(config: ClassifierConfig, job: Job) -> Objective:
+    return Classification(config, job.images(config))
 
 
 class Classification(Objective):
@@ -60,6 +66,12 @@ class Classification(Objective):
             images, labels = self.images.batch(part, Draws(self.config.seed, part))
             right += int((network.measure(images)[1] == labels).sum())
         return network.with_accuracy(right / len(self.held_out))
+
+    def remarks(self, made: Classifier) -> tuple[dict[str, Any], str]:
+        """Its accuracy, and on how many images."""
+        count, accuracy = len(self.held_out), made.info.accuracy
+        said = f"accuracy on {count} images held out: {accuracy:.4f}" if accuracy is not None else ""
+        return {"accuracy": accuracy, "held_out": count}, said
 
     def calls(self) -> Calls:
         return Calls([Call("classifier", self.config.batch_size)])

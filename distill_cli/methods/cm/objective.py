@@ -30,11 +30,34 @@ from distill_cli.errors import UsageError
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
-from distill_cli.models.times import PUBLISHED, nearest, parse
+from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
+from distill_cli.processes import say
 from distill_cli.training.ema import follow
 from distill_cli.training.examples import Examples
 from distill_cli.training.identity import digest
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
+from distill_cli.training.job import Job
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows
+
+
+def open(config: CMConfig, job: Job) -> Objective:
+    """Read teacher and images; times, label dropout and data of the config become what they are by default."""
+    teacher = job.teacher(config.teacher, config.device) if config.teacher else None
+    # runs saved before students had their own grid counted times on 40 points
+    if job.resume is not None and config.times is not None and not config.times.startswith("sigma:"):
+        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})
+    config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set)
+    if said:
+        say(said)
+    config = config.model_copy(update={"data": images_of(config, teacher)})
+    objective = Consistency(config, teacher, images := job.images(config, teacher))
+    known = objective.start.conditioner.classes
+    if not job.dry_run and images.classes and not known:
+        say(f"the teacher knows no classes: those of {config.data} are left aside")
+    elif not job.dry_run and list(images.classes) != list(known):
+        say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
+    if not job.dry_run:
+        objective.config = config.model_copy(update={"times": spelled(objective.few_step_times)})
+    return objective
 
 
 class Consistency(Objective):
@@ -68,7 +91,7 @@ class Consistency(Objective):
         if teacher is not None:
             self.identity["teacher"] = self.teacher_hash
         self.perceptual: Perceptual | None = None
-        if config.metric == "lpips":
+        if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # which a plan leaves out
             below = math.inf if config.lpips_resize == "always" else 256
             self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
             self.frozen["lpips"] = self.perceptual
@@ -148,6 +171,14 @@ class Consistency(Objective):
             assert config.scales is not None
             decay = maths.ct_decay(self.scales(step), config.scales, decay, config.decay_over)
         follow(self.kept["target"], self.network("student"), 1 - decay)
+
+    def compared(self, made: Model) -> Rows:
+        rows = {}
+        if self.teacher is not None:
+            sampling = self.sampling if self.config.method == "cd" else self.teacher.sampling
+            rows["teacher"] = (self.teacher.to(next(made.denoiser.parameters()).device), sampling)
+        steps = {n: made.sampling.model_copy(update={"steps": n}) for n in (1, 2)}
+        return rows | {f"student, {n} step{'s' * (n > 1)}": (made, sampling) for n, sampling in steps.items()}
 
     def calls(self) -> Calls:
         config, target = self.config, "target" if self.kept else "student"

@@ -30,15 +30,39 @@ from distill_cli.models.embeddings import Embeddings
 from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.text import PromptConditioner
-from distill_cli.pairs.store import Manifest, PairStore
+from distill_cli.pairs.store import MANIFEST, Manifest, PairStore
+from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
+from distill_cli.training.job import Job
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
 """Options by the frozen networks that they give."""
 FAKE_BEHIND = 1.15
 SPREAD_LOST = 0.7
+
+
+def open(config: DMDConfig, job: Job) -> Objective:
+    """Read teacher, pairs (a plan does without) and prompts."""
+    teacher = job.teacher(config.teacher, config.device)
+    there = config.pairs is not None and (not job.dry_run or (config.pairs / MANIFEST).is_file())
+    store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
+    asked = teacher.text is not None and (config.prompts is not None or config.pairs is None)
+    job.prompts = chosen(config.prompts, teacher.lineage.data) if asked else ()
+    job.say_read(teacher, store, job.prompts)
+    if job.dry_run and teacher.text is not None:
+        each = teacher.text.length * teacher.text.encoder.config.hidden_size * 2
+        job.plan["text embeddings"] = f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"
+    if store is not None and not job.dry_run:
+        store.verify()
+    elif not job.dry_run:
+        say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
+    objective = DMD(config, teacher, store, job.prompts)
+    text = objective.teacher.text
+    if config.prompts is not None and job.resume is None and not job.dry_run and text is not None and rank() == 0:
+        text.say_cut(range(len(text.prompts)))
+    return objective
 
 
 class DMD(Objective):
@@ -57,27 +81,32 @@ class DMD(Objective):
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
         self.identity["teacher"] = self.teacher_hash
+        planned = not self.teacher_hash
         self.regression_weight = 0.0
+        if config.pairs is not None:
+            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
         if pairs is not None:
             if teacher.latent is not None:
                 teacher = replace(teacher, size=pairs.manifest.shape[1:])
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
-            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
             self.order = Order(config.seed, len(pairs))
             self.identity["pairs"] = pairs.manifest.settings_hash
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         answering: dict[str, nn.Module] = {}
-        if self.regression_weight:
+        if self.regression_weight and not planned:
             self.distance, answering = measure(config, teacher.latent)
             self.identity |= {key: digest(answering[name]) for name, key in ASKED.items() if name in answering}
-        teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
+        self.of_pairs = teacher.conditioner
+        if not planned or teacher.text is None:
+            teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
         self.teacher = teacher
-        if teacher.text is not None:
+        if teacher.text is not None and not planned:
             self.identity["prompts"] = digest_of(teacher.text.prompts)
         scale = guidance_of(config, pairs.manifest if pairs is not None else None)
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
         self.guidance = self.sampling.guidance_scale
-        self.real = guided(teacher.denoiser, self.guidance, teacher.conditioner.null, self.sampling.guidance_calls)
+        null = None if planned else teacher.conditioner.null
+        self.real = guided(teacher.denoiser, self.guidance, null, self.sampling.guidance_calls)
         rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
             rates["fake"] = config.fake_lr or config.lr
@@ -85,11 +114,11 @@ class DMD(Objective):
         self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
         if teacher.latent is not None:  # for the pictures to look at
             self.frozen["vae"] = teacher.latent.vae
-        if teacher.text is not None and teacher.text.table is None:
+        if teacher.text is not None and teacher.text.table is None and not planned:
             self.frozen["text_encoder"] = teacher.text.encoder
         self.frozen |= answering
         count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
-        self.labels = teacher.conditioner.labels(count or 1, config.classes)
+        self.labels = teacher.conditioner.labels(count or 1, config.classes) if count or not planned else torch.zeros(1).long()
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
@@ -105,6 +134,8 @@ class DMD(Objective):
 
     def prepare(self, where: torch.device, run: Run) -> None:
         """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
+        if self.pairs is not None:
+            self.pairs.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
         with preparing(where, f"resume with --resume {run.folder}") as stop:
             for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
                 if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
@@ -195,6 +226,9 @@ class DMD(Objective):
             few_step_times=[self.schedule.t_max],
         )
 
+    def compared(self, made: Model) -> Rows:
+        return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
+
     def calls(self) -> Calls:
         config, size = self.config, self.config.batch_size
         paired = bool(config.pairs is not None and config.regression_weight != 0)
@@ -205,7 +239,7 @@ class DMD(Objective):
         if "fake" in self.trained:
             forwards.append(Call("fake", matched))
             trainings += [Call("fake", matched)] * config.fake_steps
-        return Calls(trainings, forwards, size if "lpips" in self.frozen and self.teacher.latent is not None else 0)
+        return Calls(trainings, forwards, size if paired and config.regression_loss == "lpips" and self.teacher.latent is not None else 0)
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
         real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
@@ -288,7 +322,7 @@ def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str
     manifest = pairs.manifest
     if tuple(manifest.shape) != shape:
         raise UsageError(f"--pairs {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
-    if manifest.teacher_hash != teacher_hash:
+    if manifest.teacher_hash != teacher_hash and teacher_hash:
         raise UsageError(f"--pairs {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")
     others = sorted(set(manifest.classes) - set(classes if classes is not None else manifest.classes))
     if others:

@@ -12,10 +12,15 @@ from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.models.autoencoder import Autoencoder, VAECodec, create
+from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MEASURED = 512
 """Pictures whose latents give the scale that makes their standard deviation 1."""
+
+
+def open(config: VAEConfig, job: Job) -> Objective:
+    return Autoencoding(config, job.images(config))
 
 
 class Autoencoding(Objective):
