@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from distill_cli.config import TrainingConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.models.model import Model, Sampling
+from distill_cli.errors import UsageError
+from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.runs import Run
 
 Rows = dict[str, tuple[Model, Sampling]]
@@ -124,6 +125,18 @@ def _counted(calls: Iterable[Call]) -> str:
     for name, images in calls:
         totals[name] = totals.get(name, 0) + images
     return ", ".join(f"{name} on {images} images" for name, images in totals.items())
+
+
+def refuse_student(model: Model, name: str, method: str) -> None:
+    """Raise UsageError where the teacher that a method follows is a student."""
+    if model.few_step_times is not None:
+        raise UsageError(f"--teacher {name}: a student", f"{method} needs a model that denoises: its own teacher")
+
+
+def student_of(start: Lineage, method: str, teacher_hash: str, data: str = "") -> Lineage:
+    """Where a student comes from that began with a model's weights; without `teacher_hash` they were new."""
+    own = {"name": f"{start.name}-{method}", "kind": "student", "method": method, "teacher": start.name if teacher_hash else ""}
+    return start.model_copy(update={**own, "teacher_hash": teacher_hash, "data": data or start.data})
 
 
 class Objective:

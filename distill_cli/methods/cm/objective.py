@@ -36,7 +36,7 @@ from distill_cli.training.ema import follow
 from distill_cli.training.examples import Examples
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
 
 
 def open(config: CMConfig, job: Job) -> Objective:
@@ -195,16 +195,7 @@ class Consistency(Objective):
         conditioner = self.start.conditioner
         if isinstance(conditioner, ClassConditioner):  # without dropout the null class has not been learned
             conditioner = replace(conditioner, null_label=conditioner.null_label if self.config.label_dropout else None, learned=None)
-        start, teacher = self.start.lineage, self.teacher
-        lineage = Lineage(
-            name=f"{start.name}-{self.config.method}",
-            kind="student",
-            method=self.config.method,
-            teacher=start.name if teacher is not None else "",
-            teacher_hash=self.teacher_hash,
-            licence=start.licence,
-            data=self.config.data or start.data,
-        )
+        lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.config.data or "")
         return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), self.few_step_times)
 
 
@@ -255,8 +246,8 @@ def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, 
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
     check_images(config, start, images)
-    if start.few_step_times is not None and config.method in ("cd", "ect"):
-        raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
+    if config.method in ("cd", "ect"):
+        refuse_student(start, str(config.teacher), config.method)
     return own_times(config, schedule)
 
 

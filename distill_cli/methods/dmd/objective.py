@@ -27,7 +27,7 @@ from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.models.autoencoder import VAECodec, load_decoder
 from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
+from distill_cli.models.model import ClassConditioner, Conditioner, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.text import PromptConditioner
 from distill_cli.pairs.store import MANIFEST, Manifest, PairStore
@@ -35,7 +35,7 @@ from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
 """Options by the frozen networks that they give."""
@@ -72,8 +72,7 @@ class DMD(Objective):
     order: Order
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
-        if teacher.few_step_times is not None:
-            raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
+        refuse_student(teacher, config.teacher, "dmd")
         if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
             raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
         super().__init__(config, "student")
@@ -206,22 +205,14 @@ class DMD(Objective):
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        lineage, conditioner = self.teacher.lineage, self.teacher.conditioner
+        conditioner = self.teacher.conditioner
         if self.config.classes is not None and isinstance(conditioner, ClassConditioner):
             conditioner = replace(conditioner, learned=tuple(self.config.classes))
         return replace(
             self.teacher,
             denoiser=network,
             conditioner=conditioner,
-            lineage=Lineage(
-                name=f"{lineage.name}-dmd",
-                kind="student",
-                method="dmd",
-                teacher=lineage.name,
-                teacher_hash=self.teacher_hash,
-                licence=lineage.licence,
-                data=lineage.data,
-            ),
+            lineage=student_of(self.teacher.lineage, "dmd", self.teacher_hash),
             sampling=Sampling(solver="few-step", steps=1),
             few_step_times=[self.schedule.t_max],
         )
