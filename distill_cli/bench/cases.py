@@ -18,11 +18,10 @@ import torch
 
 from distill_cli import launch
 from distill_cli.bench.measure import Case
-from distill_cli.config import GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
-from distill_cli.data.shapes import TRAINED
+from distill_cli.config import PROMPT_SETS, GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
 from distill_cli.errors import UsageError
-from distill_cli.models import load, schedulers
-from distill_cli.models.model import Model, network_evaluations
+from distill_cli.models import formats, load, schedulers
+from distill_cli.models.model import Model
 from distill_cli.pairs.generate import generate
 from distill_cli.runs import Run
 from distill_cli.sample import batch
@@ -42,16 +41,13 @@ class Raw:
         self.network: Any = model.copy().unet.to(where).eval().requires_grad_(trained is not None)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
-        labels = torch.zeros(size, dtype=torch.long, device=where) if model.conditioner.classes else None
-        text = model.text
-        embedded = None if text is None else torch.randn(size, text.length, self.network.config.cross_attention_dim, device=where)
-        self.condition = {"class_labels": labels} if text is None else {"encoder_hidden_states": embedded}
+        self.condition = model.conditioner.example(size, where)
         if trained is not None:
             self.optimizer = make_optimizer(trained, self.network, 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad), self.autocast():
-            return self.network(self.x, self.t, **self.condition, return_dict=False)[0]
+            return self.network(self.x, self.t, **self.condition.parts, return_dict=False)[0]
 
     def step(self) -> None:
         self.call(grad=True).float().square().mean().backward()
@@ -61,7 +57,8 @@ class Raw:
 
 def prompted(model: Model) -> Model:
     """A model with text with some prompts: what they say costs nothing."""
-    return model if model.text is None else model.with_prompts([thing.caption for thing in TRAINED])
+    given = model.conditioner.chosen(PROMPT_SETS[0], "")
+    return model.with_prompts(given) if given else model
 
 
 def training(command: str, config: TrainingConfig, folder: Path) -> Case:
@@ -99,8 +96,7 @@ def with_pairs(config: TrainingConfig, folder: Path) -> TrainingConfig:
         return config
     options = config.model_dump(include={"teacher", "classes", "device", "precision", "batch_size"})
     teacher = prompted(load(options["teacher"]))
-    solver = "ddim" if teacher.text is not None else "euler"
-    generate(PairsConfig(num=4 * config.batch_size, steps=1, solver=solver, **options), teacher, folder / "pairs")
+    generate(PairsConfig(num=4 * config.batch_size, steps=1, solver="ddim", **options), teacher, folder / "pairs")
     return config.model_copy(update={"pairs": folder / "pairs"})
 
 
@@ -108,7 +104,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     """`make(k)` makes BATCHES batches into the k-th folder."""
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
-    calls = network_evaluations(sampling)
+    calls = sampling.evaluations
     turn = iter(range(10**9))
 
     def bare() -> Callable[[], None]:
@@ -130,13 +126,12 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     turn = iter(range(10**9))
-    assert model.text is not None
-    prompts = [model.text.prompts[k] for k in model.text.labels(config.num).tolist()]
+    prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
 
     def bare() -> Callable[[], None]:
-        model.save(folder / "pipeline")
+        formats.save(model, folder / "pipeline")
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(where)
-        if sampling.solver != "few-step":
+        if model.sampler.teaches:
             pipeline.scheduler = schedulers.make(model.scheduler or {}, schedulers.SOLVERS[sampling.solver])
         pipeline.set_progress_bar_config(disable=True)
 
@@ -166,7 +161,7 @@ def bench_pairs(config: PairsConfig, folder: Path) -> Case:
 def bench_sample(config: SampleConfig, folder: Path) -> Case:
     config = config.model_copy(update={"num": BATCHES * config.batch_size})
     model = prompted(load(config.model))
-    if model.text is not None:
+    if model.conditioner.prompts:
         return _bench_pipeline(config, model, folder)
     if config.times is not None:
         model = model.with_times(config.times, config.steps)

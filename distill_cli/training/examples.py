@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from distill_cli.data import Images
-from distill_cli.diffusion.denoiser import Condition
+from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.models.model import Conditioner
+from distill_cli.models.conditioners import Conditioner
 
 
 class Examples:
@@ -26,7 +26,5 @@ class Examples:
     def batch(self, draws: Draws, where: torch.device) -> tuple[Tensor, Condition]:
         """x0 (B, C, H, W) and its condition, on a device, of the samples of `draws`."""
         x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
-        null = self.conditioner.null
-        if null is not None:
-            labels = torch.where(draws.uniform("label_dropout") < self.dropout, null, labels)
-        return x.to(where), self.conditioner(labels.to(where))
+        conditioner, uniform = self.conditioner, draws.uniform("label_dropout")
+        return x.to(where), dropped(conditioner(labels.to(where)), conditioner.null, uniform, self.dropout)

@@ -13,7 +13,9 @@ from distill_cli.config import TrainingConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
-from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampling
 from distill_cli.runs import Run
 
 Rows = dict[str, tuple[Model, Sampling]]
@@ -129,7 +131,7 @@ def _counted(calls: Iterable[Call]) -> str:
 
 def refuse_student(model: Model, name: str, method: str) -> None:
     """Raise UsageError where the teacher that a method follows is a student."""
-    if model.few_step_times is not None:
+    if not model.sampler.teaches:
         raise UsageError(f"--teacher {name}: a student", f"{method} needs a model that denoises: its own teacher")
 
 

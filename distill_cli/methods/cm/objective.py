@@ -21,15 +21,18 @@ from distill_cli.config import CMConfig
 from distill_cli.data import Images
 from distill_cli.data.images import BUILTIN, split
 from distill_cli.diffusion import consistency as maths
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
 from distill_cli.processes import say
 from distill_cli.training.ema import follow
@@ -56,7 +59,7 @@ def open(config: CMConfig, job: Job) -> Objective:
     elif not job.dry_run and list(images.classes) != list(known):
         say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
     if not job.dry_run:
-        objective.config = config.model_copy(update={"times": spelled(objective.few_step_times)})
+        objective.config = config.model_copy(update={"times": spelled(objective.own_times)})
     return objective
 
 
@@ -71,7 +74,7 @@ class Consistency(Objective):
         self.teacher, self.images = teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
         start = teacher.copy() if teacher is not None else new(config, images)
-        self.schedule, self.few_step_times = check(config, start, images)
+        self.schedule, self.own_times = check(config, start, images)
         start.denoiser.schedule, self.start = self.schedule, start
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
@@ -192,11 +195,9 @@ class Consistency(Objective):
         assert isinstance(network, NetworkDenoiser)
         network = copy.copy(network)
         network.parameterisation = "consistency"
-        conditioner = self.start.conditioner
-        if isinstance(conditioner, ClassConditioner):  # without dropout the null class has not been learned
-            conditioner = replace(conditioner, null_label=conditioner.null_label if self.config.label_dropout else None, learned=None)
+        conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # without dropout the null class is not learned
         lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.config.data or "")
-        return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), self.few_step_times)
+        return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
 
 
 def images_of(config: CMConfig, teacher: Model | None) -> str:

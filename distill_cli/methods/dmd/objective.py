@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import DMDConfig
-from distill_cli.data.prompts import chosen, digest_of, in_turn
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.data.prompts import in_turn
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
@@ -26,10 +27,10 @@ from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.models.autoencoder import VAECodec, load_decoder
-from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import ClassConditioner, Conditioner, Model, Sampling
+from distill_cli.models.conditioners import Conditioner
+from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
-from distill_cli.models.text import PromptConditioner
+from distill_cli.models.sampler import Sampler
 from distill_cli.pairs.store import MANIFEST, Manifest, PairStore
 from distill_cli.processes import rank, say
 from distill_cli.runs import Run
@@ -48,20 +49,18 @@ def open(config: DMDConfig, job: Job) -> Objective:
     teacher = job.teacher(config.teacher, config.device)
     there = config.pairs is not None and (not job.dry_run or (config.pairs / MANIFEST).is_file())
     store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
-    asked = teacher.text is not None and (config.prompts is not None or config.pairs is None)
-    job.prompts = chosen(config.prompts, teacher.lineage.data) if asked else ()
+    asked = config.prompts is not None or config.pairs is None
+    job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data) if asked else ()
     job.say_read(teacher, store, job.prompts)
-    if job.dry_run and teacher.text is not None:
-        each = teacher.text.length * teacher.text.encoder.config.hidden_size * 2
+    if each := teacher.conditioner.embedding * 2:
         job.plan["text embeddings"] = f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"
     if store is not None and not job.dry_run:
         store.verify()
     elif not job.dry_run:
         say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
     objective = DMD(config, teacher, store, job.prompts)
-    text = objective.teacher.text
-    if config.prompts is not None and job.resume is None and not job.dry_run and text is not None and rank() == 0:
-        text.say_cut(range(len(text.prompts)))
+    if config.prompts is not None and job.resume is None and not job.dry_run and rank() == 0:
+        objective.teacher.conditioner.say_cut(range(len(objective.teacher.conditioner.prompts)))
     return objective
 
 
@@ -95,12 +94,10 @@ class DMD(Objective):
         if self.regression_weight and not planned:
             self.distance, answering = measure(config, teacher.latent)
             self.identity |= {key: digest(answering[name]) for name, key in ASKED.items() if name in answering}
-        self.of_pairs = teacher.conditioner
-        if not planned or teacher.text is None:
-            teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
+        teacher, self.of_pairs = prompted(config, teacher, pairs, prompts, planned)
         self.teacher = teacher
-        if teacher.text is not None and not planned:
-            self.identity["prompts"] = digest_of(teacher.text.prompts)
+        if not planned:
+            self.identity |= teacher.conditioner.digests()
         scale = guidance_of(config, pairs.manifest if pairs is not None else None)
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
         self.guidance = self.sampling.guidance_scale
@@ -113,11 +110,10 @@ class DMD(Objective):
         self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
         if teacher.latent is not None:  # for the pictures to look at
             self.frozen["vae"] = teacher.latent.vae
-        if teacher.text is not None and teacher.text.table is None and not planned:
-            self.frozen["text_encoder"] = teacher.text.encoder
-        self.frozen |= answering
-        count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
-        self.labels = teacher.conditioner.labels(count or 1, config.classes) if count or not planned else torch.zeros(1).long()
+        working = [] if planned else teacher.conditioner.working()
+        self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
+        of_prompts = planned and teacher.conditioner.takes == "prompts"  # which may not be there yet
+        self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
@@ -137,8 +133,7 @@ class DMD(Objective):
             self.pairs.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
         with preparing(where, f"resume with --resume {run.folder}") as stop:
             for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
-                if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
-                    conditioner.table.complete(where, stop)
+                conditioner.complete(where, stop)
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         where, shape = self.device, self.teacher.shape
@@ -150,13 +145,12 @@ class DMD(Objective):
         if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
             paired = {key: value.to(where) for key, value in self.pairs.batch([self.order[i] for i in draws.indices]).items()}
             noise = torch.cat([noise.to(where), paired["noise"]])
-            theirs = self.of_pairs(paired["label"])
-            condition = None if condition is None or theirs is None else torch.cat([condition, theirs])
+            condition = Condition.cat([condition, self.of_pairs(paired["label"])])
         images = self.generate(noise.to(where), condition)
         generated = images[count:]
         if self.config.match_pairs:
             count = len(images)
-        x, condition = images[:count], None if condition is None else condition[:count]
+        x, condition = images[:count], condition[:count]
 
         def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
             """A draw for each image that is matched, those of pairs with turns of their own."""
@@ -175,7 +169,7 @@ class DMD(Objective):
                 assert self.distance is not None
                 regression = self.distance(generated, paired["x0"]).mean()
                 loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
-            drawn = paired["label"] if self.teacher.text is None else torch.zeros_like(paired["label"])  # prompts hardly come twice
+            drawn = self.of_pairs.alike(paired["label"])
             metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
         yield Loss("student", loss, metrics)
 
@@ -189,7 +183,7 @@ class DMD(Objective):
                 yield Loss("fake", errors.mean())
 
     @torch.no_grad()
-    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient at the student's images x, and how well each denoiser knows them.
 
         Without a fake score x stands in for its estimate, which leaves the real score's part alone (in the mean over the noise).
@@ -205,16 +199,12 @@ class DMD(Objective):
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        conditioner = self.teacher.conditioner
-        if self.config.classes is not None and isinstance(conditioner, ClassConditioner):
-            conditioner = replace(conditioner, learned=tuple(self.config.classes))
         return replace(
             self.teacher,
             denoiser=network,
-            conditioner=conditioner,
+            conditioner=self.teacher.conditioner.taught(self.config.classes),
             lineage=student_of(self.teacher.lineage, "dmd", self.teacher_hash),
-            sampling=Sampling(solver="few-step", steps=1),
-            few_step_times=[self.schedule.t_max],
+            sampler=Sampler.one_step(self.schedule),
         )
 
     def compared(self, made: Model) -> Rows:
@@ -266,30 +256,29 @@ def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tenso
     return partial(of_decoded, perceptual, codec), {"lpips": perceptual, ("decoder" if config.decoder else "vae"): codec.vae}
 
 
-def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> tuple[Model, Conditioner]:
+def prompted(
+    config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = (), planned: bool = False
+) -> tuple[Model, Conditioner]:
     """The teacher for the prompts of a run, opened here unless given, and what makes conditions of its pairs' labels.
 
     The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
+    What is `planned` alone has none.
     """
-    if teacher.text is None:
-        if config.prompts or config.negative_prompt:
-            teacher.with_prompts((), config.negative_prompt or "")
-        return teacher, teacher.conditioner
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
     theirs = in_turn(pairs.prompts(), len(pairs)) if pairs is not None else ()
     if not prompts:
-        prompts = theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data)
-    teacher = teacher.with_prompts(prompts, negative)
-    own = teacher.text
-    assert own is not None
-    of_pairs = own if pairs is None or config.prompts is None else own.given(theirs, negative)
-    dtype = pairs.manifest.dtype if pairs is not None else "float16"
-    if config.out is not None:
-        own.table = Embeddings(own, config.out, dtype)
+        prompts = theirs if theirs and config.prompts is None else teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
+    if prompts or config.prompts is not None or negative:
+        teacher = teacher.with_prompts(prompts, negative)
+    if planned:
+        return teacher, teacher.conditioner
+    own = of_pairs = teacher.conditioner
     if pairs is not None:
-        of_pairs.table = Embeddings(of_pairs, pairs.folder, dtype)
-    return teacher, of_pairs
+        of_pairs = (own if config.prompts is None else own.given(theirs, negative)).stored(pairs.folder, pairs.manifest.dtype)
+    shared = pairs is not None and config.prompts is None
+    own = of_pairs if shared else own.stored(config.out, pairs.manifest.dtype if pairs is not None else "float16")
+    return replace(teacher, conditioner=own), of_pairs if pairs is not None else own
 
 
 def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.training.examples import Examples
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
@@ -60,7 +61,7 @@ class Denoising(Objective):
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampling)
+        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampler)
 
     def calls(self) -> Calls:
         return Calls([Call("teacher", self.config.batch_size)])
