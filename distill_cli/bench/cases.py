@@ -43,7 +43,7 @@ class Raw:
         self.t = torch.full((size,), 500.0, device=where)
         self.condition = model.conditioner.example(size, where)
         if trained is not None:
-            self.optimizer = make_optimizer(trained, self.network, 1e-5)
+            self.optimizer = make_optimizer(trained, self.network.parameters(), 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad), self.autocast():
