@@ -65,7 +65,9 @@ def sample(
         raise UsageError("--search-times makes no samples, so --shards has no use here")
     if common.planned_without(config.model, config, dry_run):
         return
-    sketch, download = common.sketched(config.model, dry_run)
+    from distill_cli.models.cost import sketched
+
+    sketch, download = sketched(config.model, dry_run)
     loaded, config = common.open_model("sample", config.model, config, sketch)
     assert config.out is not None
     if config.times is not None:

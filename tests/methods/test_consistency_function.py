@@ -70,15 +70,16 @@ def test_distillation_reaches_the_exact_function():
     config = CMConfig(device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
     cm = Consistency(config, teacher, Points(4096))
     cm.real = MIXTURE
-    student = cm.networks["student"]
+    student = cm.trained["student"].module
     optimizer = torch.optim.RAdam(student.parameters(), lr=3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        for loss in cm.turns(Draws(0, range(step * 128, step * 128 + 128))):
+        for loss in cm.turns(step, Draws(0, range(step * 128, step * 128 + 128))):
             loss.value.backward()
             optimizer.step()
             optimizer.zero_grad()
+        cm.after(step)
     points, noise = Points(1000).x, Draws(5, range(1000)).normal("noise", (2, 1, 1))
     for sigma, bound in ((0.1, 0.012), (0.5, 0.09), (2.0, 0.12), (10.0, 0.13)):
         x, t = points + sigma * noise, torch.full((1000,), sigma)

@@ -43,9 +43,9 @@ def test_one_step_by_hand():
             seen.update(x=x, t=t, labels=labels_of(condition))
             return x * 0 + self.p
 
-    train.networks["teacher"] = Spy()
+    train.trained["teacher"].module = Spy()
     draws = Draws(0, range(64))
-    loss = next(train.turns(draws)).value
+    loss = next(train.turns(0, draws)).value
     x, labels = train.images.batch([train.order[i] for i in range(64)], draws)
     sigma = train.schedule.drawn(draws, train.config.p_mean, train.config.p_std)
     assert torch.equal(seen["x"], x + expand(sigma, x) * draws.normal("noise", (3, 16, 16)))
@@ -63,4 +63,4 @@ def test_a_set_without_classes_trains_without_labels(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "x.png")
     train = Denoising(TrainConfig(device="cpu", network=NETWORK, data=str(tmp_path), resolution=8), open_images(str(tmp_path), 8))
     assert train.teacher.conditioner.null_label is None
-    assert torch.isfinite(next(train.turns(Draws(0, range(2)))).value)
+    assert torch.isfinite(next(train.turns(0, Draws(0, range(2)))).value)

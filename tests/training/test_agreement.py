@@ -103,7 +103,7 @@ def test_the_metric_the_decoder_and_the_prompts_are_held(monkeypatch):
                               num_decoder_blocks=(1,) * 4)  # fmt: skip
     found, texts = [], ["c", "d"]
     for _ in texts:
-        monkeypatch.setattr(module, "measure", lambda *_: (None, [network, decoder]))
+        monkeypatch.setattr(module, "measure", lambda *_: (None, {"lpips": network, "decoder": decoder}))
         monkeypatch.setattr(module, "check_pairs", lambda *_: None)
 
         class Pairs:
@@ -319,7 +319,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, tiny, tiny_pairs):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    rehearse(made.objective.model, made.ema.network, "", tmp_path / "r/teacher")
+    rehearse(made._model, made.ema.network, "", tmp_path / "r/teacher")
     assert torch.equal(torch.rand(3), expected)
     assert identity.digest(made.ema.network) == before
     autoencoder = create(8, 3, VAENetworkConfig(channels=[8], groups=4), 0)
