@@ -23,12 +23,15 @@ from typing import Any
 import torch
 
 from distill_cli import launch
-from distill_cli.config import CMConfig, Config, DMDConfig, GenerateConfig, PairsConfig, SampleConfig, TrainConfig, TrainingConfig
+from distill_cli.config import Config, GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
 from distill_cli.data import open_images
 from distill_cli.data.shapes import TRAINED
 from distill_cli.errors import UsageError
+from distill_cli.methods.cm.config import CDConfig, CMConfig
 from distill_cli.methods.cm.objective import Consistency, images_of
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
 from distill_cli.methods.train.text_to_image import TextToImage
 from distill_cli.models import load, schedulers
@@ -146,7 +149,7 @@ def bench_cm(config: CMConfig, folder: Path) -> Case:
     images = open_images(images_of(config, teacher), config.resolution, config.flip)
     objective = Consistency(config, teacher, images)
     forwards = 1  # the target; the teacher below
-    if config.method == "cd":
+    if isinstance(config, CDConfig):
         forwards += config.teacher_steps * (2 if config.solver == "heun" else 1) * (2 if objective.sampling.guidance_scale != 1 else 1)
     return _bench_training(_engine(config, objective, folder), objective.start, forwards, [config.batch_size])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_cli.config import CMConfig
 from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.methods.cm.config import CMConfig
 from distill_cli.methods.cm.objective import own_times
 from distill_cli.recipes import check, read
 from tests.judge import judge

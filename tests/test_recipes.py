@@ -11,10 +11,14 @@ import pytest
 import yaml
 
 from distill_cli import recipes
-from distill_cli.config import CONFIGS, CMConfig, DMDConfig, PairsConfig, SampleConfig, TrainConfig
+from distill_cli.commands import COMMANDS, config_of
+from distill_cli.config import PairsConfig, SampleConfig
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
+from distill_cli.methods.cm.config import CMConfig
 from distill_cli.methods.cm.objective import own_times
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.train.config import TrainConfig
 
 TOP = Path(__file__).parent.parent
 
@@ -118,14 +122,14 @@ def test_classes():
     assert recipes.resolve(SampleConfig, None, ["classes=5"]).classes == [5]
 
 
-@pytest.mark.parametrize("command", CONFIGS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_resolved_recipe_runs_again_as_it_stands(command, tmp_path):
-    config = CONFIGS[command](seed=3)
+    config = config_of(command)(seed=3)
     for comments in (False, True):
         path = write(tmp_path, recipes.dump(config, comments))
-        assert recipes.resolve(CONFIGS[command], path) == config
+        assert recipes.resolve(config_of(command), path) == config
     described = yaml.safe_load(recipes.dump(config, comments=True))
-    assert set(described) == {"command", *CONFIGS[command].model_fields}
+    assert set(described) == {"command", *config_of(command).model_fields}
 
 
 def test_copies(tmp_path):

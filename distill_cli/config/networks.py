@@ -6,10 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distill_cli.config.base import (
-    Fraction,
-    Positive,
-)
+from distill_cli.config.base import Fraction, Numbers, Positive
 
 
 class NetworkConfig(BaseModel):
@@ -17,12 +14,12 @@ class NetworkConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    channels: list[Positive] = Field([32, 64, 64], min_length=1, description="of each resolution, from the finest")
-    attention: list[bool] = Field([False, True, False], description="self-attention at each resolution")
+    channels: Annotated[list[Positive], Numbers] = Field([32, 64, 64], min_length=1, description="of each resolution, from the finest")
+    attention: Annotated[list[bool], Numbers] = Field([False, True, False], description="self-attention at each resolution")
     layers: Positive = Field(1, description="residual blocks a resolution")
     groups: Positive = Field(16, description="of group normalisation")
     head: Positive = Field(32, description="channels of an attention head")
-    dropout: Fraction = Field(0.0, description="of training; off everywhere else")
+    dropout: Fraction = Field(0.0, description="during training; off everywhere else")
 
     @model_validator(mode="after")
     def _lengths(self) -> NetworkConfig:
@@ -42,7 +39,7 @@ class VAENetworkConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    channels: list[Positive] = Field([16, 32, 64, 64], min_length=1, description="of each resolution, from the finest")
+    channels: Annotated[list[Positive], Numbers] = Field([16, 32, 64, 64], min_length=1, description="of each resolution, from the finest")
     latent_channels: Positive = Field(4, description="of the latents")
     layers: Positive = Field(1, description="residual blocks a resolution")
     groups: Positive = Field(8, description="of group normalisation")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_cli.config import DMDConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.model import Lineage, Model, Sampling
 from distill_cli.models.schedulers import STABLE_DIFFUSION

@@ -6,8 +6,11 @@ import threading
 import pytest
 
 from distill_cli import processes, watch
-from distill_cli.config import CMConfig, DMDConfig, SampleConfig, TrainConfig
+from distill_cli.config import SampleConfig
 from distill_cli.errors import DistillError, UsageError
+from distill_cli.methods.cm.config import CMConfig
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.recipes import dump, parse_yaml, resolve
 from distill_cli.runs import Run
 from tests.cli.test_bad_input import one_line

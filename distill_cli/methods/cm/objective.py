@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import CMConfig
 from distill_cli.data import Images
 from distill_cli.data.images import BUILTIN, split
 from distill_cli.diffusion import consistency as maths
@@ -28,6 +27,7 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.launch import device
+from distill_cli.methods.cm.config import CDConfig, CMConfig, CTConfig, ECTConfig, ICTConfig, NewConfig
 from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
@@ -47,11 +47,15 @@ class Consistency:
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
         if teacher is not None:
             teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
-        start = teacher.copy() if teacher is not None else new(config, images)
+        if teacher is None:
+            assert isinstance(config, NewConfig)
+            start = new(config, images)
+        else:
+            start = teacher.copy()
         self.schedule, self.few_step_times = check(config, start, images)
         start.denoiser.schedule, self.start = self.schedule, start
         student = start.denoiser.train().requires_grad_(True)
-        if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
+        if not isinstance(config, ECTConfig):  # which trains with EDM's scalings, whose boundary is at 0
             student.parameterisation = "consistency"
         for name, module in student.named_modules():
             if name.endswith(".dropout") and isinstance(module, nn.Dropout):  # of residual blocks; attention's is in a list
@@ -60,9 +64,9 @@ class Consistency:
         self.rates = {"student": config.lr}
         self.frozen: list[nn.Module] = []
         self.kept: dict[str, nn.Module] = {}
-        if config.method in ("cd", "ct"):
+        if isinstance(config, CDConfig | CTConfig):
             self.kept["target"] = copy.deepcopy(student).requires_grad_(False)
-        if config.method == "cd":
+        if isinstance(config, CDConfig):
             assert teacher is not None
             self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
             self.frozen.append(teacher.denoiser.eval().requires_grad_(False))
@@ -82,26 +86,24 @@ class Consistency:
     def scales(self, step: int) -> int:
         """N, the times of the grid, at a step."""
         config = self.config
-        assert config.scales is not None
-        if config.method == "cd":
+        if isinstance(config, CDConfig):
             return config.scales
-        assert config.scales_end is not None
-        schedule = maths.ct_scales if config.method == "ct" else maths.ict_scales
+        assert isinstance(config, NewConfig)
+        schedule = maths.ct_scales if isinstance(config, CTConfig) else maths.ict_scales
         return schedule(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         """(B,) float64 pairs of times t > r."""
         config = self.config
-        if config.method == "ect":
-            assert config.stages is not None
+        if isinstance(config, ECTConfig):
             t = (config.p_mean + config.p_std * draws.normal("time").double()).exp()
             stage = min(step, config.steps - 1) * config.stages // config.steps
             return t, maths.ect_neighbour(t, stage, config.q, config.k, config.b)
         intervals = self.scales(step) - 1
         uniform = draws.uniform("time")
-        if config.method == "ict":
+        if isinstance(config, ICTConfig):
             index = maths.lognormal_index(self.schedule, uniform, intervals, config.p_mean, config.p_std)
-        elif config.time_weights is not None:
+        elif isinstance(config, CDConfig) and config.time_weights is not None:
             index = maths.weighted_index(uniform, torch.tensor(config.time_weights, dtype=torch.float64))
         else:
             index = (uniform * intervals).long()
@@ -110,7 +112,6 @@ class Consistency:
     def errors(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """Weighted distance of each sample, (B,): of the student's estimate at t to the target's at r."""
         config = self.config
-        assert config.weighting is not None
         weight = maths.weight(config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
         t, r = t.to(x), r.to(x)
         noisy = x + expand(t, x) * noise
@@ -118,7 +119,7 @@ class Consistency:
         target = self.kept.get("target", student)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # the student's call below draws the same dropout
-            if config.method == "cd":
+            if isinstance(config, CDConfig):
                 nearer = maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, config.solver, config.teacher_steps)
             else:
                 nearer = x + expand(r, x) * noise
@@ -149,10 +150,9 @@ class Consistency:
     def _follow(self, step: int) -> None:
         """The target's average takes the student's step."""
         config = self.config
-        assert config.target_decay is not None
+        assert isinstance(config, CDConfig | CTConfig)
         decay = config.target_decay
-        if config.method == "ct":
-            assert config.scales is not None
+        if isinstance(config, CTConfig):
             decay = maths.ct_decay(self.scales(step), config.scales, decay, config.decay_over)
         follow(self.kept["target"], self.networks["student"], 1 - decay)
 
@@ -205,7 +205,7 @@ def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[
     return config.model_copy(update={"label_dropout": 0.0}), f"label_dropout 0: {why}"
 
 
-def new(config: CMConfig, images: Images) -> Model:
+def new(config: NewConfig, images: Images) -> Model:
     """A student with random weights."""
     check_resolution(images.shape[-1], config.network)
     options: dict[str, Any] = config.network.model_dump()
@@ -227,14 +227,14 @@ def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, 
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
     check_images(config, start, images)
-    if start.few_step_times is not None and config.method in ("cd", "ect"):
+    if start.few_step_times is not None and not isinstance(config, NewConfig):
         raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
     return own_times(config, schedule)
 
 
 def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, list[float]]:
     """The schedule with the grid of the times that a student will know, and its own few."""
-    schedule = replace(schedule, grid=config.scales if config.method == "cd" and config.scales else GRID)
+    schedule = replace(schedule, grid=config.scales if isinstance(config, CDConfig) else GRID)
     return schedule, parse(config.times, schedule, 2, "times") if config.times else nearest(schedule, PUBLISHED)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill_cli.config import TrainConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.model import Lineage, Model
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.training.objective import Loss

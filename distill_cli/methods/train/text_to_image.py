@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import TrainConfig
 from distill_cli.data.images import Captioned, Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.autoencoder import VAECodec
 from distill_cli.models.model import Lineage, Model
 from distill_cli.models.schedulers import STABLE_DIFFUSION

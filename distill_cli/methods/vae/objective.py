@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill_cli.config import VAEConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
+from distill_cli.methods.vae.config import VAEConfig
 from distill_cli.models.autoencoder import Autoencoder, VAECodec, create
 from distill_cli.training.objective import Loss
 
