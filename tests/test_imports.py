@@ -27,9 +27,8 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
-NO_TORCH = {
-    "errors", "files", "messages", "processes", "locks", "config", "registry", "methods.config", "commands", "recipes", "runs", "watch", "cli",
-}  # fmt: skip
+NO_TORCH = {"errors", "files", "messages", "processes", "locks", "config", "registry", "methods.config", "commands", "recipes"}
+NO_TORCH |= {"runs", "watch", "cli"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 
 
