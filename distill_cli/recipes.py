@@ -241,7 +241,7 @@ def _chosen(config: type[ConfigT], values: dict[str, Any], sources: dict[str, st
         if not others:
             errors.append(f"{source}unknown key {key} ({nearest(key, known)})")
         elif out is not None and not (source.endswith(": ") and not source.startswith("--") and _is_default(given, key, others)):
-            errors.append(f"{source}{key} is not a key of method {name} ({nearest(key, known)})")
+            errors.append(_said(source, key, f"not a key of method {name} ({nearest(key, known)})"))
     return out or next(iter(choices.values()))
 
 

@@ -147,11 +147,11 @@ def test_recipes_of_earlier_runs_name_the_keys_of_all_methods(method, tmp_path):
     config = options("cm", method=method, data="digits", steps=7)
     assert recipes.resolve(CMConfig, write(tmp_path, recipes.dump(config) + OTHERS[method])) == config
     key, value = {"cd": ("q", 3), "ct": ("solver", "euler"), "ict": ("stages", 4), "ect": ("scales", 20)}[method]
-    with pytest.raises(UsageError, match=rf"r.yaml: {key} is not a key of method {method} \((did you mean|known)"):
+    with pytest.raises(UsageError, match=rf"r.yaml: {key}: not a key of method {method} \((did you mean|known)"):
         recipes.resolve(CMConfig, write(tmp_path, f"{recipes.dump(config)}{key}: {value}\n"))
     default = getattr(options("cm", method={"q": "ect", "solver": "cd", "stages": "ect", "scales": "cd"}[key]), key)
     for given in ({"overrides": [f"{key}={default}"]}, {"flags": {key: str(default)}}):  # on the command line never
-        with pytest.raises(UsageError, match=f"{key} is not a key of method {method}"):
+        with pytest.raises(UsageError, match=f"{key}: not a key of method {method}"):
             recipes.resolve(CMConfig, flags={"method": method, **given.get("flags", {})}, overrides=given.get("overrides", ()))
 
 

@@ -134,9 +134,13 @@ class Configured(Job):
         *own, help_option = super().get_params(ctx)
         return [*own, *self._keys(ctx)[0], help_option]
 
-    def invoke(self, ctx: Any) -> Any:
+    def given(self, ctx: Any) -> dict[str, Any]:
+        """Take the flags of keys out of a context's parameters, by key; None for one that is not given."""
         values = {key: ctx.params.pop(name) for name, key in self._keys(ctx)[1].items()}
-        ctx.obj = {key: None if value in ((), []) else value for key, value in values.items()}
+        return {key: None if value in ((), []) else value for key, value in values.items()}
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.obj = self.given(ctx)
         return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

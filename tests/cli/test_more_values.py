@@ -82,7 +82,7 @@ def test_dollars_in_names(distill, tmp_path, monkeypatch):
         assert str(resolve(SampleConfig, "r.yaml").out) == "c$b"
     assert distill(*TINY, "--out", "c$$b").code == 0
     assert (tmp_path / "c$b/000000.png").exists()
-    one_line(distill(*TINY, "--out", "./~nobody-x"), 2, "~nobody-x is nobody's home: give the whole path")
+    one_line(distill(*TINY, "--out", "~nobody-x"), 2, "~nobody-x is nobody's home: give the whole path")
     config = resolve(SampleConfig, overrides=["out=./~nobody-x", f"model={tmp_path}/a$b"])
     (tmp_path / "r.yaml").write_text(dump(config))
     again = resolve(SampleConfig, "r.yaml")
