@@ -63,7 +63,6 @@ def _own(config: TrainingConfig, objective: Any) -> Opened:
 
 
 def dmd(config: DMDConfig, resume: Path | None, dry_run: bool) -> Opened:
-    from distill_cli.data.prompts import chosen
     from distill_cli.methods.dmd.objective import DMD
     from distill_cli.models import load
     from distill_cli.pairs.store import MANIFEST, PairStore
@@ -73,8 +72,7 @@ def dmd(config: DMDConfig, resume: Path | None, dry_run: bool) -> Opened:
     model = sketch or load(config.teacher)
     there = config.pairs is not None and (not dry_run or (config.pairs / MANIFEST).is_file())
     store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
-    asked = model.text is not None and (config.prompts is not None or config.pairs is None)
-    given = chosen(config.prompts, model.lineage.data) if asked else ()
+    given = model.conditioner.chosen(config.prompts, model.lineage.data) if config.prompts is not None or config.pairs is None else ()
     common.say_read("dmd", model, store, given)
     if dry_run:
         return Opened(config, plan={**download, **_plan(config, model, store)})
@@ -83,9 +81,8 @@ def dmd(config: DMDConfig, resume: Path | None, dry_run: bool) -> Opened:
     else:
         common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
     objective = DMD(config, model, store, given)
-    text = objective.teacher.text
-    if config.prompts is not None and resume is None and text is not None and rank() == 0:
-        text.say_cut(range(len(text.prompts)))
+    if config.prompts is not None and resume is None and rank() == 0:
+        objective.teacher.conditioner.say_cut(range(len(objective.teacher.conditioner.prompts)))
 
     def begin() -> None:
         if store is not None:
@@ -110,8 +107,7 @@ def _plan(config: DMDConfig, model: Model, store: PairStore | None) -> dict[str,
     guided = (guidance_of(config, manifest) or model.sampling.guidance_scale) != 1
     flop = distillation(config, model, guided, config.pairs is not None and config.regression_weight != 0)
     text = {}
-    if model.text is not None:
-        each = model.text.length * model.text.encoder.config.hidden_size * 2
+    if each := model.conditioner.embedding * 2:
         text = {"text embeddings": f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"}
     return {**text, **common.training_plan(config, parameters, (len(names) - 1) * count), "arithmetic": time_of(flop)}
 
@@ -158,4 +154,4 @@ def cm(config: CMConfig, resume: Path | None, dry_run: bool) -> Opened:
         steps = (1, 2)
         return out | {f"student, {n} step{'s' * (n > 1)}": (student, student.sampling.model_copy(update={"steps": n})) for n in steps}
 
-    return Opened(config.model_copy(update={"times": spelled(objective.few_step_times)}), objective, rows=rows)
+    return Opened(config.model_copy(update={"times": spelled(objective.own_times)}), objective, rows=rows)

@@ -13,10 +13,12 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.conditioners import PromptConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.sources.hub import HUB
-from distill_cli.models.text import PromptConditioner
 from distill_cli.models.unet import UNet
 
 RATE = 150e12
@@ -51,7 +53,7 @@ def sketch(name: str) -> Model:
         denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(STABLE_DIFFUSION), "v" if name == "sd21" else "eps", Scales(), "t"),
         conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
         lineage=Lineage(name=name, licence=HUB[name].licence),
-        sampling=Sampling(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
+        sampler=Sampler(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
         codec=VAECodec(vae),
         scheduler=dict(STABLE_DIFFUSION),
     )
@@ -68,15 +70,11 @@ def counted(call: Any) -> int:
 
 def evaluation(model: Model) -> int:
     """FLOP of one evaluation of the network, of one image: multiplications and additions of its products of matrices."""
-    unet, width = model.unet, int(getattr(model.unet.config, "cross_attention_dim", None) or 0)
+    unet = model.unet
 
     def call() -> Tensor:
-        network: Any = type(unet).from_config(unet.config)
-        x, t = torch.empty(1, *model.shape), torch.ones(1)
-        if model.text is not None:
-            return network(x, t, encoder_hidden_states=torch.empty(1, model.text.length, width))[0]
-        labels = torch.zeros(1, dtype=torch.long) if unet.config.num_class_embeds else None
-        return network(x, t, class_labels=labels, return_dict=False)[0]
+        network = UNet(type(unet).from_config(unet.config))
+        return network(torch.empty(1, *model.shape), torch.ones(1), model.conditioner.example(1, "meta"))
 
     return counted(call)
 

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.consistency import ode_step
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.methods.cm.objective import Consistency
-from distill_cli.models.model import ClassConditioner, Lineage, Model
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.unet import UNet
 from docs.figure3 import Plane
 from tests.options import options
@@ -28,7 +31,7 @@ class Network(Plane):
         hidden = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(128, 2))
 
-    def forward(self, x, t, class_labels, return_dict):
+    def forward(self, x, t, return_dict):
         angles = t.expand(len(x))[:, None] / 250 * torch.tensor([0.3, 0.6, 1.2])
         return (self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos()], 1))[:, :, None, None],)
 
@@ -54,7 +57,7 @@ def exact(x, sigma):
     """f(x, sigma): where 300 steps of Heun's method take x, from sigma to sigma_min."""
     x, times = x.double(), EDMSchedule(SCHEDULE.sigma_min, sigma).times(300)
     for t, r in zip(times[:-1], times[1:]):
-        x = ode_step(MIXTURE, x, t.expand(len(x)), r.expand(len(x)), None, "heun")
+        x = ode_step(MIXTURE, x, t.expand(len(x)), r.expand(len(x)), NOTHING, "heun")
     return x
 
 

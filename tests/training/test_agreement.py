@@ -267,17 +267,17 @@ def nothing_left(folder):
 
 @pytest.mark.parametrize("kind", ["train", "dmd", "cm"])
 def test_a_result_that_cannot_be_saved_ends_before_the_first_step(kind, tmp_path, tiny, tiny_pairs, monkeypatch):
-    from distill_cli.models import pixel
+    from distill_cli.models.formats import folder
 
     made = engine_of(kind, tmp_path / "r", tiny, tiny_pairs, steps=3)
-    write = pixel.json.dumps
+    write = folder.json.dumps
 
     def broken(value, **rest):
         if "_class_name" in value:
             raise UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")
         return write(value, **rest)
 
-    monkeypatch.setattr(pixel.json, "dumps", broken)
+    monkeypatch.setattr(folder.json, "dumps", broken)
     with pytest.raises(DistillError, match="could not be saved and read again .*surrogates not allowed") as error:
         made.train()
     assert error.value.hint.endswith(f"then --resume {tmp_path / 'r'}")

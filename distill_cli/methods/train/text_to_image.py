@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.data.images import Captioned, Images
+from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
@@ -17,10 +18,12 @@ from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
 from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.conditioners import PromptConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.stable_diffusion import create, load_vae
-from distill_cli.models.text import PromptConditioner, make_tokenizer
+from distill_cli.models.text import make_tokenizer
 from distill_cli.training.identity import digest
 from distill_cli.training.objective import Loss
 
@@ -29,14 +32,14 @@ ENCODED = 64
 
 
 class TextDenoiser(nn.Module):
-    """A denoiser whose condition are tokens (B, L): what is trained."""
+    """A denoiser that is told tokens, `input_ids` (B, L), and encodes them itself: what is trained."""
 
     def __init__(self, denoiser: NetworkDenoiser, encoder: nn.Module) -> None:
         super().__init__()
         self.denoiser, self.encoder = denoiser, encoder
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.denoiser(x, t, self.encoder(tokens)[0])
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(x, t, Condition({PromptConditioner.part: self.encoder(**condition.parts)[0]}))
 
 
 class Latents:
@@ -103,7 +106,7 @@ class TextToImage:
         self.latents: Latents | None = None
         self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
         self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
-        self.empty = self.conditioner.tokens([""])[0]
+        self.empty = Condition({"input_ids": self.conditioner.tokens([""])})
         self.networks: dict[str, nn.Module] = {"teacher": TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train()}
         self.rates = {"teacher": config.lr}
         self.frozen: list[nn.Module] = [vae]
@@ -119,9 +122,8 @@ class TextToImage:
                 self.latents = Latents(self.images, codec, self.config.variants, self.config.seed, stop)
         positions = [self.order[i] for i in draws.indices]
         shape = self.teacher.shape
-        tokens = self.tokens[[position % len(self.images) for position in positions]]
-        dropped = draws.uniform("label_dropout") < self.config.label_dropout
-        tokens = torch.where(dropped[:, None], self.empty, tokens)
+        tokens = Condition({"input_ids": self.tokens[[position % len(self.images) for position in positions]]})
+        tokens = dropped(tokens, self.empty, draws.uniform("label_dropout"), self.config.label_dropout)
         network = self.networks["teacher"]
         device = next(network.parameters()).device
         x = self.latents.batch(positions, draws.normal("augment", shape)).to(device)
