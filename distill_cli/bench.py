@@ -64,7 +64,7 @@ class Raw:
 
     def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
         self.autocast = partial(launch.autocast, where, precision)
-        self.network: Any = model.copy().unet.to(where).eval().requires_grad_(trained is not None)
+        self.network: Any = model.copy().net.to(where).eval().requires_grad_(trained is not None)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
         self.condition = model.conditioner.example(size, where)

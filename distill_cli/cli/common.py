@@ -311,7 +311,7 @@ def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, p
 
     rows = []
     for name, (model, sampling) in models.items():
-        with autocast(device(config.device), config.precision if model.latent is not None else "no"):
+        with autocast(device(config.device), config.precision):
             images, _ = model.examples(config.seed, model.shown, sampling, classes)
         calls = sampling.evaluations
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))

@@ -160,10 +160,10 @@ def test_regression_on_decoded_latents(teacher):
         seen.append((x, y))
         return (x - y).square().flatten(1).mean(1)
 
-    distance = of_decoded(metric, teacher.latent, latents, reference)
+    distance = of_decoded(metric, teacher.codec, latents, reference)
     assert distance.shape == (2,)
     assert seen[0][0].shape == (2, 3, 64, 64)
-    assert torch.allclose(seen[0][1], teacher.latent.vae.decode(reference / teacher.latent.scale).sample, atol=1e-5)
+    assert torch.allclose(seen[0][1], teacher.codec.vae.decode(reference / teacher.codec.scale).sample, atol=1e-5)
     distance.sum().backward()
     assert latents.grad.abs().max() > 0
     assert not seen[0][1].requires_grad

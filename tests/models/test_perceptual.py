@@ -186,7 +186,7 @@ def test_regression_of_latents_is_lpips_of_their_pictures_as_large_as_they_are(v
     batch = PairStore(folder).batch([dmd.order[i] for i in range(2)])
     with torch.no_grad():
         made = dmd.generate(batch["noise"], dmd.of_pairs(batch["label"]))
-        pictures = [teacher.latent.vae.decode(x / teacher.latent.scale).sample for x in (made, batch["x0"])]
+        pictures = [teacher.codec.vae.decode(x / teacher.codec.scale).sample for x in (made, batch["x0"])]
         expected = 0.25 * Perceptual(vgg, below=0)(*pictures).mean()
     assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.value.backward()

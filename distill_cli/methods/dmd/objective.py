@@ -7,7 +7,6 @@ they were before the student's step. Dropout is off everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
 from distill_cli.launch import device, preparing
 from distill_cli.methods.dmd.config import DMDConfig
-from distill_cli.models.autoencoder import VAECodec, load_decoder
+from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import Conditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -56,8 +55,7 @@ class DMD:
         self.identity: dict[str, Any] = {"teacher": self.teacher_hash}
         self.regression_weight = 0.0
         if pairs is not None:
-            if teacher.latent is not None:
-                teacher = replace(teacher, size=pairs.manifest.shape[1:])
+            teacher = teacher.at(pairs.manifest.shape)
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
             self.order = Order(config.seed, len(pairs))
@@ -65,7 +63,7 @@ class DMD:
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         answering: list[nn.Module] = []
         if self.regression_weight:
-            self.distance, answering = measure(config, teacher.latent)
+            self.distance, answering = measure(config, teacher.codec)
             names = ("lpips_weights", "decoder") if config.decoder else ("lpips_weights",)
             self.identity |= {name: digest(network) for name, network in zip(names, answering)}
         teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
@@ -81,9 +79,7 @@ class DMD:
         teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
         self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
-        if teacher.latent is not None:  # for the pictures to look at
-            self.frozen.append(teacher.latent.vae)
-        self.frozen += teacher.conditioner.working()
+        self.frozen += [*teacher.codec.parts().values(), *teacher.conditioner.working()]  # the codec for the pictures to look at
         self.kept: dict[str, nn.Module] = {}
         self.frozen += answering
         self.embedded = False
@@ -213,17 +209,14 @@ def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
     return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
 
 
-def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
+def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
     """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
-    if config.decoder and latent is None:
-        raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
+    if config.decoder:
+        codec = codec.with_decoder(config.decoder)
     if config.regression_loss != "lpips":
         return partial(regression_loss, config.regression_loss), []
-    perceptual = Perceptual(config.lpips_weights, below=math.inf if latent is None else 0)  # decoded latents are compared as they are
-    if latent is None:
-        return perceptual, [perceptual]
-    codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent
-    return partial(of_decoded, perceptual, codec), [perceptual, codec.vae]
+    perceptual = Perceptual(config.lpips_weights, below=codec.lpips_below)
+    return partial(of_decoded, perceptual, codec), [perceptual, *codec.parts().values()]
 
 
 def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> tuple[Model, Conditioner]:
@@ -246,8 +239,8 @@ def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts
     return replace(teacher, conditioner=own), of_pairs if pairs is not None else own
 
 
-def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:
-    """(B,) distances of latents, between the pictures that they stand for."""
+def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tensor, reference: Tensor) -> Tensor:
+    """(B,) distances between the pictures that x and its reference stand for."""
     with torch.no_grad():
         there = codec.raw(reference)
     torch.clear_autocast_cache()

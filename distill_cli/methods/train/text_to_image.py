@@ -17,7 +17,7 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
 from distill_cli.methods.train.config import TrainConfig
-from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.codec import Codec, VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -45,7 +45,7 @@ class TextDenoiser(nn.Module):
 class Latents:
     """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
 
-    def __init__(self, images: Images, codec: VAECodec, variants: int, seed: int, stop: Stop) -> None:
+    def __init__(self, images: Images, codec: Codec, where: torch.device, variants: int, seed: int, stop: Stop) -> None:
         count = len(images)
         means, spreads = [], []
         for first in range(0, variants * count, ENCODED):
@@ -53,8 +53,8 @@ class Latents:
                 break
             picks = range(first, min(variants * count, first + ENCODED))
             x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
-            with torch.no_grad(), torch.autocast(next(codec.vae.parameters()).device.type, enabled=False):
-                mean, spread = codec.moments(x)
+            with torch.no_grad(), torch.autocast(where.type, enabled=False):
+                mean, spread = codec.encode(x)
             means.append(mean.cpu())
             spreads.append(spread.cpu())
         self.means, self.spreads = torch.cat(means), torch.cat(spreads)
@@ -116,10 +116,9 @@ class TextToImage:
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
         if self.latents is None:  # the engine has moved the autoencoder by now
-            assert self.teacher.latent is not None
-            codec = self.teacher.latent
-            with preparing(next(codec.vae.parameters()).device, f"resume with --resume {self.config.out}") as stop:
-                self.latents = Latents(self.images, codec, self.config.variants, self.config.seed, stop)
+            codec, where = self.teacher.codec, next(self.networks["teacher"].parameters()).device
+            with preparing(where, f"resume with --resume {self.config.out}") as stop:
+                self.latents = Latents(self.images, codec, where, self.config.variants, self.config.seed, stop)
         positions = [self.order[i] for i in draws.indices]
         shape = self.teacher.shape
         tokens = Condition({"input_ids": self.tokens[[position % len(self.images) for position in positions]]})
