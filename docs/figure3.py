@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import DMDConfig
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models.backbones import Backbone
 from distill_cli.models.conditioners import ClassConditioner

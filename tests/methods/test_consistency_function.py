@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from distill_cli.config import CMConfig
 from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.consistency import ode_step
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Scales
@@ -15,6 +14,7 @@ from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from docs.figure3 import Plane
+from tests.options import options
 
 SCHEDULE = EDMSchedule(0.02, 10.0)
 MEANS, WEIGHTS, STD = torch.tensor([[-0.8, 0.3], [0.7, 0.6], [0.1, -0.9]]), torch.tensor([0.5, 0.3, 0.2]), 0.15
@@ -67,7 +67,7 @@ def test_distillation_reaches_the_exact_function():
     torch.manual_seed(0)
     teacher = Model(NetworkDenoiser(Network(), SCHEDULE, scales=Scales(0.7, 0.02)), ClassConditioner(), Lineage(name="plane"))
     steps = 3000
-    config = CMConfig(device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
+    config = options("cm", device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
     cm = Consistency(config, teacher, Points(4096))
     cm.real = MIXTURE
     student = cm.trained["student"].module

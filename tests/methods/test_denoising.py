@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from distill_cli.config import TrainConfig
 from distill_cli.data import open_images
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import expand
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
 from tests.conditions import labels_of
 

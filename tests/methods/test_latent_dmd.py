@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from distill_cli.config import DMDConfig, PairsConfig
+from distill_cli.config import PairsConfig
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import UsageError
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD, of_decoded
 from distill_cli.models import load
 from distill_cli.pairs.generate import generate

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_cli.config import DMDConfig, PairsConfig
+from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
 from distill_cli.models.perceptual import FILE, Perceptual
@@ -91,19 +92,19 @@ def test_openais_program_has_average_pooling_and_leaves_large_pictures(vgg):
 
 
 def test_consistency_distillation_asks_for_it(vgg, tiny):
-    from distill_cli.config import CMConfig
     from distill_cli.data import open_images
     from distill_cli.methods.cm.objective import Consistency
     from distill_cli.recipes import check
+    from tests.options import options as of
 
     def pooling(metric):
         return {type(layer).__name__ for layer in metric.modules() if "Pool" in type(layer).__name__}
 
     images = open_images("digits")
     options = {"teacher": "tiny", "data": "digits", "metric": "lpips", "lpips_weights": vgg}
-    theirs = Consistency(CMConfig(**options, lpips_pooling="average", lpips_resize="below-256"), tiny.copy(), images).perceptual
+    theirs = Consistency(of("cm", **options, lpips_pooling="average", lpips_resize="below-256"), tiny.copy(), images).perceptual
     assert (pooling(theirs), theirs.below) == ({"AvgPool2d"}, 256)
-    papers = Consistency(CMConfig(**options), tiny.copy(), images).perceptual
+    papers = Consistency(of("cm", **options), tiny.copy(), images).perceptual
     assert (pooling(papers), papers.below) == ({"MaxPool2d"}, float("inf"))
     for recipe in ("imagenet64-cd", "imagenet64-ct"):  # which name OpenAI's script
         config = check(recipe)

@@ -10,9 +10,10 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 
-from distill_cli.config import DMDConfig, PairsConfig, VAENetworkConfig
+from distill_cli.config import PairsConfig, VAENetworkConfig
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import sealed, unsealed
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
 from distill_cli.models.autoencoder import create

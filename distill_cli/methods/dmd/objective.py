@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import DMDConfig
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
@@ -25,6 +24,7 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import Conditioner
 from distill_cli.models.model import Model

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from distill_cli.config import TrainConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.pixel import check_resolution, create

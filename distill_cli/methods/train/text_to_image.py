@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import TrainConfig
 from distill_cli.data.images import Captioned, Images
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
@@ -16,6 +15,7 @@ from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.codec import Codec, VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from distill_cli.config import VAEConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
+from distill_cli.methods.vae.config import VAEConfig
 from distill_cli.models.autoencoder import Autoencoder, create
 from distill_cli.models.codec import VAECodec
 from distill_cli.training.job import Job
