@@ -16,13 +16,12 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.config import CMConfig
-from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models import load
 from distill_cli.models.formats import save
 from distill_cli.models.sampler import Sampler
 from distill_cli.recipes import resolve
 from tests.conditions import labels_of, of
-from tests.options import options
+from tests.options import consistency, options
 
 
 class Raw(nn.Module):
@@ -38,7 +37,7 @@ class Raw(nn.Module):
 
 def objective(tiny, **given):
     config = options("cm", **dict(teacher="tiny", data="digits", device="cpu") | given)
-    return Consistency(config, tiny.copy() if config.teacher else None, open_images("digits"))
+    return consistency(config, tiny.copy() if config.teacher else None, open_images("digits"))
 
 
 def close(ours, theirs, relative):
@@ -295,7 +294,7 @@ def test_students_are_no_teachers(tiny):
     student = tiny.copy(sampler=Sampler.consistency([80.0]))
     for method in ("cd", "ect"):
         with pytest.raises(UsageError, match="--teacher tiny: a student"):
-            Consistency(options("cm", teacher="tiny", method=method), student, open_images("digits"))
+            consistency(options("cm", teacher="tiny", method=method), student, open_images("digits"))
 
 
 def test_held_out_images_are_never_seen(tiny):
@@ -353,6 +352,6 @@ def test_images_that_do_not_fit_are_refused(tiny, tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (16, 16)).save(tmp_path / name / "x.png")
     with pytest.raises(UsageError, match="2 classes, the teacher has 10"):
-        Consistency(options("cm", teacher="tiny"), tiny.copy(), open_images(str(tmp_path), 16))
+        consistency(options("cm", teacher="tiny"), tiny.copy(), open_images(str(tmp_path), 16))
     with pytest.raises(UsageError, match=r"images of \(3, 8, 8\), the teacher's are \(3, 16, 16\)"):
-        Consistency(options("cm", teacher="tiny"), tiny.copy(), open_images(str(tmp_path), 8))
+        consistency(options("cm", teacher="tiny"), tiny.copy(), open_images(str(tmp_path), 8))

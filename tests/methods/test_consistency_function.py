@@ -9,12 +9,11 @@ from distill_cli.diffusion.consistency import ode_step
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from docs.figure3 import Plane
-from tests.options import options
+from tests.options import consistency, options
 
 SCHEDULE = EDMSchedule(0.02, 10.0)
 MEANS, WEIGHTS, STD = torch.tensor([[-0.8, 0.3], [0.7, 0.6], [0.1, -0.9]]), torch.tensor([0.5, 0.3, 0.2]), 0.15
@@ -68,7 +67,7 @@ def test_distillation_reaches_the_exact_function():
     teacher = Model(NetworkDenoiser(Network(), SCHEDULE, scales=Scales(0.7, 0.02)), ClassConditioner(), Lineage(name="plane"))
     steps = 3000
     config = options("cm", device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
-    cm = Consistency(config, teacher, Points(4096))
+    cm = consistency(config, teacher, Points(4096))
     cm.real = MIXTURE
     student = cm.trained["student"].module
     optimizer = torch.optim.RAdam(student.parameters(), lr=3e-3)

@@ -93,8 +93,8 @@ def test_openais_program_has_average_pooling_and_leaves_large_pictures(vgg):
 
 def test_consistency_distillation_asks_for_it(vgg, tiny):
     from distill_cli.data import open_images
-    from distill_cli.methods.cm.objective import Consistency
     from distill_cli.recipes import check
+    from tests.options import consistency
     from tests.options import options as of
 
     def pooling(metric):
@@ -102,9 +102,9 @@ def test_consistency_distillation_asks_for_it(vgg, tiny):
 
     images = open_images("digits")
     options = {"teacher": "tiny", "data": "digits", "metric": "lpips", "lpips_weights": vgg}
-    theirs = Consistency(of("cm", **options, lpips_pooling="average", lpips_resize="below-256"), tiny.copy(), images).perceptual
+    theirs = consistency(of("cm", **options, lpips_pooling="average", lpips_resize="below-256"), tiny.copy(), images).perceptual
     assert (pooling(theirs), theirs.below) == ({"AvgPool2d"}, 256)
-    papers = Consistency(of("cm", **options), tiny.copy(), images).perceptual
+    papers = consistency(of("cm", **options), tiny.copy(), images).perceptual
     assert (pooling(papers), papers.below) == ({"MaxPool2d"}, float("inf"))
     for recipe in ("imagenet64-cd", "imagenet64-ct"):  # which name OpenAI's script
         config = check(recipe)

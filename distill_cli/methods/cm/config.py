@@ -39,6 +39,11 @@ class CMConfig(TrainingConfig):
     label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that edits can do without a class")
     dropout: Fraction = Field(0.0, description="during training, the same in student and target")
 
+    @property
+    def grid(self) -> int | None:
+        """Points on which a student's times are counted, where they are its own."""
+        return None
+
     def wrong(self) -> dict[str, bool]:
         """What may be wrong between keys, and whether it is."""
         out = {"huber_c is for metric huber alone": self.huber_c is not None and self.metric != "huber"}
@@ -66,6 +71,10 @@ class CDConfig(CMConfig):
     solver: Literal["heun", "euler"] = Field("heun", description="the teacher's step")
     teacher_steps: Positive = Field(1, description="how many of them lead from one of the grid's times to the next")
     guidance_scale: Rate | None = Field(None, description="of the teacher; default the teacher's own")
+
+    @property
+    def grid(self) -> int:
+        return self.scales
 
     def wrong(self) -> dict[str, bool]:
         weights, scales = self.time_weights, self.scales

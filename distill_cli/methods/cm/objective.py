@@ -56,8 +56,8 @@ class Consistency(Objective):
         self.teacher, self.images = teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
         self.start = start = self.begin()
-        self.schedule = start.denoiser.schedule = self.gridded(check(config, start, images))
-        self.own_times = parse(config.times, self.schedule, 2, "times") if config.times else nearest(self.schedule, PUBLISHED)
+        self.schedule, self.own_times = own_times(config, check(config, start, images))
+        start.denoiser.schedule = self.schedule
         self.student = start.denoiser.train().requires_grad_(True)
         self.student.parameterisation = self.parameterisation
         for name, module in self.student.named_modules():
@@ -83,10 +83,6 @@ class Consistency(Objective):
         assert self.teacher is not None
         refuse_student(self.teacher, str(self.config.teacher), self.config.method)
         return self.teacher.copy()
-
-    def gridded(self, schedule: EDMSchedule) -> EDMSchedule:
-        """The schedule with the grid of the times that the student will know."""
-        return replace(schedule, grid=GRID)
 
     def target(self) -> nn.Module:
         """The network whose estimate at the less noisy time the student's is drawn to: without gradient itself."""
@@ -188,9 +184,6 @@ class CD(Following):
         self.guidance = self.sampling().guidance_scale
         self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
         self.real = guided(teacher.denoiser, self.guidance, teacher.conditioner.null)
-
-    def gridded(self, schedule: EDMSchedule) -> EDMSchedule:
-        return replace(schedule, grid=self.config.scales)
 
     def sampling(self) -> Sampling:
         assert self.teacher is not None
@@ -318,6 +311,12 @@ def check(config: CMConfig, start: Model, images: Images) -> EDMSchedule:
     if start.conditioner.classes and len(images.classes) != len(start.conditioner.classes):
         raise UsageError(f"--data {config.data}: {len(images.classes)} classes, the teacher has {len(start.conditioner.classes)}")
     return schedule
+
+
+def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, list[float]]:
+    """The schedule with the grid of the times that a student will know, and its own few."""
+    schedule = replace(schedule, grid=config.grid or GRID)
+    return schedule, parse(config.times, schedule, 2, "times") if config.times else nearest(schedule, PUBLISHED)
 
 
 def opened(kind: type[Consistency], config: CMConfig, job: Job) -> Objective:
