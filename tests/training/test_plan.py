@@ -62,6 +62,6 @@ def test_the_plan_is_what_the_run_takes(kind, tmp_path, tiny_pairs):
 def test_arithmetic_by_hand(tmp_path, tiny_pairs):
     """The guided teacher's two calls and the fake score's, and three times as much for what is trained, all on both batches."""
     config = DMDConfig(**SMALL | {"steps": 10}, teacher="tiny", guidance_scale=2.0, match_pairs=True, pairs=tiny_pairs, fake_steps=2)
-    calls = dmd.open(config, Job("dmd", dry_run=True)).calls()
+    calls = opened(config, True).calls()
     assert calls.evaluations() == 8 + 8 + 8 + 3 * (8 + 2 * 8)
     assert str(calls) == "trains student on 8 images, fake on 16 images; evaluates teacher on 16 images, fake on 8 images"
