@@ -8,19 +8,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from distill_cli.config import DMDConfig
+from diffusers import UNet2DConditionModel
+
 from distill_cli.data.prompts import chosen
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
 from distill_cli.training.engine import Engine
 
 with tempfile.TemporaryDirectory() as folder:
     config = DMDConfig(teacher="tiny-sd", device=sys.argv[1], batch_size=4, precision="bf16", lr=1e-3, steps=2, out=Path(folder))
-    engine = Engine(config, DMD(config, load("tiny-sd"), None, chosen("shapes", "")))
+    objective = DMD(config, load("tiny-sd"), None, chosen("shapes", ""))
+    student = objective.trained["student"].module
+    engine = Engine(config, objective)
     got, given = [], []
-    inner = engine.plain["student"].network.unet
+    inner = next(module for module in student.modules() if isinstance(module, UNet2DConditionModel))
     inner.register_forward_pre_hook(lambda module, args, kwargs: got.append((str(args[0].dtype), args[1].max().item())), with_kwargs=True)
-    outer = engine.objective.networks["student"]
+    outer = objective.trained["student"].module
     outer.register_forward_hook(lambda module, args, out: given.append(str(out.dtype)))
     engine.train_step()
     print("SEEN", type(outer).__name__, got, given, flush=True)

@@ -14,14 +14,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from distill_cli import launch
-from distill_cli.config import CMConfig, TrainConfig
 from distill_cli.data import open_images
 from distill_cli.errors import UsageError
-from distill_cli.methods.cm.objective import Consistency, rounds
+from distill_cli.methods.cm.objective import rounds
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
 from distill_cli.recipes import dump
 from distill_cli.runs import Run
-from distill_cli.training.engine import Engine, honour_fsdp
+from distill_cli.training.engine import Engine
+from distill_cli.training.zero import honour_fsdp
+from tests.options import consistency, options
 
 GPU = torch.device("cuda", 0)
 
@@ -78,12 +80,13 @@ def test_a_cpu_has_no_tf32():
         (dict(method="cd", scales=120), True),
         (dict(method="cd", scales=100), False),
         (dict(method="ct", scales_end=100), False),
+        (dict(method="ict", scales_end=80), False),
     ],
 )
 def test_bf16_is_warned_of_where_neighbouring_times_are_too_near(changes, warned, tiny, capsys):
-    config = CMConfig(teacher="tiny", data="digits", device="cpu", precision="bf16", **changes)
+    config = options("cm", teacher="tiny", data="digits", device="cpu", precision="bf16", **changes)
     assert rounds(config) == warned
-    Consistency(config, tiny.copy(), open_images("digits"))
+    consistency(config, tiny.copy(), open_images("digits"))
     assert ("warning: precision bf16: times come so near" in capsys.readouterr().err) == warned
     assert not any(rounds(config.model_copy(update={"precision": other})) for other in ("no", "tf32", "fp16"))
 
