@@ -14,17 +14,19 @@ from distill_cli.data.prompts import chosen
 from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
+from distill_cli.runs import Run
 from distill_cli.training.engine import Engine
 
 with tempfile.TemporaryDirectory() as folder:
-    config = DMDConfig(teacher="tiny-sd", device=sys.argv[1], batch_size=4, precision="bf16", lr=1e-3, steps=2, out=Path(folder))
+    config = DMDConfig(teacher="tiny-sd", device=sys.argv[1], batch_size=4, precision="bf16", lr=1e-3, steps=2, out=Path(folder, "run"))
     objective = DMD(config, load("tiny-sd"), None, chosen("shapes", ""))
     student = objective.trained["student"].module
     engine = Engine(config, objective)
+    engine.open(Run.create(config.out, "", "dmd"))
     got, given = [], []
     inner = next(module for module in student.modules() if isinstance(module, UNet2DConditionModel))
     inner.register_forward_pre_hook(lambda module, args, kwargs: got.append((str(args[0].dtype), args[1].max().item())), with_kwargs=True)
     outer = objective.trained["student"].module
     outer.register_forward_hook(lambda module, args, out: given.append(str(out.dtype)))
     engine.train_step()
-    print("SEEN", type(outer).__name__, got, given, flush=True)
+    sys.stdout.write(f"SEEN {type(outer).__name__} {got} {given}\n")  # in one piece: two processes write
