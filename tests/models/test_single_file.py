@@ -122,7 +122,7 @@ def test_zero_terminal_snr_is_what_it_says(beside):
 
 def test_two_statements_that_differ_are_refused_and_settled_by_the_option(beside, distill):
     path = written(beside, lambda w: w | {"v_pred": torch.zeros(0)}, {"modelspec.prediction_type": "epsilon"})
-    with pytest.raises(DistillError, match="says two things of what it predicts: v by its tensor v_pred and eps by its metadata"):
+    with pytest.raises(DistillError, match="says two different predictions: v by its tensor v_pred and eps by its metadata"):
         load(path)
     done = distill("convert", path, "--out", "folder", "--prediction", "eps", "--json")
     assert done.code == 0, done.err
