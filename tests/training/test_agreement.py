@@ -21,7 +21,7 @@ from distill_cli.pairs.generate import generate
 from distill_cli.training import checkpoint, engine, identity
 from distill_cli.training.rehearsal import rehearse
 from tests.cli.test_bad_input import one_line
-from tests.methods.test_engine import NETWORK, engine_of, poison
+from tests.training.test_engine import NETWORK, engine_of, poison
 
 
 def other_weights(folder, part="unet/diffusion_pytorch_model.safetensors"):
