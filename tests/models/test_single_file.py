@@ -174,7 +174,7 @@ def test_version_2_is_asked_what_it_predicts(tmp_path, distill):
     path = file_of(tmp_path / "two.safetensors", BARE)
     result = distill("sample", "--model", path, "--prompts", "shapes-held", "--num", 1)
     assert result.code == 1
-    assert "Stable Diffusion 2, which was published twice" in result.err
+    assert "Stable Diffusion 2 exists with noise and with v prediction" in result.err
     assert f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER" in result.err
     said = distill("convert", path, "--prediction", "v", "--out", "m")  # then its configuration alone is missing
     assert said.code == 1
