@@ -51,6 +51,7 @@ def part_of(folder: Path, part: str) -> Path:
 
 
 def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids downloads."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 

@@ -32,6 +32,7 @@ class Published:
 
     @property
     def licence(self) -> str:
+        """The publisher's licence."""
         return "CC BY-NC-SA 4.0 (NVIDIA)" if self.url.startswith(NVLABS) else "MIT (OpenAI)"
 
 
