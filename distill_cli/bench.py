@@ -23,16 +23,25 @@ from typing import Any
 import torch
 
 from distill_cli import launch
-from distill_cli.config import CMConfig, Config, DMDConfig, GenerateConfig, PairsConfig, SampleConfig, TrainConfig, TrainingConfig
+from distill_cli.config import (
+    PROMPT_SETS,
+    CMConfig,
+    Config,
+    DMDConfig,
+    GenerateConfig,
+    PairsConfig,
+    SampleConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from distill_cli.data import open_images
-from distill_cli.data.shapes import TRAINED
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.objective import Consistency, images_of
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.methods.train.denoising import Denoising
 from distill_cli.methods.train.text_to_image import TextToImage
-from distill_cli.models import load, schedulers
-from distill_cli.models.model import Model, network_evaluations
+from distill_cli.models import formats, load, schedulers
+from distill_cli.models.model import Model
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run, versions
@@ -62,19 +71,16 @@ class Raw:
 
     def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
         self.autocast = partial(launch.autocast, where, precision)
-        self.network: Any = model.copy().unet.to(where).eval().requires_grad_(trained is not None)
+        self.network: Any = model.copy().net.to(where).eval().requires_grad_(trained is not None)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
-        labels = torch.zeros(size, dtype=torch.long, device=where) if model.conditioner.classes else None
-        text = model.text
-        embedded = None if text is None else torch.randn(size, text.length, self.network.config.cross_attention_dim, device=where)
-        self.condition = {"class_labels": labels} if text is None else {"encoder_hidden_states": embedded}
+        self.condition = model.conditioner.example(size, where)
         if trained is not None:
             self.optimizer = make_optimizer(trained, self.network, 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad), self.autocast():
-            return self.network(self.x, self.t, **self.condition, return_dict=False)[0]
+            return self.network(self.x, self.t, **self.condition.parts, return_dict=False)[0]
 
     def step(self) -> None:
         self.call(grad=True).float().square().mean().backward()
@@ -92,7 +98,8 @@ def _engine(config: TrainingConfig, objective: Any, folder: Path) -> Engine:
 
 def prompted(model: Model) -> Model:
     """A model with text with some prompts: what they say costs nothing."""
-    return model if model.text is None else model.with_prompts([thing.caption for thing in TRAINED])
+    given = model.conditioner.chosen(PROMPT_SETS[0], "")
+    return model.with_prompts(given) if given else model
 
 
 def _bench_training(engine: Engine, model: Model, forwards: int, steps: Sequence[int]) -> Case:
@@ -129,7 +136,7 @@ def bench_dmd(config: DMDConfig, folder: Path) -> Case:
         pairs = folder / "pairs"
         options = config.model_dump(include={"teacher", "classes", "device", "precision", "batch_size"})
         generate(
-            PairsConfig(num=4 * config.batch_size, steps=1, solver="ddim" if teacher.text is not None else "euler", **options),
+            PairsConfig(num=4 * config.batch_size, steps=1, solver="ddim", **options),
             teacher,
             pairs,
         )
@@ -155,7 +162,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     """`make(k)` makes BATCHES batches into the k-th folder."""
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
-    calls = network_evaluations(sampling)
+    calls = sampling.evaluations
     turn = iter(range(10**9))
 
     def bare() -> Callable[[], None]:
@@ -177,13 +184,12 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     turn = iter(range(10**9))
-    assert model.text is not None
-    prompts = [model.text.prompts[k] for k in model.text.labels(config.num).tolist()]
+    prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
 
     def bare() -> Callable[[], None]:
-        model.save(folder / "pipeline")
+        formats.save(model, folder / "pipeline")
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(where)
-        if sampling.solver != "few-step":
+        if model.sampler.teaches:
             pipeline.scheduler = schedulers.make(model.scheduler or {}, schedulers.SOLVERS[sampling.solver])
         pipeline.set_progress_bar_config(disable=True)
 
@@ -213,7 +219,7 @@ def bench_pairs(config: PairsConfig, folder: Path) -> Case:
 def bench_sample(config: SampleConfig, folder: Path) -> Case:
     config = config.model_copy(update={"num": BATCHES * config.batch_size})
     model = prompted(load(config.model))
-    if model.text is not None:
+    if model.conditioner.prompts:
         return _bench_pipeline(config, model, folder)
     if config.times is not None:
         model = model.with_times(config.times, config.steps)

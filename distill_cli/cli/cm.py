@@ -71,7 +71,7 @@ def cm(
         common.say(f"the teacher knows no classes: those of {config.data} are left aside")
     elif list(images.classes) != list(known):
         common.say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
-    engine = Engine(config.model_copy(update={"times": spelled(objective.few_step_times)}), objective)
+    engine = Engine(config.model_copy(update={"times": spelled(objective.own_times)}), objective)
     common.start_run(engine, "cm", resume)
     student = engine.train()
     if student is None:  # process 0 alone has it

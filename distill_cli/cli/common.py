@@ -184,20 +184,15 @@ def open_model(command: str, name: str, config: GenerateT, sketched: Model | Non
 
     Says what was read.
     """
-    from distill_cli.data.prompts import chosen
-    from distill_cli.errors import UsageError
     from distill_cli.models import load
     from distill_cli.models.model import LARGE
 
-    model = load(name) if sketched is None else sketched
+    model = load(name, config.steps) if sketched is None else sketched
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
     repeat = getattr(config, "images_per_prompt", 1)
-    if repeat > 1 and model.text is None:
-        raise UsageError(f"images_per_prompt {repeat}: {model.lineage.name} has no text")
-    given: Sequence[str] = ()
-    if config.prompts is not None or config.negative_prompt or model.text is not None:
-        given = chosen(config.prompts, model.lineage.data if model.text is not None else "")
+    given = model.conditioner.chosen(config.prompts, model.lineage.data)
+    if given or config.prompts is not None or config.negative_prompt or repeat > 1:
         model = model.with_prompts(given, config.negative_prompt, repeat)
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
@@ -328,12 +323,11 @@ def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, p
     """Models below one another, from the same noise, which is in no store of pairs."""
     from distill_cli.data.pictures import save_comparison, to_uint8
     from distill_cli.launch import autocast, device
-    from distill_cli.models.model import network_evaluations
 
     rows = []
     for name, (model, sampling) in models.items():
-        with autocast(device(config.device), config.precision if model.latent is not None else "no"):
+        with autocast(device(config.device), config.precision):
             images, _ = model.examples(config.seed, model.shown, sampling, classes)
-        calls = network_evaluations(sampling)
+        calls = sampling.evaluations
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
     save_comparison(rows, path, columns=20 if model.shown == 40 else 8, scale=model.enlarged)

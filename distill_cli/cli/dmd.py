@@ -54,7 +54,6 @@ def dmd(
         common.start_processes(num_processes, config.prompts)
     if common.planned_without(config.teacher, config, dry_run):
         return
-    from distill_cli.data.prompts import chosen
     from distill_cli.methods.dmd.objective import DMD
     from distill_cli.models import load
     from distill_cli.pairs.store import MANIFEST, PairStore
@@ -65,8 +64,7 @@ def dmd(
     model = sketch or load(config.teacher)
     there = config.pairs is not None and (not dry_run or (config.pairs / MANIFEST).is_file())
     store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
-    asked = model.text is not None and (config.prompts is not None or config.pairs is None)
-    given = chosen(config.prompts, model.lineage.data) if asked else ()
+    given = model.conditioner.chosen(config.prompts, model.lineage.data) if config.prompts is not None or config.pairs is None else ()
     common.say_read("dmd", model, store, given)
     if dry_run:
         common.dry_run(config, {**download, **_plan(config, model, store)})
@@ -76,9 +74,8 @@ def dmd(
     else:
         common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
     objective = DMD(config, model, store, given)
-    text = objective.teacher.text
-    if config.prompts is not None and resume is None and text is not None and rank() == 0:
-        text.say_cut(range(len(text.prompts)))
+    if config.prompts is not None and resume is None and rank() == 0:
+        objective.teacher.conditioner.say_cut(range(len(objective.teacher.conditioner.prompts)))
     engine = Engine(config, objective)
     common.start_run(engine, "dmd", resume, given)
     if store is not None:
@@ -108,7 +105,6 @@ def _plan(config: DMDConfig, model: Model, store: PairStore | None) -> dict[str,
     guided = (guidance_of(config, manifest) or model.sampling.guidance_scale) != 1
     flop = distillation(config, model, guided, config.pairs is not None and config.regression_weight != 0)
     text = {}
-    if model.text is not None:
-        each = model.text.length * model.text.encoder.config.hidden_size * 2
+    if each := model.conditioner.embedding * 2:
         text = {"text embeddings": f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"}
     return {**text, **common.training_plan(config, parameters, (len(names) - 1) * count), "arithmetic": time_of(flop)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, add_noise, expand
 
 
@@ -47,7 +48,7 @@ def denoising_loss(
     x: Tensor,
     noise: Tensor,
     t: Tensor,
-    condition: Condition = None,
+    condition: Condition = NOTHING,
     *,
     sigma_data: float = 0.5,
     error: str = "noise",

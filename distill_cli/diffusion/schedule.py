@@ -22,9 +22,24 @@ class NoiseSchedule(Protocol):
     def prior_std(self) -> float:
         """Standard deviation of x at t_max as sampling starts it: sigma_max for EDM, 1 elsewhere."""
 
+    def prior(self, t: float) -> float:
+        """As prior_std, where sampling starts at time t."""
+
+    @property
+    def floor(self) -> float:
+        """Smallest noise level of a consistency model; renoising leaves it out. 0 but for EDM."""
+
     @property
     def bins(self) -> int | None:
         """The number of whole times; None if time is continuous."""
+
+    @property
+    def grid(self) -> int:
+        """Points on which the times of a few-step student are counted, from t_max to the floor; 0 where they are not counted."""
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps of a solver for which nobody has asked."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at times t, in t's shape."""
@@ -68,6 +83,7 @@ class EDMSchedule:
     sigma_max: float = 80.0
     rho: float = 7.0
     grid: int = GRID
+    usual_steps: int = 18
 
     @property
     def t_max(self) -> float:
@@ -76,6 +92,13 @@ class EDMSchedule:
     @property
     def prior_std(self) -> float:
         return self.sigma_max
+
+    def prior(self, t: float) -> float:
+        return t
+
+    @property
+    def floor(self) -> float:
+        return self.sigma_min
 
     @property
     def bins(self) -> None:
@@ -110,18 +133,21 @@ class TableSchedule:
     """
 
     alphas_cumprod: Tensor
+    prior_std: float = 1.0
+    floor: float = 0.0
+    grid: int = 0
+    usual_steps: int = 50
 
     @property
     def t_max(self) -> float:
         return float(len(self.alphas_cumprod) - 1)
 
     @property
-    def prior_std(self) -> float:
-        return 1.0
-
-    @property
     def bins(self) -> int:
         return len(self.alphas_cumprod)
+
+    def prior(self, t: float) -> float:
+        return self.prior_std
 
     def _alpha_squared(self, t: Tensor) -> Tensor:
         dtype = t.dtype if t.is_floating_point() else torch.float32
@@ -196,7 +222,13 @@ class FlowSchedule:
 
     t_max: float = 1.0
     prior_std: float = 1.0
+    floor: float = 0.0
     bins: None = None
+    grid: int = 0
+    usual_steps: int = 50
+
+    def prior(self, t: float) -> float:
+        return self.prior_std
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

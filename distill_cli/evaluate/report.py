@@ -186,9 +186,9 @@ class Row:
             found, count = tuple(row.images.shape[1:]), len(row.images)
         else:
             name, steps = split(spec)
-            row = cls(spec, model=load(name), steps=steps)
+            row = cls(spec, model=load(name, steps), steps=steps)
             assert row.model is not None
-            if row.model.text is not None:
+            if row.model.conditioner.takes == "prompts":
                 raise UsageError(f"--model {spec}: makes pictures of prompts", "--prompts FILE clip=FOLDER measures how well they fit them")
             row.model.with_defaults(None, steps, None)
             row.model.conditioner.labels(1, config.classes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data import open_images
 from distill_cli.data.pictures import finished, from_uint8
 from distill_cli.diffusion.noise import Draws
-from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
 from distill_cli.evaluate.report import ENOUGH, Reference
 from distill_cli.models.classifier import load as load_classifier
@@ -43,7 +42,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
     The score is the Fréchet distance of `config.num` images with seed `config.seed` in the features of `config.classifier`.
     """
     schedule = model.denoiser.schedule
-    if not model.is_consistency or not isinstance(schedule, EDMSchedule):
+    if not model.sampler.edits:
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
     if steps >= schedule.grid:
         raise UsageError(f"--search-times {steps}: this student has {schedule.grid} times, and its last one is sigma_min")
@@ -67,14 +66,13 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
     found: list[int] = [0]
     known: dict[tuple[int, ...], float] = {}
 
+    def timed(indices: Sequence[int]) -> Model:
+        return replace(model, sampler=model.sampler.with_times(from_indices(schedule, indices)))
+
     def score(index: int) -> float:
         indices = (*found, index)
         if indices not in known:
-            at = replace(
-                model,
-                few_step_times=from_indices(schedule, indices),
-                sampling=model.sampling.model_copy(update={"steps": len(indices)}),
-            )
+            at = timed(indices)
             features = []
             for first in range(0, config.num, config.batch_size):
                 draws = Draws(config.seed, range(UNUSED + first, UNUSED + min(config.num, first + config.batch_size)))
@@ -87,5 +85,4 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
 
     for position in range(1, steps):
         found.append(lowest(score, found[-1] + 1, schedule.grid - 1 - (steps - position)))
-    best = replace(model, few_step_times=from_indices(schedule, found), sampling=model.sampling.model_copy(update={"steps": len(found)}))
-    return best, found, [{"indices": list(indices), "frechet": value} for indices, value in sorted(known.items())]
+    return timed(found), found, [{"indices": list(indices), "frechet": value} for indices, value in sorted(known.items())]

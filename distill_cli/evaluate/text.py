@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
             num=count,
             guidance_scale=scale,
             batch_size=size,
-            negative_prompt=model.text.negative if model.text else "",
+            negative_prompt=model.conditioner.negative,
             **options,
         )
         made = batch.sample(asked, model, folder)
@@ -119,8 +119,8 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple[Model, int | None, float | None]:
     """A model with the prompts, its steps and guidance scale. A student has guidance and negative prompt built in: its scale is None."""
     name, steps = split(spec)
-    model = load(name)
-    student = model.few_step_times is not None
+    model = load(name, steps)
+    student = model.sampler.guidance == "inside"
     model = model.with_prompts(prompts, "" if student else config.negative_prompt, config.images_per_prompt)
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)

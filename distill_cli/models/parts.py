@@ -289,3 +289,8 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
+
+
+def plain(name: str) -> str:
+    """A weight's name in a CLIPTextModel without the prefix that it has in some versions of transformers."""
+    return name.removeprefix("text_model.")

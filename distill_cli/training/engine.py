@@ -35,7 +35,7 @@ from distill_cli.training.ema import EMA
 from distill_cli.training.health import Health
 from distill_cli.training.objective import Loss, Objective
 from distill_cli.training.optimizer import learning_rate, make_optimizer
-from distill_cli.training.rehearsal import check_space, rehearse
+from distill_cli.training.rehearsal import check_space, rehearse, save
 
 SKIPPED_AT_MOST = 50
 """Steps in a row without a finite gradient, after which leaving them out is no help."""
@@ -343,7 +343,7 @@ class Engine:
         if isinstance(model, Model):
             model.recipe = recipe
         if made or older or not place.exists():  # else a finished run keeps what was written into its result since
-            model.save(place)
+            save(model, place)
         return model
 
     def release(self) -> None:

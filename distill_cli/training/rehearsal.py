@@ -12,7 +12,7 @@ from torch import nn
 
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import os_errors, scratch
-from distill_cli.models import classifier, load
+from distill_cli.models import classifier, formats, load
 from distill_cli.models.autoencoder import Autoencoder
 from distill_cli.models.classifier import Classifier
 from distill_cli.models.model import Model
@@ -24,6 +24,14 @@ READERS: dict[type, Callable[[Path], Any]] = {
     Autoencoder: load_vae,
     Classifier: lambda folder: classifier.load(str(folder)),
 }
+
+
+def save(result: Any, folder: Path) -> None:
+    """Write what a run has made: a model as its format has it, anything else as it saves itself."""
+    if isinstance(result, Model):
+        formats.save(result, folder)
+    else:
+        result.save(folder)
 
 
 def check_space(folder: Path, networks: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
@@ -50,7 +58,7 @@ def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str,
                 return
             if isinstance(made, Model):
                 made.recipe = recipe
-            made.save(folder)
+            save(made, folder)
             with unfilled():
                 reader(folder)
     except (MemoryError, torch.OutOfMemoryError):

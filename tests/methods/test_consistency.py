@@ -10,6 +10,7 @@ from distill_cli.config import CMConfig
 from distill_cli.data import open_images
 from distill_cli.data.images import split
 from distill_cli.diffusion import consistency as maths
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws
@@ -17,6 +18,9 @@ from distill_cli.diffusion.schedule import EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models import load
+from distill_cli.models.formats import save
+from distill_cli.models.sampler import Sampler
+from tests.conditions import labels_of, of
 
 
 class Raw(nn.Module):
@@ -120,9 +124,9 @@ def test_times_are_drawn_as_often_as_their_weights_say(tiny):
 def test_the_students_own_times(tiny):
     """Those of the recipe, known to be right before training; at first the published ones."""
     cm = objective(tiny, scales=40)
-    assert cm.model(cm.networks["student"]).few_step_times == pytest.approx([80, 1.38237], rel=1e-5)
+    assert cm.model(cm.networks["student"]).sampler.times == pytest.approx([80, 1.38237], rel=1e-5)
     cm = objective(tiny, times="sigma:80,4,0.5")
-    assert cm.model(cm.networks["student"]).few_step_times == [80, 4, 0.5]
+    assert cm.model(cm.networks["student"]).sampler.times == (80, 4, 0.5)
     with pytest.raises(UsageError, match="^times sigma:4,80: noise levels must decrease"):
         objective(tiny, times="sigma:4,80")
 
@@ -130,8 +134,8 @@ def test_the_students_own_times(tiny):
 def test_a_student_by_distillation_counts_its_times_on_the_grid_it_was_distilled_on(tiny, tmp_path):
     cm = objective(tiny, scales=10, times="index:0,4")
     student = cm.model(cm.networks["student"])
-    assert student.few_step_times == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
-    student.save(tmp_path / "m")
+    assert list(student.sampler.times) == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
+    save(student, tmp_path / "m")
     again = load(str(tmp_path / "m"))
     assert again.times("few-step", 3).tolist() == maths.sigma_at(EDMSchedule(), torch.tensor([0, 3, 6]), 9).tolist()
     assert tiny.denoiser.schedule.grid == 40
@@ -162,7 +166,7 @@ def test_several_steps_of_the_teacher_lie_evenly_on_the_grid():
 
     t, middle, r = (schedule.at(torch.tensor([f], dtype=torch.float64)) for f in (0.6, 0.58, 0.56))
     exact = x * ((1 + r**2) / (1 + t**2)).sqrt()
-    one, two = (maths.ode_steps(denoiser, schedule, x, t, r, None, "heun", steps) - exact for steps in (1, 2))
+    one, two = (maths.ode_steps(denoiser, schedule, x, t, r, NOTHING, "heun", steps) - exact for steps in (1, 2))
     assert called == pytest.approx([v.item() for v in (t, r, t, middle, middle, r)], rel=1e-12)
     assert (one / two).item() == pytest.approx(4, rel=0.1)
 
@@ -203,7 +207,7 @@ def test_the_boundary_is_the_identity(tiny):
     cm = objective(tiny)
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        out = cm.networks["student"](x, torch.full((4,), 0.002), torch.arange(4))
+        out = cm.networks["student"](x, torch.full((4,), 0.002), of(torch.arange(4)))
     assert (out - x).abs().max() < 1e-6
 
 
@@ -228,17 +232,17 @@ def test_student_and_target_drop_the_same(tiny):
     cm = objective(tiny, method="ict", teacher=None, dropout=0.5, metric="l1", weighting="uniform", network=network)
     x, noise, t = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.full((4,), 1.0)
     torch.manual_seed(3)
-    first = cm.networks["student"](x, t, torch.arange(4))
-    assert not torch.equal(first, cm.networks["student"](x, t, torch.arange(4)))  # it does drop
-    assert cm.errors(x, noise, t, t, torch.arange(4)).abs().max() == 0
+    first = cm.networks["student"](x, t, of(torch.arange(4)))
+    assert not torch.equal(first, cm.networks["student"](x, t, of(torch.arange(4))))  # it does drop
+    assert cm.errors(x, noise, t, t, of(torch.arange(4))).abs().max() == 0
 
 
 def test_guided_teachers(tiny):
     cm = objective(tiny, guidance_scale=2.0)
     x, t, labels = torch.randn(2, 3, 16, 16), torch.full((2,), 3.0), torch.tensor([1, 2])
     with torch.no_grad():
-        cond, uncond = tiny.denoiser(x, t, labels), tiny.denoiser(x, t, torch.full((2,), 10))
-        assert torch.allclose(cm.real(x, t, labels), uncond + 2 * (cond - uncond), atol=1e-5)
+        cond, uncond = tiny.denoiser(x, t, of(labels)), tiny.denoiser(x, t, of(torch.full((2,), 10)))
+        assert torch.allclose(cm.real(x, t, of(labels)), uncond + 2 * (cond - uncond), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +284,7 @@ def test_defaults_are_the_methods():
 
 def test_students_are_no_teachers(tiny):
     """Their estimates are no E[x0 | x]: the ODE would go elsewhere."""
-    student = tiny.copy(few_step_times=[80.0])
+    student = tiny.copy(sampler=Sampler.consistency([80.0]))
     for method in ("cd", "ect"):
         with pytest.raises(UsageError, match="--teacher tiny: a student"):
             Consistency(CMConfig(teacher="tiny", method=method), student, open_images("digits"))
@@ -309,7 +313,7 @@ def test_labels_are_dropped(tiny):
     seen = []
     cm.errors = lambda x, noise, t, r, condition: seen.append(condition) or x.new_zeros(len(x))
     next(cm.turns(Draws(0, range(2000))))
-    assert (seen[0] == 10).double().mean() == pytest.approx(0.25, abs=0.03)
+    assert (labels_of(seen[0]) == 10).double().mean() == pytest.approx(0.25, abs=0.03)
 
 
 def test_students_of_easy_tuning_are_saved_with_diffusers_scalings(tiny):
@@ -319,7 +323,7 @@ def test_students_of_easy_tuning_are_saved_with_diffusers_scalings(tiny):
     assert cm.networks["student"].parameterisation == "edm"
     x, t, labels = torch.randn(2, 3, 16, 16), torch.full((2,), 1.38), torch.tensor([1, 2])
     with torch.no_grad():
-        assert (student.denoiser(x, t, labels) - cm.networks["student"](x, t, labels)).abs().max() < 5e-3
+        assert (student.denoiser(x, t, of(labels)) - cm.networks["student"](x, t, of(labels))).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("method", ["cd", "ict", "ect"])

@@ -6,6 +6,7 @@ from distill_cli.data import open_images
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import expand
 from distill_cli.methods.train.denoising import Denoising
+from tests.conditions import labels_of
 
 NETWORK = {"channels": [8], "attention": [False], "groups": 4, "head": 8}
 
@@ -39,7 +40,7 @@ def test_one_step_by_hand():
             self.p = torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, x, t, condition):
-            seen.update(x=x, t=t, condition=condition)
+            seen.update(x=x, t=t, labels=labels_of(condition))
             return x * 0 + self.p
 
     train.networks["teacher"] = Spy()
@@ -48,8 +49,8 @@ def test_one_step_by_hand():
     x, labels = train.images.batch([train.order[i] for i in range(64)], draws)
     sigma = train.times(draws)
     assert torch.equal(seen["x"], x + expand(sigma, x) * draws.normal("noise", (3, 16, 16)))
-    dropped = seen["condition"] == 10
-    assert torch.equal(seen["condition"][~dropped], labels[~dropped])
+    dropped = seen["labels"] == 10
+    assert torch.equal(seen["labels"][~dropped], labels[~dropped])
     assert 20 < dropped.sum() < 44
     expected = ((sigma**-2 + 4) * x.square().mean((1, 2, 3))).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -16,6 +16,7 @@ from distill_cli.models import load
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
 
+TEXT = "encoder_hidden_states"
 PROMPTS = ["a small red circle", "a large blue cross", "a yellow square"]
 
 
@@ -78,7 +79,7 @@ def test_golden_dmd_sd_through_the_objective(golden, teacher):
     cond, uncond = g.mixture("teacher_cond", schedule), g.mixture("teacher_uncond", schedule)
 
     def both(x, t, condition):
-        is_null = (condition == null).flatten(1).all(1)
+        is_null = (condition.parts[TEXT] == null.parts[TEXT]).flatten(1).all(1)
         return torch.where(is_null.view(-1, 1, 1, 1), uncond(x, t), cond(x, t))
 
     student = Fixed(g["x"])
@@ -104,7 +105,7 @@ def test_the_text_encoder_is_not_needed_while_training_runs(teacher, stored, mon
     monkeypatch.setattr(type(teacher.text), "encode", None)  # whoever asks it now fails
     losses = [loss.value.item() for loss in dmd.turns(Draws(0, range(4)))]
     assert len(losses) == 2
-    assert torch.allclose(dmd.of_pairs(torch.tensor([0, 1, 2])), expected, atol=1e-5)
+    assert torch.allclose(dmd.of_pairs(torch.tensor([0, 1, 2])).parts[TEXT], expected.parts[TEXT], atol=1e-5)
 
 
 def test_without_pairs_the_embeddings_stand_in_the_run(teacher, tmp_path, monkeypatch):
@@ -137,11 +138,11 @@ def test_matching_on_pairs_too(teacher, stored):
     fake.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     list(dmd.turns(Draws(0, range(3))))
     x, noise, t, condition = seen[0]
-    assert len(x) == len(noise) == len(t) == len(condition) == 6
+    assert len(x) == len(noise) == len(t) == len(condition.parts[TEXT]) == 6
     assert len(noise.flatten(1).unique(dim=0)) == 6
     assert len(t.unique()) > 3
     pairs = PairStore(stored).batch([dmd.order[i] for i in range(3)])
-    assert torch.equal(condition[3:], dmd.of_pairs(pairs["label"]))
+    assert torch.equal(condition[3:].parts[TEXT], dmd.of_pairs(pairs["label"]).parts[TEXT])
     student = dmd.networks["student"]
     with torch.no_grad():
         assert torch.allclose(x[3:], student(pairs["noise"], torch.full((3,), 999.0), condition[3:]), atol=1e-5)
@@ -158,10 +159,10 @@ def test_regression_on_decoded_latents(teacher):
         seen.append((x, y))
         return (x - y).square().flatten(1).mean(1)
 
-    distance = of_decoded(metric, teacher.latent, latents, reference)
+    distance = of_decoded(metric, teacher.codec, latents, reference)
     assert distance.shape == (2,)
     assert seen[0][0].shape == (2, 3, 64, 64)
-    assert torch.allclose(seen[0][1], teacher.latent.vae.decode(reference / teacher.latent.scale).sample, atol=1e-5)
+    assert torch.allclose(seen[0][1], teacher.codec.vae.decode(reference / teacher.codec.scale).sample, atol=1e-5)
     distance.sum().backward()
     assert latents.grad.abs().max() > 0
     assert not seen[0][1].requires_grad

@@ -10,6 +10,7 @@ from distill_cli import tensors
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load
+from distill_cli.models.formats import save as save_model
 from distill_cli.models.sources import single_file
 from distill_cli.models.sources.convert import open_file
 from distill_cli.models.sources.openai import PUBLISHED_BY_OPENAI, settle_openai
@@ -35,8 +36,8 @@ def beside(tmp_path_factory):
     """A file of tiny-sd in the original layout, its configuration beside it and its weights as a folder has them elsewhere."""
     folder = tmp_path_factory.mktemp("single")
     model = load("tiny-sd")
-    model.save(folder / "whole")
-    model.save(folder / "file")
+    save_model(model, folder / "whole")
+    save_model(model, folder / "file")
     original.write(folder / "whole", folder / "file/x.safetensors", 2, 1, [False, True], 4)
     for weights in (folder / "file").rglob("*/*.safetensors"):
         weights.unlink()
@@ -269,7 +270,7 @@ def test_what_is_assumed_of_openais_files_is_announced(tmp_path, distill):
     assert len(done.json["assumed"]) == 3
     done = distill("convert", "x640.pt", "--out", "s", "--kind", "student", "--resolution", 16, "--head-channels", 32, "--json")
     assert (done.json["kind"], done.json["shape"], done.json["assumed"], done.err) == ("student", [3, 16, 16], [], "")
-    assert load("s").unet.mid_block.attentions[0].heads == 4
+    assert load("s").net.mid_block.attentions[0].heads == 4
     with pytest.raises(DistillError, match="attention of 128 channels has no heads of 48"):
         open_file(tmp_path / "x640.pt", head=48)
     weights["out.2.weight"], weights["out.2.bias"] = torch.zeros(6, 64, 3, 3), torch.zeros(6)

@@ -11,7 +11,7 @@ from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, Interrupted, UsageError
 from distill_cli.files import sealed, sha256, unsealed
-from distill_cli.models.model import Sampling
+from distill_cli.models.sampler import Sampling
 from distill_cli.pairs import generate as module
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import Manifest, PairStore, check_all, read_manifest, shard_path, write_shard
@@ -118,7 +118,7 @@ def test_other_settings_are_refused_by_name(store, tiny):
         generate(PairsConfig(**{**SETTINGS, "steps": 4, "seed": 1}), tiny.copy(), store)
     other = tiny.copy()
     with torch.no_grad():
-        other.unet.conv_in.weight.add_(1e-3)
+        other.net.conv_in.weight.add_(1e-3)
     with pytest.raises(UsageError, match="teacher_hash is"):
         generate(PairsConfig(**SETTINGS), other, store)
 
@@ -166,7 +166,7 @@ def test_an_edited_manifest_does_not_fit_its_shards(store):
 def test_images_that_are_no_numbers_are_not_stored(tmp_path, tiny):
     broken = tiny.copy()
     with torch.no_grad():
-        broken.unet.conv_out.bias.fill_(float("nan"))
+        broken.net.conv_out.bias.fill_(float("nan"))
     with pytest.raises(DistillError, match="not finite"):
         generate(PairsConfig(**SETTINGS), broken, tmp_path / "p")
     assert not list((tmp_path / "p").glob("*.safetensors"))

@@ -35,7 +35,7 @@ def test_another_teacher_is_refused(tmp_path, tiny, tiny_pairs):
     """Before the first checkpoint too; a run of before goes on."""
     teacher, says = tiny.copy(), "teacher tiny: its content is not what the run has begun with"
     with torch.no_grad():
-        teacher.unet.conv_in.bias += 0.25
+        teacher.net.conv_in.bias += 0.25
     made = engine_of("cm", tmp_path / "r", tiny, tiny_pairs, steps=2)
     with pytest.raises(UsageError, match=says) as error:
         engine_of("cm", tmp_path / "r", teacher, tiny_pairs, resume=True, steps=2)
@@ -65,7 +65,7 @@ def test_other_pairs_of_the_same_number_are_refused(tmp_path, tiny, tiny_pairs):
 
 
 def test_another_autoencoder_is_refused(distill, tmp_path):
-    load("tiny-sd").latent.vae.save_pretrained(tmp_path / "v")
+    load("tiny-sd").codec.vae.save_pretrained(tmp_path / "v")
     command = (
         "train", "--data", "shapes", "vae=v", "prediction=v", "variants=1", "network.channels=[8]", "network.attention=[true]",
         "network.groups=4", "network.head=8", "text.width=8", "text.layers=1", "text.heads=1",
@@ -266,17 +266,17 @@ def nothing_left(folder):
 
 @pytest.mark.parametrize("kind", ["train", "dmd", "cm"])
 def test_a_result_that_cannot_be_saved_ends_before_the_first_step(kind, tmp_path, tiny, tiny_pairs, monkeypatch):
-    from distill_cli.models import pixel
+    from distill_cli.models.formats import folder
 
     made = engine_of(kind, tmp_path / "r", tiny, tiny_pairs, steps=3)
-    write = pixel.json.dumps
+    write = folder.json.dumps
 
     def broken(value, **rest):
         if "_class_name" in value:
             raise UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")
         return write(value, **rest)
 
-    monkeypatch.setattr(pixel.json, "dumps", broken)
+    monkeypatch.setattr(folder.json, "dumps", broken)
     with pytest.raises(DistillError, match="could not be saved and read again .*surrogates not allowed") as error:
         made.train()
     assert error.value.hint.endswith(f"then --resume {tmp_path / 'r'}")

@@ -21,16 +21,19 @@ from distill_cli.config import CMConfig
 from distill_cli.data import Images
 from distill_cli.data.images import BUILTIN, split
 from distill_cli.diffusion import consistency as maths
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.condition import Condition, dropped
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.launch import device
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.times import PUBLISHED, nearest, parse
 from distill_cli.training.ema import follow
 from distill_cli.training.identity import digest
@@ -48,7 +51,7 @@ class Consistency:
         if teacher is not None:
             teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         start = teacher.copy() if teacher is not None else new(config, images)
-        self.schedule, self.few_step_times = check(config, start, images)
+        self.schedule, self.own_times = check(config, start, images)
         start.denoiser.schedule, self.start = self.schedule, start
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
@@ -134,12 +137,10 @@ class Consistency:
     def turns(self, draws: Draws) -> Iterator[Loss]:
         step, place = divmod(draws.indices[0], self.config.batch_size)
         x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
-        null = self.start.conditioner.null
-        if null is not None:
-            labels = torch.where(draws.uniform("label_dropout") < self.config.label_dropout, null, labels)
         device = next(self.networks["student"].parameters()).device
         t, r = self.times(draws, step)
-        condition = self.start.conditioner(labels.to(device))
+        conditioner, uniform = self.start.conditioner, draws.uniform("label_dropout")
+        condition = dropped(conditioner(labels.to(device)), conditioner.null, uniform, self.config.label_dropout)
         noise = draws.normal("noise", x.shape[1:]).to(device)
         yield Loss("student", self.errors(x.to(device), noise, t.to(device), r.to(device), condition).mean())
         if "target" in self.kept and place < self.config.batch_size // self.config.accumulate:  # once a step
@@ -161,9 +162,7 @@ class Consistency:
         assert isinstance(network, NetworkDenoiser)
         network = copy.copy(network)
         network.parameterisation = "consistency"
-        conditioner = self.start.conditioner
-        if isinstance(conditioner, ClassConditioner):  # without dropout the null class has not been learned
-            conditioner = replace(conditioner, null_label=conditioner.null_label if self.config.label_dropout else None, learned=None)
+        conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # without dropout the null class is not learned
         start, teacher = self.start.lineage, self.teacher
         lineage = Lineage(
             name=f"{start.name}-{self.config.method}",
@@ -174,7 +173,7 @@ class Consistency:
             licence=start.licence,
             data=self.config.data or start.data,
         )
-        return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), self.few_step_times)
+        return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""
@@ -227,7 +226,7 @@ def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, 
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
     check_images(config, start, images)
-    if start.few_step_times is not None and config.method in ("cd", "ect"):
+    if not start.sampler.teaches and config.method in ("cd", "ect"):
         raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
     return own_times(config, schedule)
 

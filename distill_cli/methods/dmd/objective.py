@@ -7,7 +7,6 @@ they were before the student's step. Dropout is off everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,19 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import DMDConfig
-from distill_cli.data.prompts import chosen, digest_of, in_turn
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.data.prompts import in_turn
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
 from distill_cli.launch import device, preparing
-from distill_cli.models.autoencoder import VAECodec, load_decoder
-from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
+from distill_cli.models.codec import Codec
+from distill_cli.models.conditioners import Conditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
-from distill_cli.models.text import PromptConditioner
+from distill_cli.models.sampler import Sampler
 from distill_cli.pairs.store import Manifest, PairStore
 from distill_cli.training.identity import digest
 from distill_cli.training.objective import Loss
@@ -44,7 +45,7 @@ class DMD:
     result = "student"
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
-        if teacher.few_step_times is not None:
+        if not teacher.sampler.teaches:
             raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
         if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
             raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
@@ -54,8 +55,7 @@ class DMD:
         self.identity: dict[str, Any] = {"teacher": self.teacher_hash}
         self.regression_weight = 0.0
         if pairs is not None:
-            if teacher.latent is not None:
-                teacher = replace(teacher, size=pairs.manifest.shape[1:])
+            teacher = teacher.at(pairs.manifest.shape)
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
             self.order = Order(config.seed, len(pairs))
@@ -63,13 +63,12 @@ class DMD:
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         answering: list[nn.Module] = []
         if self.regression_weight:
-            self.distance, answering = measure(config, teacher.latent)
+            self.distance, answering = measure(config, teacher.codec)
             names = ("lpips_weights", "decoder") if config.decoder else ("lpips_weights",)
             self.identity |= {name: digest(network) for name, network in zip(names, answering)}
         teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
         self.teacher = teacher
-        if teacher.text is not None:
-            self.identity["prompts"] = digest_of(teacher.text.prompts)
+        self.identity |= teacher.conditioner.digests()
         scale = guidance_of(config, pairs.manifest if pairs is not None else None)
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
         null = teacher.conditioner.null
@@ -80,15 +79,11 @@ class DMD:
         teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
         self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
-        if teacher.latent is not None:  # for the pictures to look at
-            self.frozen.append(teacher.latent.vae)
-        if teacher.text is not None and teacher.text.table is None:
-            self.frozen.append(teacher.text.encoder)
+        self.frozen += [*teacher.codec.parts().values(), *teacher.conditioner.working()]  # the codec for the pictures to look at
         self.kept: dict[str, nn.Module] = {}
         self.frozen += answering
-        count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
         self.embedded = False
-        self.labels = teacher.conditioner.labels(count or 1, config.classes)
+        self.labels = teacher.conditioner.every(config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
@@ -106,8 +101,7 @@ class DMD:
         """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
         with preparing(where, f"resume with --resume {self.config.out}") as stop:
             for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
-                if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
-                    conditioner.table.complete(where, stop)
+                conditioner.complete(where, stop)
         self.embedded = True
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
@@ -123,13 +117,12 @@ class DMD:
         if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
             paired = {key: value.to(where) for key, value in self.pairs.batch([self.order[i] for i in draws.indices]).items()}
             noise = torch.cat([noise.to(where), paired["noise"]])
-            theirs = self.of_pairs(paired["label"])
-            condition = None if condition is None or theirs is None else torch.cat([condition, theirs])
+            condition = Condition.cat([condition, self.of_pairs(paired["label"])])
         images = self.generate(noise.to(where), condition)
         generated = images[count:]
         if self.config.match_pairs:
             count = len(images)
-        x, condition = images[:count], None if condition is None else condition[:count]
+        x, condition = images[:count], condition[:count]
 
         def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
             """A draw for each image that is matched, those of pairs with turns of their own."""
@@ -148,7 +141,7 @@ class DMD:
                 assert self.distance is not None
                 regression = self.distance(generated, paired["x0"]).mean()
                 loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
-            drawn = paired["label"] if self.teacher.text is None else torch.zeros_like(paired["label"])  # prompts hardly come twice
+            drawn = self.of_pairs.alike(paired["label"])
             metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
         yield Loss("student", loss, metrics)
 
@@ -162,7 +155,7 @@ class DMD:
                 yield Loss("fake", errors.mean())
 
     @torch.no_grad()
-    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient at the student's images x, and how well each denoiser knows them.
 
         Without a fake score x stands in for its estimate, which leaves the real score's part alone (in the mean over the noise).
@@ -178,13 +171,11 @@ class DMD:
 
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        lineage, conditioner = self.teacher.lineage, self.teacher.conditioner
-        if self.config.classes is not None and isinstance(conditioner, ClassConditioner):
-            conditioner = replace(conditioner, learned=tuple(self.config.classes))
+        lineage = self.teacher.lineage
         return replace(
             self.teacher,
             denoiser=network,
-            conditioner=conditioner,
+            conditioner=self.teacher.conditioner.taught(self.config.classes),
             lineage=Lineage(
                 name=f"{lineage.name}-dmd",
                 kind="student",
@@ -194,8 +185,7 @@ class DMD:
                 licence=lineage.licence,
                 data=lineage.data,
             ),
-            sampling=Sampling(solver="few-step", steps=1),
-            few_step_times=[self.schedule.t_max],
+            sampler=Sampler.one_step(self.schedule),
         )
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
@@ -219,17 +209,14 @@ def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
     return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
 
 
-def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
+def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
     """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
-    if config.decoder and latent is None:
-        raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
+    if config.decoder:
+        codec = codec.with_decoder(config.decoder)
     if config.regression_loss != "lpips":
         return partial(regression_loss, config.regression_loss), []
-    perceptual = Perceptual(config.lpips_weights, below=math.inf if latent is None else 0)  # decoded latents are compared as they are
-    if latent is None:
-        return perceptual, [perceptual]
-    codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent
-    return partial(of_decoded, perceptual, codec), [perceptual, codec.vae]
+    perceptual = Perceptual(config.lpips_weights, below=codec.lpips_below)
+    return partial(of_decoded, perceptual, codec), [perceptual, *codec.parts().values()]
 
 
 def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> tuple[Model, Conditioner]:
@@ -237,29 +224,23 @@ def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts
 
     The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
     """
-    if teacher.text is None:
-        if config.prompts or config.negative_prompt:
-            teacher.with_prompts((), config.negative_prompt or "")
-        return teacher, teacher.conditioner
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
     theirs = in_turn(pairs.prompts(), len(pairs)) if pairs is not None else ()
     if not prompts:
-        prompts = theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data)
-    teacher = teacher.with_prompts(prompts, negative)
-    own = teacher.text
-    assert own is not None
-    of_pairs = own if pairs is None or config.prompts is None else own.given(theirs, negative)
-    dtype = pairs.manifest.dtype if pairs is not None else "float16"
-    if config.out is not None:
-        own.table = Embeddings(own, config.out, dtype)
+        prompts = theirs if theirs and config.prompts is None else teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
+    if prompts or config.prompts is not None or negative:
+        teacher = teacher.with_prompts(prompts, negative)
+    own = of_pairs = teacher.conditioner
     if pairs is not None:
-        of_pairs.table = Embeddings(of_pairs, pairs.folder, dtype)
-    return teacher, of_pairs
+        of_pairs = (own if config.prompts is None else own.given(theirs, negative)).stored(pairs.folder, pairs.manifest.dtype)
+    shared = pairs is not None and config.prompts is None
+    own = of_pairs if shared else own.stored(config.out, pairs.manifest.dtype if pairs is not None else "float16")
+    return replace(teacher, conditioner=own), of_pairs if pairs is not None else own
 
 
-def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:
-    """(B,) distances of latents, between the pictures that they stand for."""
+def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tensor, reference: Tensor) -> Tensor:
+    """(B,) distances between the pictures that x and its reference stand for."""
     with torch.no_grad():
         there = codec.raw(reference)
     torch.clear_autocast_cache()

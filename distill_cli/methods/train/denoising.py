@@ -10,11 +10,13 @@ from torch import nn
 
 from distill_cli.config import TrainConfig
 from distill_cli.data import Images
+from distill_cli.diffusion.condition import dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.training.objective import Loss
 
@@ -55,19 +57,17 @@ class Denoising:
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
         x, labels = self.images.batch([self.order[i] for i in draws.indices], draws)
-        null = self.teacher.conditioner.null
-        if null is not None:
-            labels = torch.where(draws.uniform("label_dropout") < self.config.label_dropout, null, labels)
         network = self.networks["teacher"]
         device = next(network.parameters()).device
         noise, t = draws.normal("noise", x.shape[1:]).to(device), self.times(draws).to(device)
-        condition = self.teacher.conditioner(labels.to(device))
+        conditioner, uniform = self.teacher.conditioner, draws.uniform("label_dropout")
+        condition = dropped(conditioner(labels.to(device)), conditioner.null, uniform, self.config.label_dropout)
         error = "velocity" if self.config.prediction == "v" else "noise"
         yield Loss("teacher", denoising_loss(network, self.schedule, x.to(device), noise, t, condition, error=error).mean())
 
     def model(self, network: nn.Module) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampling)
+        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampler)
 
     def advice(self, metrics: dict[str, float], done: float) -> str:
         return ""

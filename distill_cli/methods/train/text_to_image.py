@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 from distill_cli.config import TrainConfig
 from distill_cli.data.images import Captioned, Images
+from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
-from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.codec import Codec, VAECodec
+from distill_cli.models.conditioners import PromptConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.stable_diffusion import create, load_vae
-from distill_cli.models.text import PromptConditioner, make_tokenizer
+from distill_cli.models.text import make_tokenizer
 from distill_cli.training.identity import digest
 from distill_cli.training.objective import Loss
 
@@ -29,20 +32,20 @@ ENCODED = 64
 
 
 class TextDenoiser(nn.Module):
-    """A denoiser whose condition are tokens (B, L): what is trained."""
+    """A denoiser that is told tokens, `input_ids` (B, L), and encodes them itself: what is trained."""
 
     def __init__(self, denoiser: NetworkDenoiser, encoder: nn.Module) -> None:
         super().__init__()
         self.denoiser, self.encoder = denoiser, encoder
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.denoiser(x, t, self.encoder(tokens)[0])
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(x, t, Condition({PromptConditioner.part: self.encoder(**condition.parts)[0]}))
 
 
 class Latents:
     """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
 
-    def __init__(self, images: Images, codec: VAECodec, variants: int, seed: int, stop: Stop) -> None:
+    def __init__(self, images: Images, codec: Codec, where: torch.device, variants: int, seed: int, stop: Stop) -> None:
         count = len(images)
         means, spreads = [], []
         for first in range(0, variants * count, ENCODED):
@@ -50,8 +53,8 @@ class Latents:
                 break
             picks = range(first, min(variants * count, first + ENCODED))
             x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
-            with torch.no_grad(), torch.autocast(next(codec.vae.parameters()).device.type, enabled=False):
-                mean, spread = codec.moments(x)
+            with torch.no_grad(), torch.autocast(where.type, enabled=False):
+                mean, spread = codec.encode(x)
             means.append(mean.cpu())
             spreads.append(spread.cpu())
         self.means, self.spreads = torch.cat(means), torch.cat(spreads)
@@ -103,7 +106,7 @@ class TextToImage:
         self.latents: Latents | None = None
         self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
         self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
-        self.empty = self.conditioner.tokens([""])[0]
+        self.empty = Condition({"input_ids": self.conditioner.tokens([""])})
         self.networks: dict[str, nn.Module] = {"teacher": TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train()}
         self.rates = {"teacher": config.lr}
         self.frozen: list[nn.Module] = [vae]
@@ -113,15 +116,13 @@ class TextToImage:
 
     def turns(self, draws: Draws) -> Iterator[Loss]:
         if self.latents is None:  # the engine has moved the autoencoder by now
-            assert self.teacher.latent is not None
-            codec = self.teacher.latent
-            with preparing(next(codec.vae.parameters()).device, f"resume with --resume {self.config.out}") as stop:
-                self.latents = Latents(self.images, codec, self.config.variants, self.config.seed, stop)
+            codec, where = self.teacher.codec, next(self.networks["teacher"].parameters()).device
+            with preparing(where, f"resume with --resume {self.config.out}") as stop:
+                self.latents = Latents(self.images, codec, where, self.config.variants, self.config.seed, stop)
         positions = [self.order[i] for i in draws.indices]
         shape = self.teacher.shape
-        tokens = self.tokens[[position % len(self.images) for position in positions]]
-        dropped = draws.uniform("label_dropout") < self.config.label_dropout
-        tokens = torch.where(dropped[:, None], self.empty, tokens)
+        tokens = Condition({"input_ids": self.tokens[[position % len(self.images) for position in positions]]})
+        tokens = dropped(tokens, self.empty, draws.uniform("label_dropout"), self.config.label_dropout)
         network = self.networks["teacher"]
         device = next(network.parameters()).device
         x = self.latents.batch(positions, draws.normal("augment", shape)).to(device)

@@ -12,7 +12,8 @@ from distill_cli.config import VAEConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
-from distill_cli.models.autoencoder import Autoencoder, VAECodec, create
+from distill_cli.models.autoencoder import Autoencoder, create
+from distill_cli.models.codec import VAECodec
 from distill_cli.training.objective import Loss
 
 MEASURED = 512
@@ -58,7 +59,7 @@ class Autoencoding:
         latents = []
         for first in range(0, MEASURED, 32):
             part = positions[first : first + 32]
-            mean, spread = VAECodec(network.vae).moments(self.images.batch(part, Draws(self.config.seed, part))[0])
+            mean, spread = VAECodec(network.vae).encode(self.images.batch(part, Draws(self.config.seed, part))[0])
             latents.append((mean, spread))
         means, spreads = (torch.cat(each) for each in zip(*latents, strict=True))
         variance = means.var() + spreads.square().mean()

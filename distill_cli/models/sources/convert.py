@@ -16,13 +16,17 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError, printable, reason
 from distill_cli.files import remove_folder
-from distill_cli.models.checks import rehearse_pixels
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models import formats
+from distill_cli.models.backbones import backbone_of
+from distill_cli.models.checks import rehearse
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.openai import blocks, openai_network, settle_openai
 from distill_cli.models.sources.unpickle import Record, check_operations, read
 from distill_cli.models.times import PUBLISHED, from_indices
-from distill_cli.models.unet import UNet
 from distill_cli.tensors import quantized
 
 SONG = {
@@ -214,11 +218,12 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
     student = found.parameterisation == "consistency"
     scales = Scales(sigma_data=found.sigma_data)
     return Model(
-        NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
+        NetworkDenoiser(backbone_of(found.network), schedule, found.parameterisation, scales, found.time_input)
+        .eval()
+        .requires_grad_(False),
         ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
-        Sampling(solver="few-step", steps=1) if student else Sampling(steps=steps),
-        from_indices(schedule, PUBLISHED) if student else None,
+        Sampler.consistency(from_indices(schedule, PUBLISHED)) if student else Sampler(steps=steps),
     )
 
 
@@ -296,12 +301,10 @@ def convert_file(
     steps: int = 18,
 ) -> dict[str, Any]:
     """Write the model of a published file to `folder`, read it back, and compare every bit."""
-    from distill_cli.models import pixel
-
     found = open_file(path, size, head, kind)
     model = model_of(found, name or path.stem, steps)
     t, where = torch.tensor([0.02, 2.0]), f"--resolution {size}" if size else str(path)
-    rehearse_pixels(model, where)
+    rehearse(model, where)
     try:
         with torch.no_grad():
             x = t.view(2, 1, 1, 1) * torch.ones(2, *model.shape)
@@ -310,9 +313,9 @@ def convert_file(
         raise DistillError(f"{where}: two pictures of {model.shape} cannot be made here ({reason(error)})") from error
     if not torch.isfinite(images).all():
         raise DistillError(f"{path}: the network's images are not finite numbers", "the file is damaged")
-    model.save(folder)
+    formats.save(model, folder)
     weights_hash = model.weights_hash()
-    if pixel.load(folder, model.lineage.name).weights_hash() != weights_hash:
+    if formats.load(folder, model.lineage.name).weights_hash() != weights_hash:
         remove_folder(folder)
         raise DistillError(f"{folder}: holds other weights than were written", "is the disk sound?")
     return {

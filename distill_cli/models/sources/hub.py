@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +20,6 @@ PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 WANTED = ("model_index.json", "distill.json", "README.md", "scheduler/*.json", "tokenizer/*", *(f"{part}/config.json" for part in PARTS))
 FLAT = ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
 """Files that unconditional models of 2022, such as google/ddpm-cifar10-32, have beside model_index.json instead of in folders."""
-PIPELINES = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def command(hub_id: str, patterns: tuple[str, ...]) -> str:
     return " ".join([f"hf download {hub_id}", *(f"--include '{pattern}'" for pattern in patterns)])
 
 
-def download(hub_id: str) -> Path:
-    """The folder of a hub model in the Hugging Face cache, downloaded if missing."""
+def download(hub_id: str, pipelines: Collection[str]) -> Path:
+    """The folder of a hub model in the Hugging Face cache, downloaded where missing; of one of these classes of pipelines."""
     known = HUB.get(short_name(hub_id))
     found = cached(hub_id)
     if found is not None:
@@ -124,7 +124,7 @@ def download(hub_id: str) -> Path:
 
     try:
         kind = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text()).get("_class_name")
-        if kind in PIPELINES:
+        if kind in pipelines:
             info = HfApi().model_info(hub_id, files_metadata=True)
             wanted = files_of(info.siblings or [], half=kind == "StableDiffusionPipeline")
             licence = printable(known.licence if known else (info.card_data.get("license") if info.card_data else None) or "not stated")
@@ -137,7 +137,7 @@ def download(hub_id: str) -> Path:
     except Exception as error:  # no network, no such model, gated: the hub's errors share no base class
         missing = f"{hub_id}: not in the Hugging Face cache, no folder of that name, and cannot be downloaded"
         raise DistillError(f"{missing} ({type(error).__name__})", hint) from error
-    raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(PIPELINES)}")
+    raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(pipelines)}")
 
 
 def find(name: str, patterns: tuple[str, ...], what: str) -> Path:

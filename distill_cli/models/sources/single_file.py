@@ -17,11 +17,10 @@ from torch import Tensor
 
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.model import Model
-from distill_cli.models.parts import check_file, empty, quiet
+from distill_cli.models.parts import check_file, empty, plain, quiet
 from distill_cli.models.sources.convert import trimmed
 from distill_cli.models.sources.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
 from distill_cli.models.sources.hub import HUB, WANTED, cached, command
-from distill_cli.models.text import plain
 from distill_cli.tensors import Tensors
 
 SUFFIX = ".safetensors"
@@ -108,9 +107,8 @@ def _refuse_left(file: Tensors, names: Iterable[str]) -> None:
 
 def _held(file: Tensors, model: Model, folder: Path, zero: str) -> None:
     """Raise DistillError if the noise table or the scale of latents in the file differs from the configuration."""
-    assert model.latent is not None
     table = model.denoiser.schedule.alphas_cumprod.float()  # type: ignore[attr-defined]
-    scale = torch.tensor(float(model.latent.vae.config["scaling_factor"]))
+    scale = torch.tensor(float(model.parts()["vae"].config["scaling_factor"]))
     for name, part, value in (("alphas_cumprod", "scheduler", table), ("scale_factor", "vae", scale)):
         if name not in file.shapes or (zero and part == "scheduler"):  # a file for zero terminal SNR still holds the old table
             continue
@@ -157,7 +155,7 @@ def load(path: Path, prediction: str | None = None) -> Model:
 
     `Model.notes` reports what was read from the file and what was assumed.
     """
-    from distill_cli.models import stable_diffusion
+    from distill_cli.models.formats import stable_diffusion
 
     if path.suffix.lower() != SUFFIX:
         raise DistillError(f"{path}: not a {SUFFIX} file", "only safetensors are read: other checkpoints may run code")
@@ -216,8 +214,10 @@ def load(path: Path, prediction: str | None = None) -> Model:
 
 def convert_checkpoint(path: Path, folder: Path, prediction: str | None = None) -> dict[str, Any]:
     """Convert a single file to a diffusers folder, in float32."""
+    from distill_cli.models.formats import save
+
     model = load(path, prediction)
-    model.save(folder)
+    save(model, folder)
     return {
         "format": "single-file checkpoint",
         "kind": model.lineage.kind,
