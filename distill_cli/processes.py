@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import UsageError
+from distill_cli.errors import UsageError, printable_lines
 
 TOGETHER = "DISTILL_TOGETHER"
 """Variable with the folder in which processes started by `start` leave a file when they begin, and their exit codes."""
@@ -352,3 +352,17 @@ def start(count: int, arguments: list[str]) -> int:
             return 128 - code
         finally:
             del os.environ[TOGETHER], os.environ[SAID]
+
+
+def say(text: str) -> None:
+    """A line for the person who watches, on stderr; of several processes the first says it."""
+    if rank() == 0:
+        print(printable_lines(text), file=sys.stderr)
+
+
+def say_read(command: str, *things: Any) -> None:
+    """The first line of a job: what each of `things` (a text, or its `about`) says of what was read, left out and assumed."""
+    said = [about for thing in things if (about := thing if isinstance(thing, str) else getattr(thing, "about", ""))]
+    if said:
+        text = f"{command}: {'; '.join(said)}"
+        say("".join(letter if letter.isprintable() else "?" for letter in text))

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import DMDConfig
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models.backbones import Backbone
 from distill_cli.models.conditioners import ClassConditioner
@@ -78,7 +78,7 @@ def distilled(real: MixtureDenoiser, schedule: EDMSchedule, steps: int, start: T
     pairs: Any = Pairs(real, schedule, teacher) if options.get("regression_weight") else None
     dmd = DMD(DMDConfig(device="cpu", **options, pairs=Path("memory") if pairs else None), teacher, pairs)
     dmd.real = real
-    optimizers = {name: torch.optim.Adam(network.parameters(), lr=3e-3) for name, network in dmd.networks.items()}
+    optimizers = {name: torch.optim.Adam(each.parameters(), lr=3e-3) for name, each in dmd.trained.items()}
     for step in range(200 if start is not None else 0):
         points = dmd.generate(Draws(3, range(step * 64, step * 64 + 64)).normal("prior", teacher.shape), NOTHING).flatten(1)
         ((points.mean(0) - start).square().sum() + (points.std(0) - STD).square().sum()).backward()
@@ -87,7 +87,7 @@ def distilled(real: MixtureDenoiser, schedule: EDMSchedule, steps: int, start: T
     for step in range(steps):
         for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
             group["lr"] = 3e-3 * (1 - step / steps)
-        for loss in dmd.turns(Draws(0, range(step * 64, step * 64 + 64))):
+        for loss in dmd.turns(step, Draws(0, range(step * 64, step * 64 + 64))):
             loss.value.backward()
             optimizers[loss.network].step()
             for optimizer in optimizers.values():

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from distill_cli.config import DMDConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models.backbones import backbone_of
@@ -18,7 +17,7 @@ from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import STABLE_DIFFUSION
-from distill_cli.models.sources.hub import HUB
+from distill_cli.models.sources.hub import HUB, short_name, to_download
 
 RATE = 150e12
 """FLOP a second that plans reckon with: about half of what an A100's data sheet promises in bf16. A guess, not a measurement."""
@@ -59,6 +58,13 @@ def sketch(name: str) -> Model:
     )
 
 
+def sketched(name: str, wanted: bool) -> tuple[Model | None, dict[str, str]]:
+    """Where a sketch is `wanted` and a hub model is not here yet: its sketch, and what a plan says of the download."""
+    known = short_name(name) if wanted else ""
+    download = to_download(name) if known else ""
+    return (sketch(known), {"download": download}) if download else (None, {})
+
+
 def counted(call: Any) -> int:
     """FLOP of a call on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -87,12 +93,3 @@ def amount(flop: float) -> str:
     """FLOP with their unit."""
     exponent = max(1, min(6, int(math.log10(max(flop, 1)) // 3)))
     return f"{flop / 1000**exponent:.3g} {' kMGTPE'[exponent]}FLOP"
-
-
-def distillation(config: DMDConfig, model: Model, guided: bool, paired: bool) -> float:
-    """FLOP of a run of `distill dmd`; a backward pass counts twice, through the frozen autoencoder once. LPIPS' own network is left out."""
-    matched = 2 if config.match_pairs else 1
-    matching = matched * ((2 if guided else 1) + (1 + 3 * config.fake_steps if config.fake_score else 0)) if config.matching_weight else 0
-    student = 3 * (bool(config.matching_weight) + paired)
-    decoded = 3 * decoding(model) if paired and config.regression_loss == "lpips" else 0
-    return config.steps * config.batch_size * ((matching + student) * evaluation(model) + decoded)

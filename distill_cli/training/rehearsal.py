@@ -45,14 +45,19 @@ def check_space(folder: Path, networks: Iterable[nn.Module], trained: Iterable[n
         raise DistillError(said, f"free some space, then --resume {folder}")
 
 
+def unmeasured(model: Callable[[nn.Module], Any], network: nn.Module) -> Any:
+    """What `model` makes of a network; autoencoders and classifiers without what is measured on their pictures."""
+    return network if isinstance(network, (Autoencoder, Classifier)) else model(network)
+
+
 def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str, place: Path) -> None:
     """Save what `model` makes of a network beside `place`, read it with the ordinary loader, and delete it.
 
-    Autoencoders and classifiers are saved without what is measured on their pictures. Raises DistillError where any of it fails.
+    Raises DistillError where any of it fails.
     """
     try:
         with scratch(place) as folder, torch.random.fork_rng(devices=[]):
-            made = network if isinstance(network, (Autoencoder, Classifier)) else model(network)
+            made = unmeasured(model, network)
             reader = READERS.get(type(made))
             if reader is None:
                 return

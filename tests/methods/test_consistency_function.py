@@ -4,17 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from distill_cli.config import CMConfig
 from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.consistency import ode_step
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from docs.figure3 import Plane
+from tests.options import consistency, options
 
 SCHEDULE = EDMSchedule(0.02, 10.0)
 MEANS, WEIGHTS, STD = torch.tensor([[-0.8, 0.3], [0.7, 0.6], [0.1, -0.9]]), torch.tensor([0.5, 0.3, 0.2]), 0.15
@@ -67,18 +66,19 @@ def test_distillation_reaches_the_exact_function():
     torch.manual_seed(0)
     teacher = Model(NetworkDenoiser(Network(), SCHEDULE, scales=Scales(0.7, 0.02)), ClassConditioner(), Lineage(name="plane"))
     steps = 3000
-    config = CMConfig(device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
-    cm = Consistency(config, teacher, Points(4096))
+    config = options("cm", device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
+    cm = consistency(config, teacher, Points(4096))
     cm.real = MIXTURE
-    student = cm.networks["student"]
+    student = cm.trained["student"].module
     optimizer = torch.optim.RAdam(student.parameters(), lr=3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        for loss in cm.turns(Draws(0, range(step * 128, step * 128 + 128))):
+        for loss in cm.turns(step, Draws(0, range(step * 128, step * 128 + 128))):
             loss.value.backward()
             optimizer.step()
             optimizer.zero_grad()
+        cm.after(step)
     points, noise = Points(1000).x, Draws(5, range(1000)).normal("noise", (2, 1, 1))
     for sigma, bound in ((0.1, 0.012), (0.5, 0.09), (2.0, 0.12), (10.0, 0.13)):
         x, t = points + sigma * noise, torch.full((1000,), sigma)

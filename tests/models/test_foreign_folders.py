@@ -148,7 +148,7 @@ def test_a_consistency_pipeline_needs_the_scheduler_of_one(tmp_path):
     refused(pixels(tmp_path / "n", DDPM, "ConsistencyModelPipeline"), "DDPMScheduler in a ConsistencyModelPipeline")
     known = {"_class_name": "CMStochasticIterativeScheduler", "sigma_max": 14.0}
     model = load(str(pixels(tmp_path / "o", known, "ConsistencyModelPipeline")))
-    assert (model.sampler.times, model.denoiser.schedule.sigma_min) == ([14.0], 0.002)
+    assert (model.sampler.times, model.denoiser.schedule.sigma_min) == ((14.0,), 0.002)
     odd = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}
     refused(pixels(tmp_path / "p", odd), "prediction_type 'v_prediction' with EDM's scalings")
 

@@ -324,7 +324,7 @@ def test_a_download_is_announced_first(monkeypatch, tmp_path, capsys):
         return str(tmp_path / "model")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert download("someone/model") == tmp_path / "model"
+    assert download("someone/model", ("StableDiffusionPipeline",)) == tmp_path / "model"
     assert "unet/diffusion_pytorch_model.safetensors" in fetched
     assert "vae" in load("someone/model").parts()
 

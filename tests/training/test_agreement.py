@@ -10,9 +10,10 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 
-from distill_cli.config import DMDConfig, PairsConfig, VAENetworkConfig
+from distill_cli.config import PairsConfig, VAENetworkConfig
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import sealed, unsealed
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
 from distill_cli.models.autoencoder import create
@@ -103,7 +104,7 @@ def test_the_metric_the_decoder_and_the_prompts_are_held(monkeypatch):
                               num_decoder_blocks=(1,) * 4)  # fmt: skip
     found, texts = [], ["c", "d"]
     for _ in texts:
-        monkeypatch.setattr(module, "measure", lambda *_: (None, [network, decoder]))
+        monkeypatch.setattr(module, "measure", lambda *_: (None, {"lpips": network, "decoder": decoder}))
         monkeypatch.setattr(module, "check_pairs", lambda *_: None)
 
         class Pairs:
@@ -319,7 +320,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, tiny, tiny_pairs):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    rehearse(made.objective.model, made.ema.network, "", tmp_path / "r/teacher")
+    rehearse(made._model, made.ema.network, "", tmp_path / "r/teacher")
     assert torch.equal(torch.rand(3), expected)
     assert identity.digest(made.ema.network) == before
     autoencoder = create(8, 3, VAENetworkConfig(channels=[8], groups=4), 0)
