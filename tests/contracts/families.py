@@ -27,6 +27,9 @@ class Family:
     pairs: dict[str, Any] | None = field(default_factory=lambda: dict(steps=3))
 
 
+BETAS = {"eps": {"beta_schedule": "linear"}, "v": {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}}
+
+
 def pixels(prediction: str) -> Made:
     """A folder of a pixel model with a table of betas and random weights."""
 
@@ -37,7 +40,7 @@ def pixels(prediction: str) -> Made:
 
         pixel.create(
             resolution=16, channels=[8, 16], attention=[False, True], groups=4, head=8, classes=[str(i) for i in range(10)],
-            schedule=TableSchedule.from_config({"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": prediction == "v"}),
+            schedule=TableSchedule.from_config(BETAS[prediction]),
             parameterisation=prediction, lineage=Lineage(name=place.name, data="digits"), seed=1,
         ).save(place)  # fmt: skip
 

@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import os
-import shutil
 import signal
 from collections import Counter
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -27,14 +26,9 @@ SETTINGS = dict(
 )  # fmt: skip
 """Values of config keys: a method gets those that its config has."""
 STILL = {"dropout": 0.0, "network.dropout": 0.0}
-"""What is drawn by torch's generator, for each process and part of a batch anew."""
+"""Without dropout."""
 UNLIKE = ("env.json", "speed.jsonl")
 """Files that tell when and where a run was."""
-
-
-def place_of(key: str, value: Any, made: Any) -> Any:
-    """The value of an option, what has to be made first made."""
-    return str(made(value)) if isinstance(value, Made) else value
 
 
 def options(method: Method, family: str) -> dict[str, Any]:
@@ -98,7 +92,8 @@ class Seen:
     parameters: dict[str, int] = field(default_factory=dict)
     forwards: Counter = field(default_factory=Counter)
     """Of one step: images that went through each network, by ("name", whether with a gradient)."""
-    objective: Any = None
+    result_name: str = ""
+    frozen: frozenset[str] = frozenset()
     main: str = ""
     """The network whose average is the result."""
     start: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -106,21 +101,27 @@ class Seen:
 
 
 @contextmanager
-def watched(seen: Seen):
-    """Look at the engine while it trains; after `seen.stop_after` steps a SIGTERM comes. Pictures to look at are few."""
+def watched(seen: Seen, again: bool = False):
+    """Look at the engine while it trains; after `seen.stop_after` steps a SIGTERM comes. Pictures to look at are few.
+
+    What is trained `again` is not saved and read before the first step.
+    """
     import torch
     from accelerate.state import AcceleratorState
 
     from distill_cli.models.model import Model
-    from distill_cli.training.engine import Engine
+    from distill_cli.training import engine as engine_module
 
+    Engine = engine_module.Engine
     step, train = Engine.train_step, Engine.train
 
     def counted(engine: Any) -> dict[int, str]:
-        frozen = {f"frozen {k}": network for k, network in enumerate(engine.objective.frozen)}
+        frozen = engine.objective.frozen
+        if not isinstance(frozen, dict):
+            frozen = {f"frozen {k}": network for k, network in enumerate(frozen)}
         named = {**frozen, **engine.objective.kept, **engine.plain}
         seen.parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in named.items()}
-        seen.main = engine.main
+        seen.main, seen.frozen = engine.main, frozenset(frozen)
         seen.start = {name: {key: value.clone() for key, value in network.state_dict().items()} for name, network in engine.plain.items()}
         return {id(network): name for name, network in named.items()}
 
@@ -144,7 +145,7 @@ def watched(seen: Seen):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def whole(engine: Any) -> Any:
-        seen.objective = engine.objective
+        seen.result_name = engine.objective.result
         seen.result = train(engine)
         return seen.result
 
@@ -152,18 +153,19 @@ def watched(seen: Seen):
         stack.enter_context(patch.object(Engine, "train_step", train_step))
         stack.enter_context(patch.object(Engine, "train", whole))
         stack.enter_context(patch.object(Model, "shown", 4))
+        if again and hasattr(engine_module, "rehearse"):
+            stack.enter_context(patch.object(engine_module, "rehearse"))
         AcceleratorState._reset_state(True)  # accelerate keeps one precision a process
         yield
 
 
-def call(arguments: list[str], seen: Seen | None = None) -> Ended:
+def call(arguments: list[str], seen: Seen | None = None, again: bool = False) -> Ended:
     """Run a command line in this process."""
     from distill_cli.cli.app import run
 
     out, err = io.StringIO(), io.StringIO()
-    with watched(seen or Seen()), redirect_stdout(out), redirect_stderr(err):
+    with watched(seen or Seen(), again), redirect_stdout(out), redirect_stderr(err):
         code = run(arguments)
-    gc.collect()
     assert "Traceback" not in err.getvalue(), err.getvalue()
     return Ended(code, out.getvalue(), err.getvalue())
 
@@ -196,7 +198,10 @@ class Runs:
     """Runs of a session, each made once, when it is first asked for."""
 
     def __init__(self, place: Path) -> None:
-        self.place, self.made, self.wholes = place, {}, {}
+        self.place, self.made = place, {}
+        self.wholes: dict[tuple[str, ...], Run] = {}
+        self.plans: dict[tuple[str, str], Ended] = {}
+        gc.freeze()  # what is imported by now is there to stay: the engine's collections need not look at it
 
     def folder(self, thing: Made, family: str = "") -> Path:
         """What an option names, made on first use."""
@@ -229,32 +234,36 @@ class Runs:
         self.made[what] = self.made.get(what, 0) + 1
         return self.place / f"{what}-{self.made[what]}"
 
-    def run(self, name: str, family: str, stop_after: int = 0, **changes: Any) -> Run:
-        """Train anew."""
+    def run(self, name: str, family: str, stop_after: int = 0, again: bool = True, **changes: Any) -> Run:
+        """Train anew, until a signal comes after `stop_after` steps, or to the end."""
         folder, seen = self.new(f"{name}-{family}"), Seen(stop_after)
-        ended = call([*self.command(name, family, **changes), "--out", str(folder)], seen)
+        ended = call([*self.command(name, family, **changes), "--out", str(folder)], seen, again)
         return Run(folder, ended, seen)
 
     def whole(self, name: str, family: str) -> Run:
         """The uninterrupted run of a pair, or its refusal: made once."""
         if (name, family) not in self.wholes:
-            self.wholes[name, family] = self.run(name, family)
+            self.wholes[name, family] = self.run(name, family, again=False)
         return self.wholes[name, family]
 
-    def first_step(self, name: str, family: str) -> dict[str, float]:
-        """The metrics of the first step without dropout."""
+    def still(self, name: str, family: str) -> Run:
+        """As `whole`, but without dropout, which is drawn for each process and part of a batch anew."""
         given = options(METHODS[name], family)
         if not any(given.get(key) for key in STILL):
-            return lines(self.whole(name, family).folder)[0]
-        key = (name, family, "first")
+            return self.whole(name, family)
+        key = (name, family, "still")
         if key not in self.wholes:
-            self.wholes[key] = self.run(name, family, 1, **STILL)
-        return lines(self.wholes[key].folder)[0]
+            self.wholes[key] = self.run(name, family, **STILL)
+            self.wholes[key].ended.check()
+        return self.wholes[key]
+
+    def plan(self, name: str, family: str) -> Ended:
+        """What --dry-run says."""
+        if (name, family) not in self.plans:
+            self.plans[name, family] = call([*self.command(name, family), "--out", str(self.new("plan")), "--dry-run"])
+        return self.plans[name, family]
 
 
 def resume(name: str, folder: Path) -> Ended:
-    return call([METHODS[name].command, "--resume", str(folder)])
-
-
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """Go on with a run."""
+    return call([METHODS[name].command, "--resume", str(folder)], again=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 
 import pytest
 import torch
@@ -24,34 +23,39 @@ marked = [
 @pytest.mark.parametrize(("method", "family"), marked)
 def test_killed_and_resumed_is_uninterrupted(method, family, runs, workers):
     """SIGKILL at a random moment of a random step: every file of the run is the uninterrupted one's."""
-    whole = runs.whole(method, family)
-    folder, chance = runs.new(f"{method}-{family}"), random.Random(f"{family} {method}")
-    step = chance.randrange(STEPS)
-
-    def due():
+    whole, chance = runs.whole(method, family), random.Random(f"{family} {method}")
+    for _ in range(3):  # a machine with much else to do may let it end first
+        folder, step = runs.new(f"{method}-{family}"), chance.randrange(STEPS - 1)
         metrics = folder / "metrics.jsonl"
-        return metrics.exists() and metrics.read_text().count("\n") > step
-
-    workers.killed([*runs.command(method, family), "--out", str(folder)], due, chance.uniform(0, 0.05))
-    assert resume(method, folder).code == 0
+        command = [*runs.command(method, family), "--out", str(folder)]
+        if workers.killed(command, lambda: metrics.exists() and metrics.read_text().count("\n") > step, chance.uniform(0, 0.05)):
+            break
+    else:
+        raise AssertionError("never killed")
+    resume(method, folder).check()
     one, other = hashes(whole.folder), hashes(folder)
     assert [name for name in {**one, **other} if one.get(name) != other.get(name)] == []
 
 
 @pytest.mark.parametrize(("method", "family"), marked)
 def test_two_processes_train_as_one(method, family, runs, workers):
-    """The same batch over two processes: losses to 1e-3, and weights that moved the same way to 2%."""
-    one = runs.run(method, family, **STILL)
-    one.ended.check()
-    two = runs.new(f"{method}-{family}")
+    """The same batch over two processes: losses and moments to 1e-3, and weights that moved the same way to 5%.
+
+    Adam takes rounding for signs where gradients vanish.
+    """
+    one, two = runs.still(method, family), runs.new(f"{method}-{family}")
     workers.finish([*runs.command(method, family, **STILL), "--out", str(two)], 2)
     for ours, theirs in zip(lines(one.folder), lines(two), strict=True):
         assert numbers(theirs, "_loss", "_grad_norm") == pytest.approx(numbers(ours, "_loss", "_grad_norm"), rel=1e-3)
-    name = f"checkpoints/step-{STEPS:06d}"
-    for file in sorted((one.folder / name).glob("*.safetensors")):
-        ours, theirs, start = (load_file(run / name / file.name) for run in (one.folder, two, one.folder))
-        start = one.seen.start.get(re.sub(r"^(average|target)$", one.seen.main, file.stem))
-        moved = torch.cat([(value - start[key]).flatten() for key, value in ours.items() if value.is_floating_point()])
-        apart = torch.cat([(value - theirs[key]).flatten() for key, value in ours.items() if value.is_floating_point()])
-        assert apart.norm() < 2e-2 * moved.norm(), file.name
+    ours, theirs = (run / f"checkpoints/step-{STEPS:06d}" for run in (one.folder, two))
+    assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
+    for file in ours.glob("*.safetensors"):
+        start = one.seen.start.get(file.stem, one.seen.start[one.seen.main])  # averages and targets begin as the main network
+        mine, other = (load_file(folder / file.name) for folder in (ours, theirs))
+        moved, apart = (torch.cat([(mine[key] - each[key]).flatten() for key in mine]) for each in (start, other))
+        assert apart.norm() < 5e-2 * moved.norm(), file.name
         assert moved.abs().max() > 1e-5
+    mine, other = (torch.load(folder / "optimizers.pt", weights_only=True) for folder in (ours, theirs))
+    for name, state in mine.items():
+        mean, same = (torch.cat([moments["exp_avg"].flatten() for moments in s["state"].values()]) for s in (state, other[name]))
+        assert (mean - same).norm() < 1e-3 * mean.norm(), name
