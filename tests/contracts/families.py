@@ -31,7 +31,7 @@ BETAS = {"eps": {"beta_schedule": "linear"}, "v": {"beta_schedule": "squaredcos_
 
 
 def pixels(prediction: str) -> Made:
-    """A folder of a pixel model with a table of betas and random weights."""
+    """A folder of a pixel model with a table of betas and random weights; that of eps knows no classes."""
 
     def make(place: Path) -> None:
         from distill_cli.diffusion.schedule import TableSchedule
@@ -39,7 +39,8 @@ def pixels(prediction: str) -> Made:
         from distill_cli.models.model import Lineage
 
         pixel.create(
-            resolution=16, channels=[8, 16], attention=[False, True], groups=4, head=8, classes=[str(i) for i in range(10)],
+            resolution=16, channels=[8, 16], attention=[False, True], groups=4, head=8,
+            classes=[str(i) for i in range(10)] if prediction == "v" else [],
             schedule=TableSchedule.from_config(BETAS[prediction]),
             parameterisation=prediction, lineage=Lineage(name=place.name, data="digits"), seed=1,
         ).save(place)  # fmt: skip

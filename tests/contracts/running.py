@@ -21,8 +21,9 @@ from tests.contracts.methods import Method, listed
 METHODS = listed()
 STEPS = 5
 SETTINGS = dict(
-    steps=STEPS, batch_size=4, seed=3, device="cpu", lr=1e-3, log_every=1, save_every=2, sample_every=0, keep=2, ema_halflife=20, warmup_steps=2,
-    dropout=0.1, width=8, network=dict(channels=[8, 16], attention=[False, True], groups=4, head=8, latent_channels=4, dropout=0.1),
+    steps=STEPS, batch_size=4, seed=3, device="cpu", lr=1e-3, log_every=2, save_every=3, sample_every=0, keep=3, ema_halflife=20,
+    warmup_steps=2, dropout=0.1, width=8,
+    network=dict(channels=[8, 16], attention=[False, True], groups=4, head=8, latent_channels=4, dropout=0.1),
 )  # fmt: skip
 """Values of config keys: a method gets those that its config has."""
 STILL = {"dropout": 0.0, "network.dropout": 0.0}
@@ -92,7 +93,10 @@ class Seen:
     parameters: dict[str, int] = field(default_factory=dict)
     forwards: Counter = field(default_factory=Counter)
     """Of one step: images that went through each network, by ("name", whether with a gradient)."""
+    first: dict[str, float] = field(default_factory=dict)
+    """Metrics of the first step."""
     result_name: str = ""
+    """The folder of the result in the run."""
     frozen: frozenset[str] = frozenset()
     main: str = ""
     """The network whose average is the result."""
@@ -140,6 +144,8 @@ def watched(seen: Seen, again: bool = False):
         finally:
             if hook is not None:
                 hook.remove()
+        if not seen.steps:
+            seen.first = {name: float(total / count) for name, (total, count) in engine.window.items()}
         seen.steps += 1
         if seen.steps == seen.stop_after:
             os.kill(os.getpid(), signal.SIGTERM)

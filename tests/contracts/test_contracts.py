@@ -15,7 +15,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.models.model import Model
 from distill_cli.training.rehearsal import READERS
 from tests.contracts import diffusers_alone, running, taken
-from tests.contracts.running import METHODS, STEPS, STILL, call, hashes, lines, words
+from tests.contracts.running import METHODS, STEPS, STILL, call, hashes, words
 
 PAIRS = running.pairs()
 RECORD = taken.recorded()
@@ -53,20 +53,21 @@ def test_stopped_and_resumed_is_uninterrupted(method, family, runs):
     assert f"stopped at step {step} of {STEPS}" in parts.ended.check().err
     running.resume(method, parts.folder).check()
     one, other = hashes(whole.folder), hashes(parts.folder)
-    for found in (one, other):  # whose score is the mean loss since the checkpoint before
-        for name in [name for name in found if name.endswith("state.json")]:
+    extra = f"checkpoints/step-{step:06d}/" if step % running.SETTINGS["save_every"] else "none"
+    for found in (one, other):  # a state holds the mean loss since the checkpoint before
+        for name in [name for name in found if name.endswith("state.json") or name.startswith(extra)]:
             del found[name]
     assert [name for name in {**one, **other} if one.get(name) != other.get(name)] == []
-    assert len(one) > 4
+    assert len(one) > 6
 
 
 @every_pair
 def test_accumulation_is_the_same_step(method, family, runs):
     """The losses and gradient norms of a batch in one part and in two."""
-    one = numbers(lines(runs.still(method, family).folder)[0], "_loss", "_grad_norm")
+    one = numbers(runs.still(method, family).seen.first, "_loss", "_grad_norm")
     parts = runs.run(method, family, 1, accumulate=2, **STILL)
     parts.ended.check()
-    two = numbers(lines(parts.folder)[0], "_loss", "_grad_norm")
+    two = numbers(parts.seen.first, "_loss", "_grad_norm")
     assert two == pytest.approx(one, rel=1e-3)
     assert len(one) >= 2
 
@@ -82,7 +83,7 @@ def test_half_precision_trains(method, family, runs):
     weights = [value for file in path.glob("*.safetensors") for value in load_file(file).values()]
     assert {value.dtype for value in weights if value.is_floating_point()} == {torch.float32}
     names = [f"{name}_loss" for name in half.seen.start]
-    exact, found = ({name: lines(run.folder)[0][name] for name in names} for run in (runs.still(method, family), half))
+    exact, found = ({name: run.seen.first[name] for name in names} for run in (runs.still(method, family), half))
     assert found == pytest.approx(exact, rel=0.1)
     assert found != exact
 
@@ -103,15 +104,13 @@ def test_the_plan_is_what_happens(method, family, runs):
     assert not Counter(count for name, count in seen.items() if name not in whole.seen.frozen) - said
     if calls := planned(plan, "each step"):
         assert said == Counter(seen.values())
-        parts = dict(part.split(" ", 1) for part in calls.split("; "))
-        found = {("trains", True): parts.get("trains", ""), ("evaluates", False): parts.get("evaluates", "")}
-        for (_, trained), text in found.items():
-            counts = {
-                name: int(count) for name, count in re.findall(r"([\w ]+) on (\d+) images", text.replace(", ", ",").replace(",", ", "))
-            }
-            counts = {name.strip(): count for name, count in counts.items()}
-            assert counts == {name: count for (name, grad), count in whole.seen.forwards.items() if grad == trained}
-    stored = sum(bytes_of(file) for file in (whole.folder / "checkpoints").rglob("*"))
+        parts = {
+            verb: dict(re.findall(r"([^,;]+?) on (\d+) images", rest)) for verb, rest in re.findall(r"(trains|evaluates) ([^;]*)", calls)
+        }
+        for verb, trained in (("trains", True), ("evaluates", False)):
+            counts = {name.strip(" ,"): int(count) for name, count in parts.get(verb, {}).items()}
+            assert counts == {name: count for (name, with_gradient), count in whole.seen.forwards.items() if with_gradient == trained}
+    stored = running.SETTINGS["keep"] * sum(bytes_of(file) for file in (whole.folder / f"checkpoints/step-{STEPS:06d}").iterdir())
     number, unit = re.search(r"about ([\d.,]+) (kB|MB|GB)", planned(plan, "disk")).groups()
     scale = {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
     rounding = 0.5 * 10.0 ** -len(number.partition(".")[2]) * scale
@@ -146,14 +145,14 @@ def test_a_result_is_saved_as_it_was_trained(method, family, runs, tmp_path):
     result, folder = whole.seen.result, whole.folder / whole.seen.result_name
     kind = type(result)
     again = READERS[kind](folder)
-    written, first, second = hashes(folder), saved(again, kind, tmp_path / "again"), None
+    written, first = hashes(folder), saved(again, kind, tmp_path / "again")
     assert {name for name in {**written, **first} if written.get(name) != first.get(name)} <= {*FILLED}
-    second = saved(READERS[kind](tmp_path / "again"), kind, tmp_path / "more")
-    assert second == first
+    assert saved(READERS[kind](tmp_path / "again"), kind, tmp_path / "more") == first
     if isinstance(result, Model):
         if again.text is not None:
             again = again.with_prompts(result.text.prompts)
-        assert torch.equal(again.examples(0, 3)[0], result.examples(0, 3)[0])
+        apart = (again.examples(0, 3)[0] - result.examples(0, 3)[0]).abs().max()
+        assert apart <= (0 if again.text is None else 1e-4)  # in training texts are embedded once, in half precision
     else:
         assert saved(result, kind, tmp_path / "result") == written
 
@@ -173,13 +172,12 @@ def test_the_same_pictures_in_plain_diffusers(method, family, runs):
     theirs = diffusers_alone.pictures(folder, model, draws, labels)
     same = theirs is not None and bool((ours - theirs).abs().max() < 1e-4)
     assert ours.std() > 0.01
-    shown = call(["models", "show", str(folder), "--json"]).check().out
-    said = json.loads(shown).get("diffusers")
+    said = json.loads(call(["models", "show", str(folder), "--json"]).check().out).get("in_diffusers")
     if said is None and not same:
         pytest.xfail("no format says yet that diffusers samples it otherwise")
     if said is not None:
-        assert same == said["same"]
-        assert said["says"] in (folder / "README.md").read_text()
+        assert same == said.startswith("as distill")
+        assert said in (folder / "README.md").read_text()
 
 
 def test_words():
