@@ -54,6 +54,7 @@ class Engine:
         wanted = device(config.device)
         check_precision(wanted, config.precision)
         self.part = config.batch_size // config.accumulate
+        """Images of a step between two backward passes, over all processes."""
         if self.part % world_size():
             parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
             raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
