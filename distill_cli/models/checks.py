@@ -37,6 +37,9 @@ def _call(
 def rehearse(model: Model, where: str) -> None:
     """Raise DistillError where the model's network does not take what a denoiser gives it."""
     condition = model.conditioner.example(2, "meta")
+    beside = sorted(set(condition.parts) - model.backbone.inputs)
+    if beside:
+        raise DistillError(f"{where}: the network takes no {beside[0]}, which the model's {model.conditioner.summary} come as")
     _call(model.backbone.fresh, where, model.shape, model.shape, lambda network, x: network(x, torch.ones(2), condition))
 
 
