@@ -6,6 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,12 +64,8 @@ def text_of(path: Path) -> str:
 
 def describe(path: Path) -> str:
     """The comment that a recipe opens with: its command, cost and expected result."""
-    lines = []
-    for line in text_of(path).splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# ").rstrip())
-    return "\n".join(lines)
+    lines = takewhile(lambda line: line.startswith("#"), text_of(path).splitlines())
+    return "\n".join(line.lstrip("# ").rstrip() for line in lines)
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -99,13 +96,10 @@ _Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0
 
 def _unique(loader: _Loader, node: yaml.Node) -> None:
     """Raise if a key is given twice in a mapping, or in one that `<<` merges into it."""
-    if isinstance(node, yaml.SequenceNode):
-        for part in node.value:
-            _unique(loader, part)
-    if not isinstance(node, yaml.MappingNode):
-        return
     seen: set[Any] = set()
-    for key_node, value_node in node.value:
+    for part in node.value if isinstance(node, yaml.SequenceNode) else ():
+        _unique(loader, part)
+    for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
         merged = key_node.tag == f"{_TAG}merge"
         key = "<<" if merged else loader.construct_object(key_node)
         if key in seen:
@@ -155,7 +149,7 @@ def plain_kinds(annotation: Any) -> set[Any]:
     if typing.get_origin(annotation) is typing.Literal:
         return {type(choice) for choice in typing.get_args(annotation)}
     if typing.get_origin(annotation) is typing.Annotated:
-        return plain_kinds(typing.get_args(annotation)[0])
+        annotation = typing.get_args(annotation)[0]
     inner = set().union(*map(plain_kinds, typing.get_args(annotation)))
     return inner | {typing.get_origin(annotation) or annotation} - {typing.Union, types.UnionType}
 
@@ -168,16 +162,12 @@ def field_of(config: type[BaseModel], key: str) -> FieldInfo:
     return config.model_fields[last]
 
 
-def _kinds_of(config: type[BaseModel], key: str) -> set[Any]:
-    return plain_kinds(field_of(config, key).annotation)
-
-
 def _typed(config: type[BaseModel], key: str, text: str, flag: bool = False) -> Any:
     """The value of `key=text` or of a flag. Keys of text or paths take `text` as it is, others take YAML.
 
     After `key=` a text that may be None is so for `null`, and a list of text is YAML if it is in brackets, else has one element.
     """
-    kinds = _kinds_of(config, key)
+    kinds = plain_kinds(field_of(config, key).annotation)
     listed = list in kinds and text.startswith("[") and not flag
     if listed or not kinds <= {str, Path, list, type(None)}:
         name = flag_of(key) if flag else key
@@ -254,10 +244,7 @@ def _is_default(value: Any, key: str, of: Sequence[type[BaseModel]]) -> bool:
 
 
 def resolve(
-    config: type[ConfigT],
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
+    config: type[ConfigT], recipe: str | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> ConfigT:
     """The options of one command from its recipe, `key=value` overrides and flags (None: not given; text is typed by its key).
 
@@ -302,15 +289,14 @@ def resolve(
             errors.append(error.message)
             del values[key]
             continue
-        if isinstance(values[key], bool) and not _kinds_of(chosen, key) & {bool, str}:
+        if isinstance(values[key], bool) and not plain_kinds(field_of(chosen, key).annotation) & {bool, str}:
             errors.append(_said(sources[key], key, f"input should be a number (got {values[key]})"))
     try:
         out = chosen.model_validate(_nest(values))
     except ValidationError as error:
         errors += _explain(error, sources)
     if errors:
-        first, *others = errors
-        raise UsageError("\n".join([first, *(f"       {line}" for line in others)]), f"distill {command} --help-all shows every key")
+        raise UsageError("\n       ".join(errors), f"distill {command} --help-all shows every key")
     return out
 
 
@@ -322,10 +308,9 @@ def _said(source: str, key: str, message: str) -> str:
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
     lines = []
     for problem in error.errors(include_url=False):
-        place = [part for part in problem["loc"] if part not in ("int", "float", "str") and "[" not in str(part)]
-        names = [str(part) for part in place]
+        names = [str(part) for part in problem["loc"] if part not in ("int", "float", "str") and "[" not in str(part)]
         key = ".".join(name for name in names if not name.isdigit())
-        source = next((sources[known] for known in (key, *sources) if known == key and known in sources), "")
+        source = sources.get(key, "")
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] in ("string_type", "path_type"):
             message = "input should be a valid string: put it in quotes"
@@ -336,9 +321,9 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
 
 def choices(annotation: Any) -> list[str]:
     """The choices of a Literal type, which may be missing too."""
-    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
-    kinds = tuple(typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind for kind in kinds)
-    return [str(choice) for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
+    parts = typing.get_args(annotation)
+    literal = typing.get_origin(annotation) is typing.Literal
+    return [choice for part in parts for choice in ([str(part)] if literal else choices(part))]
 
 
 def _is_path(*parts: Any) -> bool:

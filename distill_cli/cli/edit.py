@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill_cli.cli import common
 from distill_cli.cli.options import HelpAll
+
+if TYPE_CHECKING:
+    from distill_cli.config import EditConfig
 
 
 def edit(
@@ -21,11 +24,7 @@ def edit(
     help_all: HelpAll = False,
 ) -> None:
     """Edit pictures with a consistency student that was never trained to edit."""
-    from distill_cli.config import EditConfig
-    from distill_cli.recipes import resolve
-
-    config = common.with_out(resolve(EditConfig, recipe, overrides or [], {"task": task, **context.obj}), recipe, task)
-    assert config.out is not None
+    config: EditConfig = common.asked(context, recipe, overrides, task, task=task)
     if common.planned_without(config.model, config, dry_run):
         return
     if dry_run and context.obj["model"] is None and not Path(config.model).exists():
@@ -38,6 +37,7 @@ def edit(
     from distill_cli.models.cost import sketched
 
     student = sketched(config.model, dry_run)[0] or load(config.model)
+    assert config.out is not None
     work = task_of(config, student, config.out)
     common.say_read("edit", student, work)
     work.check()

@@ -59,7 +59,9 @@ class SampleConfig(GenerateConfig):
 class EvaluateConfig(Config):
     """distill evaluate"""
 
-    model: Annotated[list[Name], BeforeValidator(lambda one: [one] if isinstance(one, str) else one), Field(min_length=1)] = Field(["digits"], description="models as for sample (NAME@STEPS samples in that many steps), or .npz files of images")
+    model: Annotated[list[Name], BeforeValidator(lambda one: [one] if isinstance(one, str) else one), Field(min_length=1)] = Field(
+        ["digits"], description="models as for sample (NAME@STEPS samples in that many steps), or .npz files of images"
+    )
     data: Name = Field("digits", description="the real images: a built-in set or a folder")
     resolution: Positive | None = Field(None, description="image width in pixels; a folder needs it, a built-in set has its own")
     classifier: Name = Field("digits", description="whose features are measured: built in, or a folder of `distill classifier`")
@@ -96,7 +98,9 @@ class EditConfig(Config):
     input: Place | None = Field(None, description="a picture or a folder of pictures; interpolate takes none")
     mask: Place | None = Field(None, description="inpaint: a picture of the input's size, white where new content goes")
     patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: the enlargement, in each direction")
-    times: Text | None = Field(None, description="as for sample; default every fourth of 40 points (sdedit: from the 20th on), for interpolate the model's own")
+    times: Text | None = Field(
+        None, description="as for sample; default every fourth of 40 points (sdedit: from the 20th on), for interpolate the model's own"
+    )
     classes: Classes = Field(None, description="labels of the pictures in turn; default: without, if the model allows")
     frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: pictures from one noise to the next")
     batch_size: Positive = Field(100, description="pictures in a batch")
