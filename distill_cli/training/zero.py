@@ -77,10 +77,8 @@ def settings_of(theirs: dict[str, Any], config: TrainingConfig, parameters: int)
     """DeepSpeed's settings for a run of a network with so many parameters; raises UsageError for those that train something else."""
     zero = theirs.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2):
-        raise UsageError(
-            f"DeepSpeed's ZeRO stage {zero.get('stage', 0)} is not supported",
-            "stage 1 or 2; FSDP (fsdp_version 2) shards the weights too, and without DeepSpeed nothing is sharded",
-        )
+        hint = "stage 1 or 2; FSDP (fsdp_version 2) shards the weights too, and without DeepSpeed nothing is sharded"
+        raise UsageError(f"DeepSpeed's ZeRO stage {zero.get('stage', 0)} is not supported", hint)
     for kind in ("offload_optimizer", "offload_param"):
         if (zero.get(kind) or {}).get("device") not in (None, "none"):
             raise UsageError(f"DeepSpeed's {kind} is not supported", "leave it out: moments are spread over the processes")
@@ -115,9 +113,8 @@ def tracker_of(config: TrainingConfig) -> str | None:
     if config.tracker == "none":
         return None
     if importlib.util.find_spec(config.tracker) is None:
-        raise UsageError(
-            f"tracker: {config.tracker} is not installed", f"pip install {config.tracker}; metrics.jsonl is written without it too"
-        )
+        hint = f"pip install {config.tracker}; metrics.jsonl is written without it too"
+        raise UsageError(f"tracker: {config.tracker} is not installed", hint)
     return config.tracker
 
 
@@ -190,9 +187,8 @@ class Zero:
         if not saved["state"]:
             return
         where = share.device if self._inner.param_groups[0].get("fused") else "cpu"  # of the count of steps
-        moments: dict[str, Tensor] = {
-            key: torch.zeros_like(share) if value.ndim else value.to(where, copy=True) for key, value in saved["state"][0].items()
-        }
+        first = saved["state"][0].items()
+        moments = {key: torch.zeros_like(share) if value.ndim else value.to(where, copy=True) for key, value in first}
         for k, parameter in enumerate(self.parameters):
             place: Any = parameter._hp_mapping  # type: ignore[attr-defined]
             if place is None:  # in another process's share
