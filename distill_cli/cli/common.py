@@ -55,7 +55,7 @@ def begin_job() -> None:
 
 
 def start_processes(count: int | None, prompts: str | None = None) -> None:
-    """Where `count` processes are wanted and this is not one of them, start them, wait, and end this one with their exit code.
+    """Where `count` processes are wanted and this is not one of them, start them, wait, and end with their exit code.
 
     `prompts` that come through a pipe are read here, for all of them.
     """
@@ -118,19 +118,15 @@ def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
     """Whether a dry run is done because its teacher is not here yet: it downloads nothing, and the plan says what it would."""
     from distill_cli.models.sources import hub, published
 
-    if not dry_run_wanted or hub.short_name(teacher):  # whose sketch is known
-        return False
-    download = published.to_download(teacher) or hub.to_download(teacher)
+    known = not dry_run_wanted or hub.short_name(teacher)  # of the latter there is a sketch
+    download = "" if known else published.to_download(teacher) or hub.to_download(teacher)
     if download:
         dry_run(config, {"download": download})
     return bool(download)
 
 
 def open_model(command: str, name: str, config: GenerateT, sketched: Model | None = None) -> tuple[Model, GenerateT]:
-    """The model, or its sketch, at the resolution and for the prompts of a job, and the job's options with what depends on the two.
-
-    Says what was read.
-    """
+    """The model, or its sketch, at the resolution and for the prompts of a job, and the job's options; says what was read."""
     from distill_cli.models import load
     from distill_cli.models.model import LARGE
 

@@ -33,9 +33,7 @@ class TrainingConfig(Config):
     save_every: Every = Field(500, description="steps between checkpoints, or a time such as 30s, 10m, 2h")
     keep: Positive = Field(2, description="newest checkpoints kept")
     keep_best: Count = Field(0, description="older checkpoints kept besides: those with the lowest loss since the one before")
-    on_nan: Literal["stop", "skip"] = Field(
-        "stop", description="what happens at a gradient that is not finite: the run ends, or the step is left out"
-    )
+    on_nan: Literal["stop", "skip"] = Field("stop", description="at a gradient that is not finite: end the run, or leave the step out")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field("none", description="besides metrics.jsonl; wandb runs offline")
 
     @model_validator(mode="after")

@@ -39,10 +39,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def begun(config: TrainingConfig, objective: Objective) -> dict[str, Any]:
-    """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items.
-
-    `objective.identity` names what else it must find again, by the option that gives it: digests of networks, pairs and prompts.
-    """
+    """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items."""
     images = objective.images
     return {
         "optimizer": config.optimizer,
@@ -141,10 +138,7 @@ def newest(folder: Path, talk: Any) -> int | None:
 def take_up(
     folder: Path, step: int, networks: Networks, optimizers: Mapping[str, Any], check: Callable[[dict[str, Any]], None], talk: Any
 ) -> dict[str, Any]:
-    """As checkpoint.load, by all processes or none: where one cannot read the checkpoint all of them raise what it has to say.
-
-    `check` may refuse what the checkpoint says that the run has begun with.
-    """
+    """As checkpoint.load, by all processes or none: where one raises all do. `check` may refuse what the run has begun with."""
     agreed = False
     path = checkpoint.path_of(folder, step)
 

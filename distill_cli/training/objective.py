@@ -118,15 +118,11 @@ class Calls:
         return sum(call.images for call in self.forwards) + 3 * sum(call.images for call in self.trainings)
 
     def __str__(self) -> str:
-        parts = {"trains": self.trainings, "evaluates": self.forwards}
-        return "; ".join(f"{verb} {_counted(calls)}" for verb, calls in parts.items() if calls)
-
-
-def _counted(calls: Iterable[Call]) -> str:
-    totals: dict[str, int] = {}
-    for name, images in calls:
-        totals[name] = totals.get(name, 0) + images
-    return ", ".join(f"{name} on {images} images" for name, images in totals.items())
+        said = []
+        for verb, calls in (("trains", self.trainings), ("evaluates", self.forwards)):
+            totals = {name: sum(call.images for call in calls if call.network == name) for name, _ in calls}
+            said += [f"{verb} {', '.join(f'{name} on {images} images' for name, images in totals.items())}"] if totals else []
+        return "; ".join(said)
 
 
 def refuse_student(model: Model, name: str, method: str) -> None:
@@ -142,10 +138,9 @@ def student_of(start: Lineage, method: str, teacher_hash: str, data: str = "") -
 
 
 class Objective:
-    """A training method. What it does not need is as here.
+    """A training method; what it does not need is as here. Steps are counted from 0.
 
     A step of the engine is `before`, then for each turn of `turns` a backward pass and an optimizer step, then `after`.
-    Steps are counted from 0.
     """
 
     config: TrainingConfig

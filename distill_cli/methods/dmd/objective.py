@@ -193,13 +193,9 @@ class DMD(Objective):
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        return replace(
-            self.teacher,
-            denoiser=network,
-            conditioner=self.teacher.conditioner.taught(self.config.classes),
-            lineage=student_of(self.teacher.lineage, "dmd", self.teacher_hash),
-            sampler=Sampler.one_step(self.schedule),
-        )
+        teacher = self.teacher
+        conditioner, lineage = teacher.conditioner.taught(self.config.classes), student_of(teacher.lineage, "dmd", self.teacher_hash)
+        return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=Sampler.one_step(self.schedule))
 
     def compared(self, made: Model) -> Rows:
         return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
@@ -242,8 +238,7 @@ def prompted(
 ) -> tuple[Model, Conditioner]:
     """The teacher for the prompts of a run, opened here unless given, and what makes conditions of its pairs' labels.
 
-    The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
-    What is `planned` alone has none.
+    The embeddings of all prompts stand beside the pairs, or in the run's folder: training needs no text encoder. A plan has none.
     """
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
