@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -104,33 +104,36 @@ def asked(context: typer.Context, recipe: str | None, overrides: list[str] | Non
     return config.model_copy(update={"out": Path("runs") / (Path(recipe).stem if recipe else name)})
 
 
-def dry_run(config: Config, plan: dict[str, Any]) -> None:
-    """Print the resolved recipe, then the plan as comments: the whole is a recipe again."""
+def dry_run(config: Config, plan: dict[str, Any]) -> NoReturn:
+    """Print the resolved recipe, then the plan as comments (the whole is a recipe again), and end the command."""
     from distill_cli.recipes import dump
 
     print(dump(config, comments=True), end="")
     print("# plan")
     for key, value in plan.items():
         print(f"#   {key}: {printable(value)}")
+    raise typer.Exit
 
 
-def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
-    """Whether a dry run is done because its teacher is not here yet: it downloads nothing, and the plan says what it would."""
+def plan_without(teacher: str, config: Config) -> None:
+    """End a dry run whose teacher is not here yet, unless there is a sketch: it downloads nothing, and the plan says what it would."""
     from distill_cli.models.sources import hub, published
 
-    known = not dry_run_wanted or hub.short_name(teacher)  # of the latter there is a sketch
-    download = "" if known else published.to_download(teacher) or hub.to_download(teacher)
-    if download:
+    if not hub.short_name(teacher) and (download := published.to_download(teacher) or hub.to_download(teacher)):
         dry_run(config, {"download": download})
-    return bool(download)
 
 
-def open_model(command: str, name: str, config: GenerateT, sketched: Model | None = None) -> tuple[Model, GenerateT]:
-    """The model, or its sketch, at the resolution and for the prompts of a job, and the job's options; says what was read."""
+def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tuple[Model, GenerateT, dict[str, str]]:
+    """The model at the resolution and for the prompts of a job, the job's options, and what its plan says of a download.
+
+    A dry run has a sketch of a model that is not here. Says what was read.
+    """
     from distill_cli.models import load
+    from distill_cli.models.cost import sketched
     from distill_cli.models.model import LARGE
 
-    model = load(name, config.steps) if sketched is None else sketched
+    sketch, download = sketched(name, dry_run)
+    model = load(name, config.steps) if sketch is None else sketch
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
     repeat = getattr(config, "images_per_prompt", 1)
@@ -142,7 +145,7 @@ def open_model(command: str, name: str, config: GenerateT, sketched: Model | Non
     say_read(command, model, given)
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
-    return model, config
+    return model, config, download
 
 
 def open_run(context: typer.Context, recipe: str | None, overrides: list[str] | None, dry_run: bool, resume: Path | None) -> Any:
@@ -185,7 +188,6 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
     objective = load(f"methods.{method.objective}")(config, job)
     if dry_run_wanted:
         dry_run(objective.config, {**job.plan, **plan(objective)})
-        return
     engine = Engine(objective.config, objective)
     job.begin(engine)
     made = engine.train()

@@ -25,12 +25,11 @@ def edit(
 ) -> None:
     """Edit pictures with a consistency student that was never trained to edit."""
     config: EditConfig = common.asked(context, recipe, overrides, task, task=task)
-    if common.planned_without(config.model, config, dry_run):
-        return
-    if dry_run and context.obj["model"] is None and not Path(config.model).exists():
-        common.dry_run(config, {"model": f"{config.model} is not there yet: --model"})
-        return
-    if not dry_run:
+    if dry_run:
+        common.plan_without(config.model, config)
+        if context.obj["model"] is None and not Path(config.model).exists():
+            common.dry_run(config, {"model": f"{config.model} is not there yet: --model"})
+    else:
         common.begin_job()
     from distill_cli.edit.job import run, task_of
     from distill_cli.models import load
@@ -43,6 +42,5 @@ def edit(
     work.check()
     if dry_run:
         common.dry_run(config, {"pictures": len(work.names), "network evaluations": f"{len(work.times)} a picture"})
-        return
     data = run(work)
     common.result(data, f"{task}: {data['pictures']} pictures in {config.out} ({data['made']} made)\npicture: {data['picture']}", json)

@@ -36,7 +36,6 @@ def evaluate(
         count = config.num if config.prompts is None else count_of(config, len(given))
         plan = {"images": f"{count} of each of {len(config.model)} models, kept in {config.out}/samples"}
         common.dry_run(config.model_copy(update={"num": count}), plan)
-        return
     common.start_processes(num_processes, config.prompts)
     from distill_cli.evaluate import report as of_images
     from distill_cli.evaluate import text as of_prompts

@@ -45,19 +45,16 @@ def pairs(
         return
     part = parse_part(shards)
     config: PairsConfig = common.asked(context, recipe, overrides, "pairs")
-    if common.planned_without(config.teacher, config, dry_run):
-        return
-    if not dry_run:
+    if dry_run:
+        common.plan_without(config.teacher, config)
+    else:
         common.start_processes(num_processes, config.prompts)
-    from distill_cli.models.cost import sketched
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
-    sketch, download = sketched(config.teacher, dry_run)
-    model, config = common.open_model("pairs", config.teacher, config, sketch)
+    model, config, download = common.open_model("pairs", config.teacher, config, dry_run)
     assert config.out is not None
     if dry_run:
         common.dry_run(config, {**download, **plan(manifest_of(config, model), model)})
-        return
     counts = generate(config, model, config.out, part)
     text = f"pairs: {config.num} in {config.out} ({counts['made']} shards made, {counts['kept']} were there)"
     common.shared_result({"folder": str(config.out), "pairs": config.num, **counts}, text, json, "shards")

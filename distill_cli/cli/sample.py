@@ -32,15 +32,13 @@ def sample(
     part = parse_part(shards)
     if config.search_times and part != (0, 1):
         raise UsageError("--search-times makes no samples, so --shards has no use here")
-    if not dry_run:
+    if dry_run:
+        common.plan_without(config.model, config)
+    else:
         common.start_processes(num_processes, config.prompts)
-    if common.planned_without(config.model, config, dry_run):
-        return
-    from distill_cli.models.cost import sketched
     from distill_cli.sample import batch
 
-    sketch, download = sketched(config.model, dry_run)
-    loaded, config = common.open_model("sample", config.model, config, sketch)
+    loaded, config, download = common.open_model("sample", config.model, config, dry_run)
     assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
@@ -50,11 +48,9 @@ def sample(
             common.say(f"--times {config.times}: {said}")
     if dry_run and config.search_times:
         common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
-        return
     if dry_run:
         calls = loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls).evaluations
         common.dry_run(config, download | {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
-        return
     if config.search_times:
         _search(config, loaded, json)
         return
