@@ -142,6 +142,8 @@ class Zero:
             made.set_mixed_precision("no")
         with redirect_stdout(sys.stderr):
             self.engine, _ = accelerator.prepare(network, optimizer)
+        self.inner: torch.optim.Optimizer = self.engine.optimizer.optimizer
+        """The optimizer of the flat share that this process has of the weights."""
         self.parameters = list(network.parameters())
         self.param_groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": optimizer.defaults["lr"]}]
 
@@ -152,7 +154,7 @@ class Zero:
 
     def step(self) -> Tensor:
         """Clip, step and clear the gradients; returns their norm before it was clipped, NaN where it was no number."""
-        for group in self._inner.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
@@ -161,19 +163,13 @@ class Zero:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """DeepSpeed clears them as it steps."""
 
-    @property
-    def _inner(self) -> torch.optim.Optimizer:
-        """The optimizer of the flat share that this process has of the weights."""
-        inner: torch.optim.Optimizer = self.engine.optimizer.optimizer
-        return inner
-
     def state_dict(self) -> dict[str, Any]:
         """As of a torch optimizer of the whole network, on process 0; all of them have to call."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        settings = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
+        settings = {key: value for key, value in self.inner.param_groups[0].items() if key != "params"}
         state: dict[int, dict[str, Tensor]] = {}
-        for share in self._inner.state.values():  # one, or before the first step none
+        for share in self.inner.state.values():  # one, or before the first step none
             for k, parameter in enumerate(self.parameters):
                 moments = {key: safe_get_full_optimizer_state(parameter, key) for key, value in share.items() if value.ndim}
                 if rank() == 0:
@@ -186,7 +182,7 @@ class Zero:
         (share,) = self.engine.optimizer.single_partition_of_fp32_groups
         if not saved["state"]:
             return
-        where = share.device if self._inner.param_groups[0].get("fused") else "cpu"  # of the count of steps
+        where = share.device if self.inner.param_groups[0].get("fused") else "cpu"  # of the count of steps
         first = saved["state"][0].items()
         moments = {key: torch.zeros_like(share) if value.ndim else value.to(where, copy=True) for key, value in first}
         for k, parameter in enumerate(self.parameters):
@@ -197,4 +193,4 @@ class Zero:
             for key, value in saved["state"][k].items():
                 if value.ndim:
                     moments[key][here.start : here.start + here.numel] = value.flatten()[there.start : there.start + there.numel]
-        self._inner.state[share] = moments
+        self.inner.state[share] = moments
