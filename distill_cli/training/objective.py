@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -76,11 +78,8 @@ class Phase(NamedTuple):
 
 def phase_at(phases: Sequence[Phase], step: int) -> int:
     """The number of the phase in which step 0, 1, ... is made; past the end the last one."""
-    for number, phase in enumerate(phases):
-        if step < phase.steps:
-            return number
-        step -= phase.steps
-    return len(phases) - 1
+    ends = [*accumulate(phase.steps for phase in phases)]
+    return min(bisect_right(ends, step), len(phases) - 1)
 
 
 def span_at(phases: Sequence[Phase], step: int) -> tuple[int, int]:

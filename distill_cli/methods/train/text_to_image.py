@@ -77,21 +77,15 @@ class TextToImage(TeacherObjective):
         if images.shape[-1] // VAECodec(vae).factor % parts:
             several = f"the autoencoder and {len(config.network.channels)} network.channels"
             raise UsageError(f"resolution {images.shape[-1]}: {several} do not divide it")
+        scheduler = {"_class_name": "DDIMScheduler", **STABLE_DIFFUSION, "beta_schedule": config.beta_schedule, "clip_sample": False}
+        scheduler |= {"steps_offset": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.prediction == "v"}
         self.teacher = create(
             vae=vae,
             tokenizer=tokenizer,
             pixels=images.shape[-1],
             network=config.network,
             text=config.text,
-            scheduler={
-                "_class_name": "DDIMScheduler",
-                **STABLE_DIFFUSION,
-                "beta_schedule": config.beta_schedule,
-                "clip_sample": False,
-                "steps_offset": 1,
-                "timestep_spacing": "trailing",
-                "rescale_betas_zero_snr": config.prediction == "v",
-            },
+            scheduler=scheduler,
             parameterisation=config.prediction,
             lineage=Lineage(name=config.data, method="denoising", data=config.data),
             guidance_scale=config.guidance_scale,
