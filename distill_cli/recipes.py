@@ -6,8 +6,9 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -63,12 +64,8 @@ def text_of(path: Path) -> str:
 
 def describe(path: Path) -> str:
     """The comment that a recipe opens with: its command, cost and expected result."""
-    lines = []
-    for line in text_of(path).splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# ").rstrip())
-    return "\n".join(lines)
+    lines = takewhile(lambda line: line.startswith("#"), text_of(path).splitlines())
+    return "\n".join(line.lstrip("# ").rstrip() for line in lines)
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -99,13 +96,10 @@ _Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0
 
 def _unique(loader: _Loader, node: yaml.Node) -> None:
     """Raise if a key is given twice in a mapping, or in one that `<<` merges into it."""
-    if isinstance(node, yaml.SequenceNode):
-        for part in node.value:
-            _unique(loader, part)
-    if not isinstance(node, yaml.MappingNode):
-        return
     seen: set[Any] = set()
-    for key_node, value_node in node.value:
+    for part in node.value if isinstance(node, yaml.SequenceNode) else ():
+        _unique(loader, part)
+    for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
         merged = key_node.tag == f"{_TAG}merge"
         key = "<<" if merged else loader.construct_object(key_node)
         if key in seen:
@@ -155,7 +149,7 @@ def plain_kinds(annotation: Any) -> set[Any]:
     if typing.get_origin(annotation) is typing.Literal:
         return {type(choice) for choice in typing.get_args(annotation)}
     if typing.get_origin(annotation) is typing.Annotated:
-        return plain_kinds(typing.get_args(annotation)[0])
+        annotation = typing.get_args(annotation)[0]
     inner = set().union(*map(plain_kinds, typing.get_args(annotation)))
     return inner | {typing.get_origin(annotation) or annotation} - {typing.Union, types.UnionType}
 
@@ -168,22 +162,26 @@ def field_of(config: type[BaseModel], key: str) -> FieldInfo:
     return config.model_fields[last]
 
 
-def _kinds_of(config: type[BaseModel], key: str) -> set[Any]:
-    return plain_kinds(field_of(config, key).annotation)
+class _Given(NamedTuple):
+    """What a key was given, how errors name it, and how it was given: in a recipe's "file", as "key"=value, or by a "flag"."""
+
+    value: Any
+    name: str
+    how: str
 
 
-def _typed(config: type[BaseModel], key: str, text: str, flag: bool = False) -> Any:
-    """The value of `key=text` or of a flag. Keys of text or paths take `text` as it is, others take YAML.
+def _typed(given: _Given, kinds: set[Any]) -> Any:
+    """The value of a key of some plain types. Text after `key=` or a flag is YAML, but for keys of text or paths, which take it as it is.
 
     After `key=` a text that may be None is so for `null`, and a list of text is YAML if it is in brackets, else has one element.
     """
-    kinds = _kinds_of(config, key)
-    listed = list in kinds and text.startswith("[") and not flag
-    if listed or not kinds <= {str, Path, list, type(None)}:
-        name = flag_of(key) if flag else key
-        value = parse_yaml(text, name)
+    text, flag = given.value, given.how == "flag"
+    if not isinstance(text, str) or given.how == "file":
+        return text
+    if (list in kinds and text.startswith("[") and not flag) or not kinds <= {str, Path, list, type(None)}:
+        value = parse_yaml(text, given.name)
         if value is None and text.strip() not in ("null", "~"):
-            raise UsageError(f"{name}: is empty ({'null means' if type(None) in kinds else 'leave it out for'} the default)")
+            raise UsageError(f"{given.name}: is empty ({'null means' if type(None) in kinds else 'leave it out for'} the default)")
         return value
     return None if text == "null" and type(None) in kinds and not flag else text
 
@@ -224,27 +222,27 @@ def flag_of(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _chosen(config: type[ConfigT], values: dict[str, Any], sources: dict[str, str], errors: list[str]) -> type[ConfigT]:
-    """The class of the method that the values choose, of those that a command has; its keys of other methods are taken out or refused.
+def _chosen(config: type[ConfigT], given: dict[str, _Given], errors: list[str]) -> type[ConfigT]:
+    """The class of the method that is given, of those that a command has; keys of its other methods are taken out or refused.
 
     Runs of before wrote the keys of all methods into their recipes: of another method's key in a file, what stands for its default goes.
     """
     choices = {name: kind for name, kind in kinds(command_of(config)).items() if issubclass(kind, config)}
     first = next(iter(choices))
-    name = values.get("method", first) if "method" in config.model_fields else first
+    name = given["method"].value if "method" in given and "method" in config.model_fields else first
     out = choices.get(str(name))
     if out is None:
         names = [f"'{choice}'" for choice in choices]
-        errors.append(_said(sources["method"], "method", f"input should be {', '.join(names[:-1])} or {names[-1]} (got {name!r})"))
-        del values["method"]
+        errors.append(f"{given.pop('method').name}: input should be {', '.join(names[:-1])} or {names[-1]} (got {name!r})")
     known = keys(out or config)
-    for key in [key for key in values if key not in known]:
+    for key in [key for key in given if key not in known]:
         others = [kind for kind in choices.values() if key in keys(kind)]
-        given, source = values.pop(key), sources[key]
+        wrong = given.pop(key)
         if not others:
-            errors.append(f"{source}unknown key {key} ({nearest(key, known)})")
-        elif out is not None and not (source.endswith(": ") and not source.startswith("--") and _is_default(given, key, others)):
-            errors.append(_said(source, key, f"not a key of method {name} ({nearest(key, known)})"))
+            where = f"{wrong.name}: " if wrong.how == "flag" else wrong.name.removesuffix(key)
+            errors.append(f"{where}unknown key {key} ({nearest(key, known)})")
+        elif out is not None and not (wrong.how == "file" and _is_default(wrong.value, key, others)):
+            errors.append(f"{wrong.name}: not a key of method {name} ({nearest(key, known)})")
     return out or choices[first]
 
 
@@ -254,10 +252,7 @@ def _is_default(value: Any, key: str, of: Sequence[type[BaseModel]]) -> bool:
 
 
 def resolve(
-    config: type[ConfigT],
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
+    config: type[ConfigT], recipe: str | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
 ) -> ConfigT:
     """The options of one command from its recipe, `key=value` overrides and flags (None: not given; text is typed by its key).
 
@@ -266,79 +261,68 @@ def resolve(
     """
     command = command_of(config)
     errors: list[str] = []
-    sources: dict[str, str] = {}
-    values: dict[str, Any] = {}
+    given: dict[str, _Given] = {}
     if recipe is not None:
         path = find(recipe)
         data = read(path)
         if data["command"] != command:
             raise UsageError(f"--recipe {recipe}: made for `distill {data['command']}`, not for `distill {command}`")
         for key, value in _flatten([*kinds(command).values()], {k: v for k, v in data.items() if k != "command"}):
-            if key in values:
+            if key in given:
                 errors.append(f"{path}: key {key} is given twice")
-            values[key], sources[key] = value, f"{path}: "
-    given: set[str] = set()
+            given[key] = _Given(value, f"{path}: {key}", "file")
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             errors.append(f"{text}: not of the form key=value")
             continue
-        if key in given:
+        if key in given and given[key].how == "key":
             errors.append(f"{key}: given twice")
-        given.add(key)
-        values[key], sources[key] = value, ""
+        given[key] = _Given(value, key, "key")
     for key, value in (flags or {}).items():
         if value is not None:
-            if key in given:
+            if key in given and given[key].how == "key":
                 errors.append(f"{key}: given twice, as {flag_of(key)} and as {key}=")
-            values[key], sources[key] = value, f"{flag_of(key)}: "
-    chosen = _chosen(config, values, sources, errors)
-    for key, value in list(values.items()):
-        flag = sources[key] == f"{flag_of(key)}: "
+            given[key] = _Given(value, flag_of(key), "flag")
+    chosen = _chosen(config, given, errors)
+    values: dict[str, Any] = {}
+    for key, each in given.items():
+        plain = plain_kinds(field_of(chosen, key).annotation)
         try:
-            if isinstance(value, str) and (flag or not sources[key]):
-                values[key] = _typed(chosen, key, value, flag)
+            values[key] = _typed(each, plain)
         except UsageError as error:
             errors.append(error.message)
-            del values[key]
             continue
-        if isinstance(values[key], bool) and not _kinds_of(chosen, key) & {bool, str}:
-            errors.append(_said(sources[key], key, f"input should be a number (got {values[key]})"))
+        if isinstance(values[key], bool) and not plain & {bool, str}:
+            errors.append(f"{each.name}: input should be a number (got {values[key]})")
     try:
         out = chosen.model_validate(_nest(values))
     except ValidationError as error:
-        errors += _explain(error, sources)
+        errors += _explain(error, given)
     if errors:
-        first, *others = errors
-        raise UsageError("\n".join([first, *(f"       {line}" for line in others)]), f"distill {command} --help-all shows every key")
+        raise UsageError("\n       ".join(errors), f"distill {command} --help-all shows every key")
     return out
 
 
-def _said(source: str, key: str, message: str) -> str:
-    """A line about a key, which a flag names already."""
-    return f"{source}{message}" if source == f"{flag_of(key)}: " or not key else f"{source}{key}: {message}"
-
-
-def _explain(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
+def _explain(error: ValidationError, given: Mapping[str, _Given]) -> list[str]:
     lines = []
     for problem in error.errors(include_url=False):
-        place = [part for part in problem["loc"] if part not in ("int", "float", "str") and "[" not in str(part)]
-        names = [str(part) for part in place]
+        names = [str(part) for part in problem["loc"] if part not in ("int", "float", "str") and "[" not in str(part)]
         key = ".".join(name for name in names if not name.isdigit())
-        source = next((sources[known] for known in (key, *sources) if known == key and known in sources), "")
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] in ("string_type", "path_type"):
             message = "input should be a valid string: put it in quotes"
         shown = f" (got {problem['input']!r})" if isinstance(problem["input"], str | int | float | list) else ""
-        lines.append(_said(source, key, f"{message[:1].lower()}{message[1:]}{shown}"))
+        where = given[key].name if key in given else key
+        lines.append(f"{where}{': ' if where else ''}{message[:1].lower()}{message[1:]}{shown}")
     return lines
 
 
 def choices(annotation: Any) -> list[str]:
     """The choices of a Literal type, which may be missing too."""
-    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
-    kinds = tuple(typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind for kind in kinds)
-    return [str(choice) for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
+    parts = typing.get_args(annotation)
+    literal = typing.get_origin(annotation) is typing.Literal
+    return [choice for part in parts for choice in ([str(part)] if literal else choices(part))]
 
 
 def _is_path(*parts: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     calls = sampling.evaluations
-    turn = iter(range(10**9))
+    turn = count()
 
     def bare() -> Callable[[], None]:
         raw = Raw(model, config.batch_size, where, config.precision)
@@ -126,7 +127,7 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
 
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
-    turn = iter(range(10**9))
+    turn = count()
     prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
 
     def bare() -> Callable[[], None]:
@@ -169,8 +170,5 @@ def bench_sample(config: SampleConfig, folder: Path) -> Case:
     return _bench_generation(config, model, lambda k: batch.sample(config, model, folder / str(k)))
 
 
-CASES: dict[str, Callable[..., Case]] = {
-    **{command: partial(training, command) for command in TRAINING},
-    "pairs": bench_pairs,
-    "sample": bench_sample,
-}
+CASES: dict[str, Callable[..., Case]] = {command: partial(training, command) for command in TRAINING}
+CASES |= {"pairs": bench_pairs, "sample": bench_sample}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import statistics
@@ -10,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill_cli.processes import usable_cpus
 from distill_cli.runs import versions
 
 WARM_UP = 2
@@ -35,14 +36,12 @@ class Case:
 
 def _timed(work: Callable[[], Any], where: torch.device) -> float:
     """Seconds of one call, the device's work included."""
-    calls = GPU_CALLS if where.type == "cuda" else 1
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
+    calls, wait = (GPU_CALLS, partial(torch.cuda.synchronize, where)) if where.type == "cuda" else (1, lambda: None)
+    wait()
     start = time.perf_counter()
     for _ in range(calls):
         work()
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
+    wait()
     return (time.perf_counter() - start) / calls
 
 
@@ -62,8 +61,7 @@ def machine(where: torch.device) -> str:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {usable_cpus()} cores, {torch.get_num_threads()} threads"
 
 
 def measured(command: str, case: Case, repeats: int) -> dict[str, Any]:
@@ -76,8 +74,9 @@ def measured(command: str, case: Case, repeats: int) -> dict[str, Any]:
         bare()
     ours: list[float] = []
     raw: list[float] = []
+    both = [(raw, bare), (ours, case.ours)]
     for turn in range(repeats):
-        for kind, work in ((ours, case.ours), (raw, bare)) if turn % 2 else ((raw, bare), (ours, case.ours)):
+        for kind, work in reversed(both) if turn % 2 else both:
             kind.append(_timed(work, case.where))
     return {
         "bench": command,

@@ -95,7 +95,6 @@ def _usage(error: Any) -> int:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done or preempted, 1 the user can fix it, 2 usage, 3 a bug, 130 interrupted."""
-    debug = os.environ.get("DISTILL_DEBUG") == "1"
     common.ARGUMENTS, common.RESUMES = sys.argv[1:] if arguments is None else arguments, False
     with suppress(UsageError):  # said where a job begins: help and lists need none of it
         processes.adopt_slurm()
@@ -109,29 +108,12 @@ def run(arguments: list[str] | None = None) -> int:
         return _usage(error)
     except Interrupted as error:
         return _fail(error.message, error.hint, error.exit_code, "stop")
-    except DistillError as error:
-        if debug:
-            raise
-        return _fail(error.message, error.hint, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", "", 130)
-    except OSError as error:
-        if debug:
+    except Exception as error:
+        if os.environ.get("DISTILL_DEBUG") == "1":
             raise
-        return _fail(f"{error.filename or 'input/output'}: {(error.strerror or str(error)).lower()}", "", 1)
-    except Exception as error:  # the last line of defence: a bug, said in one line
-        if debug:
-            raise
-        if _lost_another(error):
-            lost = "another process of this run has ended"
-            return 1 if processes.supervised() else _fail(lost, "the same command, or --resume, goes on from what is complete", 1)
-        if _no_memory(error):
-            what = " ".join(str(error).split())[:100]
-            return _fail(f"out of memory{f' ({what})' if what else ''}", NO_MEMORY, 1)
-        text = " ".join(str(error).split())[:300]
-        if "torch" in sys.modules and (trouble := torchvision_trouble(sys.modules["torch"].__version__, str(error))):
-            return _fail(trouble, REINSTALL, 1)
-        return _fail(f"{type(error).__name__}: {text}", "this is a bug of distill; DISTILL_DEBUG=1 shows where", 3)
+        return _failed(error)
     finally:
         locks.release()
 
@@ -139,9 +121,21 @@ def run(arguments: list[str] | None = None) -> int:
 NO_MEMORY = "a smaller batch_size, accumulate=2 or more in training, precision=bf16; another program may hold some of it"
 
 
-def _no_memory(error: Exception) -> bool:
-    """Whether an error is the GPU's or the machine's memory being full, as torch and Python say it."""
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+def _failed(error: Exception) -> int:
+    """Print an error, in one line; what none of this knows is a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, DistillError):
+        return _fail(error.message, error.hint, error.exit_code)
+    if isinstance(error, OSError):
+        return _fail(f"{error.filename or 'input/output'}: {(error.strerror or str(error)).lower()}", "", 1)
+    if _lost_another(error):
+        lost = "another process of this run has ended"
+        return 1 if processes.supervised() else _fail(lost, "the same command, or --resume, goes on from what is complete", 1)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return _fail(f"out of memory{f' ({text[:100]})' if text else ''}", NO_MEMORY, 1)
+    if "torch" in sys.modules and (trouble := torchvision_trouble(sys.modules["torch"].__version__, str(error))):
+        return _fail(trouble, REINSTALL, 1)
+    return _fail(f"{type(error).__name__}: {text[:300]}", "this is a bug of distill; DISTILL_DEBUG=1 shows where", 3)
 
 
 def _lost_another(error: Exception) -> bool:

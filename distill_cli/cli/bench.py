@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import common
+from distill_cli.commands import config_of
+from distill_cli.errors import UsageError, nearest
 
 
 def bench(
@@ -22,8 +24,6 @@ def bench(
 
     from distill_cli.bench.cases import CASES
     from distill_cli.bench.measure import measured
-    from distill_cli.commands import config_of
-    from distill_cli.errors import UsageError, nearest
     from distill_cli.recipes import resolve
 
     if command not in CASES:

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from distill_cli.cli import common
+from distill_cli.errors import UsageError
+from distill_cli.files import is_empty
 
 
 def convert(
-    file: Annotated[
-        Path, typer.Argument(help="An NVlabs .pkl, an OpenAI .pt, or Stable Diffusion in one .safetensors file.", callback=common.expand)
-    ],
+    file: Annotated[Path, typer.Argument(help="NVlabs' .pkl, OpenAI's .pt, or Stable Diffusion's .safetensors.", callback=common.expand)],
     out: Annotated[Path, typer.Option(help="Folder of the model.", callback=common.expand)],
     kind: Annotated[str | None, typer.Option(help="OpenAI: teacher or student; default by edm_, cd_, ct_ of its name.")] = None,
     resolution: Annotated[int | None, typer.Option(help="OpenAI: pixels; default the number in its name, else 64.")] = None,
@@ -22,8 +22,6 @@ def convert(
     json: common.Json = False,
 ) -> None:
     """Convert a published checkpoint into a model's folder. Nothing inside the file is run."""
-    from distill_cli.errors import UsageError
-    from distill_cli.files import is_empty
     from distill_cli.models.sources.convert import convert_file
     from distill_cli.models.sources.published import PUBLISHED, published_as
     from distill_cli.models.sources.single_file import SUFFIX, convert_checkpoint
@@ -37,10 +35,8 @@ def convert(
         if number is not None and number < 1:
             raise UsageError(f"{flag} {number}: not above 0")
     ours = file.suffix.lower() == SUFFIX
-    others: dict[str, Any] = {"--prediction": None if ours else prediction}
-    others |= {"--kind": kind, "--resolution": resolution, "--head-channels": head_channels} if ours else {}
-    wrong = [flag for flag, value in others.items() if value is not None]
-    if wrong:
+    others = {"--kind": kind, "--resolution": resolution, "--head-channels": head_channels} if ours else {"--prediction": prediction}
+    if wrong := [flag for flag, value in others.items() if value is not None]:
         what = "OpenAI's .pt files" if ours else "Stable Diffusion in a .safetensors file"
         raise UsageError(f"{wrong[0]}: for {what}, not for {file}", f"leave {wrong[0]} out")
     if ours:

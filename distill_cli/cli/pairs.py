@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill_cli.cli import common
 from distill_cli.cli.options import HelpAll
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.processes import parse_part, rank
+
+if TYPE_CHECKING:
+    from distill_cli.config import PairsConfig
+
+_folder = partial(typer.Option, metavar="DIR", callback=common.expand)
 
 
 def pairs(
@@ -17,67 +25,43 @@ def pairs(
     recipe: common.Recipe = None,
     num_processes: common.Processes = None,
     shards: common.Shards = None,
-    check: Annotated[
-        Path | None, typer.Option(help="Verify every shard of a folder of pairs.", metavar="DIR", callback=common.expand)
-    ] = None,
-    merge: Annotated[
-        list[Path] | None,
-        typer.Option(help="Join folders that hold parts of one job in --out; once a folder.", metavar="DIR", callback=common.expand),
-    ] = None,
+    check: Annotated[Path | None, _folder(help="Verify every shard of a folder of pairs.")] = None,
+    merge: Annotated[list[Path] | None, _folder(help="Join folders that hold parts of one job in --out; once a folder.")] = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
     help_all: HelpAll = False,
 ) -> None:
     """Precompute noise-image pairs with a teacher. A restart makes only what is missing."""
-    flags: dict[str, Any] = context.obj
-    from distill_cli.processes import parse_part
-
-    if check is not None or merge:
-        flag, allowed = ("--check", ()) if check is not None else ("--merge", ("out",))
-        _only(flag, recipe, overrides, flags, num_processes, shards, allowed=allowed)
+    given = [*(key for key, value in context.obj.items() if value is not None), *filter(None, (recipe, overrides, num_processes, shards))]
     if check is not None:
+        if given:
+            raise UsageError("--check makes no pairs, so it takes no other option")
         _check(check, json)
         return
     if merge:
-        _merge(merge, flags["out"], json)
+        if given not in ([], ["out"]):
+            raise UsageError("--merge makes no pairs, so it takes no other option than --out")
+        _merge(merge, context.obj["out"], json)
         return
     part = parse_part(shards)
-    from distill_cli.config import PairsConfig
-    from distill_cli.recipes import resolve
-
-    config = common.with_out(resolve(PairsConfig, recipe, overrides or [], flags), recipe, "pairs")
-    if common.planned_without(config.teacher, config, dry_run):
-        return
-    if not dry_run:
+    config: PairsConfig = common.asked(context, recipe, overrides, "pairs")
+    if dry_run:
+        common.plan_without(config.teacher, config)
+    else:
         common.start_processes(num_processes, config.prompts)
-    from distill_cli.models.cost import sketched
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
-    sketch, download = sketched(config.teacher, dry_run)
-    model, config = common.open_model("pairs", config.teacher, config, sketch)
+    model, config, download = common.open_model("pairs", config.teacher, config, dry_run)
     assert config.out is not None
     if dry_run:
         common.dry_run(config, {**download, **plan(manifest_of(config, model), model)})
-        return
     counts = generate(config, model, config.out, part)
     text = f"pairs: {config.num} in {config.out} ({counts['made']} shards made, {counts['kept']} were there)"
     common.shared_result({"folder": str(config.out), "pairs": config.num, **counts}, text, json, "shards")
 
 
-def _only(
-    flag: str, recipe: str | None, overrides: list[str] | None, flags: dict[str, Any], *others: Any, allowed: tuple[str, ...]
-) -> None:
-    """Refuse what makes pairs beside a flag that makes none."""
-    from distill_cli.errors import UsageError
-
-    given = [key for key, value in flags.items() if value is not None and key not in allowed]
-    if recipe or overrides or given or any(value is not None for value in others):
-        raise UsageError(f"{flag} makes no pairs, so it takes no other option{' than --out' if allowed else ''}")
-
-
 def _merge(folders: list[Path], given: str | None, as_json: bool) -> None:
     from distill_cli.config.base import expanded
-    from distill_cli.errors import UsageError
     from distill_cli.pairs.store import merge
 
     if given is None:
@@ -92,9 +76,7 @@ def _merge(folders: list[Path], given: str | None, as_json: bool) -> None:
 
 
 def _check(folder: Path, as_json: bool) -> None:
-    from distill_cli.errors import DistillError
     from distill_cli.pairs.store import check_all, read_manifest
-    from distill_cli.processes import rank
 
     if rank() > 0:  # the first uses all cores
         return

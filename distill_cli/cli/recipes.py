@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from distill_cli.cli import common
-from distill_cli.errors import printable_lines
+from distill_cli.errors import UsageError, printable_lines
 
 app = typer.Typer(help="Recipes: ls, show, cp, check.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(help="A recipe's name or file.", metavar="NAME|FILE", callback=common.expand)]
@@ -47,7 +47,6 @@ def cp(name: Name, to: Annotated[Path, typer.Argument(help="A file or folder.", 
 def check(names: Annotated[list[str], typer.Argument(help="Names or files.", metavar="NAME|FILE...", callback=common.expand)]) -> None:
     """Say whether recipes are right, with every error at once."""
     from distill_cli import recipes
-    from distill_cli.errors import UsageError
 
     wrong = []
     for name in names:

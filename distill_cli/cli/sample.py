@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from distill_cli.cli import common
 from distill_cli.cli.options import HelpAll
+from distill_cli.errors import UsageError
+from distill_cli.processes import parse_part
 
 if TYPE_CHECKING:
     from distill_cli.config import SampleConfig
@@ -25,41 +28,29 @@ def sample(
     help_all: HelpAll = False,
 ) -> None:
     """Make images with any model, teacher or student. A restart makes only what is missing."""
-    from distill_cli.config import SampleConfig
-    from distill_cli.errors import UsageError
-    from distill_cli.recipes import resolve
-
-    config = common.with_out(resolve(SampleConfig, recipe, overrides or [], context.obj), recipe, "samples")
-    from distill_cli.processes import parse_part
-
+    config: SampleConfig = common.asked(context, recipe, overrides, "samples")
     part = parse_part(shards)
-    if not dry_run:
+    if config.search_times and part != (0, 1):
+        raise UsageError("--search-times makes no samples, so --shards has no use here")
+    if dry_run:
+        common.plan_without(config.model, config)
+    else:
         common.start_processes(num_processes, config.prompts)
     from distill_cli.sample import batch
 
-    if config.search_times and part != (0, 1):
-        raise UsageError("--search-times makes no samples, so --shards has no use here")
-    if common.planned_without(config.model, config, dry_run):
-        return
-    from distill_cli.models.cost import sketched
-
-    sketch, download = sketched(config.model, dry_run)
-    loaded, config = common.open_model("sample", config.model, config, sketch)
+    loaded, config, download = common.open_model("sample", config.model, config, dry_run)
     assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
         first, most = loaded.sampler.times[0], loaded.denoiser.schedule.t_max
         if first < most / 2:
-            common.say(
-                f"--times {config.times}: begins with pure noise of sigma {first:.3g}, where pictures are not all noise; use {most:g}"
-            )
+            said = f"begins with pure noise of sigma {first:.3g}, where pictures are not all noise; use {most:g}"
+            common.say(f"--times {config.times}: {said}")
     if dry_run and config.search_times:
         common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
-        return
     if dry_run:
         calls = loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls).evaluations
         common.dry_run(config, download | {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
-        return
     if config.search_times:
         _search(config, loaded, json)
         return
@@ -73,9 +64,6 @@ def sample(
 
 def _search(config: SampleConfig, model: Model, as_json: bool) -> None:
     """Find a student's best times and write them into its folder."""
-    from pathlib import Path
-
-    from distill_cli.errors import UsageError
     from distill_cli.evaluate.search import search_times
     from distill_cli.models.formats import save_sampler
     from distill_cli.models.sources.registry import folder_of

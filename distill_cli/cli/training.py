@@ -32,11 +32,9 @@ def training(
     json: common.Json = False,
     help_all: options.HelpAll = False,
 ) -> None:
-    command = str(context.command.name)
-    config: TrainingConfig = common.open_run(command, recipe, overrides, dry_run, context.obj, resume)
+    config: TrainingConfig = common.open_run(context, recipe, overrides, dry_run, resume)
     if not dry_run:
         common.start_processes(num_processes, getattr(config, "prompts", None))
-    teacher = getattr(config, "teacher", None)
-    if teacher and common.planned_without(teacher, config, dry_run):
-        return
+    elif teacher := getattr(config, "teacher", None):
+        common.plan_without(teacher, config)
     common.train(config, resume, dry_run, json)

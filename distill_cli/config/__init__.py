@@ -4,22 +4,3 @@ from distill_cli.config.base import BUILTIN_SETS, PROMPT_SETS, Classes, Config, 
 from distill_cli.config.networks import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.config.sampling import EditConfig, EvaluateConfig, GenerateConfig, PairsConfig, SampleConfig
 from distill_cli.config.training import TrainingConfig
-
-__all__ = [
-    "BUILTIN_SETS",
-    "PROMPT_SETS",
-    "Classes",
-    "Config",
-    "Every",
-    "Precision",
-    "seconds",
-    "NetworkConfig",
-    "TextConfig",
-    "VAENetworkConfig",
-    "EditConfig",
-    "EvaluateConfig",
-    "GenerateConfig",
-    "PairsConfig",
-    "SampleConfig",
-    "TrainingConfig",
-]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 BUILTIN_SETS = ("digits", "shapes")
 """Built-in sets of images (data/images.py)."""
@@ -20,8 +20,6 @@ Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
 _VARIABLE = re.compile(r"\$(?:(\$|\w+)|\{([^}]*)\})", re.ASCII)
 
 
@@ -66,10 +64,10 @@ def _variable(found: re.Match[str]) -> str:
 
 def _classes(value: Any) -> Any:
     """`0-3,7` -> [0, 1, 2, 3, 7]."""
-    if isinstance(value, int):
-        return [value]
+    if value == []:
+        raise ValueError("no class given")
     if not isinstance(value, str):
-        return value
+        return [value] if isinstance(value, int) else value
     out: list[int] = []
     for part in value.split(","):
         first, dash, last = part.strip().partition("-")
@@ -79,12 +77,6 @@ def _classes(value: Any) -> Any:
     return out
 
 
-def _not_empty(value: list[int] | None) -> list[int] | None:
-    if value is not None and not value:
-        raise ValueError("no class given")
-    return value
-
-
 def _text(value: Any) -> Any:
     """Raise ValueError for text with bytes that are not UTF-8, which Python keeps as surrogates."""
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -92,17 +84,9 @@ def _text(value: Any) -> Any:
     return value
 
 
-def _no(value: Any) -> Any:
-    """Undo YAML 1.1, which reads `no` as false."""
-    return "no" if value is False else value
-
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
-
-
 def seconds(every: int | str) -> float | None:
     """`10m` -> 600; None for a number of steps."""
-    return None if isinstance(every, int) else float(every[:-1]) * _SECONDS[every[-1]]
+    return None if isinstance(every, int) else float(every[:-1]) * {"s": 1, "m": 60, "h": 3600}[every[-1]]
 
 
 def _every(value: Any) -> Any:
@@ -129,8 +113,10 @@ Name = Annotated[str, BeforeValidator(expanded)]
 Text = Annotated[str, BeforeValidator(_text)]
 """Free text: a prompt, or a list of times."""
 Every = Annotated[int | str, BeforeValidator(_every)]
-Precision = Annotated[Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(_no)]
-Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
+Precision = Annotated[
+    Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # as YAML reads no
+]
+Classes = Annotated[list[Count] | None, BeforeValidator(_classes)]
 
 
 class Config(BaseModel):
@@ -141,3 +127,7 @@ class Config(BaseModel):
     out: Place | None = Field(None, description="folder for the results; default runs/NAME")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random: noise, order, times")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run; auto: on a GPU if there is one")
+
+    def changed(self, *keys: str) -> list[str]:
+        """Those of some keys whose values are not their defaults."""
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]

@@ -17,9 +17,7 @@ class NetworkConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     channels: Channels = Field([32, 64, 64], min_length=1, description="channels at each resolution, finest first")
-    attention: Annotated[list[bool], Numbers] = Field(
-        [False, True, False], description="whether a resolution has self-attention, finest first"
-    )
+    attention: Annotated[list[bool], Numbers] = Field([False, True, False], description="self-attention at each resolution, finest first")
     layers: Positive = Field(1, description="residual blocks at each resolution")
     groups: Positive = Field(16, description="groups of the group normalisation")
     head: Positive = Field(32, description="channels of an attention head")

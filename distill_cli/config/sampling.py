@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -13,9 +13,7 @@ class GenerateConfig(Config):
     """How images are made with a model; shared by pairs and sample."""
 
     num: Positive = Field(1000, description="images to make; default with prompts: images_per_prompt for each")
-    prompts: Name | None = Field(
-        None, description="text-to-image: a file (lines, JSON or a table), - for standard input, or a built-in set"
-    )
+    prompts: Name | None = Field(None, description="text-to-image: a file (lines, JSON or a table), - (standard input), or a built-in set")
     negative_prompt: Text = Field("", description="text-to-image: text that guidance leads away from")
     resolution: Positive | None = Field(None, description="image width in pixels, for latent models; default the model's own")
     classes: Classes = Field(None, description="labels in turn, such as 0-9 or 3,5; default all, balanced")
@@ -49,25 +47,19 @@ class SampleConfig(GenerateConfig):
 
     @model_validator(mode="after")
     def _one_thing(self) -> SampleConfig:
-        unused = ("times", "steps", "solver", "guidance_scale", "grid", "format", "out") if self.search_times else ("classifier",)
-        given = [key for key in unused if getattr(self, key) != type(self).model_fields[key].default]
+        given = self.changed("times", "steps", "solver", "guidance_scale", "grid", "format", "out")
         if self.search_times and given:
             names = " and ".join(f"--{key.replace('_', '-')}" for key in given)
             raise ValueError(f"--search-times makes no samples, so {names} {'has' if len(given) == 1 else 'have'} no use here")
-        if given:
+        if not self.search_times and self.changed("classifier"):
             raise ValueError("classifier is used by search_times alone")
         return self
-
-
-def _listed(value: Any) -> Any:
-    """Take a single name for a list of one."""
-    return [value] if isinstance(value, str) else value
 
 
 class EvaluateConfig(Config):
     """distill evaluate"""
 
-    model: Annotated[list[Name], BeforeValidator(_listed), Field(min_length=1)] = Field(
+    model: Annotated[list[Name], BeforeValidator(lambda one: [one] if isinstance(one, str) else one), Field(min_length=1)] = Field(
         ["digits"], description="models as for sample (NAME@STEPS samples in that many steps), or .npz files of images"
     )
     data: Name = Field("digits", description="the real images: a built-in set or a folder")
@@ -87,23 +79,15 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _of_prompts(self) -> EvaluateConfig:
-        for keys, ours in (
-            (("clip", "images_per_prompt", "negative_prompt", "guidance_scale"), True),
-            (("data", "classifier", "classes"), False),
-        ):
-            given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
-            if given and ours == (self.prompts is None):
-                raise ValueError(f"{given[0]} needs prompts" if ours else f"{given[0]} is not for prompts: they are measured by clip")
+        if self.prompts is None and (given := self.changed("clip", "images_per_prompt", "negative_prompt", "guidance_scale")):
+            raise ValueError(f"{given[0]} needs prompts")
+        if self.prompts is not None and (given := self.changed("data", "classifier", "classes")):
+            raise ValueError(f"{given[0]} is not for prompts: they are measured by clip")
         return self
 
 
-EDIT_KEYS = {
-    "input": ("inpaint", "colorize", "superres", "sdedit"),
-    "mask": ("inpaint",),
-    "patch": ("superres",),
-    "frames": ("interpolate",),
-}
-"""Options that only some tasks have, and their tasks."""
+KEYS = {"inpaint": {"input", "mask"}, "colorize": {"input"}, "superres": {"input", "patch"}, "sdedit": {"input"}, "interpolate": {"frames"}}
+"""The tasks, and which of the options that not all of them have each one has."""
 
 
 class EditConfig(Config):
@@ -124,11 +108,10 @@ class EditConfig(Config):
 
     @model_validator(mode="after")
     def _needed(self) -> EditConfig:
-        fields = type(self).model_fields
-        given = [key for key, tasks in EDIT_KEYS.items() if self.task not in tasks and getattr(self, key) != fields[key].default]
-        needed = [key for key in ("input", "mask") if self.task in EDIT_KEYS[key] and getattr(self, key) is None]
-        wrong = [f"{self.task} takes no {key}" for key in given] + [f"{self.task} needs {key}" for key in needed]
-        if self.task == "interpolate" and self.classes is not None and len(self.classes) > 1:
+        own = KEYS[self.task]
+        wrong = [f"{self.task} takes no {key}" for key in self.changed("input", "mask", "patch", "frames") if key not in own]
+        wrong += [f"{self.task} needs {key}" for key in ("input", "mask") if key in own and getattr(self, key) is None]
+        if "frames" in own and self.classes is not None and len(self.classes) > 1:
             wrong.append(f"interpolate takes one class, not {len(self.classes)}")
         if wrong:
             raise ValueError("; ".join(wrong))

@@ -9,33 +9,33 @@ from pydantic import Field, model_validator
 from distill_cli.config.base import Config, Count, Every, Fraction, Momentum, Numbers, Positive, Precision, Rate, Weight
 
 Optimizer = Literal["adamw", "radam", "muon"]
-OPTIMIZERS = "radam: rectified, needs no warm-up; muon: most matrices and convolutions by orthogonal steps, the rest by NAdamW"
+OPTIMIZERS = "radam: rectified Adam, needs no warm-up; muon: orthogonalised steps for matrices and convolutions, NAdamW for the rest"
 
 
 class TrainingConfig(Config):
-    """What the engine needs for any objective."""
+    """Options that every training method shares."""
 
     steps: Positive = Field(1000, description="optimizer steps of the trained model")
-    batch_size: Positive = Field(32, description="images a step, over all processes and accumulation")
-    accumulate: Positive = Field(1, description="gradient accumulation: parts of a batch")
+    batch_size: Positive = Field(32, description="images in a step, summed over processes and accumulation")
+    accumulate: Positive = Field(1, description="gradient accumulation: parts that a batch is split into")
     lr: Rate = Field(1e-4, description="learning rate")
-    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
-    lr_end: Fraction = Field(0.0, description="cosine: where it ends, as a share of lr")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    lr_end: Fraction = Field(0.0, description="cosine: final learning rate, as a share of lr")
     optimizer: Optimizer = Field("adamw", description=OPTIMIZERS)
-    betas: Annotated[tuple[Momentum, Momentum], Numbers] = Field((0.9, 0.999), description="of the optimizer")
-    weight_decay: Weight = Field(0.01, description="decoupled")
-    warmup_steps: Count = Field(0, description="steps of linear warm-up")
-    clip_norm: Rate = Field(10.0, description="largest gradient norm of a network")
-    ema_halflife: Count = Field(0, description="images; 0: no averaging")
-    precision: Precision = Field("no", description="of the networks' arithmetic; weights stay float32")
-    deterministic: bool = Field(False, description="the same run, again or resumed, is the same bits on one GPU too; slower")
+    betas: Annotated[tuple[Momentum, Momentum], Numbers] = Field((0.9, 0.999), description="the optimizer's betas")
+    weight_decay: Weight = Field(0.01, description="decoupled weight decay")
+    warmup_steps: Count = Field(0, description="steps of linear learning-rate warm-up")
+    clip_norm: Rate = Field(10.0, description="largest gradient norm of a network; larger gradients are scaled down")
+    ema_halflife: Count = Field(0, description="half-life of the weights' average, in images; 0: no average")
+    precision: Precision = Field("no", description="arithmetic of the networks; weights stay float32")
+    deterministic: bool = Field(False, description="the same run, again or resumed, gives the same bits on one GPU too; slower")
     log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
-    save_every: Every = Field(500, description="between checkpoints: steps, or a time such as 30s, 10m, 2h")
+    save_every: Every = Field(500, description="steps between checkpoints, or a time such as 30s, 10m, 2h")
     keep: Positive = Field(2, description="newest checkpoints kept")
-    keep_best: Count = Field(0, description="older checkpoints kept, those whose loss was lowest since the one before")
-    on_nan: Literal["stop", "skip"] = Field("stop", description="at a gradient that is no number: end, or leave the step out")
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field("none", description="beside metrics.jsonl; wandb offline")
+    keep_best: Count = Field(0, description="older checkpoints kept besides: those with the lowest loss since the one before")
+    on_nan: Literal["stop", "skip"] = Field("stop", description="at a gradient that is not finite: end the run, or leave the step out")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field("none", description="besides metrics.jsonl; wandb runs offline")
 
     @model_validator(mode="after")
     def _parts(self) -> TrainingConfig:

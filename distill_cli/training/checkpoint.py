@@ -19,6 +19,7 @@ from distill_cli.processes import rank
 from distill_cli.tensors import write
 
 STATE = "state.json"
+Networks = Mapping[str, nn.Module]
 
 
 def steps(folder: Path) -> list[int]:
@@ -33,13 +34,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(
-    folder: Path,
-    step: int,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Any],
-    state: Mapping[str, Any],
-    keep: int,
-    best: int = 0,
+    folder: Path, step: int, networks: Networks, optimizers: Mapping[str, Any], state: Mapping[str, Any], keep: int, best: int = 0
 ) -> None:
     """Write checkpoint `step`, then delete all but the newest `keep` and the `best` of lowest state["score"]. `state` is JSON.
 
@@ -73,27 +68,23 @@ def _kept(state: Any) -> Any:
     """A state with every tensor that FSDP has spread whole on process 0, in the CPU's memory, one after another; gone elsewhere."""
     if isinstance(state, dict):
         return {key: _kept(value) for key, value in state.items()}
-    if isinstance(state, DTensor):
-        gathered = whole(state)
-        return gathered.cpu() if rank() == 0 else None
-    return state
+    if not isinstance(state, DTensor):
+        return state
+    gathered = whole(state)
+    return gathered.cpu() if rank() == 0 else None
 
 
 def _score(folder: Path, step: int) -> float:
     """What a checkpoint's loss was; infinite where that is not known."""
     try:
         score = unsealed(read_plain(path_of(folder, step) / STATE))["state"]["score"]
+        return score if isinstance(score, float) and math.isfinite(score) else math.inf
     except (OSError, DistillError, ValueError, KeyError, TypeError):
         return math.inf
-    return score if isinstance(score, float) and math.isfinite(score) else math.inf
 
 
 def load(
-    folder: Path,
-    step: int,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Any],
-    check: Callable[[dict[str, Any]], None] | None = None,
+    folder: Path, step: int, networks: Networks, optimizers: Mapping[str, Any], check: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
     """Fill networks and optimizers (whose settings stay theirs) from checkpoint `step` and return its state.
 

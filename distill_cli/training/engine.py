@@ -61,34 +61,25 @@ class Engine:
     run: Run
 
     def __init__(self, config: TrainingConfig, objective: Objective) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
         self.config, self.objective = config, objective
+        self.recipe = dump(config.model_copy(update={"out": None}))
         wanted = device(config.device)
         check_precision(wanted, config.precision)
         repeatable(wanted, config.deterministic)
         self.part = config.batch_size // config.accumulate
+        """Images in a part of a batch, over all processes."""
         if self.part % world_size():
-            parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
-            raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
+            said = f"in {config.accumulate} parts cannot" if config.accumulate > 1 else "cannot"
+            raise UsageError(f"--batch-size {config.batch_size}: {said} be shared evenly by {world_size()} processes")
         plain_links(wanted)
         spread = zero.plugin(config, [each.module for each in objective.trained.values()], wanted)
         if spread is not None and any(phase.anew for phase in objective.phases):
             raise UsageError("DeepSpeed: not with a method of several phases", "accelerate's FSDP (fsdp_version 2) shards each network")
-        self.accelerator = Accelerator(
-            # accelerate brings fp16's gradient scaler alone: given bf16, its FSDP would round the networks' times (999 to 1000) and x_t
-            mixed_precision="fp16" if config.precision == "fp16" and spread is None else "no",
-            deepspeed_plugin=spread,
-            cpu=wanted.type == "cpu",
-            log_with=zero.tracker_of(config),
-            project_dir=config.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
-        zero.honour_fsdp(self.accelerator)
+        self.accelerator = zero.accelerator(config, spread, wanted)
         where = self.accelerator.device
-        for answering in (*objective.frozen.values(), *objective.kept.values(), *(each.module for each in objective.trained.values())):
-            answering.to(where)
         self.modules = {name: each.module for name, each in objective.trained.items()}
+        for network in (*objective.frozen.values(), *objective.kept.values(), *self.modules.values()):
+            network.to(where)
         self.plain = {name: each.state() for name, each in objective.trained.items()}
         self.main = next(iter(self.plain))
         self.ema = EMA(self.plain[self.main], config.ema_halflife)
@@ -116,8 +107,8 @@ class Engine:
 
     def draws(self, step: int) -> list[Draws]:
         """This process's samples of a step, in the parts of gradient accumulation."""
-        first = step * self.config.batch_size
-        parts = [range(first + k * self.part, first + (k + 1) * self.part) for k in range(self.config.accumulate)]
+        size = self.config.batch_size
+        parts = [range(first, first + self.part) for first in range(step * size, (step + 1) * size, self.part)]
         return [Draws(self.config.seed, part[rank() :: world_size()]) for part in parts]
 
     def train_step(self) -> None:
@@ -149,7 +140,6 @@ class Engine:
     def _turn(self, turns: list[Iterator[Loss]]) -> str:
         """The gradients of the next turn; returns the network that they are for, '' after the last turn."""
         seen: list[dict[str, Tensor]] = []
-        name = ""
         for k, turn in enumerate(turns):
             with ExitStack() as apart:
                 last = k + 1 == len(turns)
@@ -185,18 +175,19 @@ class Engine:
         if self.zero is not None:
             norm = self.zero.step()
         else:
-            clipped = self.accelerator.clip_grad_norm_(trained.parameters(), self.config.clip_norm)
-            norm = whole(torch.as_tensor(clipped))
+            norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(trained.parameters(), self.config.clip_norm)))
         loss = self.turn[f"{name}_loss"]
         skips = self.config.on_nan == "skip" and not scaler
-        if skips or scaler:  # which leaves out such steps itself
+        if skips or scaler:  # a scaler leaves out such steps itself
             bad = (~(loss.isfinite() & norm.isfinite())).to(self.skipped[name])
             row, total = self.skipped[name]
             self.skipped[name] = torch.stack([(row + bad) * bad, total + bad])
         if skips and self.skipped[name][0]:
             self._check_skipped(self.step + 1)
         else:
-            self._record({**self.turn, f"{name}_grad_norm": norm})
+            for key, value in {**self.turn, f"{name}_grad_norm": norm.detach().float()}.items():
+                total, count = self.window.get(key, (torch.zeros_like(value), 0))
+                self.window[key] = (total + value, count + 1)
             self.health.count(f"{name}_loss", loss)
             if name == self.main:
                 self.since = (self.since[0] + loss, self.since[1] + 1)
@@ -214,12 +205,6 @@ class Engine:
             return {}
         self._check_finite()
         return self._log()
-
-    def _record(self, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            value = torch.as_tensor(value).detach().float()
-            total, count = self.window.get(name, (torch.zeros_like(value), 0))
-            self.window[name] = (total + value, count + 1)
 
     def _log(self) -> dict[str, float]:
         """Write the means since the last line, which are those of all processes, and, apart, how fast it went."""
@@ -255,8 +240,8 @@ class Engine:
                 "begun": self.begun,
                 "score": (self.since[0] / self.since[1]).item() if self.since[1] else None,
             }
-            best = self.config.keep_best
-            checkpoint.save(self.run.checkpoints, self.step, self._kept(), self.optimizers, state, self.config.keep, best)
+            keep = (self.config.keep, self.config.keep_best)
+            checkpoint.save(self.run.checkpoints, self.step, self._kept(), self.optimizers, state, *keep)
         self.saved, self.since, self.started = self.step, (torch.zeros_like(self.since[0]), 0), time.monotonic()
 
     def open(self, run: Run) -> None:
@@ -303,11 +288,10 @@ class Engine:
 
     def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
         """The signal that came to any process, and whether process 0's clock says to save: the same to all after the same step."""
+        asked = torch.tensor([number, due])
         if self.talk is not None:
-            asked = torch.tensor([number, due])
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.talk)
-            number, due = int(asked[0]), bool(asked[1])
-        return number, due
+        return int(asked[0]), bool(asked[1])
 
     def _model(self, state: nn.Module) -> Any:
         """What the main network's weights are as a result now."""
@@ -325,7 +309,7 @@ class Engine:
         if made and rank() == 0:
             check_space(self.run.folder, self._kept().values(), self.plain.values())
         if self.step == 0 and self.ema.network is not None:
-            rehearse(self._model, self.ema.network, self._recipe(), self.run.folder / self.objective.phases[0].result)
+            rehearse(self._model, self.ema.network, self.recipe, self.run.folder / self.objective.phases[0].result)
         if made and self.step in self.borders:
             self._result(made=False)
         every = seconds(config.save_every)
@@ -352,16 +336,12 @@ class Engine:
                     self._result(made=True)
                 if stopped and not last:
                     self._agreed(0, False)  # process 0 has written it
-                    raise stop.interrupted(
-                        stopped, f"stopped at step {self.step} of {self.steps}", f"resume with --resume {self.run.folder}"
-                    )
+                    said = f"stopped at step {self.step} of {self.steps}"
+                    raise stop.interrupted(stopped, said, f"resume with --resume {self.run.folder}")
         progress.close()
         if config.tracker != "none":
             spared(self.config.tracker, self.accelerator.end_training)
         return self._result(made)
-
-    def _recipe(self) -> str:
-        return dump(self.config.model_copy(update={"out": None}))
 
     def _result(self, made: bool) -> Any:
         """Save, and return, the average at the end of a phase, whose checkpoint stands (on process 0 alone).
@@ -375,7 +355,7 @@ class Engine:
         newest = checkpoint.path_of(self.run.checkpoints, self.step)
         older = place.exists() and newest.exists() and place.stat().st_mtime < newest.stat().st_mtime  # killed between the two
         if isinstance(model, Model):
-            model.recipe = self._recipe()
+            model.recipe = self.recipe
         if made or older or not place.exists():
             save(model, place)
         return model

@@ -14,10 +14,7 @@ from distill_cli.models.conditioners import Conditioner
 
 
 class Examples:
-    """Pictures in an order, with the conditions of their classes; the share `dropout` of these is the null one, where there is one.
-
-    `seen` are the positions of the set that the order is of; default all.
-    """
+    """Pictures in an order of the positions `seen` (default all) and their classes' conditions, a share `dropout` of them the null one."""
 
     def __init__(self, images: Images, order: Order, conditioner: Conditioner, dropout: float, seen: Sequence[int] | None = None) -> None:
         self.images, self.order, self.conditioner, self.dropout = images, order, conditioner, dropout

@@ -20,12 +20,11 @@ from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import read_plain, sealed, unsealed, write_atomic
 from distill_cli.tensors import hash_of
 from distill_cli.training import checkpoint
+from distill_cli.training.checkpoint import Networks
 from distill_cli.training.objective import Objective
 
 BEGUN = "begun.json"
 BACK = "put that back, or begin anew"
-DIGITS = 64
-"""Of a SHA-256 in hexadecimal."""
 SEEN_AFTER = 60.0
 """Seconds after which every machine sees what another has written to a file system that they share."""
 FREE = {
@@ -35,15 +34,12 @@ FREE = {
     "teacher", "data", "pairs", "prompts", "vae", "decoder", "lpips_weights", "guidance_scale", "optimizer", "times",
 }  # fmt: skip
 """Keys of a recipe that may be another one when a run is taken up: how it is trained and logged, and what is held by its content."""
-WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers of so many bytes."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types of whole numbers, by their bytes."""
 
 
 def begun(config: TrainingConfig, objective: Objective) -> dict[str, Any]:
-    """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items.
-
-    `objective.identity` names what else it must find again, by the option that gives it: digests of networks, pairs and prompts.
-    """
+    """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items."""
     images = objective.images
     return {
         "optimizer": config.optimizer,
@@ -75,7 +71,7 @@ def refuse(config: TrainingConfig, now: Mapping[str, Any], then: Mapping[str, An
             new, gone = ([name for name in one if name not in other] for one, other in ((value, old), (old, value)))
             said = f"{new[0]} is new" if new else f"{gone[0]} is gone" if gone else "in another order"
             raise UsageError(f"{what}: {said}; the run has begun with {len(old)}", BACK)
-        if isinstance(value, str) and len(value) == DIGITS:
+        if isinstance(value, str) and len(value) == 64:  # a SHA-256
             named = f"{what} {getattr(config, what)}" if getattr(config, what, None) else what
             raise UsageError(f"{named}: its content is not what the run has begun with", BACK)
         raise UsageError(f"{what}: {value}; the run has begun with {old}", BACK)
@@ -98,7 +94,7 @@ def write(folder: Path, now: Mapping[str, Any]) -> None:
         write_atomic(folder / BEGUN, sealed(dict(now), indent=2))
 
 
-def check_shapes(path: Path, networks: Mapping[str, nn.Module]) -> None:
+def check_shapes(path: Path, networks: Networks) -> None:
     """Raise UsageError where the tensors of a checkpoint are not those of the networks."""
     for name, network in networks.items():
         with safe_open(path / f"{name}.safetensors", "pt") as stored:
@@ -110,13 +106,17 @@ def check_shapes(path: Path, networks: Mapping[str, nn.Module]) -> None:
                 raise UsageError(f"{name}: {said}: the run has begun with other classes, or with another network", BACK)
 
 
+def everyone(mine: Any, talk: Any) -> list[Any]:
+    """What each process has here; all have to call."""
+    out = [mine] * (1 if talk is None else torch.distributed.get_world_size(talk))
+    if talk is not None:
+        torch.distributed.all_gather_object(out, mine, group=talk)
+    return out
+
+
 def first_error(error: DistillError | None, talk: Any) -> None:
     """Raise, on every process, what the first of them has to raise; all have to call."""
-    errors: list[DistillError | None] = [error]
-    if talk is not None:
-        errors *= torch.distributed.get_world_size(talk)
-        torch.distributed.all_gather_object(errors, error, group=talk)
-    for found in errors:
+    for found in everyone(error, talk):
         if found is not None:
             raise found
 
@@ -136,17 +136,9 @@ def newest(folder: Path, talk: Any) -> int | None:
 
 
 def take_up(
-    folder: Path,
-    step: int,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Any],
-    check: Callable[[dict[str, Any]], None],
-    talk: Any,
+    folder: Path, step: int, networks: Networks, optimizers: Mapping[str, Any], check: Callable[[dict[str, Any]], None], talk: Any
 ) -> dict[str, Any]:
-    """As checkpoint.load, by all processes or none: where one cannot read the checkpoint all of them raise what it has to say.
-
-    `check` may refuse what the checkpoint says that the run has begun with.
-    """
+    """As checkpoint.load, by all processes or none: where one raises all do. `check` may refuse what the run has begun with."""
     agreed = False
     path = checkpoint.path_of(folder, step)
 
@@ -172,15 +164,13 @@ def take_up(
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the sums of tensors' bits, which every device computes in no time and exactly; what FSDP has spread is left out."""
     whole = {name: value.detach() for name, value in tensors.items() if not isinstance(value, DTensor)}
-    sums = [value.contiguous().view(WHOLE[value.element_size()]).sum(dtype=torch.int64).cpu() for value in whole.values()]
+    sums = [value.contiguous().view(INTEGERS[value.element_size()]).sum(dtype=torch.int64).cpu() for value in whole.values()]
     said = "".join(f"{name} {value.dtype} {tuple(value.shape)}\n" for name, value in whole.items())
     numbers = torch.stack(sums).numpy().tobytes() if sums else b""
     return hashlib.sha256(said.encode() + numbers).hexdigest()
 
 
-def shared(
-    begun: Mapping[str, Any], images: Images | None, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any]
-) -> dict[str, Any]:
+def shared(begun: Mapping[str, Any], images: Images | None, networks: Networks, optimizers: Mapping[str, Any]) -> dict[str, Any]:
     """What all processes have alike before they train on: what the run has begun with, its pictures, weights and moments."""
     out = {**begun, "data": images.digest if isinstance(images, Folder) else ""}
     for name, network in networks.items():
@@ -193,10 +183,8 @@ def shared(
 
 def check_same(mine: Mapping[str, Any], talk: Any) -> None:
     """Raise DistillError, on every process, where one has something else than process 0; all have to call."""
-    theirs: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size(talk)
-    torch.distributed.all_gather_object(theirs, dict(mine), group=talk)
+    theirs = everyone(dict(mine), talk)
     for number, other in enumerate(theirs):
-        for what, value in other.items():
-            if value != theirs[0].get(what):
-                other_than = f"{what}: process {number} has something else than process 0"
-                raise DistillError(other_than, "models, data and the run's folder have to be the same on all machines")
+        if differs := [what for what, value in other.items() if value != theirs[0].get(what)]:
+            said = f"{differs[0]}: process {number} has something else than process 0"
+            raise DistillError(said, "models, data and the run's folder have to be the same on all machines")

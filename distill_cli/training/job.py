@@ -52,10 +52,7 @@ class Job:
         say_read(self.command, *things)
 
     def images(self, config: Any, *read: Any) -> Images:
-        """The set that a config names: checked, and its pictures where they stood when a resumed run began.
-
-        Says what was read: `read` and the images.
-        """
+        """The set that a config names, its pictures in the order in which the run began; says that it and `read` were read."""
         images = open_images(str(config.data), config.resolution, config.flip)
         self.say_read(*read, images)
         if isinstance(images, Folder) and not self.dry_run:
@@ -64,19 +61,13 @@ class Job:
         return images
 
     def begin(self, engine: Engine) -> None:
-        """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory.
-
-        Prompts that came through a pipe are kept in it.
-        """
+        """Make the run's folder, or open it and go on; its recipe runs again from any working directory, with prompts that a pipe gave."""
         config = engine.config
         assert config.out is not None
-        given = {
-            key: Path(value)
-            for key in ("teacher", "data", "pairs", "lpips_weights", "vae", "prompts", "decoder")
-            if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN_SETS, *PROMPT_SETS)
-        }
-        paths = ("pairs", "lpips_weights", "vae")
-        absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
+        keys = ("teacher", "data", "pairs", "lpips_weights", "vae", "prompts", "decoder")
+        given: dict[str, Any] = {key: getattr(config, key, None) for key in keys}
+        files = {key: value for key, value in given.items() if value not in (None, *REGISTRY, *BUILTIN_SETS, *PROMPT_SETS)}
+        absolute = {key: type(value)(Path(value).resolve()) for key, value in files.items() if Path(value).exists()}
         if piped := is_pipe(getattr(config, "prompts", None) or ""):
             absolute["prompts"] = str((config.out / PROMPTS).resolve())
         text = dump(config.model_copy(update={**absolute, "out": None}))

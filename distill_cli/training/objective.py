@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -76,11 +78,8 @@ class Phase(NamedTuple):
 
 def phase_at(phases: Sequence[Phase], step: int) -> int:
     """The number of the phase in which step 0, 1, ... is made; past the end the last one."""
-    for number, phase in enumerate(phases):
-        if step < phase.steps:
-            return number
-        step -= phase.steps
-    return len(phases) - 1
+    ends = [*accumulate(phase.steps for phase in phases)]
+    return min(bisect_right(ends, step), len(phases) - 1)
 
 
 def span_at(phases: Sequence[Phase], step: int) -> tuple[int, int]:
@@ -118,15 +117,11 @@ class Calls:
         return sum(call.images for call in self.forwards) + 3 * sum(call.images for call in self.trainings)
 
     def __str__(self) -> str:
-        parts = {"trains": self.trainings, "evaluates": self.forwards}
-        return "; ".join(f"{verb} {_counted(calls)}" for verb, calls in parts.items() if calls)
-
-
-def _counted(calls: Iterable[Call]) -> str:
-    totals: dict[str, int] = {}
-    for name, images in calls:
-        totals[name] = totals.get(name, 0) + images
-    return ", ".join(f"{name} on {images} images" for name, images in totals.items())
+        said = []
+        for verb, calls in (("trains", self.trainings), ("evaluates", self.forwards)):
+            totals = {name: sum(call.images for call in calls if call.network == name) for name, _ in calls}
+            said += [f"{verb} {', '.join(f'{name} on {images} images' for name, images in totals.items())}"] if totals else []
+        return "; ".join(said)
 
 
 def refuse_student(model: Model, name: str, method: str) -> None:
@@ -142,10 +137,9 @@ def student_of(start: Lineage, method: str, teacher_hash: str, data: str = "") -
 
 
 class Objective:
-    """A training method. What it does not need is as here.
+    """A training method; what it does not need is as here. Steps are counted from 0.
 
     A step of the engine is `before`, then for each turn of `turns` a backward pass and an optimizer step, then `after`.
-    Steps are counted from 0.
     """
 
     config: TrainingConfig

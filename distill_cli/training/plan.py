@@ -22,18 +22,16 @@ def plan(objective: Objective) -> dict[str, Any]:
     config, calls = objective.config, objective.calls()
     steps = sum(phase.steps for phase in objective.phases)
     main = next(iter(objective.trained.values()))
-    states = {name: each.state() for name, each in objective.trained.items()}
-    first = {name: network for name, network in objective.frozen.items() if name == "teacher"}
-    parameters = {name: count(network.parameters()) for name, network in (first | states | objective.kept | objective.frozen).items()}
+    networks = {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
+    parameters = {name: count(network.parameters()) for name, network in networks.items()}
     trained = sum(count(each.parameters()) for each in objective.trained.values())
-    average, kept = count(main.state().parameters()), sum(count(network.parameters()) for network in objective.kept.values())
-    weights = sum(count(network.parameters()) for part in (states, objective.kept, objective.frozen) for network in part.values()) + average
+    average, kept = count(main.state().parameters()), sum(parameters[name] for name in objective.kept)
     checkpoint = 4 * (3 * trained + average + kept)  # weights and two moments
-    memory = 4 * weights + 12 * trained
+    memory = 4 * (sum(parameters.values()) + average) + 12 * trained
     out = {
         "steps": steps,
         "images": steps * config.batch_size,
-        "parameters": ", ".join(f"{name} {number:,}" for name, number in parameters.items()),
+        "parameters": ", ".join(f"{name} {parameters[name]:,}" for name in sorted(parameters, key=lambda name: name != "teacher")),
         "each step": str(calls),
         "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
         "memory": f"about {memory / 1e6:.0f} MB of weights, their average, gradients and moments, and the activations",

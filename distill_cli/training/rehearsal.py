@@ -19,11 +19,8 @@ from distill_cli.models.model import Model
 from distill_cli.models.parts import unfilled
 from distill_cli.models.stable_diffusion import load_vae
 
-READERS: dict[type, Callable[[Path], Any]] = {
-    Model: lambda folder: load(str(folder)),
-    Autoencoder: load_vae,
-    Classifier: lambda folder: classifier.load(str(folder)),
-}
+READERS: dict[type, Callable[[Any], Any]] = {Model: load, Autoencoder: load_vae, Classifier: classifier.load}
+"""The ordinary loader of each kind of result, from its folder."""
 
 
 def save(result: Any, folder: Path) -> None:
@@ -51,10 +48,7 @@ def unmeasured(model: Callable[[nn.Module], Any], network: nn.Module) -> Any:
 
 
 def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str, place: Path) -> None:
-    """Save what `model` makes of a network beside `place`, read it with the ordinary loader, and delete it.
-
-    Raises DistillError where any of it fails.
-    """
+    """Save what `model` makes of a network beside `place`, read it again, and delete it; raises DistillError where any of it fails."""
     try:
         with scratch(place) as folder, torch.random.fork_rng(devices=[]):
             made = unmeasured(model, network)
@@ -65,10 +59,10 @@ def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str,
                 made.recipe = recipe
             save(made, folder)
             with unfilled():
-                reader(folder)
+                reader(str(folder))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # diffusers, transformers, safetensors and json raise many kinds
-        said = error.message if isinstance(error, DistillError) else reason(error)
-        hint = error.hint if isinstance(error, DistillError) and error.hint else "fix this"
-        raise DistillError(f"{place}: could not be saved and read again ({said})", f"{hint}; then --resume {place.parent}") from error
+        said, hint = (error.message, error.hint) if isinstance(error, DistillError) else (reason(error), "")
+        then = f"{hint or 'fix this'}; then --resume {place.parent}"
+        raise DistillError(f"{place}: could not be saved and read again ({said})", then) from error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import TrainingConfig
 from distill_cli.errors import UsageError, reason
+from distill_cli.launch import PATIENCE
 from distill_cli.processes import rank, world_size
 
 WANTED = "ACCELERATE_USE_DEEPSPEED"
@@ -29,6 +30,23 @@ IDLE = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "zero_al
 TUNING = ("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter")
 """Keys of zero_optimization that change how fast it is, not what is trained."""
 BUCKET = 500_000_000
+
+
+def accelerator(config: TrainingConfig, spread: Any | None, where: torch.device) -> Any:
+    """accelerate's Accelerator of a run; `spread` is its DeepSpeed plugin."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    out = Accelerator(
+        # accelerate brings fp16's gradient scaler alone: given bf16, its FSDP would round the networks' times (999 to 1000) and x_t
+        mixed_precision="fp16" if config.precision == "fp16" and spread is None else "no",
+        deepspeed_plugin=spread,
+        cpu=where.type == "cpu",
+        log_with=tracker_of(config),
+        project_dir=config.out,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    honour_fsdp(out)
+    return out
 
 
 def plugin(config: TrainingConfig, networks: Sequence[nn.Module], device: torch.device) -> Any | None:
@@ -77,10 +95,8 @@ def settings_of(theirs: dict[str, Any], config: TrainingConfig, parameters: int)
     """DeepSpeed's settings for a run of a network with so many parameters; raises UsageError for those that train something else."""
     zero = theirs.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2):
-        raise UsageError(
-            f"DeepSpeed's ZeRO stage {zero.get('stage', 0)} is not supported",
-            "stage 1 or 2; FSDP (fsdp_version 2) shards the weights too, and without DeepSpeed nothing is sharded",
-        )
+        hint = "stage 1 or 2; FSDP (fsdp_version 2) shards the weights too, and without DeepSpeed nothing is sharded"
+        raise UsageError(f"DeepSpeed's ZeRO stage {zero.get('stage', 0)} is not supported", hint)
     for kind in ("offload_optimizer", "offload_param"):
         if (zero.get(kind) or {}).get("device") not in (None, "none"):
             raise UsageError(f"DeepSpeed's {kind} is not supported", "leave it out: moments are spread over the processes")
@@ -115,9 +131,8 @@ def tracker_of(config: TrainingConfig) -> str | None:
     if config.tracker == "none":
         return None
     if importlib.util.find_spec(config.tracker) is None:
-        raise UsageError(
-            f"tracker: {config.tracker} is not installed", f"pip install {config.tracker}; metrics.jsonl is written without it too"
-        )
+        hint = f"pip install {config.tracker}; metrics.jsonl is written without it too"
+        raise UsageError(f"tracker: {config.tracker} is not installed", hint)
     return config.tracker
 
 
@@ -155,6 +170,8 @@ class Zero:
             made.set_mixed_precision("no")
         with redirect_stdout(sys.stderr):
             self.engine, _ = accelerator.prepare(network, optimizer)
+        self.inner: torch.optim.Optimizer = self.engine.optimizer.optimizer
+        """The optimizer of the flat share that this process has of the weights."""
         self.parameters = list(network.parameters())
         self.param_groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": optimizer.defaults["lr"]}]
 
@@ -165,7 +182,7 @@ class Zero:
 
     def step(self) -> Tensor:
         """Clip, step and clear the gradients; returns their norm before it was clipped, NaN where it was no number."""
-        for group in self._inner.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
@@ -174,19 +191,13 @@ class Zero:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """DeepSpeed clears them as it steps."""
 
-    @property
-    def _inner(self) -> torch.optim.Optimizer:
-        """The optimizer of the flat share that this process has of the weights."""
-        inner: torch.optim.Optimizer = self.engine.optimizer.optimizer
-        return inner
-
     def state_dict(self) -> dict[str, Any]:
         """As of a torch optimizer of the whole network, on process 0; all of them have to call."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        settings = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
+        settings = {key: value for key, value in self.inner.param_groups[0].items() if key != "params"}
         state: dict[int, dict[str, Tensor]] = {}
-        for share in self._inner.state.values():  # one, or before the first step none
+        for share in self.inner.state.values():  # one, or before the first step none
             for k, parameter in enumerate(self.parameters):
                 moments = {key: safe_get_full_optimizer_state(parameter, key) for key, value in share.items() if value.ndim}
                 if rank() == 0:
@@ -199,10 +210,9 @@ class Zero:
         (share,) = self.engine.optimizer.single_partition_of_fp32_groups
         if not saved["state"]:
             return
-        where = share.device if self._inner.param_groups[0].get("fused") else "cpu"  # of the count of steps
-        moments: dict[str, Tensor] = {
-            key: torch.zeros_like(share) if value.ndim else value.to(where, copy=True) for key, value in saved["state"][0].items()
-        }
+        where = share.device if self.inner.param_groups[0].get("fused") else "cpu"  # of the count of steps
+        first = saved["state"][0].items()
+        moments = {key: torch.zeros_like(share) if value.ndim else value.to(where, copy=True) for key, value in first}
         for k, parameter in enumerate(self.parameters):
             place: Any = parameter._hp_mapping  # type: ignore[attr-defined]
             if place is None:  # in another process's share
@@ -211,4 +221,4 @@ class Zero:
             for key, value in saved["state"][k].items():
                 if value.ndim:
                     moments[key][here.start : here.start + here.numel] = value.flatten()[there.start : there.start + there.numel]
-        self._inner.state[share] = moments
+        self.inner.state[share] = moments

@@ -46,7 +46,7 @@ def pairs(distill):
         ("teacher: 3", "teacher: input should be a valid string"),
         ("lr: -1", "lr: input should be greater than 0"),
         ("regression_loss: l3", "regression_loss: input should be 'l2', 'huber' or 'lpips'"),
-        ("lpips_weights: x.pth", "lpips_weights is for regression_loss lpips alone"),
+        ("lpips_weights: x.pth", "lpips_weights is for regression_loss=lpips"),
         ("fake_score: perhaps", "fake_score: input should be a valid boolean"),
         ("classes: [a]", "classes"),
     ],

@@ -81,12 +81,12 @@ def test_every_key_is_explained_under_a_heading(command, name, distill):
 
 def test_help_knows_the_method(distill):
     every, ct = (" ".join(distill("cm", *more, "--help-all").out.split()) for more in ((), ("--method", "ct")))
-    assert "--scales-end N s1, N - 1 at the end [default: 150]" in ct
-    assert "ct: s1, N - 1 at the end [default: 150]; ict: s1, N - 1 at the end [default: 1280]" in every
+    assert "--scales-end N s1: number of discretization steps at the end [default: 150]" in ct
+    assert "steps at the end [default: 150]; ict: s1: number of discretization steps at the end [default: 1280]" in every
     assert "--teacher-steps" in every
     assert "--teacher-steps" not in ct
     assert all(method.summary in every for method in METHODS if method.command == "cm")
-    assert "--save-every N|TIME between checkpoints: steps, or a time such as 30s, 10m, 2h [default: 500]" in every
+    assert "--save-every N|TIME steps between checkpoints, or a time such as 30s, 10m, 2h [default: 500]" in every
 
 
 @pytest.mark.parametrize(

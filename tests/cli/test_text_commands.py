@@ -246,7 +246,7 @@ def test_bad_input(distill, prompts, tmp_path):
     assert distill("pairs", "--teacher", "tiny-sd", "--num", 4, "--steps", 1, "--out", "p").code == 0
     lpips = distill(*DMD, "--pairs", "p", "--out", "d", "regression_loss=lpips", "lpips_weights=vgg.pth")
     one_line(lpips, 1, "lpips_weights vgg.pth: no such file")
-    one_line(distill(*DMD, "decoder=x", "--out", "d"), 2, "decoder is for regression_loss lpips alone")
+    one_line(distill(*DMD, "decoder=x", "--out", "d"), 2, "decoder is for regression_loss=lpips")
     one_line(distill(*sample, "--prompts", prompts, "--solver", "ddim", "--steps", 1000), 2, "--steps 1000: the model has 1000 times")
     one_line(
         distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "classifier=x", "--out", "e"), 2, "classifier is not for prompts"

@@ -14,8 +14,8 @@ class ClassifierConfig(TrainingConfig):
     """distill classifier"""
 
     data: Name = Field("digits", description="a built-in set, or a folder of images whose subfolders are classes")
-    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder needs it")
+    resolution: Positive | None = Field(None, description="image width in pixels; a folder needs it, a built-in set has its own")
     flip: bool = Field(False, description="mirror images at random")
-    width: Annotated[int, Field(gt=0, multiple_of=8)] = Field(64, description="channels, and features")
-    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="share of the images that are never trained on, for the accuracy")
-    sample_every: Literal[0] = Field(0, description="a classifier makes no images")
+    width: Annotated[int, Field(gt=0, multiple_of=8)] = Field(64, description="channels of the network, and number of features")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="share of the images held out to measure the accuracy")
+    sample_every: Literal[0] = Field(0, description="always 0: a classifier makes no images")

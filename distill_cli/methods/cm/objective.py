@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,9 +132,7 @@ class Consistency(Objective):
         yield Loss("student", self.errors(x, noise, t, r, condition).mean())
 
     def compared(self, made: Model) -> Rows:
-        rows = {}
-        if self.teacher is not None:
-            rows["teacher"] = (self.teacher.to(next(made.denoiser.parameters()).device), self.sampling())
+        rows = {} if self.teacher is None else {"teacher": (self.teacher.to(next(made.denoiser.parameters()).device), self.sampling())}
         steps = {n: made.sampling.model_copy(update={"steps": n}) for n in (1, 2)}
         return rows | {f"student, {n} step{'s' * (n > 1)}": (made, sampling) for n, sampling in steps.items()}
 
@@ -220,6 +217,13 @@ class New(Consistency):
     """On a grid that grows, from a model's weights or from new ones."""
 
     config: NewConfig
+    growth: Callable[[int, int, int, int], int]
+    """The curriculum: the grid's times at a step, by step, steps, scales and scales_end."""
+
+    def scales(self, step: int) -> int:
+        """N, the times of the grid, at a step."""
+        config = self.config
+        return self.growth(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
 
     def begin(self) -> Model:
         return new(self.config, self.images) if self.teacher is None else self.teacher.copy()
@@ -229,11 +233,7 @@ class CT(New, Following):
     """Training (2303.01469, algorithm 3)."""
 
     config: CTConfig
-
-    def scales(self, step: int) -> int:
-        """N, the times of the grid, at a step."""
-        config = self.config
-        return maths.ct_scales(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
+    growth = staticmethod(maths.ct_scales)
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         intervals = self.scales(step) - 1
@@ -247,11 +247,7 @@ class ICT(New):
     """Improved training (2310.14189): the student is its own target."""
 
     config: ICTConfig
-
-    def scales(self, step: int) -> int:
-        """N, the times of the grid, at a step."""
-        config = self.config
-        return maths.ict_scales(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
+    growth = staticmethod(maths.ict_scales)
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         intervals = self.scales(step) - 1
@@ -279,16 +275,12 @@ def images_of(config: CMConfig, teacher: Model | None) -> str:
     known = config.teacher if config.teacher in BUILTIN else teacher.lineage.data if teacher is not None else ""
     if known and (known in BUILTIN or Path(known).is_dir()):
         return known
-    raise UsageError(
-        f"--data: method {config.method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits"
-    )
+    said = f"--data: method {config.method} learns from real images, and none are given"
+    raise UsageError(said, "--data FOLDER --resolution PIXELS, or --data digits")
 
 
 def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[CMConfig, str]:
-    """The config without label dropout for a teacher that has classes and no null class, and the line that says so.
-
-    Raises UsageError where label dropout was `asked` for.
-    """
+    """The config without label dropout for a teacher that has no null class, and a line that says so; refused where it was `asked` for."""
     if teacher is None or not teacher.conditioner.classes or teacher.conditioner.null is not None or not config.label_dropout:
         return config, ""
     why = f"{teacher.lineage.name} was trained without label dropout: it has no null class"
@@ -300,7 +292,6 @@ def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[
 def new(config: NewConfig, images: Images) -> Model:
     """A student with random weights."""
     check_resolution(images.shape[-1], config.network)
-    options: dict[str, Any] = config.network.model_dump()
     return create(
         resolution=images.shape[1],
         image_channels=images.shape[0],
@@ -309,7 +300,7 @@ def new(config: NewConfig, images: Images) -> Model:
         parameterisation="consistency",
         lineage=Lineage(name=Path(str(config.data)).name, data=str(config.data)),
         seed=config.seed,
-        **options,
+        **config.network.model_dump(),
     )
 
 

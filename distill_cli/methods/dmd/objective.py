@@ -30,7 +30,7 @@ from distill_cli.models.conditioners import Conditioner
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.sampler import Sampler
-from distill_cli.pairs.store import MANIFEST, Manifest, PairStore
+from distill_cli.pairs.store import MANIFEST, PairStore
 from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
@@ -71,7 +71,7 @@ class DMD(Objective):
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
         refuse_student(teacher, config.teacher, "dmd")
-        if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
+        if teacher.denoiser.schedule.bins is not None and config.changed("t_bins"):
             raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
         super().__init__(config, "student")
         self.pairs = pairs
@@ -79,9 +79,8 @@ class DMD(Objective):
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
         self.identity["teacher"] = self.teacher_hash
         planned = not self.teacher_hash
-        self.regression_weight = 0.0
-        if config.pairs is not None:
-            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
+        weight = 0.25 if config.regression_weight is None else config.regression_weight
+        self.regression_weight = weight if config.pairs is not None else 0.0
         if pairs is not None:
             teacher = teacher.at(pairs.manifest.shape)
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
@@ -96,7 +95,7 @@ class DMD(Objective):
         self.teacher = teacher
         if not planned:
             self.identity |= teacher.conditioner.digests()
-        scale = guidance_of(config, pairs.manifest if pairs is not None else None)
+        scale = pairs.manifest.guidance_scale if config.guidance_scale is None and pairs is not None else config.guidance_scale
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
         self.guidance = self.sampling.guidance_scale
         null = None if planned else teacher.conditioner.null
@@ -105,8 +104,8 @@ class DMD(Objective):
         if config.matching_weight and config.fake_score:
             rates["fake"] = config.fake_lr or config.lr
         self.trained |= {name: Full(teacher.copy().denoiser.eval().requires_grad_(True), rate) for name, rate in rates.items()}
-        self.frozen |= {"teacher": teacher.denoiser.eval().requires_grad_(False), **teacher.codec.parts()}
         working = [] if planned else teacher.conditioner.working()
+        self.frozen |= {"teacher": teacher.denoiser.eval().requires_grad_(False), **teacher.codec.parts()}
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
         of_prompts = planned and teacher.conditioner.takes == "prompts"  # which may not be there yet
         self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
@@ -162,8 +161,7 @@ class DMD(Objective):
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None:
-            if self.regression_weight:
-                assert self.distance is not None
+            if self.distance is not None:
                 regression = self.distance(generated, paired["x0"]).mean()
                 loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
             drawn = self.of_pairs.alike(paired["label"])
@@ -196,20 +194,15 @@ class DMD(Objective):
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        return replace(
-            self.teacher,
-            denoiser=network,
-            conditioner=self.teacher.conditioner.taught(self.config.classes),
-            lineage=student_of(self.teacher.lineage, "dmd", self.teacher_hash),
-            sampler=Sampler.one_step(self.schedule),
-        )
+        teacher = self.teacher
+        conditioner, lineage = teacher.conditioner.taught(self.config.classes), student_of(teacher.lineage, "dmd", self.teacher_hash)
+        return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=Sampler.one_step(self.schedule))
 
     def compared(self, made: Model) -> Rows:
         return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
 
     def calls(self) -> Calls:
-        config, size = self.config, self.config.batch_size
-        paired = bool(config.pairs is not None and config.regression_weight != 0)
+        config, size, paired = self.config, self.config.batch_size, bool(self.regression_weight)
         matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
         trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []
         if matched:
@@ -222,22 +215,12 @@ class DMD(Objective):
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
         real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
         if fake > FAKE_BEHIND * real > 0:
-            return (
-                f"the fake score has fallen behind: its error on the student's images is {fake / real:.2f} times the teacher's. "
-                "Lower lr, or raise fake_steps or fake_lr"
-            )
+            found = f"its error on the student's images is {fake / real:.2f} times the teacher's"
+            return f"the fake score has fallen behind: {found}. Lower lr, or raise fake_steps or fake_lr"
         if done > 0.25 and metrics.get("spread", 1.0) < SPREAD_LOST * metrics.get("pairs_spread", 0.0):
-            share = metrics["spread"] / metrics["pairs_spread"]
-            return (
-                f"the student's images are collapsing: their spread inside a class is {share:.2f} times the teacher's. "
-                "Lower lr, or raise regression_weight"
-            )
+            found = f"their spread inside a class is {metrics['spread'] / metrics['pairs_spread']:.2f} times the teacher's"
+            return f"the student's images are collapsing: {found}. Lower lr, or raise regression_weight"
         return ""
-
-
-def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
-    """The teacher's guidance scale: what is asked for, else that of the pairs; None for the teacher's own."""
-    return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
 
 
 def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
@@ -256,8 +239,7 @@ def prompted(
 ) -> tuple[Model, Conditioner]:
     """The teacher for the prompts of a run, opened here unless given, and what makes conditions of its pairs' labels.
 
-    The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
-    What is `planned` alone has none.
+    The embeddings of all prompts stand beside the pairs, or in the run's folder: training needs no text encoder. A plan has none.
     """
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from distill_cli.data import Images
+from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
@@ -19,24 +21,41 @@ from distill_cli.training.examples import Examples
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 
-class Denoising(Objective):
-    """E[x0 | x_t] by weighted least squares; labels are dropped now and then so that the null class is learned."""
+class TeacherObjective(Objective):
+    """E[x0 | x_t] by weighted least squares; conditions are dropped now and then so that the null one is learned."""
 
     config: TrainConfig
-    images: Images
+    schedule: NoiseSchedule
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Condition]:
+        """x0 (B, C, H, W) and its condition, on the device."""
+        raise NotImplementedError
+
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        x, condition = self.batch(draws)
+        noise = draws.normal("noise", x.shape[1:]).to(x.device)
+        t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
+        error = "velocity" if self.config.prediction == "v" else "noise"
+        yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=error).mean())
+
+    def calls(self) -> Calls:
+        return Calls([Call("teacher", self.config.batch_size)])
+
+
+class Denoising(TeacherObjective):
+    """Of images under their classes."""
 
     def __init__(self, config: TrainConfig, images: Images) -> None:
         super().__init__(config, "teacher")
         self.images = images
         check_resolution(images.shape[-1], config.network)
         edm = config.prediction == "edm"
-        schedule: NoiseSchedule = EDMSchedule() if edm else TableSchedule.from_config({"beta_schedule": config.beta_schedule})
-        self.schedule = schedule
+        self.schedule = EDMSchedule() if edm else TableSchedule.from_config({"beta_schedule": config.beta_schedule})
         self.teacher = create(
             resolution=images.shape[1],
             image_channels=images.shape[0],
             classes=images.classes,
-            schedule=schedule,
+            schedule=self.schedule,
             parameterisation=config.prediction,
             lineage=Lineage(name=config.data, method="denoising", data=config.data),
             seed=config.seed,
@@ -46,16 +65,9 @@ class Denoising(Objective):
         self.order = Order(config.seed, len(images))
         self.examples = Examples(images, self.order, self.teacher.conditioner, config.label_dropout)
 
-    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        x, condition = self.examples.batch(draws, self.device)
-        noise = draws.normal("noise", x.shape[1:]).to(x.device)
-        t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
-        error = "velocity" if self.config.prediction == "v" else "noise"
-        yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=error).mean())
+    def batch(self, draws: Draws) -> tuple[Tensor, Condition]:
+        return self.examples.batch(draws, self.device)
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampler)
-
-    def calls(self) -> Calls:
-        return Calls([Call("teacher", self.config.batch_size)])
+        return replace(self.teacher, denoiser=network)

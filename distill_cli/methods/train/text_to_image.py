@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 from distill_cli.data.images import Captioned, Images
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
 from distill_cli.methods.train.config import TrainConfig
+from distill_cli.methods.train.denoising import TeacherObjective
 from distill_cli.models.codec import Codec, VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
@@ -25,7 +24,7 @@ from distill_cli.models.stable_diffusion import create, load_vae
 from distill_cli.models.text import make_tokenizer
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
+from distill_cli.training.objective import Full
 
 ENCODED = 64
 """Pictures encoded at a time."""
@@ -47,27 +46,24 @@ class Latents:
 
     def __init__(self, images: Images, codec: Codec, where: torch.device, variants: int, seed: int, stop: Stop) -> None:
         count = len(images)
-        means, spreads = [], []
+        parts = []
         for first in range(0, variants * count, ENCODED):
             if stop.requested:  # what is there is left
                 break
             picks = range(first, min(variants * count, first + ENCODED))
             x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
             with torch.no_grad(), torch.autocast(where.type, enabled=False):
-                mean, spread = codec.encode(x)
-            means.append(mean.cpu())
-            spreads.append(spread.cpu())
-        self.means, self.spreads = torch.cat(means), torch.cat(spreads)
+                parts.append([each.cpu() for each in codec.encode(x)])
+        self.means, self.spreads = map(torch.cat, zip(*parts, strict=True))
 
-    def batch(self, positions: Sequence[int], noise: Tensor) -> Tensor:
+    def batch(self, positions: list[int], noise: Tensor) -> Tensor:
         """Latents (B, c, h, w) at positions, drawn by standard-normal `noise`."""
-        return self.means[list(positions)] + self.spreads[list(positions)] * noise
+        return self.means[positions] + self.spreads[positions] * noise
 
 
-class TextToImage(Objective):
-    """Denoising of latents under their captions; a caption is dropped now and then, so that guidance works."""
+class TextToImage(TeacherObjective):
+    """Of latents under their captions."""
 
-    config: TrainConfig
     images: Captioned
     order: Order
 
@@ -79,24 +75,17 @@ class TextToImage(Objective):
         tokenizer = make_tokenizer(images.captions(range(len(images))), config.text.length)
         parts = 2 ** (len(config.network.channels) - 1)
         if images.shape[-1] // VAECodec(vae).factor % parts:
-            raise UsageError(
-                f"resolution {images.shape[-1]}: the autoencoder and {len(config.network.channels)} network.channels do not divide it"
-            )
+            several = f"the autoencoder and {len(config.network.channels)} network.channels"
+            raise UsageError(f"resolution {images.shape[-1]}: {several} do not divide it")
+        scheduler = {"_class_name": "DDIMScheduler", **STABLE_DIFFUSION, "beta_schedule": config.beta_schedule, "clip_sample": False}
+        scheduler |= {"steps_offset": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.prediction == "v"}
         self.teacher = create(
             vae=vae,
             tokenizer=tokenizer,
             pixels=images.shape[-1],
             network=config.network,
             text=config.text,
-            scheduler={
-                "_class_name": "DDIMScheduler",
-                **STABLE_DIFFUSION,
-                "beta_schedule": config.beta_schedule,
-                "clip_sample": False,
-                "steps_offset": 1,
-                "timestep_spacing": "trailing",
-                "rescale_betas_zero_snr": config.prediction == "v",
-            },
+            scheduler=scheduler,
             parameterisation=config.prediction,
             lineage=Lineage(name=config.data, method="denoising", data=config.data),
             guidance_scale=config.guidance_scale,
@@ -119,25 +108,16 @@ class TextToImage(Objective):
         with preparing(where, f"resume with --resume {run.folder}") as stop:
             self.latents = Latents(self.images, self.teacher.codec, where, self.config.variants, self.config.seed, stop)
 
-    def batch(self, draws: Draws, where: torch.device) -> tuple[Tensor, Condition]:
+    def batch(self, draws: Draws) -> tuple[Tensor, Condition]:
         """Latents (B, c, h, w) and the tokens (B, L) of their captions, some of them the empty one's."""
         assert self.latents is not None
         positions = [self.order[i] for i in draws.indices]
         tokens = Condition({"input_ids": self.tokens[[position % len(self.images) for position in positions]]})
         tokens = dropped(tokens, self.empty, draws.uniform("label_dropout"), self.config.label_dropout)
-        return self.latents.batch(positions, draws.normal("augment", self.teacher.shape)).to(where), tokens.to(where)
-
-    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        x, tokens = self.batch(draws, self.device)
-        noise = draws.normal("noise", self.teacher.shape).to(x.device)
-        t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
-        error = "velocity" if self.config.prediction == "v" else "noise"
-        yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, tokens, error=error).mean())
+        x = self.latents.batch(positions, draws.normal("augment", self.teacher.shape))
+        return x.to(self.device), tokens.to(self.device)
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, TextDenoiser)
         trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
         return replace(self.teacher, denoiser=network.denoiser, conditioner=trained)
-
-    def calls(self) -> Calls:
-        return Calls([Call("teacher", self.config.batch_size)])

@@ -34,9 +34,8 @@ class Autoencoding(Objective):
     def __init__(self, config: VAEConfig, images: Images) -> None:
         parts = 2 ** (len(config.network.channels) - 1)
         if images.shape[-1] % parts:
-            raise UsageError(
-                f"resolution {images.shape[-1]}: {len(config.network.channels)} network.channels need a multiple of {parts} pixels"
-            )
+            channels = f"{len(config.network.channels)} network.channels"
+            raise UsageError(f"resolution {images.shape[-1]}: {channels} need a multiple of {parts} pixels")
         super().__init__(config, "vae")
         self.images = images
         self.latent = (config.network.latent_channels, images.shape[1] // parts, images.shape[2] // parts)
@@ -56,13 +55,11 @@ class Autoencoding(Objective):
         """The autoencoder, with the scale that gives its latents a standard deviation of 1 (2112.10752, appendix G)."""
         assert isinstance(network, Autoencoder)
         network.vae.register_to_config(scaling_factor=1.0)
-        positions = [k % len(self.images) for k in range(MEASURED)]
         latents = []
         for first in range(0, MEASURED, 32):
-            part = positions[first : first + 32]
-            mean, spread = VAECodec(network.vae).encode(self.images.batch(part, Draws(self.config.seed, part))[0])
-            latents.append((mean, spread))
-        means, spreads = (torch.cat(each) for each in zip(*latents, strict=True))
+            part = [k % len(self.images) for k in range(first, first + 32)]
+            latents.append(VAECodec(network.vae).encode(self.images.batch(part, Draws(self.config.seed, part))[0]))
+        means, spreads = map(torch.cat, zip(*latents, strict=True))
         variance = means.var() + spreads.square().mean()
         network.vae.register_to_config(scaling_factor=round(float(variance.rsqrt()), 5))
         return network
