@@ -47,15 +47,11 @@ def sketch(name: str) -> Model:
         unet = diffusers.UNet2DConditionModel(**UNETS[name])
         vae = diffusers.AutoencoderKL(**VAE, sample_size=UNETS[name]["sample_size"] * 8)
         encoder = CLIPTextModel(CLIPTextConfig(**TEXTS[name]))
-    table = TableSchedule.from_config(STABLE_DIFFUSION)
-    return Model(
-        denoiser=NetworkDenoiser(backbone_of(unet), table, "v" if name == "sd21" else "eps", Scales(), "t"),
-        conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
-        lineage=Lineage(name=name, licence=HUB[name].licence),
-        sampler=Sampler(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
-        codec=VAECodec(vae),
-        scheduler=dict(STABLE_DIFFUSION),
-    )
+    prediction, solver = ("v", "ddim") if name == "sd21" else ("eps", "pndm")
+    denoiser = NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(STABLE_DIFFUSION), prediction, Scales(), "t")
+    conditioner = PromptConditioner(SimpleNamespace(model_max_length=77), encoder)
+    lineage, sampler = Lineage(name=name, licence=HUB[name].licence), Sampler(solver=solver, steps=50, guidance_scale=7.5)
+    return Model(denoiser, conditioner, lineage, sampler, VAECodec(vae), dict(STABLE_DIFFUSION))
 
 
 def sketched(name: str, wanted: bool) -> tuple[Model | None, dict[str, str]]:

@@ -59,14 +59,9 @@ def create(
             dropout=network.dropout,
         )
     config = {**scheduler, "prediction_type": PREDICTION_TYPES[parameterisation]}
-    return Model(
-        denoiser=NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t"),
-        conditioner=PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed)),
-        lineage=lineage,
-        sampler=Sampler(solver=solver, steps=50, guidance_scale=guidance_scale),
-        codec=codec,
-        scheduler=config,
-    )
+    denoiser = NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t")
+    conditioner = PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed))
+    return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=50, guidance_scale=guidance_scale), codec, config)
 
 
 def load_vae(folder: Path) -> Any:

@@ -70,10 +70,7 @@ def read_pixels(
     sampler: Sampler,
     notes: tuple[str, ...] = (),
 ) -> Model:
-    """The pixel model in a folder of this schedule.
-
-    A folder without distill.json has the first of the predictions and of the time inputs, and `sampler`.
-    """
+    """The pixel model in a folder; without distill.json it has the first of the predictions and of the time inputs, and `sampler`."""
     import diffusers
 
     from distill_cli.models.edm import EDMUNet
@@ -96,13 +93,7 @@ def read_pixels(
     if extra.lineage.method == "edm" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
         null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
     denoiser = NetworkDenoiser(backbone_of(unet), schedule, extra.parameterisation, scales, extra.time_input)
-    model = Model(
-        denoiser=denoiser.eval().requires_grad_(False),
-        conditioner=ClassConditioner(tuple(extra.classes), null, extra.learned),
-        lineage=extra.lineage,
-        sampler=extra.sampler,
-        recipe=extra.recipe,
-        notes=notes,
-    )
+    conditioner = ClassConditioner(tuple(extra.classes), null, extra.learned)
+    model = Model(denoiser.eval().requires_grad_(False), conditioner, extra.lineage, extra.sampler, recipe=extra.recipe, notes=notes)
     check_pixels(model, folder)
     return model

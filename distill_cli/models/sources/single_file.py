@@ -47,16 +47,13 @@ def configuration(path: Path, width: int) -> tuple[Path, bool]:
         return path.parent, True
     known = HUB.get({768: "sd15", 1024: "sd21"}.get(width, ""))
     if known is None:
-        what = (
-            f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024, and lacks its configuration and tokenizer"
-        )
-        raise DistillError(f"{path}: {what}", "put model_index.json and the folders that it names beside the file, weights left out")
+        what = f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024"
+        hint = "put model_index.json and the folders that it names beside the file, weights left out"
+        raise DistillError(f"{path}: {what}, and lacks its configuration and tokenizer", hint)
     found = cached(known.id)
     if found is None:
-        raise DistillError(
-            f"{path}: the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache",
-            f"{command(known.id, WANTED)} --local-dir FOLDER, and put the file into that folder",
-        )
+        what = f"the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache"
+        raise DistillError(f"{path}: {what}", f"{command(known.id, WANTED)} --local-dir FOLDER, and put the file into that folder")
     return found, False
 
 
@@ -181,12 +178,8 @@ def load(path: Path, prediction: str | None = None) -> Model:
     folder, own = configuration(path, width)
     changes: dict[str, Any] = {"prediction_type": WORDS[said]} if said else {}
     notes = [f"Stable Diffusion {2 if second else 1}" if width in (768, 1024) else f"text of {width} channels"]
-    if said:
-        notes.append(f"predicts {said} by {why}")
-    elif own:
-        notes.append(f"the file does not say what it predicts: taken from {folder / 'scheduler'}")
-    else:
-        notes.append("the file does not say what it predicts: assumed eps, as Stable Diffusion 1 does")
+    assumed = f"taken from {folder / 'scheduler'}" if own else "assumed eps, as Stable Diffusion 1 does"
+    notes.append(f"predicts {said} by {why}" if said else f"the file does not say what it predicts: {assumed}")
     if zero:
         changes |= ZERO
         notes.append(f"zero terminal SNR by {zero}")
@@ -206,8 +199,9 @@ def load(path: Path, prediction: str | None = None) -> Model:
     model = stable_diffusion.load(folder, path.stem, given, changes)
     _held(file, model, folder, zero)
     if not own:
-        notes.append(f"configuration and tokenizer of {HUB['sd21' if second else 'sd15'].id}")
-        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or HUB["sd21" if second else "sd15"].licence})
+        known = HUB["sd21" if second else "sd15"]
+        notes.append(f"configuration and tokenizer of {known.id}")
+        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or known.licence})
     model.notes = (*model.notes, f"{path}: {'; '.join(notes)}")
     return model
 
