@@ -17,7 +17,8 @@ class NoiseSchedule(Protocol):
     """alpha(t) and sigma(t) of the forward process; t grows with the noise."""
 
     @property
-    def t_max(self) -> float: ...
+    def t_max(self) -> float:
+        """The largest time, where sampling starts."""
 
     @property
     def prior_std(self) -> float:
@@ -83,7 +84,7 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 def plain_error(a: Tensor, s: Tensor, error: str) -> Tensor:
     """Weights that turn the squared error of x0 into the plain one of what a network predicts.
 
-    Noise: (alpha / sigma)^2 (Ho et al. 2006.11239, L_simple). Velocity: (alpha^2 + sigma^2)^2 / sigma^2 (2202.00512: SNR + 1).
+    Noise: (alpha / sigma)^2 (Ho et al. 2006.11239, L_simple). Velocity: (alpha^2 + sigma^2)^2 / sigma^2 (Salimans & Ho 2202.00512).
     """
     return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
 

@@ -31,6 +31,9 @@ def _call(where: str, shape: tuple[int, ...], expected: tuple[int, ...], call: C
 def rehearse(model: Model, where: str) -> None:
     """Raise DistillError where the model's network does not take what a denoiser gives it."""
     condition = model.conditioner.example(2, "meta")
+    beside = sorted(set(condition.parts) - model.backbone.inputs)
+    if beside:
+        raise DistillError(f"{where}: the network takes no {beside[0]}, which the model's {model.conditioner.summary} come as")
     _call(where, model.shape, model.shape, lambda x: model.backbone.fresh()(x, torch.ones(2), condition))
 
 

@@ -138,7 +138,8 @@ def test_a_student_by_distillation_counts_its_times_on_the_grid_it_was_distilled
     assert list(student.sampler.times) == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
     save(student, tmp_path / "m")
     again = load(str(tmp_path / "m"))
-    assert again.times("few-step", 3).tolist() == maths.sigma_at(EDMSchedule(), torch.tensor([0, 3, 6]), 9).tolist()
+    even = maths.sigma_at(EDMSchedule(), torch.tensor([0, 3, 6]), 9)
+    assert torch.equal(again.sampler.times_for(again.denoiser.schedule, "few-step", 3), even)
     assert tiny.denoiser.schedule.grid == 40
     eased = objective(tiny, method="ect")
     assert eased.model(eased.trained["student"].module, 0).denoiser.schedule.grid == 40
@@ -300,7 +301,7 @@ def test_students_are_no_teachers(tiny):
 def test_held_out_images_are_never_seen(tiny):
     cm = objective(tiny, holdout=0.5, batch_size=7)
     _, held_out = split(cm.images, 0.5, 0)
-    seen = {cm.seen[cm.order[i]] for i in range(4000)}
+    seen = {cm.examples.seen[cm.order[i]] for i in range(4000)}
     assert len(held_out) == 898
     assert not seen & set(held_out)
     assert len(seen) == 1797 - 898
