@@ -68,7 +68,6 @@ def load_vae(folder: Path) -> Any:
     """The AutoencoderKL in a folder, or in a run of `distill vae`, float32, on the CPU."""
     import diffusers
 
-    folder = Path(folder)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     vae = load_network(diffusers.AutoencoderKL, folder)
     check_vae(vae, str(folder))

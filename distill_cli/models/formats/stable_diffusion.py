@@ -34,7 +34,7 @@ from distill_cli.models.sources.hub import PARTS as WEIGHTS
 from distill_cli.models.text import load_tokenizer, save_encoder, save_tokenizer
 
 PIPELINES = ("StableDiffusionPipeline",)
-SOLVER_OF = {"PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++", "DDIMScheduler": "ddim"}
+SOLVER_OF = {kind: solver for solver, kind in schedulers.SOLVERS.items()}
 DEFAULT_SIZE = 64
 """What diffusers' pipeline makes of a network that does not say its sample_size."""
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}

@@ -18,6 +18,7 @@ from torch import Tensor
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file, empty, plain, quiet
+from distill_cli.models.schedulers import PREDICTION_TYPES
 from distill_cli.models.sources.convert import trimmed
 from distill_cli.models.sources.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
 from distill_cli.models.sources.hub import HUB, WANTED, cached, command
@@ -26,7 +27,6 @@ from distill_cli.tensors import Tensors
 SUFFIX = ".safetensors"
 AVERAGED = "model_ema."
 COUNTS = (f"{AVERAGED}decay", f"{AVERAGED}num_updates")
-WORDS = {"eps": "epsilon", "v": "v_prediction"}
 ZERO = {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
 """Scheduler settings for zero terminal SNR: sampling has to begin at the last time."""
 KNOWN = re.compile(
@@ -171,12 +171,11 @@ def load(path: Path, prediction: str | None = None) -> Model:
     said, zero, why = predicts(file, prediction)
     second = width == 1024
     if second and not said and not (path.parent / "model_index.json").is_file():
-        raise DistillError(
-            f"{path}: Stable Diffusion 2 exists with noise and with v prediction, and the file does not say which it is",
-            f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER",
-        )
+        what = "Stable Diffusion 2 exists with noise and with v prediction, and the file does not say which it is"
+        hint = f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER"
+        raise DistillError(f"{path}: {what}", hint)
     folder, own = configuration(path, width)
-    changes: dict[str, Any] = {"prediction_type": WORDS[said]} if said else {}
+    changes: dict[str, Any] = {"prediction_type": PREDICTION_TYPES[said]} if said else {}
     notes = [f"Stable Diffusion {2 if second else 1}" if width in (768, 1024) else f"text of {width} channels"]
     assumed = f"taken from {folder / 'scheduler'}" if own else "assumed eps, as Stable Diffusion 1 does"
     notes.append(f"predicts {said} by {why}" if said else f"the file does not say what it predicts: {assumed}")
