@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill_cli import launch, processes
 from distill_cli.config import EvaluateConfig, SampleConfig
-from distill_cli.data import Images, open_images
+from distill_cli.data import Images, npz, open_images
 from distill_cli.data.pictures import from_uint8, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
@@ -135,7 +135,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) in [-1, 1] and labels (N,) from a file as `distill sample` writes it; None if all labels are 0."""
     if not path.exists():
         raise UsageError(f"--model {path}: no such file")
-    images, labels = batch.read_npz(path, "write it again with `distill sample --format npz`")
+    images, labels = npz.read_npz(path, "write it again with `distill sample --format npz`")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UsageError(f"--model {path}: arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, 3)", _as_expected(images))
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)):

@@ -26,6 +26,7 @@ from distill_cli.errors import DistillError
 from distill_cli.launch import Stop
 from distill_cli.models.parts import plain
 from distill_cli.tensors import content_of
+from distill_cli.verified import Check, Verified
 
 SHARD, AT_A_TIME = 512, 64
 AGAIN = "delete it and run the same command again: only missing embeddings are made"
@@ -65,7 +66,7 @@ class Embeddings:
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self.folder = Path(folder) / f"text-{self.key[:12]}"
         self.null = conditioner.encode([conditioner.negative])[0].to(self.dtype).float().cpu()
-        self.verified = shards.Verified(folder)
+        self.verified = Verified(folder)
         self._open: dict[int, Any] = {}
 
     @property
@@ -74,6 +75,9 @@ class Embeddings:
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}.safetensors"
+
+    def _check(self, path: Path) -> Check:
+        return Check(path, "", partial(shards.check, path, AGAIN))
 
     def make(self, shard: int) -> None:
         """Write a shard that is missing."""
@@ -87,7 +91,7 @@ class Embeddings:
         """Make what is missing on `device`, of several processes each its share, until a signal comes; the encoder is on the CPU then."""
         mine = processes.mine(self.shards)
         paths = [self.path(shard) for shard in mine if self.path(shard).exists()]
-        for error in self.verified.verify(shards.Check(path, "", partial(shards.check, path, AGAIN)) for path in paths):
+        for error in self.verified.verify(map(self._check, paths)):
             raise error
         self.conditioner.encoder.to(device)
         for shard in mine:
@@ -99,7 +103,7 @@ class Embeddings:
     def _shard(self, shard: int) -> Any:
         if shard not in self._open:
             self.make(shard)
-            known = self.verified.knows(self.path(shard), "")
+            known = self.verified.knows(self._check(self.path(shard)))
             metadata, shapes = shards.check(self.path(shard), AGAIN, whole=not known)
             count = min(SHARD, len(self.firsts) - shard * SHARD)
             if metadata.get("key") != self.key or shapes != {"text": (count, *self.null.shape)}:
