@@ -71,9 +71,6 @@ class NoiseSchedule(Protocol):
         a, s = self.alpha(t), self.sigma(t)
         return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
 
-    def time(self, level: Tensor) -> Tensor:
-        """The time at which the noise level sigma / alpha is `level`."""
-
     def at(self, fraction: Tensor) -> Tensor:
         """Times at fractions of the range: 0 is the smallest, 1 the largest, spaced as in training."""
 
@@ -144,9 +141,6 @@ class EDMSchedule(NoiseSchedule):
         """1/sigma^2 + 1/sigma_data^2, which makes the loss of the raw network even over sigma (eq. 8 and table 1)."""
         return t**-2 + sigma_data**-2
 
-    def time(self, level: Tensor) -> Tensor:
-        return level
-
     def at(self, fraction: Tensor) -> Tensor:
         """Times at fractions of the range: 0 is sigma_min, 1 is sigma_max, evenly in sigma^(1/rho) (eq. 5)."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -204,13 +198,6 @@ class TableSchedule(NoiseSchedule):
     def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
         """Whole times, all alike."""
         return (draws.uniform("time") * (self.t_max + 1)).floor().float()
-
-    def time(self, level: Tensor) -> Tensor:
-        noise = 1 - self.alphas_cumprod.to(level.device)
-        value = 1 / (1 + level.to(noise.dtype) ** -2)
-        high = torch.searchsorted(noise, value.contiguous()).clamp(1, len(noise) - 1)
-        below, above = noise[high - 1], noise[high]
-        return (high - 1 + ((value - below) / (above - below)).clamp(0, 1)).to(level.dtype)
 
     def at(self, fraction: Tensor) -> Tensor:
         """Whole times at fractions of the range: 0 is t = 0, 1 is t = N - 1."""
@@ -280,9 +267,6 @@ class FlowSchedule(NoiseSchedule):
     def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
         """Logit-normal (Esser et al. 2403.03206, section 3.1)."""
         return (mean + std * draws.normal("time")).sigmoid()
-
-    def time(self, level: Tensor) -> Tensor:
-        return 1 / (1 + 1 / level)
 
     def at(self, fraction: Tensor) -> Tensor:
         return fraction
