@@ -74,7 +74,7 @@ def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> N
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     kept = bool(ours) and all(re.fullmatch(ours, name) or name.startswith(TEMPORARY) for name in names)
     if not is_empty(folder) and not kept and not path.exists():  # another process may have begun it since
-        raise UsageError(f"--out {folder}: not empty and no folder of {what}", "choose another folder")
+        raise UsageError(f"--out {folder}: not empty, and not a folder of {what}", "choose another folder")
     write_atomic(path, sealed(settings, indent=2))
 
 

@@ -38,7 +38,7 @@ def test_a_store_outlives_its_manifest(distill, tmp_path):
     one_line(distill(*PAIRS, "seed=5"), 1, "belongs to another store")
     manifest.unlink()
     (tmp_path / "p/notes.txt").write_text("")
-    one_line(distill(*PAIRS), 2, "not empty and no folder of pairs")
+    one_line(distill(*PAIRS), 2, "not empty, and not a folder of pairs")
 
 
 def test_pictures_whose_settings_are_damaged_are_not_to_be_deleted(distill, tmp_path):

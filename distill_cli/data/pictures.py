@@ -31,7 +31,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 def finished(images: Tensor) -> np.ndarray:
     """As `to_uint8`, for images that are kept; raises DistillError if a value is not finite."""
     if not images.isfinite().all():
-        raise DistillError("the model's pictures are not numbers, and none of this batch is written", "--precision bf16 or no")
+        raise DistillError("the model's images are not finite numbers; nothing of this batch is written", "--precision bf16 or no")
     return to_uint8(images)
 
 

@@ -49,6 +49,7 @@ class Thing:
 
     @property
     def caption(self) -> str:
+        """The caption of the picture."""
         return f"a {self.size} {self.colour} {self.shape} {self.place} of a {self.background} background"
 
 

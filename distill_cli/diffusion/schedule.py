@@ -17,7 +17,8 @@ class NoiseSchedule(Protocol):
     """alpha(t) and sigma(t) of the forward process; t grows with the noise."""
 
     @property
-    def t_max(self) -> float: ...
+    def t_max(self) -> float:
+        """The largest time, where sampling starts."""
 
     @property
     def prior_std(self) -> float:

@@ -50,7 +50,7 @@ def split(spec: str) -> tuple[str, int | None]:
     if not at or Path(spec).exists():
         return spec, None
     if not steps.isdecimal() or not int(steps):
-        raise UsageError(f"--model {spec}: after @ comes a number of steps")
+        raise UsageError(f"--model {spec}: a number of steps must follow @")
     return name, int(steps)
 
 

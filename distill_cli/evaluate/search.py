@@ -45,11 +45,11 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
     if not model.sampler.edits:
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
     if steps >= schedule.grid:
-        raise UsageError(f"--search-times {steps}: this student has {schedule.grid} times, the last of them is no noise")
+        raise UsageError(f"--search-times {steps}: this student has {schedule.grid} times, and its last one is sigma_min")
     if config.num < 2:
         raise UsageError(f"--num {config.num}: too few images to measure")
     if launch.world_size() > 1:
-        raise UsageError("--search-times: one process searches", "start one")
+        raise UsageError("--search-times: runs in one process", "start one")
     where = launch.device(config.device)
     model.to(where)
     classifier = load_classifier(config.classifier).to(where)

@@ -68,6 +68,7 @@ class Manifest(BaseModel):
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return -(-self.num // self.shard_size)
 
     def range(self, shard: int) -> range:
@@ -76,11 +77,13 @@ class Manifest(BaseModel):
 
     @property
     def sampling(self) -> Sampling:
+        """How the teacher was sampled."""
         scale, calls = self.guidance_scale, self.guidance_calls
         return Sampling(solver=self.solver, steps=self.steps, guidance_scale=scale, guidance_calls=calls)
 
     @property
     def settings_hash(self) -> str:
+        """The hash of the settings, which every shard carries."""
         return hashlib.sha256(self.model_dump_json(exclude=self._unsaid()).encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
@@ -102,6 +105,7 @@ def noise_of(manifest: Manifest, indices: Sequence[int]) -> Tensor:
 
 
 def noise_checksum(noise: Tensor) -> str:
+    """SHA-256 of noise (B, C, H, W) in float32."""
     return hashlib.sha256(noise.contiguous().numpy().tobytes()).hexdigest()
 
 

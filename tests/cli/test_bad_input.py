@@ -136,7 +136,7 @@ def test_pictures_that_are_no_numbers_are_not_written(distill, tmp_path, monkeyp
 
     monkeypatch.setattr(Model, "sample", overflown)
     job = ("sample", "--model", "tiny", "--num", 6, "--steps", 1, "batch_size=2", "--out", "s")
-    one_line(distill(*job), 1, "not numbers", "--precision bf16 or no")
+    one_line(distill(*job), 1, "not finite numbers", "--precision bf16 or no")
     assert len(list((tmp_path / "s").glob("*.png"))) <= 2
     monkeypatch.setattr(Model, "sample", original)
     assert distill(*job).code == 0

@@ -126,16 +126,6 @@ def test_the_main_job_on_text(distill, prompts, tmp_path, precision):
         assert text in card
 
 
-def test_stopped_and_resumed_is_uninterrupted(distill, tmp_path):
-    assert distill("pairs", "--teacher", "tiny-sd", "--num", 8, "--steps", 2, "batch_size=4", "--out", "p").code == 0
-    for name, steps in (("a", 4), ("b", 2)):
-        assert distill(*DMD[:3], "--steps", steps, *DMD[5:], "--pairs", "p", "--out", name).code == 0
-    assert distill("dmd", "--resume", "b", "--steps", 4).code == 0
-    a, b = ((tmp_path / name / "student/unet/diffusion_pytorch_model.safetensors").read_bytes() for name in "ab")
-    assert a == b
-    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
-
-
 def test_prompts_without_pairs_are_not_embedded(distill, tmp_path):
     """Of 9 prompts 4 have pairs: their embeddings are made once, and `dmd` finds them."""
     (tmp_path / "many.txt").write_text("".join(f"a red circle {k}\n" for k in range(9)))

@@ -86,7 +86,7 @@ def test_too_few_images_are_said(distill):
         (["--model", "short.npz"], "short.npz: arr_1 is int64 (3,)"),
         (["--data", "photos", "--resolution", "16", "neighbours=1"], "has 0 of (3, 16, 16)"),
         (["--model", "large.npz"], "large.npz: images of (3, 32, 32), the reference has (3, 16, 16)"),
-        (["--model", "tiny@x"], "tiny@x: after @ comes a number of steps"),
+        (["--model", "tiny@x"], "tiny@x: a number of steps must follow @"),
         (["--classifier", "digitz"], "digitz: no classifier"),
         (["--data", "photos", "--resolution", "8"], "knows 10 classes of (3, 16, 16) images, --data photos has 0 of (3, 8, 8)"),
     ],

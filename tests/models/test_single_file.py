@@ -123,7 +123,7 @@ def test_zero_terminal_snr_is_what_it_says(beside):
 
 def test_two_statements_that_differ_are_refused_and_settled_by_the_option(beside, distill):
     path = written(beside, lambda w: w | {"v_pred": torch.zeros(0)}, {"modelspec.prediction_type": "epsilon"})
-    with pytest.raises(DistillError, match="says two things of what it predicts: v by its tensor v_pred and eps by its metadata"):
+    with pytest.raises(DistillError, match="says two different predictions: v by its tensor v_pred and eps by its metadata"):
         load(path)
     done = distill("convert", path, "--out", "folder", "--prediction", "eps", "--json")
     assert done.code == 0, done.err
@@ -175,7 +175,7 @@ def test_version_2_is_asked_what_it_predicts(tmp_path, distill):
     path = file_of(tmp_path / "two.safetensors", BARE)
     result = distill("sample", "--model", path, "--prompts", "shapes-held", "--num", 1)
     assert result.code == 1
-    assert "Stable Diffusion 2, which was published twice" in result.err
+    assert "Stable Diffusion 2 exists with noise and with v prediction" in result.err
     assert f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER" in result.err
     said = distill("convert", path, "--prediction", "v", "--out", "m")  # then its configuration alone is missing
     assert said.code == 1

@@ -220,7 +220,7 @@ def test_embeddings_are_verified_once(tmp_path, read, monkeypatch):
 
 def test_prompts_that_are_cut_are_counted_of_a_part_and_once(distill, tmp_path, monkeypatch):
     """Of six prompts those of the part alone, and on a restart only of what is still to make."""
-    from distill_cli.models.text import PromptConditioner
+    from distill_cli.models.conditioners import PromptConditioner
 
     counted = []
     cut = PromptConditioner.cut

@@ -80,10 +80,9 @@ def test_average_halves_in_its_halflife():
     assert following.network.weight.item() == 3.0
 
 
-@pytest.mark.parametrize(("kind", "optimizer"), [("train", "adamw"), ("dmd", "adamw"), ("cm", "radam"), ("cm", "muon")])
-def test_stopped_and_resumed_equals_uninterrupted(kind, optimizer, tmp_path, tiny, tiny_pairs):
-    """Weights, averages, optimizers and metrics, bit for bit, from a checkpoint in the middle of a logging window."""
-    changes = dict(steps=7, optimizer=optimizer)
+def test_another_optimizer_resumes_exactly(tmp_path, tiny, tiny_pairs):
+    """Weights, averages, moments and metrics, bit for bit, after half a line in the log; the methods' own are in tests/contracts."""
+    kind, changes = "cm", dict(steps=7, optimizer="muon")
     engine_of(kind, tmp_path / "whole", tiny, tiny_pairs, **changes).train()
     first = engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, **changes)
     for _ in range(4):
@@ -91,15 +90,14 @@ def test_stopped_and_resumed_equals_uninterrupted(kind, optimizer, tmp_path, tin
         if first.step == 3:
             first._log()
     first.save()
-    assert kind != "cm" or (checkpoint.path_of(first.run.checkpoints, 4) / "target.safetensors").is_file()
+    assert (checkpoint.path_of(first.run.checkpoints, 4) / "target.safetensors").is_file()
     first.train_step()  # killed here: this step and a half-written line are lost
     with open(first.run.metrics, "a") as handle:
         handle.write('{"step": 6, "imag')
     engine_of(kind, tmp_path / "parts", tiny, tiny_pairs, resume=True, **changes).train()
     assert same(weights(tmp_path / "whole", 7), weights(tmp_path / "parts", 7))
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "parts/metrics.jsonl").read_text()
-    result = "teacher" if kind == "train" else "student"
-    file = f"{result}/unet/diffusion_pytorch_model.safetensors"
+    file = "student/unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
 
 
@@ -116,18 +114,6 @@ def test_what_a_resumed_run_may_change(tmp_path, tiny, tiny_pairs, monkeypatch):
     monkeypatch.setattr(PairStore, "__len__", lambda self: 11)
     with pytest.raises(UsageError, match="images or pairs: 11; the run has begun with 12"):
         engine_of("dmd", tmp_path / "r", tiny, tiny_pairs, resume=True, steps=4)
-
-
-@pytest.mark.parametrize("kind", ["train", "dmd"])
-def test_accumulation_is_the_same_step(kind, tmp_path, tiny, tiny_pairs):
-    changes = {"network": NETWORK} if kind == "train" else {}
-    one, parts = (engine_of(kind, tmp_path / str(n), tiny, tiny_pairs, steps=2, accumulate=n, **changes) for n in (1, 2))
-    for engine in (one, parts):
-        engine.train_step()
-    for name, optimizer in one.optimizers.items():
-        ours, theirs = (torch.cat([s["exp_avg"].flatten() for s in o.state.values()]) for o in (optimizer, parts.optimizers[name]))
-        assert (ours - theirs).norm() < 1e-3 * ours.norm()
-    assert one.window[f"{one.main}_loss"][0] == pytest.approx(parts.window[f"{one.main}_loss"][0].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
@@ -155,17 +141,6 @@ def test_what_this_machine_has_not_is_refused_before_a_folder_is_made(changes, s
     with pytest.raises(UsageError, match=says):
         engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, **changes)
     assert not (tmp_path / "run").exists()
-
-
-def test_half_precision_arithmetic_trains_float32_weights(tmp_path, tiny, tiny_pairs):
-    engine = engine_of("dmd", tmp_path / "run", tiny, tiny_pairs, precision="bf16")
-    engine.train_step()
-    exact = engine_of("dmd", tmp_path / "exact", tiny, tiny_pairs)
-    exact.train_step()
-    losses = [e.window["student_loss"][0].item() for e in (engine, exact)]
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    assert all(p.dtype == torch.float32 for p in engine.plain["student"].parameters())
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, tiny, tiny_pairs):

@@ -100,7 +100,7 @@ def place(
             if shape is None:
                 raise DistillError(f"tensor {name} has no place in the network")
             if key in out:
-                raise DistillError(f"tensor {name} stands twice")
+                raise DistillError(f"tensor {name} occurs twice")
             if trimmed(part.shape) != trimmed(shape):
                 raise DistillError(f"tensor {name} has shape {tuple(part.shape)}, not {tuple(shape)}")
             out[key] = part.reshape(shape).to(torch.float32, copy=True)
@@ -137,15 +137,15 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
     options: dict[str, Any] = {}
     if not adm:
         if k["encoder_type"] not in ("standard", "residual") or k["decoder_type"] != "standard":
-            raise DistillError(f"a {k['encoder_type']} encoder with a {k['decoder_type']} decoder is of no published model")
+            raise DistillError(f"no published model has a {k['encoder_type']} encoder with a {k['decoder_type']} decoder")
         filters = [float(v) for v in k["resample_filter"]]
         if filters not in ([1.0, 1.0], [float(v) for v in FIR]):
-            raise DistillError(f"resample_filter {filters} is of no published model")
+            raise DistillError(f"no published model has resample_filter {filters}")
         options = {"fourier": k["embedding_type"] == "fourier", "residual": k["encoder_type"] == "residual", "fir": len(filters) == 4}
         options["noise_mult"] = int(k["channel_mult_noise"])
     classes, dropped = int(k.get("label_dim", 0)), float(k.get("label_dropout", 0))
     if not 1 <= len(k["channel_mult"]) <= 8 or not 1 <= int(k["num_blocks"]) <= 64:
-        raise DistillError(f"{len(k['channel_mult'])} levels of {k['num_blocks']} blocks are of no published model")
+        raise DistillError(f"no published model has {len(k['channel_mult'])} levels of {k['num_blocks']} blocks")
     with torch.device("meta"):  # allocates nothing, whatever sizes a file claims
         network = EDMUNet(
             sample_size=int(k["img_resolution"]),
@@ -310,14 +310,14 @@ def convert_file(
             x = t.view(2, 1, 1, 1) * torch.ones(2, *model.shape)
             images = model.denoiser(x, t, model.conditioner(torch.zeros(2, dtype=torch.long)))
     except (MemoryError, RuntimeError) as error:  # torch raises either if an allocation fails
-        raise DistillError(f"{where}: two pictures of {model.shape} are not to be made here ({reason(error)})") from error
+        raise DistillError(f"{where}: two pictures of {model.shape} cannot be made here ({reason(error)})") from error
     if not torch.isfinite(images).all():
-        raise DistillError(f"{path}: the network's images are not numbers", "the file is damaged")
+        raise DistillError(f"{path}: the network's images are not finite numbers", "the file is damaged")
     formats.save(model, folder)
     weights_hash = model.weights_hash()
     if formats.load(folder, model.lineage.name).weights_hash() != weights_hash:
         remove_folder(folder)
-        raise DistillError(f"{folder}: reads back other weights than were written", "is the disk sound?")
+        raise DistillError(f"{folder}: holds other weights than were written", "is the disk sound?")
     return {
         "format": found.source,
         "architecture": found.architecture,

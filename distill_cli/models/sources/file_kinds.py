@@ -133,6 +133,6 @@ def predicts(file: Tensors, given: str | None = None) -> tuple[str, str, str]:
         return given, zero, f"--prediction{f', against {others[0]}' if others else ''}"
     if len(set(said.values())) > 1:
         both = " and ".join(f"{kind} by {place}" for place, kind in said.items())
-        raise DistillError(f"{file.path}: says two things of what it predicts: {both}", "distill convert FILE --prediction says which")
+        raise DistillError(f"{file.path}: says two different predictions: {both}", "distill convert FILE --prediction says which")
     place, kind = next(iter(said.items()), ("", ""))
     return kind, zero, place

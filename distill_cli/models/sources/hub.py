@@ -51,6 +51,7 @@ def part_of(folder: Path, part: str) -> Path:
 
 
 def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids downloads."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
@@ -134,7 +135,7 @@ def download(hub_id: str, pipelines: Collection[str]) -> Path:
     except DistillError:
         raise
     except Exception as error:  # no network, no such model, gated: the hub's errors share no base class
-        missing = f"{hub_id}: not in the Hugging Face cache, no folder of that name, and not to be had from the hub"
+        missing = f"{hub_id}: not in the Hugging Face cache, no folder of that name, and cannot be downloaded"
         raise DistillError(f"{missing} ({type(error).__name__})", hint) from error
     raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(pipelines)}")
 
@@ -163,7 +164,7 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such model
         hint = f"where there is a network: {command(name, patterns)}; then set HF_HOME, or give the folder's path"
-        raise DistillError(f"{what}: not in the Hugging Face cache, and not to be had from the hub ({reason(error)})", hint) from error
+        raise DistillError(f"{what}: not in the Hugging Face cache, and cannot be downloaded ({reason(error)})", hint) from error
 
 
 def to_download(name: str) -> str:

@@ -32,6 +32,7 @@ class Published:
 
     @property
     def licence(self) -> str:
+        """The publisher's licence."""
         return "CC BY-NC-SA 4.0 (NVIDIA)" if self.url.startswith(NVLABS) else "MIT (OpenAI)"
 
 
@@ -93,7 +94,7 @@ def download(url: str, path: Path, what: str) -> None:
             ) from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", None) or error
-            raise DistillError(f"{url}: not to be had ({' '.join(str(reason).split())})", hint) from error
+            raise DistillError(f"{url}: cannot be downloaded ({' '.join(str(reason).split())})", hint) from error
         if total and size != total:
             raise DistillError(
                 f"{url}: the connection ended after {size} of {total} bytes", "run the same command again: it goes on from there"

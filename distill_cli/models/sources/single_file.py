@@ -114,7 +114,7 @@ def _held(file: Tensors, model: Model, folder: Path, zero: str) -> None:
             continue
         stored = file.read(name).reshape(-1)
         if len(stored) != value.numel() or not torch.allclose(stored, value.reshape(-1), rtol=1e-2, atol=1e-3):
-            raise DistillError(f"{file.path}: its {name} is another than in {folder / part}", "is the configuration another model's?")
+            raise DistillError(f"{file.path}: its {name} differs from that in {folder / part}", "is the configuration another model's?")
 
 
 def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
@@ -126,7 +126,7 @@ def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
     try:
         found = {plain(name): value for name, value in _converted(file, part, network).items()}
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        raise DistillError(f"{file.path}: its {part} is not the one of {folder} ({reason(error)})", "is it another model's?") from error
+        raise DistillError(f"{file.path}: its {part} does not fit {folder} ({reason(error)})", "is it another model's?") from error
     if part == "unet":
         _refuse_left(file, {*averaged(file).values()} - {*found.values()})
     expected = {plain(name): (name, value.shape) for name, value in network.state_dict().items() if not name.endswith("position_ids")}
@@ -175,7 +175,7 @@ def load(path: Path, prediction: str | None = None) -> Model:
     second = width == 1024
     if second and not said and not (path.parent / "model_index.json").is_file():
         raise DistillError(
-            f"{path}: Stable Diffusion 2, which was published twice, predicting noise and v, and the file does not say which",
+            f"{path}: Stable Diffusion 2 exists with noise and with v prediction, and the file does not say which it is",
             f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER",
         )
     folder, own = configuration(path, width)

@@ -108,7 +108,7 @@ def operations(content: bytes, start: int = 0) -> Iterator[tuple[str, Any, int]]
         for opcode, argument, place in pickletools.genops(stream):
             yield opcode.name, argument, place or 0
     except (ValueError, UnicodeDecodeError) as error:
-        raise pickle.UnpicklingError("a pickle is truncated, or is none") from error
+        raise pickle.UnpicklingError("a pickle is truncated or invalid") from error
 
 
 def check_operations(content: bytes, start: int, names: re.Pattern[str], most: int, calls: bool = False) -> tuple[int, Any]:
@@ -171,7 +171,7 @@ class _Unpickler(_PythonUnpickler):
                 raise pickle.UnpicklingError("a storage is not in torch's format")
         out = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if type(out) is not torch.storage.TypedStorage:
-            raise pickle.UnpicklingError("a storage is none")
+            raise pickle.UnpicklingError("a storage is invalid")
         return out
 
     def tensor(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -188,7 +188,7 @@ class _Unpickler(_PythonUnpickler):
 
     def _set(self, target: Any, items: list[Any]) -> None:
         if not isinstance(target, dict) or any(type(key) is not str for key in items[::2]):
-            raise pickle.UnpicklingError("a dictionary has keys that are no text")
+            raise pickle.UnpicklingError("a dictionary has keys that are not text")
         dict.update(target, zip(items[::2], items[1::2], strict=True))
 
     def load_setitem(self) -> None:

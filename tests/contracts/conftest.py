@@ -1,0 +1,37 @@
+"""What contracts share: the runs of a session, and processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the pairs marked `contracts_all`, unless -m names that mark."""
+    if "contracts_all" not in (config.option.markexpr or ""):
+        left_out = [item for item in items if item.get_closest_marker("contracts_all")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The order of sums depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    from tests.contracts.running import Runs
+
+    return Runs(tmp_path_factory.mktemp("contracts"))
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory):
+    from tests.contracts.workers import Workers
+
+    return Workers(tmp_path_factory.mktemp("workers"))

@@ -1,0 +1,75 @@
+"""The families of models. A new one is one entry of FAMILIES: what a method may be given, by the key of its config that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folder that is made once a session by `make(place)` and given by its path; equal ones are made once."""
+
+    name: str
+    make: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`options` are values of config keys: a method gets those that its config has.
+
+    `pairs` are the options of `distill pairs` for this teacher, None where it makes none.
+    """
+
+    options: dict[str, Any]
+    pairs: dict[str, Any] | None = field(default_factory=lambda: dict(steps=3))
+
+
+BETAS = {"eps": {"beta_schedule": "linear"}, "v": {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}}
+
+
+def pixels(prediction: str) -> Made:
+    """A folder of a pixel model with a table of betas and random weights; that of eps knows no classes."""
+
+    def make(place: Path) -> None:
+        from distill_cli.diffusion.schedule import TableSchedule
+        from distill_cli.models import pixel
+        from distill_cli.models.model import Lineage
+
+        pixel.create(
+            resolution=16, channels=[8, 16], attention=[False, True], groups=4, head=8,
+            classes=[str(i) for i in range(10)] if prediction == "v" else [],
+            schedule=TableSchedule.from_config(BETAS[prediction]),
+            parameterisation=prediction, lineage=Lineage(name=place.name, data="digits"), seed=1,
+        ).save(place)  # fmt: skip
+
+    return Made(f"tiny-{prediction}", make)
+
+
+def autoencoder(place: Path) -> None:
+    """The autoencoder of tiny-sd, as `distill vae` writes one."""
+    from distill_cli.models import load
+    from distill_cli.models.autoencoder import Autoencoder
+
+    vae = load("tiny-sd").parts()["vae"]
+    Autoencoder(vae).save(place)
+
+
+def prompts(place: Path) -> None:
+    place.write_text("a red circle\na small blue square\na green triangle\n")
+
+
+FAMILIES = {
+    "tiny": Family(dict(teacher="tiny", data="digits", prediction="edm")),
+    "tiny-eps": Family(dict(teacher=pixels("eps"), data="digits", prediction="eps")),
+    "tiny-v": Family(dict(teacher=pixels("v"), data="digits", prediction="v")),
+    "tiny-sd": Family(
+        dict(
+            teacher="tiny-sd", data="shapes", prediction="eps", vae=Made("autoencoder", autoencoder), variants=1,
+            prompts=Made("prompts.txt", prompts), text=dict(width=16, layers=1, heads=2),
+        ),
+        pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
+    ),
+}  # fmt: skip
