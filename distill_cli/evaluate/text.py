@@ -39,9 +39,8 @@ class CLIP:
         try:
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many types for a missing folder or network
-            raise DistillError(
-                f"clip {name}: no CLIP model ({reason(error)})", "a folder, or a hub id such as openai/clip-vit-large-patch14"
-            ) from error
+            hint = "a folder, or a hub id such as openai/clip-vit-large-patch14"
+            raise DistillError(f"clip {name}: no CLIP model ({reason(error)})", hint) from error
 
     @torch.no_grad()
     def scores(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:

@@ -121,11 +121,8 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
     indices = manifest.range(shard)
     if len(x0) != len(indices) or not torch.isfinite(x0).all():
         raise DistillError(f"{shard_path(folder, shard).name}: the teacher's images are not finite, or too few", "try --precision no")
-    metadata = {
-        "pairs": f"{indices.start}-{indices.stop - 1}",
-        "settings": manifest.settings_hash,
-        "noise_sha256": noise_checksum(noise_of(manifest, indices)),
-    }
+    pairs, checksum = f"{indices.start}-{indices.stop - 1}", noise_checksum(noise_of(manifest, indices))
+    metadata = {"pairs": pairs, "settings": manifest.settings_hash, "noise_sha256": checksum}
     tensors = {"x0": x0.to(shards.DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}
     shards.write(shard_path(folder, shard), tensors, metadata)
 
@@ -141,9 +138,8 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
     if shapes != {"x0": (len(indices), *manifest.shape), "label": (len(indices),)}:
         raise DistillError(f"{path}: wrong shapes", again)
     if noise and noise_checksum(noise_of(manifest, indices)) != metadata["noise_sha256"]:
-        raise DistillError(
-            f"{path}: (seed, i) gives other noise here than when the pairs were made", "numpy's generator has changed: make the pairs again"
-        )
+        other = f"{path}: (seed, i) gives other noise here than when the pairs were made"
+        raise DistillError(other, "numpy's generator has changed: make the pairs again")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -175,10 +171,8 @@ class PairStore:
         there = {entry.name for entry in os.scandir(self.folder)}
         missing = [s for s in range(self.manifest.shards) if shard_path(self.folder, s).name not in there]
         if missing:
-            raise DistillError(
-                f"{shard_path(self.folder, missing[0])}: missing ({len(missing)} of {self.manifest.shards} shards are)",
-                "run distill pairs again: only missing shards are made",
-            )
+            gone = f"{shard_path(self.folder, missing[0])}: missing ({len(missing)} of {self.manifest.shards} shards are)"
+            raise DistillError(gone, "run distill pairs again: only missing shards are made")
 
     @property
     def about(self) -> str:
@@ -275,12 +269,12 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
 
 def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool = False) -> list[Check]:
     """A check for each shard. Without `noise` only the first shard's noise is compared: it depends on numpy, not on the disk."""
-    out = []
-    for shard in which:
+
+    def of(shard: int) -> Check:
         what = manifest.settings_hash[:16] + f" numpy {np.__version__}" * (shard == 0)
-        run = partial(check_shard, folder, manifest, shard, noise=noise or shard == 0)
-        out.append(Check(shard_path(folder, shard), what, run))
-    return out
+        return Check(shard_path(folder, shard), what, partial(check_shard, folder, manifest, shard, noise=noise or shard == 0))
+
+    return [of(shard) for shard in which]
 
 
 def text_checks(folder: Path) -> list[Check]:
