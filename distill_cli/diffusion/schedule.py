@@ -204,19 +204,10 @@ class TableSchedule(NoiseSchedule):
         """Whole times at fractions of the range: 0 is t = 0, 1 is t = N - 1."""
         return (fraction * self.t_max).round()
 
-    def times(self, steps: int, spacing: str = "trailing", offset: int = 0) -> Tensor:
-        """(steps,) decreasing whole times; spacings as in Lin et al. (2305.08891, table 2).
-
-        `trailing` begins at N - 1; `leading` (Stable Diffusion 1's, with offset 1) ends at `offset`; `linspace` goes from N - 1 to 0.
-        """
+    def times(self, steps: int) -> Tensor:
+        """(steps,) decreasing whole times from N - 1, by "trailing" spacing (Lin et al. 2305.08891, table 2)."""
         count = len(self.alphas_cumprod)
-        if spacing == "trailing":
-            return (torch.arange(count, 0, -count / steps, dtype=torch.float64).round() - 1)[:steps]
-        if spacing == "leading":
-            return (torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (count // steps)) + offset
-        if spacing == "linspace":
-            return torch.linspace(count - 1, 0, steps, dtype=torch.float64).round()
-        raise ValueError(f"spacing {spacing!r} is none of trailing, leading, linspace")
+        return (torch.arange(count, 0, -count / steps, dtype=torch.float64).round() - 1)[:steps]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TableSchedule:

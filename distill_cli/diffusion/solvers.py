@@ -30,39 +30,30 @@ def _call(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Ten
     return denoiser(x, t.to(x.device, x.dtype).expand(len(x)), condition)
 
 
-def ddim_step(
-    schedule: NoiseSchedule, x: Tensor, x0: Tensor, t: Tensor, r: Tensor, eta: float = 0.0, noise: Callable[[], Tensor] | None = None
-) -> Tensor:
+def ddim_step(schedule: NoiseSchedule, x: Tensor, x0: Tensor, t: Tensor, r: Tensor, noise: Callable[[], Tensor] | None = None) -> Tensor:
     """x at the less noisy times r (B,) from x at times t (B,) and an estimate x0 of it (Song et al. 2010.02502, eq. 12 and 16).
 
-    eta 0 is deterministic: an Euler step of the ODE in (x / alpha, sigma / alpha). eta 1 is DDPM's ancestral sampling, which adds `noise`.
+    Without noise (eta 0) an Euler step of the ODE in (x / alpha, sigma / alpha); with `noise` (eta 1) DDPM's ancestral sampling.
     The coefficients are float64. Fine where alpha(t) = 0 (zero terminal SNR).
     """
     t, r = t.double(), r.double()
     (a, s), (a_next, s_next) = ((schedule.alpha(k), schedule.sigma(k)) for k in (t, r))
     variance = torch.zeros_like(s)
-    if eta:
-        variance = ((eta * s_next / s) ** 2 * (s**2 - (a / a_next * s_next) ** 2)).clamp(min=0)
+    if noise is not None:
+        variance = ((s_next / s) ** 2 * (s**2 - (a / a_next * s_next) ** 2)).clamp(min=0)
     x = expand(a_next, x) * x0 + expand((s_next**2 - variance).clamp(min=0).sqrt() / s, x) * (x - expand(a, x) * x0)
-    if eta:
-        assert noise is not None, "eta > 0 needs noise"
+    if noise is not None:
         x = x + expand(variance.sqrt(), x) * noise()
     return x
 
 
 def ddim(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x: Tensor,
-    times: Tensor,
-    condition: Condition = NOTHING,
-    eta: float = 0.0,
-    noise: Noise | None = None,
+    denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Tensor, condition: Condition = NOTHING, noise: Noise | None = None
 ) -> Tensor:
-    """DDIM, step by step (`ddim_step`): with eta 0 Euler's steps of the ODE. First order; one evaluation a time."""
+    """DDIM (Euler's steps of the ODE), with `noise` ancestral sampling: `ddim_step` by step. First order; one evaluation a time."""
     for k, (t, after) in enumerate(zip(times, times[1:])):
         x0 = _call(denoiser, x, t, condition)
-        x = ddim_step(schedule, x, x0, t.expand(len(x)), after.expand(len(x)), eta, noise and partial(noise, k))
+        x = ddim_step(schedule, x, x0, t.expand(len(x)), after.expand(len(x)), noise and partial(noise, k))
     return _call(denoiser, x, times[-1], condition)
 
 

@@ -57,7 +57,7 @@ def _euler(task: Task) -> Tensor:
 
 def _ancestral(task: Task) -> Tensor:
     x = task.schedule.prior_std * task.x
-    return solvers.ddim(task.denoiser, task.schedule, x, task.times, task.condition, eta=1.0, noise=task.noise)
+    return solvers.ddim(task.denoiser, task.schedule, x, task.times, task.condition, noise=task.noise)
 
 
 def _few_step(task: Task) -> Tensor:

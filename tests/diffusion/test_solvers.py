@@ -95,7 +95,7 @@ def moments(solve, schedule, times, **options):
 
 
 def test_ancestral_sampling_has_the_datas_moments():
-    mean, std = moments(solvers.ddim, TABLE, TABLE.times(250), eta=1.0)
+    mean, std = moments(solvers.ddim, TABLE, TABLE.times(250))
     assert abs(mean - 0.3) < 0.02
     assert abs(std - 0.5) < 0.02
 
@@ -105,7 +105,7 @@ def test_ddpm_variance_is_the_posterior():
     times = torch.tensor([500.0, 499.0], dtype=torch.float64)
     x, seen = torch.zeros(1, 1, 2, 2, dtype=torch.float64), []
     for value in (0.0, 1.0):
-        solvers.ddim(watched(TABLE, seen), TABLE, x, times, eta=1.0, noise=lambda k, v=value: torch.full_like(x, v))
+        solvers.ddim(watched(TABLE, seen), TABLE, x, times, noise=lambda k, v=value: torch.full_like(x, v))
     bar = TABLE.alphas_cumprod
     variance = (1 - bar[500] / bar[499]) * (1 - bar[499]) / (1 - bar[500])
     assert ((seen[3][0] - seen[1][0]) - variance.sqrt()).abs().max() < 1e-10
