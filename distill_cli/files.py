@@ -56,12 +56,8 @@ def os_errors(path: Path) -> Iterator[None]:
         code = _code(error)
         if code is None or isinstance(error, DistillError):
             raise
-        hints = {
-            errno.EDQUOT: "free some space and start again: finished files are kept",
-            errno.ENOSPC: "free some space and start again: finished files are kept",
-            errno.EACCES: "choose a folder that you may write to",
-            errno.EROFS: "choose a folder that you may write to",
-        }
+        full, closed = "free some space and start again: finished files are kept", "choose a folder that you may write to"
+        hints = {errno.EDQUOT: full, errno.ENOSPC: full, errno.EACCES: closed, errno.EROFS: closed}
         what = getattr(error, "strerror", None) or (os.strerror(code) if code else str(error))
         raise DistillError(f"{getattr(error, 'filename', None) or path}: {what.lower()}", hints.get(code, "")) from error
 
@@ -157,13 +153,11 @@ def folder_atomic(path: Path) -> Iterator[Path]:
             for name in temporary.rglob("*"):
                 _sync(name)
             _sync(temporary)
+            old = _temporary(path.with_name(f"old-{path.name}"))
             if path.exists():
-                old = _temporary(path.with_name(f"old-{path.name}"))
                 os.replace(path, old)
-                os.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
             _sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -230,10 +230,8 @@ class Progress:
         elif rank() == 0 and (now - self.said > self.every or self.done == self.total):
             self.said = now
             left = (self.total - self.done) / max(1e-9, self.rate())
-            print(
-                f"{self.what}: {self.done}/{self.total} {self.unit}, {self.rate():.1f}/s, {left:.0f} s left {note}".rstrip(),
-                file=sys.stderr,
-            )
+            text = f"{self.what}: {self.done}/{self.total} {self.unit}, {self.rate():.1f}/s, {left:.0f} s left {note}"
+            print(text.rstrip(), file=sys.stderr)
 
     def close(self) -> None:
         """Remove the bar."""

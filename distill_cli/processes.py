@@ -36,9 +36,8 @@ def _number(name: str, default: int, env: Mapping[str, str] = os.environ) -> int
     """The value of a variable that holds a count; raises UsageError for anything else."""
     text = env.get(name, str(default)).strip()
     if not re.fullmatch("[0-9]{1,9}", text, re.ASCII):
-        raise UsageError(
-            f"{name}={text}: {'not a number' if text else 'empty'}", f"unset {name}, or start with torchrun or --num-processes"
-        )
+        what = "not a number" if text else "empty"
+        raise UsageError(f"{name}={text}: {what}", f"unset {name}, or start with torchrun or --num-processes")
     return int(text)
 
 
@@ -75,11 +74,9 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """MPI's numbers of processes, which are not supported."""
 UNUSED = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "accumulate=N does it"),
-    "ACCELERATE_MIXED_PRECISION": ("no", "--precision does it"),
-    "ACCELERATE_USE_CPU": ("false", "--device does it"),
-    "ACCELERATE_TORCH_DEVICE": ("", "--device does it"),
-}
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "accumulate=N does it"), "ACCELERATE_MIXED_PRECISION": ("no", "--precision does it"),
+    "ACCELERATE_USE_CPU": ("false", "--device does it"), "ACCELERATE_TORCH_DEVICE": ("", "--device does it"),
+}  # fmt: skip
 """Variables of accelerate that would change training: their neutral value, and the option to use instead."""
 FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """Variables by which accelerate is asked to share a model between processes; the engine reads them too."""
@@ -93,7 +90,7 @@ UNKNOWN = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 """Variables of accelerate that ask for unsupported kinds of parallelism."""
 
 
-def settled() -> None:
+def check_launcher() -> None:
     """Before a job: raise UsageError if a launcher's variables are incomplete or contradict each other.
 
     With an incomplete set a job would make a part of its images only, or all of them several times.
@@ -136,8 +133,8 @@ def own_arithmetic() -> None:
     said = {name: ("no" if name.endswith("BACKEND") else os.environ[name].lower(), "networks are not compiled") for name in compiled}
     for name, (neutral, ours) in (UNUSED | said).items():
         value = os.environ.pop(name, neutral)
-        if value.lower() not in (neutral, "") and rank() == 0:
-            print(f"{name}={value} is not used: {ours}", file=sys.stderr)
+        if value.lower() not in (neutral, ""):
+            say(f"{name}={value} is not used: {ours}")
 
 
 def usable_cpus() -> int:
@@ -247,13 +244,12 @@ def first_to(what: str) -> bool:
     folder = _claims()
     if folder is None:
         return True
-    try:
-        with open(folder / f"distill-{what}", "x") as file:
-            file.write(str(rank()))
-    except FileExistsError:
-        return False
-    except OSError:  # the folder is gone: better twice than never
-        return True
+    with suppress(OSError):  # the folder is gone: better twice than never
+        try:
+            with open(folder / f"distill-{what}", "x") as file:
+                file.write(str(rank()))
+        except FileExistsError:
+            return False
     return True
 
 
@@ -292,8 +288,7 @@ def leave(code: int) -> None:
 
 def _codes(folder: str) -> dict[int, int]:
     """The exit codes that processes have left in their shared folder, by process number."""
-    names = (path.name.split("-") for path in Path(folder).glob("code-*-*"))
-    return {int(number): int(code) for _, number, code in names}
+    return {int(number): int(code) for _, number, code in (path.name.split("-") for path in Path(folder).glob("code-*-*"))}
 
 
 def start(count: int, arguments: list[str]) -> int:
@@ -314,17 +309,8 @@ def start(count: int, arguments: list[str]) -> int:
     signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
         os.environ[TOGETHER], os.environ[SAID] = folder, "\n".join(_HIDDEN)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=Path(folder).name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            **options,
-        )
+        options |= {"run_id": Path(folder).name, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+        config = LaunchConfig(1, 1, count, logs_specs=DefaultLogsSpecs(log_dir=folder), **options)
         try:
             elastic_launch(config, sys.executable)("-m", "distill_cli", *arguments)
             return 0
@@ -362,7 +348,6 @@ def say(text: str) -> None:
 
 def say_read(command: str, *things: Any) -> None:
     """The first line of a job: what each of `things` (a text, or its `about`) says of what was read, left out and assumed."""
-    said = [about for thing in things if (about := thing if isinstance(thing, str) else getattr(thing, "about", ""))]
+    said = "; ".join(filter(None, (thing if isinstance(thing, str) else getattr(thing, "about", "") for thing in things)))
     if said:
-        text = f"{command}: {'; '.join(said)}"
-        say("".join(letter if letter.isprintable() else "?" for letter in text))
+        say("".join(letter if letter.isprintable() else "?" for letter in f"{command}: {said}"))

@@ -20,13 +20,13 @@ PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "
 
 def versions() -> dict[str, str]:
     """Installed versions of Python and of the packages that results depend on; imports none of them."""
-    out = {"distill-cli": "", **dict.fromkeys(PACKAGES, "")}
-    for name in out:
+    out = {"python": platform.python_version()}
+    for name in ("distill-cli", *PACKAGES):
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             out[name] = "missing"
-    return {"python": platform.python_version(), **out}
+    return out
 
 
 _TOKENS = re.compile(r"(?<![A-Za-z0-9])(hf_|ghp_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)[A-Za-z0-9_-]{8,}|(?<=://)[^/@\s]+(?=@)")
@@ -42,13 +42,8 @@ def redacted(text: str) -> str:
 
 
 ALWAYS: dict[str, Any] = {
-    "guidance_calls": 1,
-    "prompts": None,
-    "negative_prompt": "",
-    "images_per_prompt": 1,
-    "guidance_scale": None,
-    "clip": None,
-}
+    "guidance_calls": 1, "prompts": None, "negative_prompt": "", "images_per_prompt": 1, "guidance_scale": None, "clip": None,
+}  # fmt: skip
 """Settings that folders written before text-to-image lack, with the values they had."""
 
 
@@ -143,9 +138,10 @@ class Run:
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
         write_atomic(path, json.dumps({**env, "device": name, "arithmetic": arithmetic}, indent=2) + "\n")
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with os_errors(self.metrics), open(self.metrics, "a") as handle:
+    def log(self, line: dict[str, Any], to: Path | None = None) -> None:
+        """Append one line to metrics.jsonl, or to another file."""
+        path = to or self.metrics
+        with os_errors(path), open(path, "a") as handle:
             handle.write(json.dumps(line) + "\n")
 
     def log_speed(self, step: int, batch_size: int) -> None:
@@ -153,13 +149,8 @@ class Run:
         now, (since, before) = time.time(), self._clock
         self._clock = (now, step)
         if since:
-            line = {
-                "step": step,
-                "time": round(now, 3),
-                "images_per_second": round((step - before) * batch_size / max(1e-9, now - since), 3),
-            }
-            with os_errors(self.speed), open(self.speed, "a") as handle:
-                handle.write(json.dumps(line) + "\n")
+            rate = (step - before) * batch_size / max(1e-9, now - since)
+            self.log({"step": step, "time": round(now, 3), "images_per_second": round(rate, 3)}, self.speed)
 
     def forget_after(self, step: int) -> None:
         """Drop lines of metrics.jsonl that are damaged, or past `step`: a resumed run writes those again."""

@@ -17,7 +17,7 @@ FLOORS = [
     {"methods.config"},
     {"commands"},
     {"recipes", "tensors"},
-    {"diffusion", "shards"},
+    {"diffusion", "shards", "verified"},
     {"data", "launch", "runs"},
     {"models"},
     {"pairs", "sample", "edit", "watch"},
@@ -28,7 +28,7 @@ FLOORS = [
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 NO_TORCH = {"errors", "files", "messages", "processes", "locks", "config", "registry", "methods.config", "commands", "recipes"}
-NO_TORCH |= {"runs", "watch", "cli"}
+NO_TORCH |= {"runs", "verified", "watch", "cli"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 
 

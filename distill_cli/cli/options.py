@@ -111,7 +111,7 @@ class Job(typer.core.TyperCommand):
     """A command whose processes share work."""
 
     def invoke(self, ctx: Any) -> Any:
-        processes.settled()
+        processes.check_launcher()
         return super().invoke(ctx)
 
 

@@ -183,7 +183,7 @@ def follow(images: Folder, rows: list[Row], kept: tuple[list[str], list[Row]], b
     present, then = {row[0]: row for row in rows}, {row[0]: row for row in before}
     stems = {_stem(name): name for name in present if name not in then}
     replaced = [name for name in broken & then.keys() if name not in present and _stem(name) in stems]
-    instead: dict[str, str] = {name: stems[_stem(name)] for name in replaced}
+    instead = {name: stems[_stem(name)] for name in replaced}
     new = [name for name in present if name not in then and name not in instead.values()]
     gone = [name for name in then if name not in present and name not in broken]
     changed = [name for name in then if name in present and name not in broken and present[name][1] != then[name][1]]

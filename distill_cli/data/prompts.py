@@ -261,9 +261,7 @@ class PromptFile(Sequence[str]):
         return next(self._records(self.starts[index], 1 << 10))[2]
 
     def __iter__(self) -> Iterator[str]:
-        for _, _, text in self._records(0):
-            if text:
-                yield text
+        return (text for _, _, text in self._records(0) if text)
 
 
 def _is_unicode(text: str) -> bool:
@@ -323,7 +321,4 @@ def digest_of(prompts: Sequence[str]) -> str:
     """SHA-256 of prompts, one in each line."""
     if isinstance(prompts, PromptFile):
         return prompts.digest
-    digest = hashlib.sha256()
-    for text in prompts:
-        digest.update(text.encode() + b"\n")
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{text}\n" for text in prompts).encode()).hexdigest()

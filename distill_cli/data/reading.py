@@ -81,10 +81,7 @@ def code_of(head: bytes) -> str:
 
 def visible(text: str) -> bool:
     """Whether a text has a visible character."""
-    first = text[:1]
-    return (first.isascii() and first.isalnum()) or any(
-        unicodedata.category(letter) not in UNSEEN and letter not in INVISIBLE for letter in text
-    )
+    return any(unicodedata.category(letter) not in UNSEEN and letter not in INVISIBLE for letter in text)
 
 
 def begins_array(text: str) -> bool:

@@ -91,11 +91,8 @@ class NetworkDenoiser(nn.Module):
         time_input: str = "250 ln sigma",
     ) -> None:
         super().__init__()
-        self.network = network
-        self.schedule = schedule
-        self.parameterisation = parameterisation
-        self.scales = scales
-        self.time_input = time_input
+        self.network, self.schedule, self.scales = network, schedule, scales
+        self.parameterisation, self.time_input = parameterisation, time_input
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         x = x if x.dtype == torch.float64 else x.float()

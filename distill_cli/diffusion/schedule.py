@@ -22,26 +22,32 @@ class NoiseSchedule(Protocol):
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of x at t_max as sampling starts it: sigma_max for EDM, 1 elsewhere."""
+        """Standard deviation of x at t_max as sampling starts it."""
+        return 1.0
 
     def prior(self, t: float) -> float:
         """As prior_std, where sampling starts at time t."""
+        return self.prior_std
 
     @property
     def floor(self) -> float:
-        """Smallest noise level of a consistency model; renoising leaves it out. 0 but for EDM."""
+        """Smallest noise level of a consistency model; renoising leaves it out."""
+        return 0.0
 
     @property
     def bins(self) -> int | None:
         """The number of whole times; None if time is continuous."""
+        return None
 
     @property
     def grid(self) -> int:
         """Points on which the times of a few-step student are counted, from t_max to the floor; 0 where they are not counted."""
+        return 0
 
     @property
     def usual_steps(self) -> int:
         """Steps of a solver for which nobody has asked."""
+        return 50
 
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at times t, in t's shape."""
@@ -59,7 +65,12 @@ class NoiseSchedule(Protocol):
         """(B,) times on which a denoiser is trained; `mean` and `std` are those of a normal distribution, where the schedule has one."""
 
     def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
-        """(B,) weights of the squared error of x0, as denoisers of this schedule are trained; `error` is noise or velocity."""
+        """(B,) weights of the squared error of x0 in a denoiser's training: by default they make it the plain error of what is predicted.
+
+        `error` noise: (alpha / sigma)^2 (Ho et al. 2006.11239, L_simple); velocity: (alpha^2 + sigma^2)^2 / sigma^2 (2202.00512).
+        """
+        a, s = self.alpha(t), self.sigma(t)
+        return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
 
     def time(self, level: Tensor) -> Tensor:
         """The time at which the noise level sigma / alpha is `level`."""
@@ -81,20 +92,12 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def plain_error(a: Tensor, s: Tensor, error: str) -> Tensor:
-    """Weights that turn the squared error of x0 into the plain one of what a network predicts.
-
-    Noise: (alpha / sigma)^2 (Ho et al. 2006.11239, L_simple). Velocity: (alpha^2 + sigma^2)^2 / sigma^2 (Salimans & Ho 2202.00512).
-    """
-    return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
-
-
 GRID = 40
 """Points of the grid on which OpenAI's samplers and diffusers number the times of few-step students."""
 
 
 @dataclass(frozen=True)
-class EDMSchedule:
+class EDMSchedule(NoiseSchedule):
     """Karras et al. 2022 (2206.00364): alpha = 1 and t is sigma itself.
 
     Images are in [-1, 1]; sigmas are in the same unit. `grid` is the number of points, from sigma_max to sigma_min, on which the
@@ -121,10 +124,6 @@ class EDMSchedule:
     @property
     def floor(self) -> float:
         return self.sigma_min
-
-    @property
-    def bins(self) -> None:
-        return None
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -162,17 +161,13 @@ class EDMSchedule:
 
 
 @dataclass(frozen=True, eq=False)
-class TableSchedule:
+class TableSchedule(NoiseSchedule):
     """A variance-preserving table, as in DDPM and Stable Diffusion: t in 0 .. N-1.
 
     `alphas_cumprod` (N,) is alpha^2, interpolated linearly between entries, so alpha^2 + sigma^2 = 1 at every t.
     """
 
     alphas_cumprod: Tensor
-    prior_std: float = 1.0
-    floor: float = 0.0
-    grid: int = 0
-    usual_steps: int = 50
     copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
     """The table on the devices on which it was wanted."""
 
@@ -190,9 +185,6 @@ class TableSchedule:
     def bins(self) -> int:
         return len(self.alphas_cumprod)
 
-    def prior(self, t: float) -> float:
-        return self.prior_std
-
     def _alpha_squared(self, t: Tensor) -> Tensor:
         dtype = t.dtype if t.is_floating_point() else torch.float32
         table = self._on(t.device)
@@ -208,7 +200,7 @@ class TableSchedule:
 
     def _slope(self, t: Tensor) -> Tensor:
         """The derivative of alpha^2: at a whole time that of the interval after it, at the last that of the one before."""
-        table = self.alphas_cumprod.to(t.device)
+        table = self._on(t.device)
         low = t.long().clamp(0, len(table) - 2)
         return (table[low + 1] - table[low]).to(t.dtype)
 
@@ -222,9 +214,6 @@ class TableSchedule:
         """Whole times, all alike."""
         return (draws.uniform("time") * (self.t_max + 1)).floor().float()
 
-    def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
-        return plain_error(self.alpha(t), self.sigma(t), error)
-
     def time(self, level: Tensor) -> Tensor:
         noise = 1 - self._on(level.device)
         value = 1 / (1 + level.to(noise.dtype) ** -2)
@@ -236,19 +225,10 @@ class TableSchedule:
         """Whole times at fractions of the range: 0 is t = 0, 1 is t = N - 1."""
         return (fraction * self.t_max).round()
 
-    def times(self, steps: int, spacing: str = "trailing", offset: int = 0) -> Tensor:
-        """(steps,) decreasing whole times; spacings as in Lin et al. (2305.08891, table 2).
-
-        `trailing` begins at N - 1; `leading` (Stable Diffusion 1's, with offset 1) ends at `offset`; `linspace` goes from N - 1 to 0.
-        """
+    def times(self, steps: int) -> Tensor:
+        """(steps,) decreasing whole times from N - 1, by "trailing" spacing (Lin et al. 2305.08891, table 2)."""
         count = len(self.alphas_cumprod)
-        if spacing == "trailing":
-            return (torch.arange(count, 0, -count / steps, dtype=torch.float64).round() - 1)[:steps]
-        if spacing == "leading":
-            return (torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (count // steps)) + offset
-        if spacing == "linspace":
-            return torch.linspace(count - 1, 0, steps, dtype=torch.float64).round()
-        raise ValueError(f"spacing {spacing!r} is none of trailing, leading, linspace")
+        return (torch.arange(count, 0, -count / steps, dtype=torch.float64).round() - 1)[:steps]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TableSchedule:
@@ -280,18 +260,10 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FlowSchedule:
+class FlowSchedule(NoiseSchedule):
     """Flow matching (2210.02747, rectified flow 2209.03003): alpha = 1 - t, sigma = t, t in [0, 1]."""
 
     t_max: float = 1.0
-    prior_std: float = 1.0
-    floor: float = 0.0
-    bins: None = None
-    grid: int = 0
-    usual_steps: int = 50
-
-    def prior(self, t: float) -> float:
-        return self.prior_std
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -308,9 +280,6 @@ class FlowSchedule:
     def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
         """Logit-normal (Esser et al. 2403.03206, section 3.1)."""
         return (mean + std * draws.normal("time")).sigmoid()
-
-    def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
-        return plain_error(self.alpha(t), self.sigma(t), error)
 
     def time(self, level: Tensor) -> Tensor:
         return 1 / (1 + 1 / level)

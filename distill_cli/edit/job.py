@@ -94,9 +94,8 @@ class Pictures:
         for file in files:
             size = open_picture(file)[0].size
             if size != mask.size:
-                raise UsageError(
-                    f"--mask {path}: {mask.width}x{mask.height} pixels, {file} has {size[0]}x{size[1]}", "they must be the same"
-                )
+                wrong = f"--mask {path}: {mask.width}x{mask.height} pixels, {file} has {size[0]}x{size[1]}"
+                raise UsageError(wrong, "they must be the same")
         known = (fit(mask, self.height, self.width).mean(0, keepdim=True) < 0).float()[None]
         if known.all() or not known.any():
             raise UsageError(f"--mask {path}: all {'black: nothing is' if known.all() else 'white: everything is'} painted anew")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,10 +78,8 @@ def into_gamut(x: Tensor, known: Tensor, projection: Projection) -> Tensor:
 def check_can_edit(model: Model, name: str) -> NoiseSchedule:
     """The student's schedule; raises UsageError for a model that cannot edit, with what can."""
     if model.sampler.knows == "pure noise":
-        raise UsageError(
-            f"--model {name}: the student knows pure noise alone, an edit needs every noise level",
-            "use a consistency student: distill cm --teacher ... makes one",
-        )
+        knows = f"--model {name}: the student knows pure noise alone, an edit needs every noise level"
+        raise UsageError(knows, "use a consistency student: distill cm --teacher ... makes one")
     if not model.sampler.edits:
         raise UsageError(f"--model {name}: no consistency student", "distill cm --teacher ... makes one")
     return model.denoiser.schedule
@@ -108,12 +106,8 @@ def edit(
 ) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1] from x at noise level times[0]; with a projection their known part is `known`."""
     device = next(model.denoiser.parameters()).device
-    options: dict[str, Any] = {}
-    if projection is not None:
-        assert known is not None
-        known = known.to(device)
-        options["project"] = replacing(known, projection)
-    out = solvers.few_step(
+    run = partial(
+        solvers.few_step,
         model.denoiser,
         model.denoiser.schedule,
         x.to(device),
@@ -121,12 +115,11 @@ def edit(
         model.conditioner(labels.to(device)),
         sigma_min=model.denoiser.scales.sigma_min,
         noise=lambda k: draws.normal("solver", model.shape, turn=k).to(device),
-        **options,
     )
-    if projection is None:
-        return out.clamp(-1, 1).cpu()
-    assert known is not None
-    return into_gamut(out, known, projection).cpu()
+    if known is None or projection is None:
+        return run().clamp(-1, 1).cpu()
+    known = known.to(device)
+    return into_gamut(run(project=replacing(known, projection)), known, projection).cpu()
 
 
 def between(first: Tensor, last: Tensor, frames: int) -> Tensor:

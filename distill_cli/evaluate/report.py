@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill_cli import launch, processes
 from distill_cli.config import EvaluateConfig, SampleConfig
-from distill_cli.data import Images, open_images
+from distill_cli.data import Images, npz, open_images
 from distill_cli.data.pictures import from_uint8, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
@@ -32,10 +32,77 @@ from distill_cli.sample import batch
 AGAIN = "the reference, resampled"
 REFERENCE_SEED, AGAIN_SEED = 0, 1
 SHOWN, PART = 40, 500
-RATES = "rates.json"
 ENOUGH = 10
 """Images for each feature below which a Fréchet distance gets a warning."""
-COLUMNS = ("model", "images", "evaluations", "images/s", "accuracy", "frechet", "precision", "recall")
+Columns = dict[str, tuple[str, str]]
+"""The columns of a table: their titles, each with a key of the rows and the format of its values."""
+SAMPLED: Columns = {
+    "model": ("model", ""), "images": ("images", ""), "evaluations": ("network_evaluations", ""), "images/s": ("images_per_second", ".1f"),
+}  # fmt: skip
+COLUMNS = SAMPLED | {
+    "accuracy": ("accuracy", ".3f"), "frechet": ("frechet", ".4f"), "precision": ("precision", ".3f"), "recall": ("recall", ".3f"),
+}  # fmt: skip
+
+
+def split(spec: str) -> tuple[str, int | None]:
+    """`NAME@2` -> (NAME, 2 steps); `NAME`, or a path that exists -> (itself, None: the model's own steps)."""
+    name, at, steps = spec.rpartition("@")
+    if not at or Path(spec).exists():
+        return spec, None
+    if not steps.isdecimal() or not int(steps):
+        raise UsageError(f"--model {spec}: a number of steps must follow @")
+    return name, int(steps)
+
+
+def shared(count: int, part: int, of: Callable[[range], tuple[Tensor, ...]], where: torch.device) -> list[Tensor]:
+    """What `of` returns for every `part` places of 0 .. count-1, joined. Processes share the work, and all of them return the whole."""
+    ranges = [range(first, min(count, first + part)) for first in range(0, count, part)]
+    made = sorted(launch.all_of([(k, of(ranges[k])) for k in processes.mine(len(ranges))], where), key=lambda each: each[0])
+    return [torch.cat(values) for values in zip(*(values for _, values in made), strict=True)]
+
+
+def markdown(columns: Columns, rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The lines of a Markdown table; None is an empty cell."""
+    cells = [["" if row[key] is None else f"{row[key]:{form}}" for key, form in columns.values()] for row in rows]
+    head, *lines = ["| " + " | ".join(line) + " |" for line in (columns, *cells)]
+    return [head, "|" + "---|" * len(columns), *lines]
+
+
+def samples_of(out: Path, k: int, spec: str) -> Path:
+    """The folder of the k-th model's samples."""
+    return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
+
+
+class Evaluation:
+    """The folder of an evaluation, begun or continued: settings, samples, the speed at which they were made, the report."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        assert config.out is not None
+        self.folder, self.rates, self.where = config.out, config.out / "rates.json", launch.device(config.device)
+        settle(self.folder / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
+        remove_temporaries(self.folder)
+        try:
+            self.known: dict[str, float | None] = dict(json.loads(self.rates.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            self.known = {}
+
+    def cost(self, spec: str, made: dict[str, Any]) -> dict[str, Any]:
+        """A model's columns about its sampling, from what `batch.sample` returned; waits for all processes.
+
+        Samples that are kept from an earlier call have the speed of then.
+        """
+        rates = launch.all_of([made["images_per_second"]], self.where)
+        self.known[spec] = self.known.get(spec) if None in rates else sum(rates)
+        if processes.rank() == 0:
+            write_atomic(self.rates, json.dumps(self.known) + "\n")
+        return {"network_evaluations": made["network_evaluations"], "images_per_second": self.known[spec]}
+
+    def finish(self, report: dict[str, Any], table: str, pictures: Sequence[tuple[str, np.ndarray]], columns: int, scale: int = 4) -> None:
+        """Write report.json, report.md and picture.png."""
+        if processes.rank() == 0:
+            write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
+            write_atomic(self.folder / "report.md", table + "\n")
+            save_comparison(pictures, self.folder / "picture.png", columns, scale)
 
 
 class Reference:
@@ -61,7 +128,7 @@ class Reference:
         drawn = f"each once, what is random in them drawn with seed {REFERENCE_SEED}"
         self.text = f"{which} {len(self.positions)} images of {config.data}, {drawn}"
 
-    def _measured(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _measured(self, positions: Sequence[int], draws: Draws) -> list[Tensor]:
         """Features, predicted labels and true labels of images of the set, and the first few images."""
 
         def images(part: range) -> tuple[Tensor, Tensor]:
@@ -90,10 +157,8 @@ class Reference:
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float | None]:
         """Accuracy (None without `labels`, those asked for), Fréchet distance, precision and recall of images (N, C, H, W)."""
-        unknown = torch.zeros(len(images)) if labels is None else labels
-        features, predicted, _, _ = measured(
-            self.classifier, len(images), lambda part: (images[part.start : part.stop], unknown[part.start : part.stop])
-        )
+        known = torch.zeros(len(images)) if labels is None else labels
+        features, predicted, *_ = measured(self.classifier, len(images), lambda p: (images[p.start : p.stop], known[p.start : p.stop]))
         return self._scores(features, predicted, labels)
 
     def _scores(self, features: Tensor, predicted: Tensor, labels: Tensor | None) -> dict[str, float | None]:
@@ -106,36 +171,24 @@ class Reference:
         }
 
 
-def measured(classifier: Classifier, count: int, images: Callable[[range], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def measured(classifier: Classifier, count: int, images: Callable[[range], tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Features, predicted labels and true labels of `count` images, and the first few images.
 
-    `images` returns the images of a range and their labels. Processes share the ranges, and all of them return the whole.
+    `images` returns the images of a range and their labels.
     """
-    ranges = [range(first, min(count, first + PART)) for first in range(0, count, PART)]
-    mine = []
-    for k in processes.mine(len(ranges)):
-        pixels, labels = images(ranges[k])
-        mine.append((k, *classifier.measure(pixels), labels, pixels[: SHOWN if k == 0 else 0]))
-    parts = sorted(launch.all_of(mine, next(classifier.parameters()).device), key=lambda part: part[0])
-    features, predicted, true, shown = (torch.cat([part[k] for part in parts]) for k in range(1, 5))
-    return features, predicted, true, shown
 
+    def of(part: range) -> tuple[Tensor, ...]:
+        pixels, labels = images(part)
+        return *classifier.measure(pixels), labels, pixels[: 0 if part.start else SHOWN]
 
-def split(spec: str) -> tuple[str, int | None]:
-    """`NAME@2` -> (NAME, 2 steps); `NAME`, or a path that exists -> (itself, None: the model's own steps)."""
-    name, at, steps = spec.rpartition("@")
-    if not at or Path(spec).exists():
-        return spec, None
-    if not steps.isdecimal() or not int(steps):
-        raise UsageError(f"--model {spec}: a number of steps must follow @")
-    return name, int(steps)
+    return shared(count, PART, of, next(classifier.parameters()).device)
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) in [-1, 1] and labels (N,) from a file as `distill sample` writes it; None if all labels are 0."""
     if not path.exists():
         raise UsageError(f"--model {path}: no such file")
-    images, labels = batch.read_npz(path, "write it again with `distill sample --format npz`")
+    images, labels = npz.read_npz(path, "write it again with `distill sample --format npz`")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UsageError(f"--model {path}: arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, 3)", _as_expected(images))
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)):
@@ -200,19 +253,18 @@ class Row:
             raise UsageError(f"--model {spec}: {count} images are too few to measure anything", f"more than {config.neighbours + 1}")
         return row
 
-    def sampled(self, config: EvaluateConfig, folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
-        """Make the images, and the labels if the classifier has the same classes; returns the cost of sampling."""
+    def sampled(self, config: EvaluateConfig, to: Evaluation, k: int, classes: tuple[str, ...]) -> dict[str, Any]:
+        """Make the images of row k, and the labels if the classifier has the same classes; returns the cost of sampling."""
         if self.model is None:
-            return {"network_evaluations": None, "images_per_second": None}
+            return to.cost(self.spec, {"network_evaluations": None, "images_per_second": None})
         options = config.model_dump(include={"num", "seed", "device", "precision", "classes"})
-        size = config.batch_size or 100
-        made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", batch_size=size, **options), self.model, folder)
-        rates = launch.all_of([made["images_per_second"]], launch.device(config.device))  # waits until all parts are joined
-        made["images_per_second"] = None if None in rates else sum(rates)
+        asked = SampleConfig(model=self.spec, steps=self.steps, format="npz", batch_size=config.batch_size or 100, **options)
+        folder = samples_of(to.folder, k, self.spec)
+        cost = to.cost(self.spec, batch.sample(asked, self.model, folder))  # the parts are joined then
         self.images, _ = read_npz(folder / "samples.npz")
         if self.model.conditioner.classes == classes:
             self.labels = self.model.conditioner.labels(config.num, config.classes)
-        return made
+        return cost
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
@@ -220,24 +272,18 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 
     `say_read` is called with what was read, before sampling. Processes share the work; all return the same report, process 0 writes it.
     """
-    assert config.out is not None
     classifier = load_classifier(config.classifier).to(launch.device(config.device))
+    info = classifier.info
     reference = Reference(config, open_images(config.data, config.resolution), classifier)
-    todo = [Row.of(spec, config, tuple(reference.images.shape), classifier.info.classes) for spec in config.model]
+    todo = [Row.of(spec, config, tuple(reference.images.shape), info.classes) for spec in config.model]
     say_read(reference.images, *todo)
-    settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
-    remove_temporaries(config.out)
-    rates = old_rates(config.out / RATES)
+    folder = Evaluation(config)
     rows: list[dict[str, Any]] = []
     pictures = []
     for k, row in enumerate(todo):
-        cost = row.sampled(config, samples_of(config.out, k, row.spec), classifier.info.classes)
+        cost = row.sampled(config, folder, k, info.classes)
         assert row.images is not None
-        rate = rates[row.spec] = cost["images_per_second"] or rates.get(row.spec)
-        if processes.rank() == 0:
-            write_atomic(config.out / RATES, json.dumps(rates) + "\n")
-        known = {"network_evaluations": cost["network_evaluations"], "images_per_second": rate}
-        rows.append({"model": row.spec, "images": len(row.images), **known, **reference.measure(row.images, row.labels)})
+        rows.append({"model": row.spec, "images": len(row.images), **cost, **reference.measure(row.images, row.labels)})
         pictures.append((title(rows[-1]), to_uint8(row.images[:SHOWN])))
         row.images = row.model = None  # the next row's need the room
     for count in sorted({row["images"] for row in rows}):
@@ -247,16 +293,13 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     width = reference.features.shape[1]
     report = {
         "reference": reference.text,
-        "features": f"{width} features of the classifier {config.classifier}, trained on {classifier.info.data}",
+        "features": f"{width} features of the classifier {config.classifier}, trained on {info.data}",
         "seed": config.seed,
         "rows": rows,
         "warnings": [text for row in rows if (text := worth(row, rows, width, len(reference.features)))],
         "versions": versions(),
     }
-    if processes.rank() == 0:
-        write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
-        write_atomic(config.out / "report.md", table(report) + "\n")
-        save_comparison(pictures, config.out / "picture.png", columns=20)
+    folder.finish(report, table(report), pictures, columns=20)
     return report
 
 
@@ -273,19 +316,6 @@ def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int, reference
     )
 
 
-def old_rates(path: Path) -> dict[str, float | None]:
-    """Images per second of models whose samples are kept in this folder from an earlier call."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
-
-
-def samples_of(out: Path, k: int, spec: str) -> Path:
-    """The folder of the k-th model's samples."""
-    return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
-
-
 def title(row: dict[str, Any]) -> str:
     """The title of a model's pictures in picture.png."""
     numbers = [f"Frechet {row['frechet']:.3f}"]
@@ -298,14 +328,6 @@ def title(row: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table, followed by the reference and any warnings."""
-
-    def cell(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in report["rows"]:
-        cells = [row["model"], cell(row["images"], 0), cell(row["network_evaluations"], 0), cell(row["images_per_second"], 1)]
-        cells += [cell(row["accuracy"], 3), cell(row["frechet"], 4), cell(row["precision"], 3), cell(row["recall"], 3)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Reference: {report['reference']}. {report['features']}. Noise of seed {report['seed']}, classes in turn."]
-    return "\n".join(lines + [f"Warning: {warning}." for warning in report["warnings"]])
+    about = f"Reference: {report['reference']}. {report['features']}. Noise of seed {report['seed']}, classes in turn."
+    warnings = [f"Warning: {warning}." for warning in report["warnings"]]
+    return "\n".join([*markdown(COLUMNS, report["rows"]), "", about, *warnings])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill_cli import launch, processes
+from distill_cli import launch
 from distill_cli.config import EvaluateConfig, SampleConfig
-from distill_cli.data.pictures import save_comparison
 from distill_cli.data.prompts import open_prompts
 from distill_cli.errors import DistillError, UsageError, reason
-from distill_cli.evaluate.report import RATES, old_rates, samples_of, split
-from distill_cli.files import remove_temporaries, write_atomic
+from distill_cli.evaluate.report import SAMPLED, Evaluation, markdown, samples_of, shared, split
 from distill_cli.models import load
 from distill_cli.models.model import LARGE, Model
 from distill_cli.models.parts import load_network
 from distill_cli.models.sources.hub import find
-from distill_cli.runs import settle, versions
+from distill_cli.runs import versions
 from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
 CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")
-COLUMNS = ("model", "images", "evaluations", "images/s", "CLIP score")
+COLUMNS = SAMPLED | {"CLIP score": ("clip_score", ".2f")}
 
 
 class CLIP:
@@ -42,9 +39,8 @@ class CLIP:
         try:
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many types for a missing folder or network
-            raise DistillError(
-                f"clip {name}: no CLIP model ({reason(error)})", "a folder, or a hub id such as openai/clip-vit-large-patch14"
-            ) from error
+            hint = "a folder, or a hub id such as openai/clip-vit-large-patch14"
+            raise DistillError(f"clip {name}: no CLIP model ({reason(error)})", hint) from error
 
     @torch.no_grad()
     def scores(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
@@ -63,7 +59,6 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 
     `say_read` is called with what was read, before sampling. Processes share the work. Images stay on disk, one model is in memory.
     """
-    assert config.out is not None
     assert config.prompts is not None
     if config.clip is None:
         raise UsageError("--prompts: pictures of prompts are measured by a CLIP model: none given", "clip=FOLDER or a hub id")
@@ -74,45 +69,25 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     # errors of any model come before sampling
     said = [f"{spec} ({prepared(spec, config, prompts)[0].about})" for spec in config.model]
     say_read(prompts, *said)
-    settle(config.out / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
-    remove_temporaries(config.out)
-    rates = old_rates(config.out / RATES)
+    folder = Evaluation(config)
+    options = config.model_dump(include={"seed", "device", "precision", "prompts", "images_per_prompt", "resolution"}) | {"num": count}
     rows, pictures = [], []
     for k, spec in enumerate(config.model):
         model, steps, scale = prepared(spec, config, prompts)
-        folder = samples_of(config.out, k, spec)
-        options = config.model_dump(include={"seed", "device", "precision", "prompts", "images_per_prompt", "resolution"})
         size = config.batch_size or (100 if model.pixels < LARGE else 8)
-        asked = SampleConfig(
-            model=spec,
-            steps=steps,
-            num=count,
-            guidance_scale=scale,
-            batch_size=size,
-            negative_prompt=model.conditioner.negative,
-            **options,
-        )
-        made = batch.sample(asked, model, folder)
-        of_all = launch.all_of([made["images_per_second"]], where)  # waits for all processes
-        rate = rates[spec] = rates.get(spec) if None in of_all else sum(of_all)
-        if processes.rank() == 0:
-            write_atomic(config.out / RATES, json.dumps(rates) + "\n")
-        ranges = [range(first, min(count, first + PART)) for first in range(0, count, PART)]
-        mine = []
-        for j in processes.mine(len(ranges)):
-            texts = [prompts[i // config.images_per_prompt % len(prompts)] for i in ranges[j]]
-            mine.append((j, clip.scores(pictures_of(folder, ranges[j]), texts)))
-        scores = torch.cat([part for _, part in sorted(launch.all_of(mine, where), key=lambda each: each[0])])
-        numbers = {"network_evaluations": made["network_evaluations"], "images_per_second": rate}
-        rows.append({"model": spec, "images": count, **numbers, "clip_score": scores.mean().item()})
-        shown = pictures_of(folder, range(min(count, SHOWN)))
+        negative, samples = model.conditioner.negative, samples_of(folder.folder, k, spec)
+        asked = SampleConfig(model=spec, steps=steps, guidance_scale=scale, batch_size=size, negative_prompt=negative, **options)
+        cost = folder.cost(spec, batch.sample(asked, model, samples))
+
+        def scores(part: range, samples: Path = samples) -> tuple[Tensor]:
+            return (clip.scores(pictures_of(samples, part), [prompts[i // config.images_per_prompt % len(prompts)] for i in part]),)
+
+        rows.append({"model": spec, "images": count, **cost, "clip_score": shared(count, PART, scores, where)[0].mean().item()})
+        shown = pictures_of(samples, range(min(count, SHOWN)))
         pictures.append((f"{spec}: CLIP score {rows[-1]['clip_score']:.2f}", shown))
         del model  # frees memory for the next one
     report = {"prompts": config.prompts, "clip": config.clip, "seed": config.seed, "rows": rows, "warnings": [], "versions": versions()}
-    if processes.rank() == 0:
-        write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
-        write_atomic(config.out / "report.md", table(report) + "\n")
-        save_comparison(pictures, config.out / "picture.png", columns=8, scale=max(1, 64 // shown.shape[1]))
+    folder.finish(report, table(report), pictures, columns=8, scale=max(1, 64 // shown.shape[1]))
     return report
 
 
@@ -141,8 +116,5 @@ def pictures_of(folder: Path, part: range) -> np.ndarray:
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in report["rows"]:
-        rate = "" if row["images_per_second"] is None else f"{row['images_per_second']:.1f}"
-        lines.append(f"| {row['model']} | {row['images']} | {row['network_evaluations']} | {rate} | {row['clip_score']:.2f} |")
-    return "\n".join([*lines, "", f"CLIP score: 100 max(cos, 0) by {report['clip']}, prompts {report['prompts']}, seed {report['seed']}."])
+    about = f"CLIP score: 100 max(cos, 0) by {report['clip']}, prompts {report['prompts']}, seed {report['seed']}."
+    return "\n".join([*markdown(COLUMNS, report["rows"]), "", about])

@@ -26,6 +26,7 @@ from distill_cli.errors import DistillError
 from distill_cli.launch import Stop
 from distill_cli.models.parts import plain
 from distill_cli.tensors import content_of
+from distill_cli.verified import Check, Verified
 
 SHARD, AT_A_TIME = 512, 64
 AGAIN = "delete it and run the same command again: only missing embeddings are made"
@@ -64,9 +65,9 @@ class Embeddings:
         settings = [encoder_hash(conditioner), digest_of(conditioner.prompts), conditioner.negative, conditioner.length, dtype]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self.folder = Path(folder) / f"text-{self.key[:12]}"
-        self.verified = shards.Verified(folder)
+        self.verified = Verified(folder)
         if self.null_path.exists():  # the same bits with any number of threads
-            for error in self.verified.verify([shards.Check(self.null_path, "", partial(shards.check, self.null_path, AGAIN))]):
+            for error in self.verified.verify([Check(self.null_path, "", partial(shards.check, self.null_path, AGAIN))]):
                 raise error
             with safe_open(self.null_path, "pt") as stored:
                 self.null = stored.get_tensor("text")[0].float()
@@ -86,6 +87,9 @@ class Embeddings:
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}.safetensors"
 
+    def _check(self, path: Path) -> Check:
+        return Check(path, "", partial(shards.check, path, AGAIN))
+
     def make(self, shard: int) -> None:
         """Write a shard that is missing."""
         if self.path(shard).exists():
@@ -100,7 +104,7 @@ class Embeddings:
         """Make what is missing on `device`, of several processes each its share, until a signal comes; the encoder is on the CPU then."""
         mine = processes.mine(self.shards)
         paths = [self.path(shard) for shard in mine if self.path(shard).exists()]
-        for error in self.verified.verify(shards.Check(path, "", partial(shards.check, path, AGAIN)) for path in paths):
+        for error in self.verified.verify(map(self._check, paths)):
             raise error
         self.conditioner.encoder.to(device)
         for shard in mine:
@@ -112,7 +116,7 @@ class Embeddings:
     def _shard(self, shard: int) -> Any:
         if shard not in self._open:
             self.make(shard)
-            known = self.verified.knows(self.path(shard), "")
+            known = self.verified.knows(self._check(self.path(shard)))
             metadata, shapes = shards.check(self.path(shard), AGAIN, whole=not known)
             count = min(SHARD, len(self.firsts) - shard * SHARD)
             if metadata.get("key") != self.key or shapes != {"text": (count, *self.null.shape)}:

@@ -50,8 +50,8 @@ def _heun(task: Task) -> Tensor:
     return solvers.heun(task.denoiser, task.schedule, task.start, task.times, task.condition)
 
 
-def _euler(task: Task, eta: float = 0.0) -> Tensor:
-    return solvers.ddim(task.denoiser, task.schedule, task.start, task.times, task.condition, eta=eta, noise=task.noise)
+def _euler(task: Task, noise: solvers.Noise | None = None) -> Tensor:
+    return solvers.ddim(task.denoiser, task.schedule, task.start, task.times, task.condition, noise)
 
 
 def _ddim(task: Task) -> Tensor:
@@ -98,7 +98,7 @@ SOLVERS: dict[str, Algorithm] = {
     "heun": Algorithm(_heun, lambda steps: 2 * steps - 1, _above_zero, signal=True),
     "euler": Algorithm(_euler),
     "ddim": Algorithm(_ddim),
-    "ancestral": Algorithm(partial(_euler, eta=1.0)),
+    "ancestral": Algorithm(lambda task: _euler(task, task.noise)),
     "few-step": Algorithm(_few_step, few=True),
     "pndm": Algorithm(partial(_diffusers, name="pndm"), lambda steps: steps + (steps > 1), table=True, signal=True),
     "dpm++": Algorithm(partial(_diffusers, name="dpm++"), table=True),

@@ -16,6 +16,7 @@ from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.model import Model
 from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_prompts, shard_path, write_shard
 from distill_cli.runs import settle
+from distill_cli.verified import Verified
 
 COUNTED = 100_000
 """Most prompts in which a plan counts duplicates."""
@@ -82,7 +83,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     teacher = replace(teacher, conditioner=teacher.conditioner.stored(folder, config.dtype, manifest.num))
     mine = processes.mine(manifest.shards, part)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
-    for error in shards.Verified(folder, who=mine.start).verify(checks(folder, manifest, sorted(set(mine) - set(missing)))):
+    for error in Verified(folder, who=mine.start).verify(checks(folder, manifest, sorted(set(mine) - set(missing)))):
         raise error
     if processes.rank() == 0:  # which speaks for all of this part
         absent = [s for s in range(part[0], manifest.shards, part[1]) if not shard_path(folder, s).exists()]

@@ -4,7 +4,7 @@
     shard-000000.safetensors     x0 (N, C, H, W), label (N,); the header holds the pairs' range and two checksums
     prompts.jsonl                text-to-image: the prompts; a label is the position of a prompt
     text-KEY/                    text-to-image: embeddings of the prompts (models/embeddings.py)
-    verified-0.json              shards that were verified, with size and modification time (shards.Verified)
+    verified-0.json              shards that were verified, with size and modification time (verified.py)
 
 Noise is not stored: pair i has the noise of (seed, i), see diffusion/noise.py. A shard's header holds the SHA-256 of
 the whole file (computed with that field zeroed, so that every flipped bit shows) and the SHA-256 of its float32 noise.
@@ -33,6 +33,7 @@ from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import open_plain, read_plain, remove_temporaries, unsealed, write_atomic, write_atomic_lines
 from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
+from distill_cli.verified import Check, Verified
 
 LATER = ("guidance_calls", "prompts", "negative_prompt")
 """Settings that older stores lack. They are left out at their default values, so that the hash of such a store stays the same."""
@@ -120,11 +121,8 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
     indices = manifest.range(shard)
     if len(x0) != len(indices) or not torch.isfinite(x0).all():
         raise DistillError(f"{shard_path(folder, shard).name}: the teacher's images are not finite, or too few", "try --precision no")
-    metadata = {
-        "pairs": f"{indices.start}-{indices.stop - 1}",
-        "settings": manifest.settings_hash,
-        "noise_sha256": noise_checksum(noise_of(manifest, indices)),
-    }
+    pairs, checksum = f"{indices.start}-{indices.stop - 1}", noise_checksum(noise_of(manifest, indices))
+    metadata = {"pairs": pairs, "settings": manifest.settings_hash, "noise_sha256": checksum}
     tensors = {"x0": x0.to(shards.DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}
     shards.write(shard_path(folder, shard), tensors, metadata)
 
@@ -140,9 +138,8 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
     if shapes != {"x0": (len(indices), *manifest.shape), "label": (len(indices),)}:
         raise DistillError(f"{path}: wrong shapes", again)
     if noise and noise_checksum(noise_of(manifest, indices)) != metadata["noise_sha256"]:
-        raise DistillError(
-            f"{path}: (seed, i) gives other noise here than when the pairs were made", "numpy's generator has changed: make the pairs again"
-        )
+        other = f"{path}: (seed, i) gives other noise here than when the pairs were made"
+        raise DistillError(other, "numpy's generator has changed: make the pairs again")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -169,15 +166,13 @@ class PairStore:
     def __init__(self, folder: Path, run: Path | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.verified = shards.Verified(self.folder, run)
+        self.verified = Verified(self.folder, run)
         self._open: dict[int, Any] = {}
         there = {entry.name for entry in os.scandir(self.folder)}
         missing = [s for s in range(self.manifest.shards) if shard_path(self.folder, s).name not in there]
         if missing:
-            raise DistillError(
-                f"{shard_path(self.folder, missing[0])}: missing ({len(missing)} of {self.manifest.shards} shards are)",
-                "run distill pairs again: only missing shards are made",
-            )
+            gone = f"{shard_path(self.folder, missing[0])}: missing ({len(missing)} of {self.manifest.shards} shards are)"
+            raise DistillError(gone, "run distill pairs again: only missing shards are made")
 
     @property
     def about(self) -> str:
@@ -218,7 +213,7 @@ class PairStore:
     def _shard(self, shard: int) -> Any:
         if shard not in self._open:
             check = checks(self.folder, self.manifest, [shard])[0]
-            if self.verified.knows(check.path, check.what):
+            if self.verified.knows(check):
                 check_shard(self.folder, self.manifest, shard, noise=False, whole=False)
             else:
                 check.run()
@@ -272,26 +267,26 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
     return {"shards": there, "of": manifest.shards, "copied": copied}
 
 
-def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool = False) -> list[shards.Check]:
+def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool = False) -> list[Check]:
     """A check for each shard. Without `noise` only the first shard's noise is compared: it depends on numpy, not on the disk."""
-    out = []
-    for shard in which:
+
+    def of(shard: int) -> Check:
         what = manifest.settings_hash[:16] + f" numpy {np.__version__}" * (shard == 0)
-        run = partial(check_shard, folder, manifest, shard, noise=noise or shard == 0)
-        out.append(shards.Check(shard_path(folder, shard), what, run))
-    return out
+        return Check(shard_path(folder, shard), what, partial(check_shard, folder, manifest, shard, noise=noise or shard == 0))
+
+    return [of(shard) for shard in which]
 
 
-def text_checks(folder: Path) -> list[shards.Check]:
+def text_checks(folder: Path) -> list[Check]:
     """A check for each file of embeddings in a store."""
     again = "delete it: it is made again when it is asked for"
-    return [shards.Check(path, "", partial(shards.check, path, again)) for path in sorted(folder.glob("text-*/shard-*.safetensors"))]
+    return [Check(path, "", partial(shards.check, path, again)) for path in sorted(folder.glob("text-*/shard-*.safetensors"))]
 
 
 def check_all(folder: Path, manifest: Manifest) -> list[DistillError]:
     """Verify every shard with its noise, the prompts and embeddings, even if verified before, and record it; returns all errors."""
     every = checks(folder, manifest, range(manifest.shards), noise=True) + text_checks(folder)
-    wrong = shards.Verified(folder).verify(every, anew=True, all_of_them=True)
+    wrong = Verified(folder).verify(every, anew=True)
     try:
         if manifest.prompts:
             PairStore.prompts_in(folder, manifest)

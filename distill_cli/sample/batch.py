@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
-import math
-import os
-import struct
-import zipfile
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +12,11 @@ import numpy as np
 from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
 from distill_cli.data.folders import LIST
+from distill_cli.data.npz import read_npz, write_npz
 from distill_cli.data.pictures import finished, grid, png
 from distill_cli.diffusion.noise import Draws
-from distill_cli.errors import DistillError, reason
-from distill_cli.files import reading, remove_temporaries, write_atomic, write_atomic_lines
+from distill_cli.errors import DistillError
+from distill_cli.files import remove_temporaries, write_atomic, write_atomic_lines
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import SOLVERS
 from distill_cli.runs import settle
@@ -31,57 +25,6 @@ SETTINGS = "sampling.json"
 GRID = 100
 CAPTIONED = 256
 """Pixels that a picture needs to have a caption below it."""
-
-
-def read_npz(path: Path, hint: str = "delete it and run the same command again") -> tuple[np.ndarray, np.ndarray | None]:
-    """arr_0, images, and arr_1, labels where the file has any; raises DistillError that says what else the file is."""
-    with reading(path), open(path, "rb") as file:
-        begins = file.read(2)
-    if begins != b"PK":
-        raise DistillError(f"{path}: {'no npz file' if begins else 'empty'}", hint)
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            there = {name: _array(path, stored, name) for name in ("arr_0", "arr_1") if name in stored.files}
-            names = stored.files
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, ValueError) as error:
-        raise DistillError(f"{path}: corrupt", hint) from error
-    except OSError as error:
-        what = "corrupt" if error.errno in (None, errno.EINVAL) else os.strerror(error.errno).lower()  # EINVAL: of a place before its start
-        raise DistillError(f"{path}: {what}", hint if what == "corrupt" else "") from error
-    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed as Python cannot
-        raise DistillError(f"{path}: cannot be read ({reason(error)})", hint) from error
-    if "arr_0" not in there:
-        what = "mean and covariance of features, no images" if {"mu", "sigma"} <= set(names) else "no arr_0"
-        has = ", ".join(repr(name)[1:-1] for name in names[:8]) or "nothing"
-        raise DistillError(f"{path}: {what}: it has {has}", "np.savez(file, arr_0=images) of uint8 (N, H, W, 3)")
-    return there["arr_0"], there.get("arr_1")
-
-
-def _array(path: Path, stored: Any, name: str) -> np.ndarray:
-    """An array of an npz file; raises DistillError for one of Python objects, which would have to be unpickled."""
-    try:
-        array = stored[name]
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        raise DistillError(f"{path}: {name} holds Python objects", "np.savez(file, arr_0=images) of one array of numbers") from error
-    except MemoryError as error:
-        with stored.zip.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-        if math.prod(shape) * dtype.itemsize > stored.zip.getinfo(f"{name}.npy").file_size:  # more than is there
-            raise EOFError from error
-        raise
-    if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is no array
-        raise DistillError(f"{path}: {name} is no array")
-    return array
-
-
-def _write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images, arr_1=labels)
-    write_atomic(path, buffer.getvalue())
 
 
 class Samples:
@@ -107,7 +50,7 @@ class Samples:
 
     def write(self, batch: range, images: np.ndarray) -> None:
         if self.config.format == "npz":
-            _write_npz(self.part(batch), images, self.labels[batch.start : batch.stop])
+            write_npz(self.part(batch), images, self.labels[batch.start : batch.stop])
         else:
             for i, image in zip(batch, images, strict=True):
                 write_atomic(self.png(i), png(image))
@@ -121,7 +64,7 @@ class Samples:
                 if self.npz.exists():  # another process has joined them
                     return
                 raise
-            _write_npz(self.npz, np.concatenate(parts), self.labels)
+            write_npz(self.npz, np.concatenate(parts), self.labels)
         for batch in self.batches:
             self.part(batch).unlink(missing_ok=True)
         write_atomic_lines(self.folder / LIST, map(self.line, range(self.config.num)))

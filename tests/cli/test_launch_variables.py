@@ -112,7 +112,7 @@ def test_help_and_lists_need_none_of_it(variables, launched, distill):
 def test_a_whole_set_is_taken(variables, place, launched, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launched(variables)
-    processes.settled()
+    processes.check_launcher()
     assert (processes.rank(), processes.world_size(), processes.local_rank()) == place
 
 

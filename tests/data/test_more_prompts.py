@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
+from distill_cli.data.npz import read_npz
 from distill_cli.errors import DistillError
-from distill_cli.sample.batch import read_npz
 from tests.data.test_prompt_files import read
 
 QUOTES = "; quotes are taken as they stand"

@@ -44,31 +44,19 @@ def test_zero_terminal_snr():
     assert schedule.sigma(last) == 1
 
 
-@pytest.mark.parametrize(
-    ("schedule", "t"),
-    [
-        (EDMSchedule(), [0.002, 1.7, 80.0]),
-        (TableSchedule.from_config(SD), [0.0, 20.0, 321.5, 999.0]),
-        (FlowSchedule(), [0.1, 0.5, 1.0]),
-        (TableSchedule.from_config({**SD, "rescale_betas_zero_snr": True}), [0.0, 999.0]),
-    ],
-)
-def test_time_inverts_the_noise_level(schedule, t):
-    t = torch.tensor(t, dtype=torch.float64)
-    level = schedule.sigma(t) / schedule.alpha(t)
-    assert (schedule.time(level) - t).abs().max() < 1e-6
-    if not isinstance(schedule, EDMSchedule | FlowSchedule):
-        assert (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2 - 1).abs().max() < 1e-12
+@pytest.mark.parametrize("config", [SD, {**SD, "rescale_betas_zero_snr": True}])
+def test_tables_preserve_the_variance(config):
+    schedule, t = TableSchedule.from_config(config), torch.tensor([0.0, 20.0, 321.5, 999.0], dtype=torch.float64)
+    assert (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2 - 1).abs().max() < 1e-12
 
 
-def test_spacings_are_those_of_diffusers():
+def test_the_spacing_is_that_of_diffusers():
     from diffusers import DDIMScheduler
 
-    for spacing, steps in (("trailing", 7), ("leading", 50), ("linspace", 20), ("trailing", 50)):
-        offset = 1 if spacing == "leading" else 0
-        scheduler = DDIMScheduler(**SD, timestep_spacing=spacing, steps_offset=offset)
+    for steps in (7, 20, 50):
+        scheduler = DDIMScheduler(**SD, timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
-        assert TableSchedule.from_config(SD).times(steps, spacing, offset).tolist() == scheduler.timesteps.tolist()
+        assert TableSchedule.from_config(SD).times(steps).tolist() == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("schedule", [EDMSchedule(), TableSchedule.from_config(SD), FlowSchedule()], ids=["edm", "table", "flow"])

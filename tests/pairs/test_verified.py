@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from distill_cli import shards
+from distill_cli import shards, verified
 from distill_cli.config import PairsConfig
 from distill_cli.data.prompts import open_prompts
 from distill_cli.errors import DistillError
@@ -153,14 +153,14 @@ def test_processes_share_the_work_and_know_what_the_others_did(store, read, monk
 
 
 def test_a_read_only_store_is_remembered_by_the_run(store, read, distill, tmp_path, monkeypatch):
-    write = shards.write_atomic
+    write = verified.write_atomic
 
     def refused(path, content):
         if path.parent == store.resolve():
             raise DistillError(f"{path}: read-only file system")
         write(path, content)
 
-    monkeypatch.setattr(shards, "write_atomic", refused)
+    monkeypatch.setattr(verified, "write_atomic", refused)
     before = sorted(store.iterdir())
     (tmp_path / "r").mkdir()  # a run may begin in an empty folder
     assert distill(*DMD, "--pairs", store, "--steps", 1, "--out", "r").code == 0
@@ -184,8 +184,8 @@ def test_a_restart_of_pairs_verifies_its_own_shards_once(store, read, tiny, tmp_
 
 
 def test_a_long_verification_is_announced(store, capsys, monkeypatch):
-    monkeypatch.setattr(shards, "LONG", 1000)
-    monkeypatch.setattr(shards, "SAID_EVERY", -1.0)
+    monkeypatch.setattr(verified, "LONG", 1000)
+    monkeypatch.setattr(verified, "SAID_EVERY", -1.0)
     PairStore(store).verify()
     err = capsys.readouterr().err
     assert f"verifying 3 files of {store}" in err
@@ -220,7 +220,7 @@ def test_embeddings_are_verified_once(tmp_path, read, monkeypatch):
 
 def test_prompts_that_are_cut_are_counted_of_a_part_and_once(distill, tmp_path, monkeypatch):
     """Of six prompts those of the part alone, and on a restart only of what is still to make."""
-    from distill_cli.models.text import PromptConditioner
+    from distill_cli.models.conditioners import PromptConditioner
 
     counted = []
     cut = PromptConditioner.cut

@@ -72,7 +72,7 @@ def test_a_solvers_name_means_that_solver(tiny):
         "heun": solvers.heun(tiny.denoiser, schedule, x, times, of(labels)),
         "euler": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels)),
         "ddim": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels)),
-        "ancestral": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels), eta=1.0, noise=noise),
+        "ancestral": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels), noise=noise),
         "few-step": solvers.few_step(
             tiny.denoiser, schedule, x, times, of(labels), sigma_min=0.002, noise=noise, project=tiny.codec.decode
         ),
