@@ -16,7 +16,7 @@ def ls(json: common.Json = False) -> None:
     """List the models that are known by name."""
     from distill_cli.models.sources.registry import REGISTRY
 
-    rows = {entry.name: {"summary": entry.summary, "licence": entry.licence} for entry in REGISTRY.values()}
+    rows = {name: {"summary": entry.summary, "licence": entry.licence} for name, entry in REGISTRY.items()}
     common.result(rows, "\n".join(f"{name:22} {row['summary']} [{row['licence']}]" for name, row in rows.items()), json)
 
 

@@ -67,23 +67,20 @@ class Backbone(nn.Module):
         config = self.net.config
         for key, wanted in self.unmet.items():
             if config.get(key):
-                raise DistillError(
-                    f"{where}: {key} is {json.dumps(config[key])}: the network wants {wanted}", "such models are not read yet"
-                )
+                asks = f"{key} is {json.dumps(config[key])}: the network wants {wanted}"
+                raise DistillError(f"{where}: {asks}", "such models are not read yet")
         size, given = config.get("sample_size"), config["in_channels"]
         if size is None:
-            raise DistillError(
-                f"{where}: does not say its sample_size, so how large its pictures are is not known", "add it to config.json"
-            )
+            unknown = "does not say its sample_size, so how large its pictures are is not known"
+            raise DistillError(f"{where}: {unknown}", "add it to config.json")
         sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
         if not all(type(side) is int and side > 0 for side in sides):
             raise DistillError(f"{where}: sample_size is {json.dumps(size)}, a whole number above 0 or two of them are expected")
         made = config.get("out_channels", given)
         if made != given:
             why = ": its variance is learned too, which is not read" if made == 2 * given else ""
-            raise DistillError(
-                f"{where}: {given} channels go in and {made} come out{why}", "the network must have as many output as input channels"
-            )
+            hint = "the network must have as many output as input channels"
+            raise DistillError(f"{where}: {given} channels go in and {made} come out{why}", hint)
 
 
 class TimeFeatures(nn.Module):

@@ -16,22 +16,16 @@ if TYPE_CHECKING:
     from distill_cli.models.model import Model
 
 
-def _call(
-    fresh: Callable[[], Any], where: str, shape: tuple[int, ...], expected: tuple[int, ...], call: Callable[[Any, Tensor], Any]
-) -> None:
-    """Call what `fresh` makes on the meta device, which computes nothing, with an input (2, *shape).
-
-    Raises DistillError where it fails, or answers in another shape than (2, *expected).
-    """
+def _call(where: str, shape: tuple[int, ...], expected: tuple[int, ...], call: Callable[[Tensor], Any]) -> None:
+    """Call a network on the meta device, which computes nothing, with (2, *shape); raise DistillError unless it makes (2, *expected)."""
+    hint = "look at its config.json"
     try:
         with torch.device("meta"), torch.no_grad():
-            out = call(fresh(), torch.empty(2, *shape))
+            out = call(torch.empty(2, *shape))
     except Exception as error:  # a network raises anything for what does not fit it
-        raise DistillError(f"{where}: the network does not take {shape} ({reason(error)})", "look at its config.json") from error
+        raise DistillError(f"{where}: the network does not take {shape} ({reason(error)})", hint) from error
     if tuple(out.shape) != (2, *expected):
-        raise DistillError(
-            f"{where}: the network makes {tuple(out.shape[1:])} of {shape}, {expected} is expected", "look at its config.json"
-        )
+        raise DistillError(f"{where}: the network makes {tuple(out.shape[1:])} of {shape}, {expected} is expected", hint)
 
 
 def rehearse(model: Model, where: str) -> None:
@@ -40,7 +34,7 @@ def rehearse(model: Model, where: str) -> None:
     beside = sorted(set(condition.parts) - model.backbone.inputs)
     if beside:
         raise DistillError(f"{where}: the network takes no {beside[0]}, which the model's {model.conditioner.summary} come as")
-    _call(model.backbone.fresh, where, model.shape, model.shape, lambda network, x: network(x, torch.ones(2), condition))
+    _call(where, model.shape, model.shape, lambda x: model.backbone.fresh()(x, torch.ones(2), condition))
 
 
 def check_pixels(model: Model, folder: Path) -> None:
@@ -58,17 +52,16 @@ def check_pixels(model: Model, folder: Path) -> None:
 
 def check_vae(vae: Any, where: str) -> None:
     """Raise DistillError where latents are more than a multiple of what is encoded, or pictures are not in colour."""
-    odd = [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config.get(key)]
-    if odd:
-        raise DistillError(
-            f"{where}: {odd[0]} is {json.dumps(vae.config[odd[0]])}: latents that are moved too, not only scaled, are not read"
-        )
-    if not (type(vae.config["scaling_factor"]) in (int, float) and 0 < vae.config["scaling_factor"] < float("inf")):
-        raise DistillError(f"{where}: scaling_factor is {json.dumps(vae.config['scaling_factor'])}, a number above 0 is expected")
-    if vae.config["in_channels"] != 3 or vae.config["out_channels"] != 3:
-        raise DistillError(
-            f"{where}: pictures of {vae.config['in_channels']} and {vae.config['out_channels']} channels", "colour pictures are read"
-        )
+    config = vae.config
+    for key in ("latents_mean", "latents_std", "shift_factor"):
+        if config.get(key):
+            moved = f"{key} is {json.dumps(config[key])}: latents that are moved too, not only scaled, are not read"
+            raise DistillError(f"{where}: {moved}")
+    scale, into, out = config["scaling_factor"], config["in_channels"], config["out_channels"]
+    if not (type(scale) in (int, float) and 0 < scale < float("inf")):
+        raise DistillError(f"{where}: scaling_factor is {json.dumps(scale)}, a number above 0 is expected")
+    if (into, out) != (3, 3):
+        raise DistillError(f"{where}: pictures of {into} and {out} channels", "colour pictures are read")
 
 
 def check_latents(model: Model, tokenizer: Any, folder: Path) -> None:
@@ -88,4 +81,4 @@ def check_latents(model: Model, tokenizer: Any, folder: Path) -> None:
         raise DistillError(f"{where}: reads text of width {width}, {folder / 'text_encoder'} makes {encoder.hidden_size}")
     rehearse(model, where)
     picture = (3, *(model.codec.factor * size for size in model.shape[1:]))
-    _call(model.codec.fresh, f"{folder / 'vae'}", model.shape, picture, lambda codec, z: codec.raw(z))
+    _call(f"{folder / 'vae'}", model.shape, picture, lambda z: model.codec.fresh().raw(z))

@@ -1,7 +1,4 @@
-"""A small image classifier, in whose features `distill evaluate` measures.
-
-A folder of one holds config.json and model.safetensors.
-"""
+"""A small image classifier, in whose features `distill evaluate` measures: a folder with config.json and model.safetensors."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -19,7 +15,7 @@ from distill_cli.errors import DistillError, UsageError, nearest, printable
 from distill_cli.files import folder_atomic, unreadable
 from distill_cli.models.parts import check_file
 from distill_cli.processes import say_hidden
-from distill_cli.tensors import quantized
+from distill_cli.tensors import Tensors
 
 BUILTIN = Path(__file__).parent / "builtin"
 SUFFIX = "-classifier"
@@ -103,13 +99,12 @@ def load(name: str) -> Classifier:
         shown = {"classes": tuple(map(printable, stored["classes"])), "data": printable(stored["data"])}
         info = ClassifierInfo(**{**stored, **shown, "shape": tuple(stored["shape"])})
         network = Classifier(info)
-        weights = from_bytes((folder / WEIGHTS).read_bytes())
+        file = Tensors(folder / WEIGHTS)
+        weights = {name: file.read(name) for name in file.shapes}
         for key, value in weights.items():
-            if not value.is_floating_point():
-                raise quantized(folder / WEIGHTS, key, value.dtype)
             if not value.isfinite().all():
                 raise DistillError(f"{folder / WEIGHTS}: {printable(key)} holds what is no number", "is the file sound?")
-        network.load_state_dict({key: value.float() for key, value in weights.items()})
+        network.load_state_dict(weights)
     except OSError as error:
         raise unreadable(Path(error.filename or folder), error) from error
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

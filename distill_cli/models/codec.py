@@ -62,10 +62,7 @@ class Codec:
 
 
 class VAECodec(Codec):
-    """Between pictures and the latents z = (encoded - shift) * scale of an AutoencoderKL.
-
-    `vae` may also be an AutoencoderTiny, which has neither scale nor noise.
-    """
+    """Pictures to latents z = (encoded - shift) * scale of an AutoencoderKL, or an AutoencoderTiny, which has neither scale nor noise."""
 
     lpips_below = 0  # decoded latents are compared as they are
 

@@ -37,27 +37,27 @@ class Conditioner(ABC):
     """How many numbers the embedding of a prompt has."""
 
     @property
-    @abstractmethod
     def null(self) -> Condition | None:
         """The null condition of one sample; None where the model knows none."""
+        return None if self.null_label is None else self(torch.tensor([self.null_label]))
 
     @property
     def has_null(self) -> bool:
         """Whether there is a null condition; computes nothing."""
-        return self.null is not None
+        return self.null_label is not None
 
     @property
-    @abstractmethod
     def summary(self) -> str:
         """What it takes, in words."""
+        return f"{len(self.classes) or 'no'} classes"
 
     @abstractmethod
     def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
         """(count,) labels in turn, from position `start` of the job. Raises UsageError for classes that the model does not know."""
 
-    @abstractmethod
     def every(self, classes: list[int] | None = None) -> Tensor:
         """(N,) the labels that training draws from, each once."""
+        return self.labels(len(self.prompts or self.drawn(classes)) or 1, classes)
 
     def drawn(self, classes: list[int] | None = None) -> list[int]:
         """The classes that a job has in turn; none of prompts."""
@@ -71,9 +71,9 @@ class Conditioner(ABC):
     def __call__(self, labels: Tensor) -> Condition:
         """What the denoiser is told for labels (B,), on their device."""
 
-    @abstractmethod
     def example(self, count: int, device: str | torch.device) -> Condition:
         """A condition of `count` samples of the right shapes, for trials and timings."""
+        return self(torch.zeros(count, dtype=torch.long, device=device))
 
     def chosen(self, name: str | None, data: str) -> Sequence[str]:
         """The prompts that an option names, by default those of `data`, the set that the model has learned; () for a model without text."""
@@ -109,7 +109,7 @@ class Conditioner(ABC):
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of what the labels are positions of, by the option that gives it: part of a job's settings."""
-        return {}
+        return {"prompts": digest_of(self.prompts)} if self.prompts else {}
 
     def say_cut(self, positions: Iterable[int]) -> None:  # noqa: B027
         """Say how many of the prompts at these positions of a job are longer than the model reads."""
@@ -120,7 +120,7 @@ class Conditioner(ABC):
 
     def captions(self, labels: Sequence[int]) -> list[str] | None:
         """Texts to write below pictures with these labels."""
-        return None
+        return [self.prompts[label] for label in labels] if self.prompts else None
 
     def shown(self) -> dict[str, Any]:
         """What `distill models show` says of it."""
@@ -140,14 +140,6 @@ class ClassConditioner(Conditioner):
     def takes(self) -> Literal["nothing", "classes"]:  # type: ignore[override]
         return "classes" if self.classes else "nothing"
 
-    @property
-    def null(self) -> Condition | None:
-        return None if self.null_label is None else self(torch.tensor([self.null_label]))
-
-    @property
-    def summary(self) -> str:
-        return f"{len(self.classes) or 'no'} classes"
-
     def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
         """(count,) labels in turn, from position `start` of the job; zeros for a model without classes."""
         known = self.drawn()
@@ -159,17 +151,11 @@ class ClassConditioner(Conditioner):
             raise UsageError(f"--classes: no class {beyond[0]}", f"the model {has}")
         return torch.tensor([wanted[i % len(wanted)] for i in range(start, start + count)])
 
-    def every(self, classes: list[int] | None = None) -> Tensor:
-        return self.labels(len(self.drawn(classes)), classes)
-
     def drawn(self, classes: list[int] | None = None) -> list[int]:
         return list(classes or self.learned or range(max(1, len(self.classes))))
 
     def __call__(self, labels: Tensor) -> Condition:
         return Condition({"class_labels": labels}) if self.classes else NOTHING
-
-    def example(self, count: int, device: str | torch.device) -> Condition:
-        return self(torch.zeros(count, dtype=torch.long, device=device))
 
     def taught(self, learned: Sequence[int] | None = None, null: bool = True) -> ClassConditioner:
         return replace(self, learned=None if learned is None else tuple(learned), null_label=self.null_label if null else None)
@@ -186,6 +172,7 @@ class PromptConditioner(Conditioner):
 
     takes: Literal["prompts"] = "prompts"
     has_null = True
+    summary = "prompts"
     part = "encoder_hidden_states"
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
@@ -196,10 +183,6 @@ class PromptConditioner(Conditioner):
         self.repeat = 1
         self.table: Embeddings | None = None
         self._null: Tensor | None = None
-
-    @property
-    def summary(self) -> str:
-        return "prompts"
 
     def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1, name: str = "the model") -> PromptConditioner:
         """The same tokenizer and encoder for these prompts."""
@@ -215,13 +198,9 @@ class PromptConditioner(Conditioner):
         if classes is not None:
             raise UsageError(f"--classes {classes[0]}: the model has no classes", "it has prompts: --prompts FILE")
         if not self.prompts:
-            raise UsageError(
-                "the model makes pictures of prompts", "--prompts FILE: a line a prompt, or .jsonl or .csv with a column prompt"
-            )
+            hint = "--prompts FILE: a line a prompt, or .jsonl or .csv with a column prompt"
+            raise UsageError("the model makes pictures of prompts", hint)
         return torch.arange(start, start + count) // self.repeat % len(self.prompts)
-
-    def every(self, classes: list[int] | None = None) -> Tensor:
-        return self.labels(len(self.prompts) or 1, classes)
 
     def spread(self, count: int, classes: list[int] | None = None) -> Tensor:
         """Prompts that follow one another may be alike: these are taken from the whole list."""
@@ -293,14 +272,8 @@ class PromptConditioner(Conditioner):
     def working(self) -> list[nn.Module]:
         return [self.encoder] if self.table is None else []
 
-    def digests(self) -> dict[str, str]:
-        return {"prompts": digest_of(self.prompts)}
-
     def named(self, label: int) -> dict[str, Any]:
         return {"prompt": self.prompts[label]}
-
-    def captions(self, labels: Sequence[int]) -> list[str]:
-        return [self.prompts[label] for label in labels]
 
     def shown(self) -> dict[str, Any]:
         return super().shown() | {"text": f"prompts of at most {self.length} tokens"}

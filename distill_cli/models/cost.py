@@ -29,6 +29,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "sd15": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768),
     "sd21": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512),
 }
+SAMPLED = {"sd15": ("eps", "pndm"), "sd21": ("v", "ddim")}
+"""What the networks predict, and their schedulers' solvers."""
 VAE: dict[str, Any] = dict(
     block_out_channels=(128, 256, 512, 512),
     layers_per_block=2,
@@ -47,15 +49,11 @@ def sketch(name: str) -> Model:
         unet = diffusers.UNet2DConditionModel(**UNETS[name])
         vae = diffusers.AutoencoderKL(**VAE, sample_size=UNETS[name]["sample_size"] * 8)
         encoder = CLIPTextModel(CLIPTextConfig(**TEXTS[name]))
-    table = TableSchedule.from_config(STABLE_DIFFUSION)
-    return Model(
-        denoiser=NetworkDenoiser(backbone_of(unet), table, "v" if name == "sd21" else "eps", Scales(), "t"),
-        conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
-        lineage=Lineage(name=name, licence=HUB[name].licence),
-        sampler=Sampler(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
-        codec=VAECodec(vae),
-        scheduler=dict(STABLE_DIFFUSION),
-    )
+    prediction, solver = SAMPLED[name]
+    denoiser = NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(STABLE_DIFFUSION), prediction, Scales(), "t")
+    conditioner = PromptConditioner(SimpleNamespace(model_max_length=77), encoder)
+    lineage, sampler = Lineage(name=name, licence=HUB[name].licence), Sampler(solver=solver, steps=50, guidance_scale=7.5)
+    return Model(denoiser, conditioner, lineage, sampler, VAECodec(vae), dict(STABLE_DIFFUSION))
 
 
 def sketched(name: str, wanted: bool) -> tuple[Model | None, dict[str, str]]:

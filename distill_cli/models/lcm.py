@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,15 +12,21 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.schedule import expand
 from distill_cli.errors import DistillError
 from distill_cli.models.sampler import Sampler
+from distill_cli.models.schedulers import numbers_of
 
+SCHEDULER = "LCMScheduler"
 SIGMA_DATA = 0.5
+
+
+def _numbers(config: Mapping[str, Any], *keys: str) -> list[float]:
+    return list(numbers_of({**config, "_class_name": SCHEDULER}, keys, SCHEDULER).values())
 
 
 def sampler_of(config: Mapping[str, Any]) -> Sampler:
     """A student that knows the `original_inference_steps` times of its training, evenly over which its steps are spread."""
-    count, original = int(config.get("num_train_timesteps", 1000)), config.get("original_inference_steps", 50)
-    if type(original) is not int or not 1 <= original <= count:
-        raise DistillError(f"LCMScheduler: original_inference_steps is {original!r}, not a whole number from 1 to {count}")
+    count, original = map(int, _numbers(config, "num_train_timesteps", "original_inference_steps"))
+    if not 1 <= original <= count:
+        raise DistillError(f"{SCHEDULER}: original_inference_steps is {original}, not a whole number from 1 to {count}")
     times = tuple(float(k * (count // original) - 1) for k in range(original, 0, -1))
     return Sampler(solver="few-step", steps=1, knows="own times", answers="endpoint", guidance="inside", times=times)
 
@@ -40,10 +45,7 @@ class BoundedDenoiser(NetworkDenoiser):
 
     def with_scaling(self, config: Mapping[str, Any]) -> BoundedDenoiser:
         """With the timestep_scaling of a scheduler's configuration."""
-        scaling = config.get("timestep_scaling", self.scaling)
-        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-            raise DistillError(f"LCMScheduler: timestep_scaling is {scaling!r}, not a number")
-        self.scaling = scaling
+        (self.scaling,) = _numbers(config, "timestep_scaling")
         return self
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:

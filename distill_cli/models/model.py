@@ -112,10 +112,7 @@ class Model:
         return replace(self, conditioner=conditioner)
 
     def with_resolution(self, pixels: int) -> Model:
-        """This latent model at pictures whose shorter side has `pixels`, in its own aspect ratio.
-
-        Raises UsageError where its networks cannot make them.
-        """
+        """This latent model at its aspect ratio, the shorter side `pixels`; raises UsageError where its networks cannot make that."""
         size = self.codec.sized(pixels, self.shape, self.backbone.multiple)
         if size is None:
             raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.picture} pixels alone")
@@ -141,12 +138,10 @@ class Model:
         """What it is and what was assumed of it, for the first line of a job."""
         return "; ".join((f"{self.lineage.kind} {self.lineage.name}", *self.notes))
 
-    def with_defaults(
-        self, solver: str | None, steps: int | None, guidance_scale: float | None, guidance_calls: Literal[1, 2] = 1
-    ) -> Sampling:
+    def with_defaults(self, solver: str | None, steps: int | None, scale: float | None, calls: Literal[1, 2] = 1) -> Sampling:
         """The sampling settings that result from what the user gave; raises UsageError where the model cannot be sampled so."""
         schedule = self.denoiser.schedule
-        out = self.sampler.asked(schedule, solver, steps, guidance_scale, guidance_calls)
+        out = self.sampler.asked(schedule, solver, steps, scale, calls)
         if self.scheduler is not None and schedule.bins is not None and out.steps >= schedule.bins:
             raise UsageError(f"--steps {out.steps}: the model has {schedule.bins} times", "a few dozen steps are plenty")
         if out.guidance_scale != 1 and not self.conditioner.has_null:

@@ -90,10 +90,7 @@ def best_variant(known: Iterable[str]) -> str:
 
 
 def _variant(folder: Path, stem: str) -> tuple[str, list[Path]]:
-    """The variant in which a network's weights are read, and its files.
-
-    Raises DistillError where they are not all there, or are no floating-point numbers.
-    """
+    """The variant in which a network's weights are read, and its files; raises DistillError where some are missing or quantized."""
     if not folder.is_dir():
         raise DistillError(f"{folder}: no such folder", "is the model complete?")
     names = [path.name for path in folder.iterdir()]
@@ -143,19 +140,19 @@ def _files(folder: Path, names: Collection[str]) -> list[Path]:
 
 def _refuse_integers(file: Path) -> None:
     """Raise DistillError where a tensor of weights is kept in whole numbers, whose scale stands elsewhere."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
-    from distill_cli.tensors import quantized
+    from distill_cli.tensors import Tensors, quantized
 
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt") as handle:
-                kinds = {name: str(handle.get_slice(name).get_dtype()) for name in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise DistillError(f"{file}: no readable network ({reason(error)})", "is the file complete?") from error
-        odd = next((name for name, kind in sorted(kinds.items()) if "F" not in kind and not HARMLESS.search(name)), None)
-        if odd:
-            raise quantized(file, odd, kinds[odd])
+    if file.suffix != ".safetensors":
+        return
+    try:
+        kinds = {name: entry["dtype"] for name, entry in Tensors(file).stored.items()}
+    except (SafetensorError, OSError) as error:
+        raise DistillError(f"{file}: no readable network ({reason(error)})", "is the file complete?") from error
+    for name, kind in sorted(kinds.items()):
+        if "F" not in kind and not HARMLESS.search(name):
+            raise quantized(file, name, kind)
 
 
 def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
@@ -179,12 +176,9 @@ def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
         )
     except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
         raise DistillError(f"{folder}: no readable network ({reason(error)})", "is the folder complete?") from error
-    hold(
-        str(folder),
-        found["missing_keys"],
-        [name for name in found["unexpected_keys"] if not HARMLESS.search(name)],
-        [name if isinstance(name, str) else name[0] for name in found.get("mismatched_keys", ())],
-    )
+    left_over = [name for name in found["unexpected_keys"] if not HARMLESS.search(name)]
+    mismatched = [name if isinstance(name, str) else name[0] for name in found.get("mismatched_keys", ())]
+    hold(str(folder), found["missing_keys"], left_over, mismatched)
     if found.get("error_msgs"):
         raise DistillError(f"{folder}: no readable network ({reason(ValueError(found['error_msgs'][0]))})", "is the folder complete?")
     return network.eval().requires_grad_(False)
@@ -201,10 +195,7 @@ def empty(kind: Any, folder: Path) -> Any:
 
 
 def _filled(kind: Any, folder: Path, files: Iterable[Path]) -> tuple[Any, dict[str, list[str]]] | None:
-    """A network of diffusers' filled tensor by tensor, and what did not fit; None for one that has to be made by its own library.
-
-    diffusers maps the files of float16 while it makes float32 of them, and leaves those of float32 mapped.
-    """
+    """A network of diffusers' filled tensor by tensor (diffusers itself would map the files), and what did not fit; None for others'."""
     from distill_cli.tensors import Tensors
 
     if not hasattr(kind, "load_config"):
@@ -241,10 +232,7 @@ def unfilled() -> Iterator[None]:
 
 
 def save_network(network: Any, folder: Path, kinds: Collection[str], dtype: torch.dtype) -> None:
-    """Write a network's folder as save_pretrained does, a tensor at a time; float32 numbers as `dtype`.
-
-    The network has to be of one of the classes `kinds` and to have the tensors of its class.
-    """
+    """Write the folder of a network of one of the classes `kinds` as save_pretrained does, a tensor at a time, float32 as `dtype`."""
     import torch
 
     from distill_cli.tensors import write

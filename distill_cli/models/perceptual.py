@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_cli.errors import DistillError
+from distill_cli.errors import DistillError, printable
 from distill_cli.files import sha256, unreadable
 
 FILE = "vgg16-397923af.pth"
@@ -36,10 +36,7 @@ def find_weights(given: Path | None) -> Path:
 
 
 class Perceptual(nn.Module):
-    """Distance (B,) of images (B, C, H, W) in [-1, 1]; differentiable in the first.
-
-    Images less than `below` pixels wide are resized to 224. `pooling` is VGG's: max or average.
-    """
+    """Distance (B,) of images (B, C, H, W) in [-1, 1], resized to 224 if less than `below` wide; differentiable in the first."""
 
     def __init__(self, weights: Path | None = None, below: float = math.inf, pooling: str = "max") -> None:
         super().__init__()
@@ -61,8 +58,8 @@ class Perceptual(nn.Module):
         except OSError as error:
             raise unreadable(path, error) from error
         except Exception as error:  # torch raises many kinds for a file that is not one of weights
-            reason = " ".join(str(error).split())[:120]
-            raise DistillError(f"{path}: not torchvision's VGG-16 ({type(error).__name__}: {reason})", f"fetch {URL}") from error
+            what = f"{type(error).__name__}: {printable(error, 120)}"
+            raise DistillError(f"{path}: not torchvision's VGG-16 ({what})", f"fetch {URL}") from error
         self.eval().requires_grad_(False)
 
     def _features(self, images: Tensor) -> list[Tensor]:
@@ -80,8 +77,5 @@ class Perceptual(nn.Module):
         torch.clear_autocast_cache()
         here = self._features(x)
         with torch.autocast(x.device.type, enabled=False):  # small differences vanish in half precision
-            return self._compare(here, there)
-
-    def _compare(self, here: list[Tensor], there: list[Tensor]) -> Tensor:
-        layers = zip(self.metric.lins, here, there, strict=True)
-        return torch.stack([lin((a - b).square()).mean((1, 2, 3)) for lin, a, b in layers]).sum(0)
+            layers = zip(self.metric.lins, here, there, strict=True)
+            return torch.stack([lin((a - b).square()).mean((1, 2, 3)) for lin, a, b in layers]).sum(0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from distill_cli.config import NetworkConfig
-from distill_cli.config.base import Solver
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
-from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule
 from distill_cli.errors import UsageError
 from distill_cli.models.backbones import backbone_of
 from distill_cli.models.conditioners import ClassConditioner
@@ -58,10 +57,22 @@ def create(
             num_class_embeds=len(classes) + 1 if classes else None,
             dropout=dropout,
         )
-    solver: Solver = "ddim" if schedule.bins else "heun"
-    return Model(
-        denoiser=NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), "t" if schedule.bins else "250 ln sigma"),
-        conditioner=ClassConditioner(tuple(classes), len(classes) if classes else None),
-        lineage=lineage,
-        sampler=Sampler(solver=solver, steps=schedule.usual_steps),
+    solver, time_input = ("ddim", "t") if schedule.bins else ("heun", "250 ln sigma")
+    denoiser = NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), time_input)
+    conditioner = ClassConditioner(tuple(classes), len(classes) or None)
+    return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=schedule.usual_steps))
+
+
+def tiny() -> Model:
+    """A model with random weights, made in memory: for smoke runs."""
+    return create(
+        resolution=16,
+        channels=[8, 16],
+        attention=[False, True],
+        groups=4,
+        head=8,
+        classes=[str(i) for i in range(10)],
+        schedule=EDMSchedule(),
+        parameterisation="edm",
+        lineage=Lineage(name="tiny", licence="Apache-2.0", data="none: random weights"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,25 +40,23 @@ class Task:
     def schedule(self) -> NoiseSchedule:
         return self.network.schedule
 
+    @property
+    def start(self) -> Tensor:
+        """x at the largest time."""
+        return self.schedule.prior_std * self.x
+
 
 def _heun(task: Task) -> Tensor:
-    return solvers.heun(task.denoiser, task.schedule, task.schedule.prior_std * task.x, task.times, task.condition)
+    return solvers.heun(task.denoiser, task.schedule, task.start, task.times, task.condition)
+
+
+def _euler(task: Task, eta: float = 0.0) -> Tensor:
+    return solvers.ddim(task.denoiser, task.schedule, task.start, task.times, task.condition, eta=eta, noise=task.noise)
 
 
 def _ddim(task: Task) -> Tensor:
     """diffusers' own where the model came with a scheduler, which spaces the times."""
-    if task.scheduler is not None:
-        return _diffusers("ddim")(task)
-    return _euler(task)
-
-
-def _euler(task: Task) -> Tensor:
-    return solvers.ddim(task.denoiser, task.schedule, task.schedule.prior_std * task.x, task.times, task.condition)
-
-
-def _ancestral(task: Task) -> Tensor:
-    x = task.schedule.prior_std * task.x
-    return solvers.ddim(task.denoiser, task.schedule, x, task.times, task.condition, eta=1.0, noise=task.noise)
+    return _euler(task) if task.scheduler is None else _diffusers(task, "ddim")
 
 
 def _few_step(task: Task) -> Tensor:
@@ -67,18 +66,10 @@ def _few_step(task: Task) -> Tensor:
     return solvers.few_step(task.denoiser, schedule, x, task.times, task.condition, **options)
 
 
-def _diffusers(name: str) -> Callable[[Task], Tensor]:
-    def run(task: Task) -> Tensor:
-        table: Any = task.schedule
-        config = task.scheduler or schedulers.config_of(table, task.network.parameterisation)
-        x = task.schedule.prior_std * task.x
-        return schedulers.run(config, name, len(task.times), task.denoiser, task.network, x, task.condition)
-
-    return run
-
-
-def _spaced(schedule: NoiseSchedule, steps: int) -> Tensor:
-    return schedule.times(steps)
+def _diffusers(task: Task, name: str) -> Tensor:
+    table: Any = task.schedule
+    config = task.scheduler or schedulers.config_of(table, task.network.parameterisation)
+    return schedulers.run(config, name, len(task.times), task.denoiser, task.network, task.start, task.condition)
 
 
 def _above_zero(schedule: NoiseSchedule, steps: int) -> Tensor:
@@ -94,7 +85,7 @@ class Algorithm:
 
     run: Callable[[Task], Tensor]
     evaluations: Callable[[int], int] = lambda steps: steps
-    times: Callable[[NoiseSchedule, int], Tensor] = _spaced
+    times: Callable[[NoiseSchedule, int], Tensor] = lambda schedule, steps: schedule.times(steps)
     table: bool = False
     """It takes the times of a table alone."""
     signal: bool = False
@@ -107,10 +98,10 @@ SOLVERS: dict[str, Algorithm] = {
     "heun": Algorithm(_heun, lambda steps: 2 * steps - 1, _above_zero, signal=True),
     "euler": Algorithm(_euler),
     "ddim": Algorithm(_ddim),
-    "ancestral": Algorithm(_ancestral),
+    "ancestral": Algorithm(partial(_euler, eta=1.0)),
     "few-step": Algorithm(_few_step, few=True),
-    "pndm": Algorithm(_diffusers("pndm"), lambda steps: steps + (steps > 1), table=True, signal=True),
-    "dpm++": Algorithm(_diffusers("dpm++"), table=True),
+    "pndm": Algorithm(partial(_diffusers, name="pndm"), lambda steps: steps + (steps > 1), table=True, signal=True),
+    "dpm++": Algorithm(partial(_diffusers, name="dpm++"), table=True),
 }
 
 
@@ -131,10 +122,7 @@ class Sampling(BaseModel):
 
 
 class Sampler(Sampling):
-    """How a model is sampled unasked, and in which other ways it can be.
-
-    Teachers know every level and answer with the mean. Students have their guidance inside.
-    """
+    """How a model is sampled unasked, and how else it can be. Teachers know every level and answer with the mean."""
 
     knows: Literal["every level", "own times", "pure noise"] = "every level"
     """The noise levels at which it may be asked; `times` where they are its own."""
@@ -199,23 +187,16 @@ class Sampler(Sampling):
         """The same with other times of its own, as many as it is sampled with from then on."""
         return self.model_copy(update={"times": tuple(times), "steps": len(times)})
 
-    def asked(
-        self,
-        schedule: NoiseSchedule,
-        solver: str | None,
-        steps: int | None,
-        guidance_scale: float | None,
-        guidance_calls: Literal[1, 2] = 1,
-    ) -> Sampling:
+    def asked(self, schedule: NoiseSchedule, solver: str | None, steps: int | None, scale: float | None, calls: Literal[1, 2]) -> Sampling:
         """The settings that result from what a user gave; raises UsageError where the model cannot be sampled so."""
         if self.times and solver not in (None, self.solver):
             raise UsageError(f"--solver {solver}: a student is sampled by {self.solver} alone", "leave --solver out")
-        if self.guidance == "inside" and guidance_scale not in (None, 1):
-            raise UsageError(f"--guidance-scale {guidance_scale}: a student's guidance is built in", "leave --guidance-scale out")
+        if self.guidance == "inside" and scale not in (None, 1):
+            raise UsageError(f"--guidance-scale {scale}: a student's guidance is built in", "leave --guidance-scale out")
         name = solver or self.solver
         usual = self.steps if name == self.solver else 1 if SOLVERS[name].few else schedule.usual_steps
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        out = Sampling(solver=name, steps=steps or usual, guidance_scale=scale, guidance_calls=guidance_calls)
+        scale = self.guidance_scale if scale is None else scale
+        out = Sampling(solver=name, steps=steps or usual, guidance_scale=scale, guidance_calls=calls)
         if scale < 1:
             raise UsageError(f"--guidance-scale {scale:g}: below 1 it leads away from the condition", "1 is without guidance")
         if SOLVERS[name].table and schedule.bins is None:

@@ -20,6 +20,12 @@ SOLVERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolver
 """diffusers' schedulers by the names of our solvers (2010.02502; 2202.09778, without its first Runge-Kutta steps; 2211.01095)."""
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
+ONLY_DDPM = "models of DDPM's kind are read, not flow matching"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+}
+"""What else makes our solvers of them, whatever the model's own scheduler was."""
 MOST_TIMES = 100_000
 SPACINGS = ("leading", "linspace", "trailing")
 TAKEN = (
@@ -78,7 +84,7 @@ def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = P
     whole = completed(config, source)
     if name not in classes:
         known = "a table of betas is read" if "beta_schedule" in whole else "it has no table of betas"
-        raise DistillError(f"{source}: {name} is not read: {known}", "models of DDPM's kind are read, not flow matching")
+        raise DistillError(f"{source}: {name} is not read: {known}", ONLY_DDPM)
     prediction, spacing, trained = whole.get("prediction_type"), whole.get("timestep_spacing", "leading"), whole.get("trained_betas")
     for key in ("prediction_type", "beta_schedule", "timestep_spacing"):
         if not isinstance(whole.get(key), str | None):
@@ -87,13 +93,11 @@ def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = P
         raise DistillError(f"{source}: prediction_type {prediction!r} is none of {', '.join(kinds)}")
     if spacing not in SPACINGS:
         raise DistillError(f"{source}: timestep_spacing {json.dumps(spacing)} is none of {', '.join(SPACINGS)}")
-    odd = [key for key in ("use_flow_sigmas", "timestep_type") if whole.get(key, False) not in (False, None, "discrete")]
-    if odd:
-        raise DistillError(
-            f"{source}: {odd[0]} is {whole[odd[0]]!r}, which is not read", "models of DDPM's kind are read, not flow matching"
-        )
-    given: dict[str, Any] = numbers_of(config, ("num_train_timesteps", "beta_start", "beta_end"), source)
-    numbers_of(config, [key for key in ("steps_offset",) if key in whole], source)
+    for key in ("use_flow_sigmas", "timestep_type"):
+        if whole.get(key, False) not in (False, None, "discrete"):
+            raise DistillError(f"{source}: {key} is {whole[key]!r}, which is not read", ONLY_DDPM)
+    numbers = ["num_train_timesteps", "beta_start", "beta_end", *(["steps_offset"] if "steps_offset" in whole else [])]
+    given: dict[str, Any] = numbers_of(config, numbers, source)
     if not 1 < given["num_train_timesteps"] <= MOST_TIMES:
         raise DistillError(f"{source}: num_train_timesteps is {given['num_train_timesteps']}, 2 to {MOST_TIMES} are read")
     if not 0 < given["beta_start"] <= given["beta_end"] < 1:
@@ -113,29 +117,18 @@ def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = P
         raise DistillError(f"{source}: {error}") from error
     table = schedule.alphas_cumprod
     if not (table.isfinite().all() and (table[1:] < table[:-1]).all() and table[-1] >= 0 and table[0] < 1):
-        raise DistillError(
-            f"{source}: its betas make no schedule: alpha^2 goes from {table[0]:.3g} to {table[-1]:.3g} over {len(table)} times"
-        )
+        said = f"alpha^2 goes from {table[0]:.3g} to {table[-1]:.3g} over {len(table)} times"
+        raise DistillError(f"{source}: its betas make no schedule: {said}")
     if kinds[prediction] == "eps" and not table[-1] > 0:
-        raise DistillError(
-            f"{source}: an eps network cannot start at zero terminal SNR", "set prediction_type to v_prediction if it predicts v"
-        )
+        hint = "set prediction_type to v_prediction if it predicts v"
+        raise DistillError(f"{source}: an eps network cannot start at zero terminal SNR", hint)
     return schedule, kinds[prediction]
 
 
 def make(config: Mapping[str, Any], kind: str) -> Any:
     """diffusers' scheduler of class `kind` with the table and the spacing of times of `config`, and nothing else of it."""
-    import diffusers
-
-    options: dict[str, Any] = {"clip_sample": False}  # latents have no range, as diffusers' pipeline insists too
-    options |= {key: config[key] for key in TAKEN if key in config}
-    if kind == "PNDMScheduler":
-        options["skip_prk_steps"] = True
-    if kind == "DPMSolverMultistepScheduler":  # dpm++ is the second-order multistep, whatever the model's own scheduler was
-        options |= {"algorithm_type": "dpmsolver++", "solver_order": 2}
-    scheduler = getattr(diffusers, kind)
-    known = set(inspect.signature(scheduler.__init__).parameters)
-    return scheduler.from_config({key: value for key, value in options.items() if key in known})
+    taken = {key: config[key] for key in TAKEN if key in config}
+    return own({"_class_name": kind, "clip_sample": False, **taken, **OPTIONS.get(kind, {})})  # latents have no range
 
 
 def own(config: Mapping[str, Any]) -> Any:

@@ -59,21 +59,15 @@ def create(
             dropout=network.dropout,
         )
     config = {**scheduler, "prediction_type": PREDICTION_TYPES[parameterisation]}
-    return Model(
-        denoiser=NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t"),
-        conditioner=PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed)),
-        lineage=lineage,
-        sampler=Sampler(solver=solver, steps=50, guidance_scale=guidance_scale),
-        codec=codec,
-        scheduler=config,
-    )
+    denoiser = NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t")
+    conditioner = PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed))
+    return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=50, guidance_scale=guidance_scale), codec, config)
 
 
 def load_vae(folder: Path) -> Any:
     """The AutoencoderKL in a folder, or in a run of `distill vae`, float32, on the CPU."""
     import diffusers
 
-    folder = Path(folder)
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     vae = load_network(diffusers.AutoencoderKL, folder)
     check_vae(vae, str(folder))

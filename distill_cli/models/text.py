@@ -120,9 +120,8 @@ def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
 
 def save_encoder(encoder: Any, folder: Path) -> None:
     """Write a CLIPTextModel with the names of published files, which transformers of any version reads; newer ones write others."""
-    weights = {f"text_model.{plain(name)}": value for name, value in encoder.state_dict().items()}
+    named = encoder.state_dict().items()
+    weights = {f"text_model.{plain(name)}": value for name, value in named if not name.endswith("position_ids")}
     encoder.config.architectures = ["CLIPTextModel"]
     encoder.config.save_pretrained(folder)
-    write(
-        folder / "model.safetensors", {key: value for key, value in weights.items() if not key.endswith("position_ids")}, {"format": "pt"}
-    )
+    write(folder / "model.safetensors", weights, {"format": "pt"})

@@ -133,7 +133,7 @@ def refuse_student(model: Model, name: str, method: str) -> None:
 def student_of(start: Lineage, method: str, teacher_hash: str, data: str = "") -> Lineage:
     """Where a student comes from that began with a model's weights; without `teacher_hash` they were new."""
     own = {"name": f"{start.name}-{method}", "kind": "student", "method": method, "teacher": start.name if teacher_hash else ""}
-    return start.model_copy(update={**own, "teacher_hash": teacher_hash, "data": data or start.data})
+    return Lineage(**{**start.model_dump(), **own, "teacher_hash": teacher_hash, "data": data or start.data})
 
 
 class Objective:

@@ -289,7 +289,7 @@ def test_any_command_explains_a_torch_that_does_not_fit(distill, monkeypatch):
     def broken():
         raise RuntimeError("Failed to import diffusers.models because of: operator torchvision::nms does not exist")
 
-    monkeypatch.setitem(registry.REGISTRY, "tiny", registry.Entry("tiny", "", "", broken))
+    monkeypatch.setitem(registry.REGISTRY, "tiny", registry.Entry("", "", broken))
     result = distill("sample", "--model", "tiny")
     assert result.code == 1
     assert f"torch {torch.__version__}" in result.err.replace("torch is", "torch")

@@ -283,7 +283,7 @@ def test_full_size_cifar10_makes_pairs_and_distils(distill, tmp_path):
     del tensors
     assert distill("convert", "edm-cifar10.pkl", "--out", "m", "--json").json["parameters"] == pytest.approx(55.7e6, rel=1e-3)
     settings = json.loads((tmp_path / "m/distill.json").read_text())
-    settings["sampling"]["steps"] = 2  # the picture at the end of dmd samples the teacher, which takes minutes with 18 steps here
+    settings["sampler"]["steps"] = 2  # the picture at the end of dmd samples the teacher, which takes minutes with 18 steps here
     (tmp_path / "m/distill.json").write_text(json.dumps(settings))
     assert distill("pairs", "--teacher", "m", "--num", 4, "--batch-size", 4, "--out", "p").code == 0
     run = distill(

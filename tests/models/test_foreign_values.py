@@ -183,8 +183,8 @@ def test_what_a_single_file_has_beside(beside):  # noqa: F811
     network = {"model.diffusion_model.": "model.diffusion_model._orig_mod."}
     for change, says in (
         (lambda w: w | {"first_stage_model.more": torch.ones(2)}, "first_stage_model.more has no place"),
-        (lambda w: w | {"scale_factor": torch.tensor(scale / 2)}, "scale_factor is another"),
-        (lambda w: w | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, "alphas_cumprod is another"),
+        (lambda w: w | {"scale_factor": torch.tensor(scale / 2)}, "scale_factor differs from"),
+        (lambda w: w | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, "alphas_cumprod differs from"),
         (lambda w: {f"{network[k[:22]]}{k[22:]}" if k[:22] in network else k: v for k, v in w.items()}, "its UNet"),
         (lambda w: w | {f"model_ema.{k[6:].replace('.', '')}": v.to(torch.int8) for k, v in w.items() if k[:22] in network}, "kept as I8"),
     ):

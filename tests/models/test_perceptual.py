@@ -109,7 +109,7 @@ def test_consistency_distillation_asks_for_it(vgg, tiny):
     for recipe in ("imagenet64-cd", "imagenet64-ct"):  # which name OpenAI's script
         config = check(recipe)
         assert (config.lpips_pooling, config.lpips_resize) == ("average", "below-256")
-        assert config.decay_over == ("N-1" if recipe.endswith("ct") else "N")
+        assert getattr(config, "decay_over", None) == ("N-1" if recipe.endswith("ct") else None)  # a key of ct alone
     assert check("cifar10-ct").lpips_pooling == "max"  # the paper's appendix
 
 

@@ -53,13 +53,8 @@ def edm_of(config: dict[str, Any], path: Path, silent_grid: int | None = None) -
 def numbers(model: Model) -> dict[str, Any]:
     """What the schedulers of EDM models are given."""
     schedule: Any = model.denoiser.schedule
-    return {
-        "num_train_timesteps": schedule.grid,
-        "sigma_min": schedule.sigma_min,
-        "sigma_max": schedule.sigma_max,
-        "sigma_data": model.denoiser.scales.sigma_data,
-        "rho": schedule.rho,
-    }
+    given = {name: getattr(schedule, name) for name in ("sigma_min", "sigma_max", "rho")}
+    return given | {"num_train_timesteps": schedule.grid, "sigma_data": model.denoiser.scales.sigma_data}
 
 
 def load(folder: Path, name: str) -> Model:
@@ -74,7 +69,6 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     import diffusers
 
     scheduler = diffusers.CMStochasticIterativeScheduler(**numbers(model))
-
     shared.write_pixels(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
 
 

@@ -45,7 +45,6 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
     schedule: Any = model.denoiser.schedule
     scheduler = schedulers.make(config_of(schedule, model.denoiser.parameterisation), "DDPMScheduler")
-
     shared.write_pixels(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
 
 

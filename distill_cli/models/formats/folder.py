@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,12 @@ def read_pixels(
     sampler: Sampler,
     notes: tuple[str, ...] = (),
 ) -> Model:
-    """The pixel model in a folder of this schedule.
-
-    A folder without distill.json has the first of the predictions and of the time inputs, and `sampler`.
-    """
-    import diffusers
-
-    from distill_cli.models.edm import EDMUNet
-
+    """The pixel model in a folder; without distill.json it has the first of the predictions and of the time inputs, and `sampler`."""
     named = read_json(folder / "model_index.json").get("unet")
-    kinds: dict[str, Any] = {"UNet2DModel": diffusers.UNet2DModel, "EDMUNet": EDMUNet}
     kind = next((kind for kind, library in LIBRARIES.items() if named == [library, kind]), None)
     if kind is None:
         raise DistillError(f"{folder}: its unet is {named}, not one of {', '.join(LIBRARIES)}", "pixel models of these are read")
-    unet = load_network(kinds[kind], part_of(folder, "unet"))
+    unet = load_network(getattr(import_module(LIBRARIES[kind]), kind), part_of(folder, "unet"))
     known = unet.config.num_class_embeds
     extra = read_extra(folder, schedule, predictions, time_inputs) or Extra(
         parameterisation=predictions[0],
@@ -93,16 +86,10 @@ def read_pixels(
         lineage=Lineage(name=name, kind="student" if sampler.guidance == "inside" else "teacher"),
     )
     null = extra.null_label
-    if extra.lineage.method == "edm" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
+    if extra.lineage.kind == "teacher" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
         null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
     denoiser = NetworkDenoiser(backbone_of(unet), schedule, extra.parameterisation, scales, extra.time_input)
-    model = Model(
-        denoiser=denoiser.eval().requires_grad_(False),
-        conditioner=ClassConditioner(tuple(extra.classes), null, extra.learned),
-        lineage=extra.lineage,
-        sampler=extra.sampler,
-        recipe=extra.recipe,
-        notes=notes,
-    )
+    conditioner = ClassConditioner(tuple(extra.classes), null, extra.learned)
+    model = Model(denoiser.eval().requires_grad_(False), conditioner, extra.lineage, extra.sampler, recipe=extra.recipe, notes=notes)
     check_pixels(model, folder)
     return model

@@ -34,8 +34,7 @@ from distill_cli.models.sources.hub import PARTS as WEIGHTS
 from distill_cli.models.text import load_tokenizer, save_encoder, save_tokenizer
 
 PIPELINES = ("StableDiffusionPipeline",)
-FEW_STEP = "LCMScheduler"
-SOLVER_OF = {"PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++", "DDIMScheduler": "ddim"}
+SOLVER_OF = {kind: solver for solver, kind in schedulers.SOLVERS.items()}
 DEFAULT_SIZE = 64
 """What diffusers' pipeline makes of a network that does not say its sample_size."""
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
@@ -59,10 +58,10 @@ def fits(model: Model) -> bool:
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
     quiet()
-    text, config = model.text, model.scheduler
-    assert text is not None
+    conditioner: Any = model.conditioner
+    config = model.scheduler
     assert config is not None
-    kind = FEW_STEP if model.sampler.answers == "endpoint" else config["_class_name"]
+    kind = lcm.SCHEDULER if model.sampler.answers == "endpoint" else config["_class_name"]
     scheduler = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
     if model.size is not None:  # of a student that has learned another resolution than its teacher
         height, width = model.size
@@ -83,7 +82,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
                 save_encoder(network if dtype == torch.float32 else copy.deepcopy(network).to(dtype), temporary / name)
             else:
                 save_network(network, temporary / name, (PARTS[name],), dtype)
-        save_tokenizer(text.tokenizer, temporary / "tokenizer")
+        save_tokenizer(conditioner.tokenizer, temporary / "tokenizer")
 
     shared.write(model, folder, index, scheduler, parts, in_diffusers(model))
 
@@ -104,11 +103,9 @@ def load(
 ) -> Model:
     """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
 
-    Of a single file (models/sources/single_file.py) `given` makes the networks, of a class and a part's name, and `changes` go over the
-    configuration of the scheduler: the folder is then another's.
-
-    A folder without distill.json gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by PNDM or DPM-Solver++ where its
-    scheduler is one, else by DDIM; with LCMScheduler it is a one-step student.
+    Without distill.json it gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by its scheduler or else by DDIM; with
+    LCMScheduler it is a one-step student. Of a single file (models/sources/single_file.py) `given` makes the networks, of a class and a
+    part's name, and `changes` go over the scheduler's configuration: the folder is then another's.
     """
     import diffusers
     import transformers
@@ -131,7 +128,7 @@ def load(
     made = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
     encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, when nothing else is read
     check_vae(vae, str(folder / "vae"))
-    few = config["_class_name"] == FEW_STEP
+    few = config["_class_name"] == lcm.SCHEDULER
     solver = SOLVER_OF.get(config["_class_name"], "ddim")
     extra = (read_extra(folder, schedule, (prediction,), ("t",)) if given is None else None) or Extra(
         parameterisation=prediction,
@@ -146,16 +143,9 @@ def load(
     if unet.config.sample_size is None:
         unet.register_to_config(sample_size=DEFAULT_SIZE)
         notes += (f"{folder / 'unet'} does not say its sample_size: latents of {DEFAULT_SIZE}x{DEFAULT_SIZE}, as diffusers takes them",)
-    model = Model(
-        denoiser=denoiser.eval().requires_grad_(False),
-        conditioner=PromptConditioner(tokenizer, encoder),
-        lineage=extra.lineage,
-        sampler=extra.sampler,
-        codec=VAECodec(vae),
-        scheduler=config,
-        recipe=extra.recipe,
-        notes=notes,
-    )
+    denoiser.eval().requires_grad_(False)
+    model = Model(denoiser, PromptConditioner(tokenizer, encoder), extra.lineage, extra.sampler, VAECodec(vae), config, extra.recipe)
+    model.notes = notes
     check_latents(model, tokenizer, folder)
     return model
 

@@ -37,7 +37,6 @@ SONG = {
 DHARIWAL = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "channel_mult_emb": 4, "num_blocks": 3, "attn_resolutions": [32, 16, 8]}
 DEFAULTS = {"SongUNet": SONG, "DhariwalUNet": DHARIWAL}
 """Defaults of init arguments that a file leaves out (the published networks' own)."""
-
 NVLABS = {
     "norm0": "resnet.norm1", "conv0": "resnet.conv1", "affine": "resnet.time_emb_proj", "norm1": "resnet.norm2", "conv1": "resnet.conv2",
     "skip": "resnet.conv_shortcut", "norm2": "attention.group_norm", "qkv": "attention.qkv", "proj": "attention.to_out.0",
@@ -71,10 +70,7 @@ def interleaved(value: Tensor, heads: int) -> list[Tensor]:
 
 def trimmed(shape: torch.Size) -> tuple[int, ...]:
     """A shape without trailing ones, since a 1x1 convolution is a linear layer."""
-    out = tuple(shape)
-    while out and out[-1] == 1:
-        out = out[:-1]
-    return out
+    return trimmed(shape[:-1]) if shape and shape[-1] == 1 else tuple(shape)
 
 
 def place(
@@ -187,10 +183,7 @@ def from_nvlabs(data: Any) -> Found:
 
 
 def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64, head: int = 64) -> Found:
-    """A model of OpenAI's consistency_models: the state dict of a UNet for images of `size` pixels.
-
-    `head`: channels of an attention head, which the file does not say; 64 in all published files.
-    """
+    """A model of OpenAI's consistency_models: a UNet's state dict. Image `size` and channels of an attention `head` are not in the file."""
     if not isinstance(tensors, Mapping) or "input_blocks.0.0.weight" not in tensors:
         raise DistillError("no UNet of OpenAI's in the file")
     given, made = tensors["input_blocks.0.0.weight"].shape[1], len(tensors["out.2.bias"])
@@ -214,13 +207,10 @@ def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64
 def model_of(found: Found, name: str, steps: int = 18) -> Model:
     """The Model with its weights loaded; a teacher is sampled by Heun with `steps` steps."""
     found.network.load_state_dict(found.weights, assign=True)
-    schedule = EDMSchedule()
+    schedule, backbone, scales = EDMSchedule(), backbone_of(found.network), Scales(sigma_data=found.sigma_data)
     student = found.parameterisation == "consistency"
-    scales = Scales(sigma_data=found.sigma_data)
     return Model(
-        NetworkDenoiser(backbone_of(found.network), schedule, found.parameterisation, scales, found.time_input)
-        .eval()
-        .requires_grad_(False),
+        NetworkDenoiser(backbone, schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
         ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
         Sampler.consistency(from_indices(schedule, PUBLISHED)) if student else Sampler(steps=steps),
@@ -251,17 +241,14 @@ def _state_dict(path: Path) -> Any:
             raise DistillError("its tensors are larger than the file")
         return tensors
     except Exception as error:  # zipfile and torch raise many types for a damaged or hostile file
-        raise DistillError(
-            f"{path}: not read: {printable(error, 200)}", "only plain state dicts are read; nothing in it was run"
-        ) from error
+        hint = "only plain state dicts are read; nothing in it was run"
+        raise DistillError(f"{path}: not read: {printable(error, 200)}", hint) from error
 
 
 def open_file(path: Path, size: int | None = None, head: int | None = None, kind: str | None = None) -> Found:
-    """Read a published file: an NVlabs pickle, or OpenAI's .pt.
+    """Read a published file: an NVlabs pickle, or OpenAI's .pt, which lacks `size`, `head` and `kind` (sources/openai.py).
 
-    An OpenAI file does not hold its resolution `size`, the channels of an attention `head`, or its `kind`, "teacher" or "student";
-    `Found.assumed` names what was assumed. Raises UsageError if they are given for another type of file, and DistillError for a file
-    that is damaged, hostile or of an unknown type.
+    Raises UsageError if they are given for a pickle, and DistillError for a file that is damaged, hostile or of an unknown type.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
@@ -291,14 +278,7 @@ def open_file(path: Path, size: int | None = None, head: int | None = None, kind
 
 
 def convert_file(
-    path: Path,
-    folder: Path,
-    size: int | None = None,
-    head: int | None = None,
-    kind: str | None = None,
-    *,
-    name: str = "",
-    steps: int = 18,
+    path: Path, folder: Path, size: int | None = None, head: int | None = None, kind: str | None = None, *, name: str = "", steps: int = 18
 ) -> dict[str, Any]:
     """Write the model of a published file to `folder`, read it back, and compare every bit."""
     found = open_file(path, size, head, kind)

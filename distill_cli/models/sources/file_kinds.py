@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from distill_cli.errors import DistillError, printable
 from distill_cli.tensors import Tensors
@@ -27,11 +28,7 @@ PARTIAL = (
     (r"^(edm_mean|edm_std|edm_vpred\.)", "a model with EDM's noise levels (such as Playground 2.5)", OTHER),
     (r"^conditioner\.embedders\.1\.", "Stable Diffusion XL", OTHER),
     (r"^conditioner\.embedders\.0\.model\.", "the refiner of Stable Diffusion XL", OTHER),
-    (
-        r"time_embed\.cond_proj|time_embedding\.cond_proj",
-        "a network that wants a guidance scale as a condition (latent consistency)",
-        OTHER,
-    ),
+    (r"time_embed(ding)?\.cond_proj", "a network that wants a guidance scale as a condition (latent consistency)", OTHER),
     (r"noise_augmentor|embedder\.model\.visual", "Stable unCLIP, which reads pictures beside the text", OTHER),
 )
 """Tensor names that identify other things than Stable Diffusion 1 or 2: a pattern, what it is, a hint."""
@@ -54,16 +51,22 @@ LABELS = {2816: "Stable Diffusion XL", 2560: "the refiner of Stable Diffusion XL
 """Networks by the widths of their text embeddings and of further conditions."""
 
 
+def _first(table: Iterable[tuple[str, str, str]], names: Iterable[str]) -> tuple[str, str] | None:
+    """The first row of a table whose pattern one of the tensors' names fits: what it is by that name, and the hint."""
+    for pattern, what, hint in table:
+        if found := next((name for name in names if re.search(pattern, name)), None):
+            return f"{what}, by its tensor {printable(found, 100)}", hint
+    return None
+
+
 def kind_of(file: Tensors) -> tuple[str, str]:
     """What a file holds if it is not a complete Stable Diffusion 1 or 2, and a hint; '' if it is."""
     shapes = file.shapes
     labels = shapes.get(f"{NETWORK}label_emb.0.0.weight") or shapes.get("label_emb.0.0.weight")
     if labels and labels[-1] in LABELS:
         return f"{LABELS[labels[-1]]}, by its {labels[-1]} conditions beside the text", OTHER
-    for pattern, what, hint in PARTIAL:
-        found = next((name for name in shapes if re.search(pattern, name)), None)
-        if found is not None:
-            return f"{what}, by its tensor {printable(found, 100)}", hint
+    if found := _first(PARTIAL, shapes):
+        return found
     first = shapes.get(FIRST) or shapes.get(FIRST.removeprefix(NETWORK)) or shapes.get("conv_in.weight")
     last = shapes.get(f"{NETWORK}out.2.weight") or shapes.get("out.2.weight") or shapes.get("conv_out.weight")
     if first and len(first) == 4 and (first[1] in CHANNELS and (last is None or last[0] != first[1])):
@@ -85,10 +88,8 @@ def kind_of(file: Tensors) -> tuple[str, str]:
         return f"Stable Diffusion without {missing[0]}", FOLDER
     if missing:
         several = len({"model", "first_stage_model", "cond_stage_model"} & {name.partition(".")[0] for name in shapes}) > 1
-        for pattern, what, hint in () if several else ALONE:
-            found = next((name for name in shapes if re.search(pattern, name)), None)
-            if found is not None:
-                return f"{what}, by its tensor {printable(found, 100)}", hint
+        if found := _first(() if several else ALONE, shapes):
+            return found
         return f"no single-file checkpoint of Stable Diffusion: {', '.join(missing)} are missing", OTHER
     for name in shapes:
         kind = file.dtype(name)
@@ -97,9 +98,8 @@ def kind_of(file: Tensors) -> tuple[str, str]:
     return "", ""
 
 
-def _true(text: str | None) -> bool | None:
-    """The value that kohya's scripts write as text: true, false or None."""
-    return {"true": True, "1": True, "false": False, "0": False}.get((text or "").lower())
+TRUE = {"true": True, "1": True, "false": False, "0": False}
+"""Values as kohya's scripts write them, in lower case."""
 
 
 def predicts(file: Tensors, given: str | None = None) -> tuple[str, str, str]:
@@ -122,11 +122,11 @@ def predicts(file: Tensors, given: str | None = None) -> tuple[str, str, str]:
     architecture = meta.get("modelspec.architecture", "").lower()
     if match := re.match(r"stable-diffusion-v2-(768-v|512)", architecture):
         said["its metadata modelspec.architecture"] = "eps" if match[1] == "512" else "v"
-    if (trained := _true(meta.get("ss_v_parameterization"))) is not None:
+    if (trained := TRUE.get(meta.get("ss_v_parameterization", "").lower())) is not None:
         said["its metadata ss_v_parameterization"] = "v" if trained else "eps"
     if meta.get("ss_base_model_version", "").endswith("_768_v"):
         said["its metadata ss_base_model_version"] = "v"
-    zero = "its metadata ss_zero_terminal_snr" if _true(meta.get("ss_zero_terminal_snr")) else ""
+    zero = "its metadata ss_zero_terminal_snr" if TRUE.get(meta.get("ss_zero_terminal_snr", "").lower()) else ""
     zero = "its tensor ztsnr" if "ztsnr" in file.shapes else zero
     if given is not None:
         others = [place for place, kind in said.items() if kind != given]

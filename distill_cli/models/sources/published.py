@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distill_cli.errors import DistillError
 from distill_cli.files import os_errors
@@ -79,9 +80,8 @@ def download(url: str, path: Path, what: str) -> None:
                     handle.truncate()
                     have = 0
                 total = have + int(answer.headers.get("Content-Length") or 0)
-                with tqdm(
-                    total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name, disable=not sys.stderr.isatty()
-                ) as bar:
+                shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": path.name, "disable": not sys.stderr.isatty()}
+                with tqdm(total=total or None, initial=have, **shown) as bar:
                     while data := answer.read(CHUNK):
                         handle.write(data)
                         bar.update(len(data))
@@ -89,16 +89,14 @@ def download(url: str, path: Path, what: str) -> None:
         except urllib.error.HTTPError as error:
             if error.code == 416:  # the partial file is too long
                 part.unlink()
-            raise DistillError(
-                f"{url}: the server answers {error.code}", "run the same command again" if error.code == 416 else hint
-            ) from error
+                hint = "run the same command again"
+            raise DistillError(f"{url}: the server answers {error.code}", hint) from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", None) or error
             raise DistillError(f"{url}: cannot be downloaded ({' '.join(str(reason).split())})", hint) from error
         if total and size != total:
-            raise DistillError(
-                f"{url}: the connection ended after {size} of {total} bytes", "run the same command again: it goes on from there"
-            )
+            again = "run the same command again: it goes on from there"
+            raise DistillError(f"{url}: the connection ended after {size} of {total} bytes", again)
         os.replace(part, path)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.sources.hub import HUB, cached, download, is_id, short_name
-from distill_cli.models.sources.published import PUBLISHED, fetch
+from distill_cli.models.sources.hub import HUB, Known, cached, download, is_id, short_name
+from distill_cli.models.sources.published import PUBLISHED, Published, fetch
 from distill_cli.processes import say_hidden
 
 if TYPE_CHECKING:
@@ -22,44 +22,27 @@ PARTS = ("student", "teacher")
 
 @dataclass(frozen=True)
 class Entry:
-    """A built-in name for a model."""
+    """What a built-in name stands for."""
 
-    name: str
     summary: str
     licence: str
     load: Callable[[], Model]
 
 
-def _digits() -> Model:
-    return open_folder(BUILTIN / "digits", "digits")
-
-
 def _tiny() -> Model:
-    from distill_cli.diffusion.schedule import EDMSchedule
-    from distill_cli.models import pixel
-    from distill_cli.models.model import Lineage
+    from distill_cli.models.pixel import tiny
 
-    return pixel.create(
-        resolution=16,
-        channels=[8, 16],
-        attention=[False, True],
-        groups=4,
-        head=8,
-        classes=[str(i) for i in range(10)],
-        schedule=EDMSchedule(),
-        parameterisation="edm",
-        lineage=Lineage(name="tiny", licence="Apache-2.0", data="none: random weights"),
-    )
-
-
-def _shapes() -> Model:
-    return open_folder(BUILTIN / "shapes", "shapes")
+    return tiny()
 
 
 def _tiny_sd() -> Model:
     from distill_cli.models.stable_diffusion import tiny
 
     return tiny()
+
+
+def _builtin(name: str) -> Model:
+    return open_folder(BUILTIN / name, name)
 
 
 def _hub(name: str) -> Model:
@@ -70,32 +53,21 @@ def _published(name: str) -> Model:
     return open_folder(fetch(name), name)
 
 
+def _elsewhere(known: Mapping[str, Known | Published], get: Callable[[str], Model]) -> dict[str, Entry]:
+    """The entries of models that are downloaded on first use."""
+    said = "{0.summary}; {0.megabytes} MB, downloaded on first use"
+    return {name: Entry(said.format(model), model.licence, partial(get, name)) for name, model in known.items()}
+
+
+DIGITS = "EDM, 16x16 RGB, handwritten digits in coloured ink, 10 classes; ships with distill"
+SHAPES = "Stable Diffusion in miniature: v prediction, 64x64 RGB, 4x8x8 latents, one coloured shape by its caption; ships with distill"
 REGISTRY = {
-    entry.name: entry
-    for entry in (
-        Entry(
-            "digits",
-            "EDM, 16x16 RGB, handwritten digits in coloured ink, 10 classes; ships with distill",
-            "Apache-2.0; data CC BY 4.0",
-            _digits,
-        ),
-        Entry(
-            "shapes",
-            "Stable Diffusion in miniature: v prediction, 64x64 RGB, 4x8x8 latents, one coloured shape by its caption; ships with distill",
-            "Apache-2.0",
-            _shapes,
-        ),
-        Entry("tiny-sd", "Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny_sd),
-        *(
-            Entry(name, f"{known.summary}; {known.megabytes} MB, downloaded on first use", known.licence, partial(_hub, name))
-            for name, known in HUB.items()
-        ),
-        Entry("tiny", "EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny),
-        *(
-            Entry(name, f"{known.summary}; {known.megabytes} MB, downloaded on first use", known.licence, partial(_published, name))
-            for name, known in PUBLISHED.items()
-        ),
-    )
+    "digits": Entry(DIGITS, "Apache-2.0; data CC BY 4.0", partial(_builtin, "digits")),
+    "shapes": Entry(SHAPES, "Apache-2.0", partial(_builtin, "shapes")),
+    "tiny-sd": Entry("Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny_sd),
+    **_elsewhere(HUB, _hub),
+    "tiny": Entry("EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny),
+    **_elsewhere(PUBLISHED, _published),
 }
 
 
@@ -124,7 +96,6 @@ def load(name: str, steps: int | None = None) -> Model:
     """The model called `name`: a built-in one, a folder (of a model, or of a run), a single file, or a hub id. Float32, on the CPU.
 
     Of a run whose rounds are kept, the student that takes `steps`, else that of the last round.
-
     Raises UsageError for an unknown name and DistillError for what cannot be read.
     """
     if name in REGISTRY:
@@ -144,9 +115,8 @@ def load(name: str, steps: int | None = None) -> Model:
         if (path / "recipe.yaml").is_file():
             for part in ("classifier", "vae"):
                 if (path / part).is_dir():
-                    raise DistillError(
-                        f"{path}: a run of `distill {part}`: it makes no pictures", f"what it has trained is in {path / part}"
-                    )
+                    hint = f"what it has trained is in {path / part}"
+                    raise DistillError(f"{path}: a run of `distill {part}`: it makes no pictures", hint)
             raise DistillError(f"{path}: a run that has not finished: it has no student yet", f"finish it with --resume {path}")
         raise DistillError(f"{path}: no model: it has no model_index.json", "give a diffusers pipeline folder")
     if path.is_file():
@@ -154,9 +124,8 @@ def load(name: str, steps: int | None = None) -> Model:
 
         return single_file.load(path)
     if is_id(name) and path.parent.is_dir() and not short_name(name) and cached(name) is None:
-        raise UsageError(
-            f"{name}: no such folder", nearest(path.name, [found.name for found in path.parent.iterdir()], f"{path.parent} has")
-        )
+        hint = nearest(path.name, [found.name for found in path.parent.iterdir()], f"{path.parent} has")
+        raise UsageError(f"{name}: no such folder", hint)
     if is_id(name):
         from distill_cli.models.formats import PIPELINES
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file, empty, plain, quiet
+from distill_cli.models.schedulers import PREDICTION_TYPES
 from distill_cli.models.sources.convert import trimmed
 from distill_cli.models.sources.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
 from distill_cli.models.sources.hub import HUB, WANTED, cached, command
@@ -26,7 +27,6 @@ from distill_cli.tensors import Tensors
 SUFFIX = ".safetensors"
 AVERAGED = "model_ema."
 COUNTS = (f"{AVERAGED}decay", f"{AVERAGED}num_updates")
-WORDS = {"eps": "epsilon", "v": "v_prediction"}
 ZERO = {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
 """Scheduler settings for zero terminal SNR: sampling has to begin at the last time."""
 KNOWN = re.compile(
@@ -47,16 +47,13 @@ def configuration(path: Path, width: int) -> tuple[Path, bool]:
         return path.parent, True
     known = HUB.get({768: "sd15", 1024: "sd21"}.get(width, ""))
     if known is None:
-        what = (
-            f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024, and lacks its configuration and tokenizer"
-        )
-        raise DistillError(f"{path}: {what}", "put model_index.json and the folders that it names beside the file, weights left out")
+        what = f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024"
+        hint = "put model_index.json and the folders that it names beside the file, weights left out"
+        raise DistillError(f"{path}: {what}, and lacks its configuration and tokenizer", hint)
     found = cached(known.id)
     if found is None:
-        raise DistillError(
-            f"{path}: the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache",
-            f"{command(known.id, WANTED)} --local-dir FOLDER, and put the file into that folder",
-        )
+        what = f"the file holds weights alone; its configuration and tokenizer, those of {known.id}, are not in the cache"
+        raise DistillError(f"{path}: {what}", f"{command(known.id, WANTED)} --local-dir FOLDER, and put the file into that folder")
     return found, False
 
 
@@ -174,19 +171,14 @@ def load(path: Path, prediction: str | None = None) -> Model:
     said, zero, why = predicts(file, prediction)
     second = width == 1024
     if second and not said and not (path.parent / "model_index.json").is_file():
-        raise DistillError(
-            f"{path}: Stable Diffusion 2 exists with noise and with v prediction, and the file does not say which it is",
-            f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER",
-        )
+        what = "Stable Diffusion 2 exists with noise and with v prediction, and the file does not say which it is"
+        hint = f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER"
+        raise DistillError(f"{path}: {what}", hint)
     folder, own = configuration(path, width)
-    changes: dict[str, Any] = {"prediction_type": WORDS[said]} if said else {}
+    changes: dict[str, Any] = {"prediction_type": PREDICTION_TYPES[said]} if said else {}
     notes = [f"Stable Diffusion {2 if second else 1}" if width in (768, 1024) else f"text of {width} channels"]
-    if said:
-        notes.append(f"predicts {said} by {why}")
-    elif own:
-        notes.append(f"the file does not say what it predicts: taken from {folder / 'scheduler'}")
-    else:
-        notes.append("the file does not say what it predicts: assumed eps, as Stable Diffusion 1 does")
+    assumed = f"taken from {folder / 'scheduler'}" if own else "assumed eps, as Stable Diffusion 1 does"
+    notes.append(f"predicts {said} by {why}" if said else f"the file does not say what it predicts: {assumed}")
     if zero:
         changes |= ZERO
         notes.append(f"zero terminal SNR by {zero}")
@@ -206,8 +198,9 @@ def load(path: Path, prediction: str | None = None) -> Model:
     model = stable_diffusion.load(folder, path.stem, given, changes)
     _held(file, model, folder, zero)
     if not own:
-        notes.append(f"configuration and tokenizer of {HUB['sd21' if second else 'sd15'].id}")
-        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or HUB["sd21" if second else "sd15"].licence})
+        known = HUB["sd21" if second else "sd15"]
+        notes.append(f"configuration and tokenizer of {known.id}")
+        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or known.licence})
     model.notes = (*model.notes, f"{path}: {'; '.join(notes)}")
     return model
 

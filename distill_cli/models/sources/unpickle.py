@@ -64,10 +64,6 @@ class Record:
                 yield from child.tensors(f"{prefix}{name}.", seen)
 
 
-def _container(name: str) -> type[Record]:
-    return type(name, (Record,), {"class_name": name})
-
-
 def _persistent(meta: Any) -> Record:
     """torch_utils.persistence._reconstruct_persistent_obj, without executing meta["module_src"]."""
     record = Record()
@@ -94,10 +90,6 @@ class _DType:
 def _scalar(dtype: _DType, content: bytes) -> Any:
     """A numpy scalar as a Python number."""
     return np.frombuffer(content, dtype.resolve(), count=1)[0].item()
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
 
 
 def operations(content: bytes, start: int = 0) -> Iterator[tuple[str, Any, int]]:
@@ -131,6 +123,9 @@ def check_operations(content: bytes, start: int, names: re.Pattern[str], most: i
 
 
 _PythonUnpickler: Any = pickle._Unpickler
+EXTENSIONS = (pickle.EXT1, pickle.EXT2, pickle.EXT4)
+NEVER = (pickle.DICT, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, *EXTENSIONS)
+"""Opcodes that NVlabs' files do without."""
 
 
 class _Unpickler(_PythonUnpickler):
@@ -145,12 +140,12 @@ class _Unpickler(_PythonUnpickler):
             "dnnlib.util.EasyDict": Dictionary,
             "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
             "torch._utils._rebuild_tensor_v2": self.tensor,
-            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter": lambda data, *_: data,
             "torch.storage._load_from_bytes": self.storage,
             "numpy.dtype": _DType,
             "numpy.core.multiarray.scalar": _scalar,
             "numpy._core.multiarray.scalar": _scalar,
-            **{f"{container}.{name}": _container(name) for name in ("ModuleDict", "ModuleList", "Sequential")},
+            **{f"{container}.{name}": type(name, (Record,), {"class_name": name}) for name in ("ModuleDict", "ModuleList", "Sequential")},
         }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -211,24 +206,9 @@ class _Unpickler(_PythonUnpickler):
         self.stack[-2].__setstate__(self.stack.pop())
 
     dispatch = dict(_PythonUnpickler.dispatch)
-    for _opcode, _load in (
-        (pickle.SETITEM, load_setitem),
-        (pickle.SETITEMS, load_setitems),
-        (pickle.ADDITEMS, load_additems),
-        (pickle.BUILD, load_build),
-    ):
-        dispatch[_opcode[0]] = _load
-    for _opcode in (
-        pickle.DICT,
-        pickle.FROZENSET,
-        pickle.BYTEARRAY8,
-        pickle.INST,
-        pickle.OBJ,
-        pickle.NEWOBJ_EX,
-        pickle.EXT1,
-        pickle.EXT2,
-        pickle.EXT4,
-    ):
+    dispatch[pickle.SETITEM[0]], dispatch[pickle.SETITEMS[0]] = load_setitem, load_setitems
+    dispatch[pickle.ADDITEMS[0]], dispatch[pickle.BUILD[0]] = load_additems, load_build
+    for _opcode in NEVER:
         dispatch.pop(_opcode[0])
 
 
