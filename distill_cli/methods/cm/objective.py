@@ -275,12 +275,16 @@ def images_of(config: CMConfig, teacher: Model | None) -> str:
     known = config.teacher if config.teacher in BUILTIN else teacher.lineage.data if teacher is not None else ""
     if known and (known in BUILTIN or Path(known).is_dir()):
         return known
-    said = f"--data: method {config.method} learns from real images, and none are given"
-    raise UsageError(said, "--data FOLDER --resolution PIXELS, or --data digits")
+    raise UsageError(
+        f"--data: method {config.method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits"
+    )
 
 
 def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[CMConfig, str]:
-    """The config without label dropout for a teacher that has no null class, and a line that says so; refused where it was `asked` for."""
+    """The config without label dropout for a teacher that has classes and no null class, and the line that says so.
+
+    Raises UsageError where label dropout was `asked` for.
+    """
     if teacher is None or not teacher.conditioner.classes or teacher.conditioner.null is not None or not config.label_dropout:
         return config, ""
     why = f"{teacher.lineage.name} was trained without label dropout: it has no null class"
