@@ -33,12 +33,12 @@ def edit(
         return
     if not dry_run:
         common.begin_job()
-    from distill_cli.edit.job import run, task_of
+    from distill_cli.edit.job import TASKS, run
     from distill_cli.models import load
     from distill_cli.models.cost import sketched
 
     student = sketched(config.model, dry_run)[0] or load(config.model)
-    work = task_of(config, student, config.out)
+    work = TASKS[config.task](config, student, config.out)
     common.say_read("edit", student, work)
     work.check()
     if dry_run:
