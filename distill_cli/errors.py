@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one line that names the flag, key or file, then a hint."""
+"""Errors that a user can fix: one line that names the flag, key or file, then a hint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class DistillError(Exception):
-    """Something the user can fix; the command ends with `exit_code` and no traceback."""
+    """An error that the user can fix; the command ends with `exit_code` and no traceback."""
 
     exit_code = 1
 
@@ -24,7 +24,7 @@ class UsageError(DistillError):
 
 
 class Interrupted(DistillError):
-    """The user (exit code 130) or the scheduler (`preempted`: 0, as planned) stopped the command; what was complete is kept."""
+    """The command was stopped by the user (exit code 130) or by the scheduler (`preempted`, exit code 0); finished work is kept."""
 
     def __init__(self, message: str, hint: str = "", preempted: bool = False) -> None:
         super().__init__(message, hint)
@@ -32,35 +32,35 @@ class Interrupted(DistillError):
 
 
 def _escaped(text: str) -> str:
-    """White space of any kind as spaces, and every other character that is not shown as it is as its escape."""
+    """`text` with every kind of white space as spaces, and other unprintable characters as escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """Text that came from outside, its first `most` characters, as one line that any terminal, page or JSON file takes as it looks.
+    """The first `most` characters of text from outside, as one line that is safe in a terminal, a page or a JSON file.
 
-    Line breaks and other white space become spaces; control characters, marks that turn the direction of writing, invisible ones and
-    bytes that are no UTF-8 are written as their escapes.
+    White space, line breaks included, becomes spaces. Control characters, marks of writing direction, invisible characters and
+    bytes that are not UTF-8 become escapes.
     """
     whole = str(text)
     return _escaped(whole if len(whole) <= most else whole[: most - 3] + "...").strip()
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, of a text of several lines, indented as they are."""
+    """As `printable`, for text of several lines; indentation stays."""
     return "\n".join(map(_escaped, text.split("\n")))
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says in its first line, else its kind."""
+    """The first line of another library's error message; the error's type if it has none."""
     said = str(error).strip()
     return printable(said.splitlines()[0]) if said else type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str], what: str = "known") -> str:
-    """A hint: the nearest of `known` to `word`, or the first of them where nothing is near."""
+    """A hint: the name in `known` that is nearest to `word`, or the first 12 names if none is near."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:

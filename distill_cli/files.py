@@ -21,14 +21,14 @@ from distill_cli.errors import DistillError
 TEMPORARY = ".tmp-"
 A_DAY = 24 * 3600
 LONGEST = 255
-"""Bytes of a name."""
+"""Most bytes that a file name may have."""
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 NO_FOLDER_SYNC = NO_SYNC | {errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
-"""What network disks and mounts of object stores answer that know no fsync, or none of folders."""
+"""Errors of fsync on file systems that lack it, and of fsync on a folder: network disks and mounted object stores."""
 
 
 def bounded(name: str, most: int = LONGEST) -> str:
-    """`name`, or the beginning of one that has more than `most` bytes, with a digest of the whole."""
+    """`name`; if it has more than `most` bytes, its beginning and a digest of the whole."""
     content = os.fsencode(name)
     if len(content) <= most:
         return name
@@ -36,11 +36,11 @@ def bounded(name: str, most: int = LONGEST) -> str:
     return f"{content[: most - 13].decode(errors='ignore')}-{digest}"
 
 
-_OURS = f"{TEMPORARY}{bounded(socket.gethostname(), 64)}+"  # which no name of a host has
+_OURS = f"{TEMPORARY}{bounded(socket.gethostname(), 64)}+"  # no host name has a +
 
 
 def _code(error: Exception) -> int | None:
-    """The system's number of an error, also where safetensors or tokenizers have put it into words; None for other errors."""
+    """The errno of an error, also of one that safetensors or tokenizers raise with it in the text; None for other errors."""
     if isinstance(error, OSError):
         return error.errno or 0
     found = re.search(r"Os \{ code: (\d+)|\(os error (\d+)\)", str(error))
@@ -49,7 +49,7 @@ def _code(error: Exception) -> int | None:
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal (disk full, read-only, no permission) into one line."""
+    """Turn the operating system's errors (disk full, read-only, no permission) into a DistillError of one line."""
     try:
         yield
     except Exception as error:
@@ -67,7 +67,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: OSError) -> DistillError:
-    """What the system says of a file that it does not let us read: nothing is known of the file, so no word of damage."""
+    """The error for a file that the system does not let us read. Its content is unknown, so the text never calls it damaged."""
     if error.errno == errno.ELOOP:
         return DistillError(f"{path}: a symbolic link, which may lead anywhere", "put the file in its place: cp -rL FOLDER COPY copies so")
     return DistillError(f"{path}: {(error.strerror or str(error)).lower()}")
@@ -75,7 +75,7 @@ def unreadable(path: Path, error: OSError) -> DistillError:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """As os_errors, of a file that is read: what the system says of it, and no advice on where to write."""
+    """As os_errors, for reading a file: no hint about writing."""
     try:
         yield
     except OSError as error:
@@ -84,7 +84,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def open_plain(path: Path) -> Iterator[io.BufferedReader]:
-    """A file to read. Raises FileNotFoundError, and DistillError where the system refuses it or it is a symbolic link."""
+    """Open a file to read. Raises FileNotFoundError, and DistillError for a symbolic link or what else the system refuses."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         with os.fdopen(handle, "rb") as file:
@@ -101,7 +101,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, outlive a power cut, as far as the file system can promise it."""
+    """fsync a file or a folder, where the file system can: its content, or its names, then outlive a power cut."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -114,7 +114,7 @@ def _sync(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the lines that were appended to `path` outlive a power cut."""
+    """fsync `path` and its folder, so that lines appended to it outlive a power cut."""
     with os_errors(path):
         if path.exists():
             _sync(path)
@@ -122,12 +122,12 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `content` so that `path` holds all of it or what it held before, even if the machine dies."""
+    """Write `content` to `path`, which holds either all of it or its old content, even if the machine dies."""
     write_atomic_lines(path, [content])
 
 
 def write_atomic_lines(path: Path, parts: Iterable[bytes | str]) -> None:
-    """As write_atomic, of parts that need not be in memory together."""
+    """As write_atomic, for content in parts that need not be in memory together."""
     path = Path(path)
     temporary = _temporary(path)
     with os_errors(path):
@@ -145,10 +145,7 @@ def write_atomic_lines(path: Path, parts: Iterable[bytes | str]) -> None:
 
 @contextmanager
 def folder_atomic(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the body ends well and vanishes when it does not.
-
-    An older folder at `path` is replaced.
-    """
+    """A temporary folder that becomes `path` if the body succeeds, replacing an older one, and is deleted otherwise."""
     path = Path(path)
     temporary = _temporary(path)
     with os_errors(path):
@@ -174,7 +171,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` for what is deleted when the body ends."""
+    """A temporary path beside `path`; whatever is there is deleted when the body ends."""
     temporary = _temporary(Path(path))
     try:
         yield temporary
@@ -183,18 +180,19 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder so that it is never seen half deleted."""
+    """Rename a folder, then delete it, so that nobody sees it half deleted."""
     going = _temporary(path)
     os.replace(path, going)
     shutil.rmtree(going)
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether `folder` is missing, or holds nothing but what somebody is writing or left half-written."""
+    """Whether `folder` is missing, or holds only temporary files (being written, or left by a killed process)."""
     return not folder.exists() or (folder.is_dir() and all(p.name.startswith(TEMPORARY) for p in folder.iterdir()))
 
 
 def lives(process: str) -> bool:
+    """Whether a process with this number exists on this machine."""
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError, OverflowError):
@@ -205,17 +203,17 @@ def lives(process: str) -> bool:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether nobody is writing a temporary file or folder any more: its process is dead, or was another machine's and silent for a day."""
+    """Whether a temporary file or folder has no writer: its process is dead, or it is another machine's and a day old."""
     if path.name.startswith(_OURS):
         return not lives(path.name[len(_OURS) :].split("-")[0])
     try:
         return time.time() - max(part.stat().st_mtime for part in (path, *path.rglob("*"))) > A_DAY
-    except FileNotFoundError:  # just finished
+    except FileNotFoundError:  # finished in this moment
         return False
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes left half-written in `folder`."""
+    """Delete temporary files that killed processes left in `folder`."""
     for path in filter(_abandoned, folder.glob(f"{TEMPORARY}*+*")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -237,13 +235,13 @@ _ZEROS = "0" * 64
 
 
 def sealed(data: dict[str, Any], indent: int | None = None) -> str:
-    """JSON of `data` with the SHA-256 of the whole text, computed with that field zeroed, so that every flipped bit shows."""
+    """JSON of `data` with a field `seal`: the SHA-256 of the whole text, computed with the seal zeroed, so every flipped bit shows."""
     text = json.dumps({**data, "seal": _ZEROS}, indent=indent) + "\n"
     return text.replace(f'"seal": "{_ZEROS}"', f'"seal": "{hashlib.sha256(text.encode()).hexdigest()}"')
 
 
 def unsealed(content: bytes) -> dict[str, Any]:
-    """What `sealed` was given; raises ValueError where it is damaged."""
+    """The data that `sealed` was given; raises ValueError for damaged text."""
     text = content.decode()
     found = _SEAL.search(text)
     if not found or hashlib.sha256(text.replace(found[1], _ZEROS, 1).encode()).hexdigest() != found[1]:

@@ -1,4 +1,4 @@
-"""This process: where it runs, when it stops, how it shows progress, what it hears from the others."""
+"""This process at work: its device and precision, stopping by signal, progress, and exchange with other processes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from distill_cli.processes import PREEMPTION, local_rank, own_arithmetic, preemp
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what networks free instead of giving it back and faulting it in again at every layer (docs/benchmarks.md)."""
+    """Let glibc keep freed memory: returning it costs page faults at every layer of a network (docs/benchmarks.md)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError):  # not glibc
         return
     for option, size in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
         mallopt(option, size)
 
 
 def device(wanted: str) -> torch.device:
-    """`auto` is the process's GPU where there is one."""
+    """The device for `auto`, `cpu` or `cuda`; `auto` is this process's GPU if there is one. Raises UsageError if `cuda` is missing."""
     _keep_freed_memory()
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
@@ -47,23 +47,24 @@ def device(wanted: str) -> torch.device:
 
 
 def check_precision(where: torch.device, precision: str) -> None:
+    """Raise UsageError for fp16 on the CPU."""
     if precision == "fp16" and where.type == "cpu":
         raise UsageError("--precision fp16: needs a GPU", "use bf16")
 
 
 def autocast(where: torch.device, precision: str) -> torch.autocast:
-    """The arithmetic of networks: `no` (float32), `bf16`, `fp16`."""
+    """The autocast for the arithmetic of networks: `no` (float32), `bf16` or `fp16`."""
     check_precision(where, precision)
     kinds = {"no": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(where.type, kinds[precision], enabled=precision != "no")
 
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for one another: some have nothing to do, or one writes a large checkpoint to a slow disk."""
+"""How long processes wait for each other: some have no work, or one writes a large checkpoint to a slow disk."""
 
 
 def plain_links(where: torch.device) -> None:
-    """Before accelerate: have NCCL leave out direct links between GPUs whose driver lacks them, which accelerate takes for an error."""
+    """Before accelerate: turn off NCCL's direct links between GPUs if the driver lacks them; accelerate would raise an error."""
     own_arithmetic()
     from accelerate.utils import check_cuda_p2p_ib_support
 
@@ -73,7 +74,10 @@ def plain_links(where: torch.device) -> None:
 
 
 class Stop:
-    """Whether ^C or a signal of PREEMPTION came: `requested`, its number, is asked between units of work; a second ^C stops at once."""
+    """`requested` is the number of the signal (^C or PREEMPTION) that has come, or 0; read it between units of work.
+
+    A second ^C stops at once.
+    """
 
     def __init__(self) -> None:
         self.requested = 0
@@ -90,7 +94,7 @@ class Stop:
 
     @staticmethod
     def interrupted(number: int, message: str, hint: str) -> Interrupted:
-        """The error that ends a command which signal `number` has stopped."""
+        """The error that ends a command stopped by signal `number`."""
         return Interrupted(message, hint, preempted=number in PREEMPTION)
 
 
@@ -112,9 +116,9 @@ def stoppable() -> Iterator[Stop]:
 
 @contextmanager
 def preparing(where: torch.device, hint: str) -> Iterator[Stop]:
-    """Run long work before the first step. The body looks at `requested` between its parts.
+    """Run long work before the first step; the body reads `requested` between its parts.
 
-    Waits for all processes; a signal to any of them ends the command in all.
+    Waits for all processes. A signal to one of them ends the command in all.
     """
     with stoppable() as stop:
         yield stop
@@ -124,10 +128,10 @@ def preparing(where: torch.device, hint: str) -> Iterator[Stop]:
 
 
 def spared(what: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    """Make a call that is no part of the work: its failure is said, once, and ends nothing."""
+    """Make a call that the job can do without: a failure prints one warning and ends nothing."""
     try:
         call(*arguments, **options)
-    except Exception as error:  # a tracker's own kinds
+    except Exception as error:  # trackers raise types of their own
         if what not in _FAILED:
             print(f"warning: {what}: {reason(error)}; going on without it", file=sys.stderr)
         _FAILED.add(what)
@@ -137,7 +141,7 @@ _FAILED: set[str] = set()
 
 
 def all_of(mine: list[Any], where: torch.device) -> list[Any]:
-    """The lists of all processes, joined in the order of their numbers; waits for all of them."""
+    """The lists of all processes, joined in the order of process numbers; waits for all of them."""
     if world_size() == 1:
         return mine
     from accelerate import PartialState
@@ -149,19 +153,19 @@ def all_of(mine: list[Any], where: torch.device) -> list[Any]:
 
 
 def whole(values: Tensor) -> Tensor:
-    """A tensor that FSDP has spread over processes, gathered: all of them have to ask. Any other tensor as it is."""
+    """Gather a tensor that FSDP has sharded; every process must call this. Other tensors are returned unchanged."""
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def like(values: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, known to all processes, spread as `pattern` is where that has its shape."""
+    """Shard a tensor, known to all processes, as `pattern` is sharded, if both have the same shape."""
     if not isinstance(pattern, DTensor) or values.shape != pattern.shape:
         return values
     return distribute_tensor(values.to(pattern.device), pattern.device_mesh, pattern.placements)
 
 
 class Progress:
-    """tqdm on a terminal, a line now and then elsewhere, on process 0 only. Counts `unit`s."""
+    """Progress on process 0: tqdm on a terminal, elsewhere a line every `every` seconds. Counts `unit`s."""
 
     def __init__(self, total: int, what: str, unit: str, done: int = 0, every: float = 20.0) -> None:
         self.total, self.what, self.unit, self.done, self.first, self.every = total, what, unit, done, done, every
@@ -177,6 +181,7 @@ class Progress:
         return (self.done - self.first) / max(1e-9, time.monotonic() - self.started)
 
     def add(self, count: int, note: str = "") -> None:
+        """Count `count` more units as done; `note` is shown beside them."""
         self.done += count
         now = time.monotonic()
         if self.bar is not None:
@@ -192,5 +197,6 @@ class Progress:
             )
 
     def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()

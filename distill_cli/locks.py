@@ -1,4 +1,4 @@
-"""One process at a time: a lock that the kernel releases, or, where a file system has none, a lease that its holder renews."""
+"""One process at a time: a lock that the kernel releases, or, on file systems without locks, a lease that its holder renews."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from distill_cli.files import TEMPORARY, lives, os_errors
 from distill_cli.messages import tell
 
 NAME = f"{TEMPORARY}lock"
-"""The lock of a run's folder: a name that counts for nothing there."""
+"""The lock file in a run's folder. A folder with nothing but temporary names counts as empty."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 RENEWED, STALE = 30.0, 300.0
-"""Seconds from one renewal of a lease to the next, and after which it is nobody's."""
-
+"""Seconds between renewals of a lease, and the age at which it has expired."""
 
 LEASES: set[Path] = set()
 """Leases that this process holds."""
 
 
 class Lock:
-    """A file that one process holds: by flock, else by a lease."""
+    """A lock file that one process holds: by flock, or by a lease where flock is missing."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lease = path, path.with_name(f"{path.name}-lease")
@@ -40,7 +39,7 @@ class Lock:
         self._done: threading.Event | None = None
 
     def take(self) -> str:
-        """Take it; returns '', or who holds it."""
+        """Take the lock; returns '', or the name of its holder if it is taken."""
         with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
@@ -49,7 +48,7 @@ class Lock:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if self._is_there(handle):
                         break
-                    os.close(handle)  # its holder has just ended, and taken it away
+                    os.close(handle)  # its holder has just ended and deleted the file
                 except OSError as error:
                     os.close(handle)
                     if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
@@ -59,7 +58,7 @@ class Lock:
                     self.path.unlink(missing_ok=True)
                     return self._lease()
             self._handle = handle
-            with suppress(OSError):  # a full disk: then others do not learn who holds it
+            with suppress(OSError):  # on a full disk others cannot read who holds it
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, self.text.encode(), 0)
             return ""
@@ -76,7 +75,7 @@ class Lock:
         return f"{host}, process {process}" if known else "another process"
 
     def _lease(self) -> str:
-        """Take it by making a file; one that is there counts until this machine knows that its process is dead, or it is stale."""
+        """Take the lease by making its file. An old one counts until its process is known to be dead, or it has expired."""
         while True:
             try:
                 with open(self.lease, "x") as file:
@@ -84,18 +83,18 @@ class Lock:
                 break
             except FileExistsError:
                 pass
-            with suppress(FileNotFoundError):  # it is given back just now
+            with suppress(FileNotFoundError):  # it is being released
                 data, seen = _content(self.lease), self.lease.stat()
                 here, process = data.get("host") == socket.gethostname(), data.get("process")
-                earlier = process == os.getpid() and self.lease not in LEASES  # of a container before this one
+                earlier = process == os.getpid() and self.lease not in LEASES  # left by an earlier container with the same process number
                 dead = here and (earlier or not lives(str(process)))
                 if not dead and _now(self.lease) - seen.st_mtime < STALE:
                     return self._holder(self.lease)
                 gone = self.lease.with_name(f"{self.lease.name}-{socket.gethostname()[:64]}+{os.getpid()}")
-                os.rename(self.lease, gone)  # of several that find it stale one gets it
+                os.rename(self.lease, gone)  # only one of several processes succeeds
                 if os.path.samestat(gone.stat(), seen):
                     gone.unlink()
-                else:  # another has, and its new lease was taken away
+                else:  # another process has replaced it since: put its lease back
                     os.rename(gone, self.lease)
         LEASES.add(self.lease)
         self._done = threading.Event()
@@ -105,15 +104,15 @@ class Lock:
     def _renew(self, done: threading.Event) -> None:
         while not done.wait(RENEWED):
             found = _content(self.lease)
-            if found and found != json.loads(self.text):  # this process was asleep for longer than a lease lasts
-                tell(f"{self.lease.parent} is being trained by {self._holder(self.lease)} by now: stopping")
+            if found and found != json.loads(self.text):  # this process was suspended until its lease had expired
+                tell(f"{self.lease.parent} is now being trained by {self._holder(self.lease)}: stopping")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             with suppress(OSError):
                 os.utime(self.lease)
 
     def release(self) -> None:
-        """Give it back, and take its file away."""
+        """Release the lock and delete its file."""
         if self._done is not None:
             self._done.set()
             LEASES.discard(self.lease)
@@ -149,7 +148,7 @@ HELD: dict[Path, Lock] = {}
 
 
 def hold(folder: Path) -> None:
-    """Hold a run's folder until `release`, or the end of this process; raises DistillError where another process trains in it."""
+    """Lock a run's folder until `release` or the end of this process; raises DistillError if another process trains in it."""
     place = folder.resolve()
     if place in HELD:
         return
@@ -161,14 +160,14 @@ def hold(folder: Path) -> None:
 
 
 def release() -> None:
-    """Give back what this process holds."""
+    """Release every lock of this process."""
     while HELD:
         HELD.popitem()[1].release()
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """One process at a time, in turn."""
+    """Run the body while no other process holds `path`; waits for its turn."""
     lock = Lock(path)
     while lock.take():
         time.sleep(0.5)

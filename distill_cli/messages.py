@@ -1,6 +1,6 @@
-"""Standard streams that may be gone: a full disk, a killed `tee`, a dead terminal, a closed descriptor.
+"""Standard streams whose writes never fail, even with a full disk, a killed `tee`, a dead terminal or a closed descriptor.
 
-Whatever writes to them, print, tqdm, warnings or a library, never fails: work goes on, and the first error is remembered.
+So no print, progress bar, warning or library can end a run. The first error is remembered.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, TextIO, cast
 
 
 class _Stream(io.FileIO):
-    """A descriptor whose writes never fail; `lost` is the first error."""
+    """A file descriptor whose writes never fail; `lost` is the first error."""
 
     lost: OSError | None = None
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         try:
             written = super().write(data)
-            if written is None:  # of a pipe that does not block: its reader gets a second
+            if written is None:  # a full non-blocking pipe: its reader gets one second
                 select.select([], [self.fileno()], [], 1.0)
                 written = super().write(data)
             if written is None:
@@ -41,7 +41,7 @@ def _text(number: int, old: TextIO | None) -> TextIO:
 
 
 def guard() -> None:
-    """Put such streams in the place of stdout and stderr, and /dev/null in that of closed descriptors, which files would else be given."""
+    """Replace stdout and stderr by such streams; open /dev/null on closed descriptors, whose numbers a file would get otherwise."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -53,19 +53,19 @@ def guard() -> None:
 
 
 def lost() -> OSError | None:
-    """Why the results could not be written to stdout, if so; a reader who has gone, as `head` does, wanted no more."""
+    """The error that kept results from stdout, or None. A closed pipe counts as None: its reader, such as `head`, wanted no more."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if not isinstance(raw, _Stream):
         return None
     try:
-        os.close(os.dup(1))  # some network disks say only now that they are full
+        os.close(os.dup(1))  # some network disks report a full disk only on close
     except OSError as error:
         raw.lost = raw.lost or error
     return None if raw.lost is None or raw.lost.errno == errno.EPIPE else raw.lost
 
 
 def tell(text: str) -> None:
-    """A line on stderr from a signal's handler, where print may not be entered twice."""
+    """Write a line to stderr from a signal handler, where print is not safe."""
     with suppress(OSError):
         os.write(2, text.encode() + b"\n")

@@ -1,7 +1,6 @@
-"""One process or many: which one this is, its share of the work, starting several, and telling an error once.
+"""One process or many: the number of this one, its share of the work, starting several, and printing an error once.
 
-torchrun, `accelerate launch` and `srun` each say by environment variables which process this is. Knows torch only where it
-starts processes.
+torchrun, `accelerate launch` and `srun` give each process its number in environment variables. Imports torch only to start processes.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill_cli.errors import UsageError
+from distill_cli.errors import UsageError, printable_lines
 
 TOGETHER = "DISTILL_TOGETHER"
-"""Names the folder in which processes that `start` has started leave that they have begun, and their exit codes."""
+"""Variable with the folder in which processes started by `start` leave a file when they begin, and their exit codes."""
 SAID = "DISTILL_SAID"
-"""Holds what the process that started this one has said, a line each."""
+"""Variable with the lines that the parent process has printed already."""
 _HIDDEN: list[str] = []
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""What a scheduler sends, and a terminal that goes."""
+"""Signals of a scheduler, and of a terminal that closes."""
 
 
 def preemption() -> list[signal.Signals]:
-    """Signals that preempt this process: what was ignored at its start, as under nohup, stays so."""
+    """Signals that preempt this process. A signal that was ignored at its start, as under nohup, stays ignored."""
     return [number for number in PREEMPTION if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _number(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
-    """A variable that counts something; raises UsageError for what is no number."""
+    """The value of a variable that holds a count; raises UsageError for anything else."""
     text = env.get(name, str(default)).strip()
     if not re.fullmatch("[0-9]{1,9}", text, re.ASCII):
         raise UsageError(
@@ -44,26 +43,27 @@ def _number(name: str, default: int, env: Mapping[str, str] = os.environ) -> int
 
 
 def rank() -> int:
-    """This process's number among all."""
+    """The number of this process among all."""
     return _number("RANK", 0)
 
 
 def world_size() -> int:
+    """The number of processes."""
     return _number("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
-    """Processes on this machine."""
+    """The number of processes on this machine."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """This process's number among those of its machine."""
+    """The number of this process among those on its machine."""
     return _number("LOCAL_RANK", 0)
 
 
 def several() -> bool:
-    """Whether this is one of several processes, also where a launcher's variables cannot be read."""
+    """Whether this is one of several processes; False if a launcher's variables cannot be read."""
     try:
         return world_size() > 1
     except UsageError:
@@ -71,32 +71,32 @@ def several() -> bool:
 
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun, accelerate and `adopt_slurm` set together; LOCAL_WORLD_SIZE only divides the cores."""
+"""Variables that torchrun, accelerate and `adopt_slurm` set together; LOCAL_WORLD_SIZE only divides the cores."""
 OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""MPI's number of processes, which is not read here."""
+"""MPI's numbers of processes, which are not supported."""
 UNUSED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "accumulate=N does it"),
     "ACCELERATE_MIXED_PRECISION": ("no", "--precision does it"),
     "ACCELERATE_USE_CPU": ("false", "--device does it"),
     "ACCELERATE_TORCH_DEVICE": ("", "--device does it"),
 }
-"""accelerate's variables that would change what is trained, their neutral values, and what there is instead."""
+"""Variables of accelerate that would change training: their neutral value, and the option to use instead."""
 FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-"""accelerate's ways to share a model, which both it and the engine ask for."""
+"""Variables by which accelerate is asked to share a model between processes; the engine reads them too."""
 COMPILED = "ACCELERATE_DYNAMO_"
-"""How those of accelerate's variables begin that say how networks are compiled, which they are not."""
+"""Prefix of accelerate's variables about compiling networks, which is not supported."""
 TRUE, FALSE = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
 _OF_FSDP = ("OFFLOAD_PARAMS", "USE_ORIG_PARAMS", "SYNC_MODULE_STATES", "FORWARD_PREFETCH", "ACTIVATION_CHECKPOINTING")
 TRUTHS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", *(f"FSDP_{name}" for name in (*_OF_FSDP, "CPU_RAM_EFFICIENT_LOADING")))
-"""accelerate's variables that are true or false, and of which it takes nothing else."""
+"""Variables of accelerate that are true or false; it fails on other values."""
 UNKNOWN = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
-"""What accelerate can be asked to share in a way that is not known here."""
+"""Variables of accelerate that ask for unsupported kinds of parallelism."""
 
 
 def settled() -> None:
-    """Before a job: raise UsageError where a launcher's variables do not say together which process this is.
+    """Before a job: raise UsageError if a launcher's variables are incomplete or contradict each other.
 
-    A set that is half there would make a part of the pictures, or all of them many times.
+    With an incomplete set a job would make a part of its images only, or all of them several times.
     """
     adopt_slurm()
     counts = {name: _number(name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))}
@@ -122,7 +122,7 @@ def settled() -> None:
 
 
 def own_arithmetic() -> None:
-    """Take away those of accelerate's variables that would change what is trained, and say so; UsageError for what is not known here."""
+    """Unset variables of accelerate that would change training, with a message; raises UsageError for unsupported ones."""
     for name in (*UNKNOWN, *FLAGS, *TRUTHS):
         if not os.environ.get(name, "x").strip():
             del os.environ[name]
@@ -132,7 +132,7 @@ def own_arithmetic() -> None:
     for name in UNKNOWN:
         if os.environ.get(name, "").lower() in TRUE:
             raise UsageError(f"{name}: not supported", "accelerate's FSDP (fsdp_version 2) shards weights, its DeepSpeed moments")
-    compiled = [name for name in os.environ if name.startswith(COMPILED)]  # of which `accelerate launch` sets some itself
+    compiled = [name for name in os.environ if name.startswith(COMPILED)]  # `accelerate launch` itself sets some of them
     said = {name: ("no" if name.endswith("BACKEND") else os.environ[name].lower(), "networks are not compiled") for name in compiled}
     for name, (neutral, ours) in (UNUSED | said).items():
         value = os.environ.pop(name, neutral)
@@ -141,18 +141,18 @@ def own_arithmetic() -> None:
 
 
 def usable_cpus() -> int:
-    """Cores that this process may run on."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first_host(hosts: str) -> str:
-    """The first of Slurm's list of hosts: `gpu[03-07,09]-ib,x1` -> gpu03-ib."""
+    """The first host in a list of Slurm: `gpu[03-07,09]-ib,x1` -> gpu03-ib."""
     found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", hosts)
     return "".join(part or "" for part in found.groups()) if found else hosts
 
 
 def _tasks_of_node(counts: str, node: int) -> int:
-    """Slurm's tasks a node: `4(x2),3` -> 4, 4, 3."""
+    """The number of tasks on a node, from Slurm's list: `4(x2),3` is 4, 4, 3."""
     tasks: list[int] = []
     for entry in counts.split(","):
         number, _, times = entry.partition("(x")
@@ -164,9 +164,9 @@ SRUN = "srun sets all of SLURM_STEP_NUM_TASKS, SLURM_STEP_TASKS_PER_NODE, SLURM_
 
 
 def adopt_slurm(variables: MutableMapping[str, str] | None = None) -> None:
-    """Under `srun` with several tasks, set what torchrun would have set; what is set already stays.
+    """Under `srun` with several tasks, set the variables that torchrun would set; existing ones stay.
 
-    A step's own number of tasks is read, so a batch script outside `srun` is one process. Raises UsageError for half of Slurm's variables.
+    Reads the number of tasks of the job step, so a batch script outside `srun` is one process. Raises UsageError for an incomplete set.
     """
     env = os.environ if variables is None else variables
     tasks = _number("SLURM_STEP_NUM_TASKS", 1, env) if "RANK" not in env else 1
@@ -183,7 +183,7 @@ def adopt_slurm(variables: MutableMapping[str, str] | None = None) -> None:
     job = _number("SLURM_JOB_ID", 0, env)
     local = _tasks_of_node(counts, _number("SLURM_NODEID", 0, env))
     visible = env.get("CUDA_VISIBLE_DEVICES", "")
-    bound = local > 1 and visible != "" and "," not in visible  # to one GPU a task, which is then its first
+    bound = local > 1 and visible != "" and "," not in visible  # each task sees one GPU, which is number 0 to it
     found = {
         "RANK": str(number),
         "WORLD_SIZE": str(tasks),
@@ -209,32 +209,32 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 
 def mine(units: int, part: tuple[int, int] = (0, 1)) -> range:
-    """The units of work, of 0 .. units-1, that fall to this process of this part of the job."""
+    """This process's share of the work units 0 .. units-1, within part (i, n) of the job."""
     index, count = part
     return range(index + count * rank(), units, count * world_size())
 
 
 def share_cores() -> None:
-    """Before torch is imported: divide the cores between the processes of a machine, unless whoever started them has."""
+    """Before torch is imported: divide a machine's cores between its processes, unless OMP_NUM_THREADS is set."""
     if local_world_size() > 1:
         bound = os.environ.get("SLURM_CPUS_PER_TASK")
         os.environ.setdefault("OMP_NUM_THREADS", bound or str(max(1, usable_cpus() // local_world_size())))
 
 
 def supervised() -> bool:
-    """Whether somebody watches over this process who stops the others when one fails."""
+    """Whether an agent stops the other processes when one fails."""
     return TOGETHER in os.environ or "TORCHELASTIC_ERROR_FILE" in os.environ
 
 
 def _claims() -> Path | None:
-    """Where processes of this machine that run together can see what another has done."""
+    """A folder shared by the processes of one job on this machine, or None."""
     if TOGETHER in os.environ:
         return Path(os.environ[TOGETHER])
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent
     if several() and "SLURM_JOB_ID" in os.environ:
         step = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', 0)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-        command = zlib.crc32(" ".join(sys.argv[1:]).encode())  # one step may run several after another
+        command = zlib.crc32(" ".join(sys.argv[1:]).encode())  # a job step may run several commands in turn
         folder = Path(tempfile.gettempdir(), f"distill-{os.getuid()}-{step}-{command}")
         with suppress(OSError):
             folder.mkdir(exist_ok=True)
@@ -243,7 +243,7 @@ def _claims() -> Path | None:
 
 
 def first_to(what: str) -> bool:
-    """Whether this process is the first of those running together on this machine to say `what`."""
+    """Whether this process is the first of its job on this machine to say `what`."""
     folder = _claims()
     if folder is None:
         return True
@@ -252,19 +252,19 @@ def first_to(what: str) -> bool:
             file.write(str(rank()))
     except FileExistsError:
         return False
-    except OSError:  # the folder is gone: say it rather than not
+    except OSError:  # the folder is gone: better twice than never
         return True
     return True
 
 
 def said_by_any(what: str) -> bool:
-    """Whether one of the processes that run together on this machine has said `what`."""
+    """Whether a process of this job on this machine has said `what`."""
     folder = _claims()
     return folder is not None and (folder / f"distill-{what}").exists()
 
 
 def say_hidden(option: str, name: str, what: str) -> None:
-    """Where a file or folder here has the name of something built in, say which of them is meant, and how the other is named."""
+    """If a file or folder here is named as something built in, print which of the two is used, and how to name the other."""
     text = f"{option} {name}: {what}; what lies here under that name is ./{name}"
     if os.path.lexists(name) and rank() == 0 and text not in os.environ.get(SAID, "").splitlines():
         _HIDDEN.append(text)
@@ -272,7 +272,7 @@ def say_hidden(option: str, name: str, what: str) -> None:
 
 
 def begin() -> None:
-    """Where `start` has started this process, say so, and have Linux kill it should that one be killed."""
+    """In a process started by `start`: leave a file that says so, and ask Linux to kill this process if its parent is killed."""
     if TOGETHER not in os.environ:
         return
     if sys.platform == "linux":
@@ -284,14 +284,14 @@ def begin() -> None:
 
 
 def leave(code: int) -> None:
-    """Tell the process that started this one how it ends."""
+    """Leave this process's exit code for the process that started it."""
     if TOGETHER in os.environ:
         with suppress(OSError):
             Path(os.environ[TOGETHER], f"code-{rank()}-{code}").touch()  # a name, since a full disk takes no bytes
 
 
 def _codes(folder: str) -> dict[int, int]:
-    """The exit codes that processes have left in their common folder, by their numbers."""
+    """The exit codes that processes have left in their shared folder, by process number."""
     names = (path.name.split("-") for path in Path(folder).glob("code-*-*"))
     return {int(number): int(code) for _, number, code in names}
 
@@ -299,7 +299,7 @@ def _codes(folder: str) -> dict[int, int]:
 def start(count: int, arguments: list[str]) -> int:
     """Run `distill ARGUMENTS` as `count` processes under torch's elastic agent; returns the exit code.
 
-    When one fails the others are stopped, and the code is its; SIGTERM, SIGINT and SIGUSR1 (as SIGTERM) are passed on.
+    If one fails the others are stopped, and its code is returned. SIGTERM, SIGINT and SIGUSR1 (as SIGTERM) are passed on.
     """
     import logging
 
@@ -307,7 +307,7 @@ def start(count: int, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # the agent's own words
+    logging.disable(logging.CRITICAL)  # the agent logs too much
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // count)))
     heard = [number.name for number in (signal.SIGINT, signal.SIGQUIT, *preemption()) if number != signal.SIGUSR1]
     options: dict[str, Any] = {"signals_to_handle": ",".join(heard)} if hasattr(LaunchConfig, "signals_to_handle") else {}
@@ -352,3 +352,17 @@ def start(count: int, arguments: list[str]) -> int:
             return 128 - code
         finally:
             del os.environ[TOGETHER], os.environ[SAID]
+
+
+def say(text: str) -> None:
+    """A line for the person who watches, on stderr; of several processes the first says it."""
+    if rank() == 0:
+        print(printable_lines(text), file=sys.stderr)
+
+
+def say_read(command: str, *things: Any) -> None:
+    """The first line of a job: what each of `things` (a text, or its `about`) says of what was read, left out and assumed."""
+    said = [about for thing in things if (about := thing if isinstance(thing, str) else getattr(thing, "about", ""))]
+    if said:
+        text = f"{command}: {'; '.join(said)}"
+        say("".join(letter if letter.isprintable() else "?" for letter in text))

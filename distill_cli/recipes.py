@@ -1,4 +1,4 @@
-"""Recipes: YAML files of options. Defaults < recipe < key=value < flags; all errors are shown at once. Knows no torch."""
+"""Recipes: YAML files of options. Defaults < recipe < key=value < flags; all errors are shown at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def folder() -> Path:
-    """Where the recipes stand: inside the wheel, or at the top of a checkout."""
+    """The folder of the built-in recipes: inside the wheel, or at the top of a checkout."""
     package = Path(__file__).parent
     inside = package / "_recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def names() -> list[str]:
+    """The names of the built-in recipes."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
 def find(name: str) -> Path:
-    """The file of a recipe given by name or by path."""
+    """The file of a recipe, by name or by path; raises UsageError if there is none."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or "/" in name:
         if path.exists() and not path.is_dir():
@@ -46,11 +47,11 @@ def find(name: str) -> Path:
 
 
 _PIPED: dict[Path, bytes] = {}
-"""What came through pipes, which are read once."""
+"""Recipes that came through pipes, which can be read only once."""
 
 
 def text_of(path: Path) -> str:
-    """The text of a recipe's file; raises UsageError for what is no text."""
+    """The text of a recipe's file; raises UsageError if it is not UTF-8."""
     with reading(path):
         content = path.read_bytes() if path.is_file() else _PIPED.get(path) or _PIPED.setdefault(path, path.read_bytes())
     try:
@@ -73,7 +74,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, and 010, 1_000, 1:30 and 2024-01-02 are what stands there: text."""
+    """YAML in which a repeated key is an error, and 010, 1_000, 1:30 and 2024-01-02 are text, as written."""
 
     yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) in ("bool", "null", "merge")]
@@ -85,7 +86,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError, MemoryError):
             raise
-        except Exception as error:  # of what does not fit its tag: IndexError, KeyError, AttributeError, ...
+        except Exception as error:  # a value that does not fit its tag: IndexError, KeyError, AttributeError, ...
             what = repr(node.value[:40]) if isinstance(node, yaml.ScalarNode) else "this"
             raise yaml.MarkedYAMLError(problem=f"{what} is no {node.tag.removeprefix(_TAG)}", problem_mark=node.start_mark) from error
 
@@ -96,7 +97,7 @@ _Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0
 
 
 def _unique(loader: _Loader, node: yaml.Node) -> None:
-    """Raise for a key that is given twice in a mapping, or in one that `<<` merges into it."""
+    """Raise if a key is given twice in a mapping, or in one that `<<` merges into it."""
     if isinstance(node, yaml.SequenceNode):
         for part in node.value:
             _unique(loader, part)
@@ -122,6 +123,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text; raises UsageError that names `source` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except RecursionError as error:
@@ -136,7 +138,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys of a recipe file, `command` among them."""
+    """The keys and values of a recipe file, including `command`."""
     data = parse_yaml(text_of(path), str(path))
     if not isinstance(data, dict) or str(data.get("command")) not in CONFIGS:
         raise UsageError(f"{path}: no recipe", f"it needs a line `command: ...` with one of {', '.join(CONFIGS)}")
@@ -166,9 +168,9 @@ def _kinds_of(config: type[BaseModel], key: str) -> set[Any]:
 
 
 def _typed(config: type[BaseModel], key: str, text: str) -> Any:
-    """The value of `key=text`: text and paths are what stands there, `null` apart where a key may have none; the rest is YAML.
+    """The value of `key=text`. Keys of text or paths take `text` as it is, or None for `null` if they may be None.
 
-    A list of text is one of it, or in brackets YAML.
+    Other keys take YAML. A list of text is YAML if it is in brackets, and otherwise has one element.
     """
     kinds = _kinds_of(config, key)
     listed = list in kinds and text.startswith("[")
@@ -181,7 +183,7 @@ def _typed(config: type[BaseModel], key: str, text: str) -> Any:
 
 
 def keys(config: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of a config, sections with dots."""
+    """Every key of a config; keys of sections have dots."""
     out = []
     for name, field in config.model_fields.items():
         section = _section(field.annotation)
@@ -296,12 +298,12 @@ def _options(annotation: Any) -> str:
 
 
 def _is_path(*parts: Any) -> bool:
-    """Whether a value of an annotation and its metadata is expanded as paths are."""
+    """Whether a value of this annotation is expanded as a path (`expanded`)."""
     return any(getattr(part, "func", None) is expanded or _is_path(*typing.get_args(part)) for part in parts)
 
 
 def dump(config: Config, comments: bool = False) -> str:
-    """A resolved recipe as YAML that runs again as it stands; with comments every key is explained."""
+    """A resolved recipe as YAML, which is again a recipe; with comments that explain every key."""
     command = next(name for name, known in CONFIGS.items() if known is type(config))
     lines = [f"command: {command}"]
 
@@ -324,7 +326,7 @@ def dump(config: Config, comments: bool = False) -> str:
 
 
 def copy(name: str, to: Path) -> Path:
-    """Copy a recipe to a file or folder of the user's; an existing file stays as it is."""
+    """Copy a recipe to a file or into a folder; raises UsageError if the file exists."""
     source = find(name)
     path = to / source.name if to.is_dir() else to
     if path.exists():

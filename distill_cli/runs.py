@@ -19,7 +19,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what results depend on, without importing any of it."""
+    """Installed versions of Python and of the packages that results depend on; imports none of them."""
     out = {"distill-cli": "", **dict.fromkeys(PACKAGES, "")}
     for name in out:
         try:
@@ -34,7 +34,7 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY($|_)")
 
 
 def redacted(text: str) -> str:
-    """`text` with *** for what looks like a token, and for the values of environment variables that are named as secrets."""
+    """`text` with *** in place of tokens, and of the values of environment variables whose names say that they are secret."""
     for name, value in os.environ.items():
         if _SECRET.search(name.upper()) and len(value) >= 6:
             text = text.replace(value, "***")
@@ -49,14 +49,14 @@ ALWAYS: dict[str, Any] = {
     "guidance_scale": None,
     "clip": None,
 }
-"""What folders from before there was text mean by saying nothing."""
+"""Settings that folders written before text-to-image lack, with the values they had."""
 
 
 def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> None:
-    """Begin a job's folder by writing its settings to `path`, or continue it where they are the same.
+    """Begin a job's folder by writing its settings to `path`, or continue it if the settings there are the same.
 
-    `ours` is a pattern of the names of files that say themselves which settings they belong to: a folder that holds only such files
-    may lack its settings. Raises UsageError where the folder holds something else, with the differences named.
+    `ours` matches names of files that carry a hash of their settings: a folder with only such files may lack `path`. Raises UsageError
+    for a folder with other settings, which are named, or with anything else in it.
     """
     folder = path.parent
     if path.exists():
@@ -79,7 +79,7 @@ def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> N
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """A line of a JSONL file; None for one that is torn or damaged."""
+    """The object in a line of a JSONL file; None if it is torn or damaged."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -88,7 +88,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 class Run:
-    """One run. The folder is made by `create` and opened again by `resume`."""
+    """A run's folder, made by `create` and opened again by `resume`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -100,7 +100,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
 
     def must_be_new(self, command: str) -> None:
-        """A folder that exists and is not empty is an error, never overwritten."""
+        """Raise UsageError if the folder exists and is not empty; nothing is overwritten."""
         if not is_empty(self.folder):
             known = self.recipe.is_file()
             hint = f"distill {command} --resume {self.folder} continues it; or choose another --out" if known else "choose another --out"
@@ -108,7 +108,7 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, recipe: str, command: str) -> Run:
-        """A new run in a folder that must be new."""
+        """Begin a run in a new folder."""
         run = cls(folder)
         run.must_be_new(command)
         remove_temporaries(run.folder)
@@ -123,6 +123,7 @@ class Run:
 
     @classmethod
     def resume(cls, folder: Path) -> Run:
+        """Open an existing run, and delete its temporary files."""
         run = cls(folder)
         with os_errors(run.folder):
             for part in (run.folder, run.samples, run.checkpoints):
@@ -136,7 +137,7 @@ class Run:
             handle.write(json.dumps(line) + "\n")
 
     def log_speed(self, step: int, batch_size: int) -> None:
-        """Append one line to speed.jsonl, which metrics.jsonl leaves out because no two runs agree on it."""
+        """Append one line to speed.jsonl. Speed is kept apart because metrics.jsonl is the same for every run of a recipe."""
         now, (since, before) = time.time(), self._clock
         self._clock = (now, step)
         if since:
@@ -149,13 +150,13 @@ class Run:
                 handle.write(json.dumps(line) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl past `step`, which a resumed run writes again, and what is torn or damaged."""
+        """Drop lines of metrics.jsonl that are damaged, or past `step`: a resumed run writes those again."""
         self._clock = (time.time(), step)
         if not self.metrics.exists():
             return
         with reading(self.metrics):
             *lines, last = self.metrics.read_bytes().split(b"\n")
-        if parsed(last) is not None:  # else it is empty, or torn
+        if parsed(last) is not None:  # the last line may be empty, or torn
             lines.append(last)
         found = [(text, line.get("step")) for text in lines if (line := parsed(text)) is not None]
         if len(found) < len(lines):
@@ -164,5 +165,5 @@ class Run:
         write_atomic(self.metrics, b"".join(text + b"\n" for (text, _), late in zip(found, past, strict=True) if not late))
 
     def sync_metrics(self) -> None:
-        """Have the metrics outlive a power cut, before a checkpoint that does."""
+        """fsync the metrics; called before a checkpoint is written, so that they are never older than it."""
         sync(self.metrics)

@@ -1,4 +1,4 @@
-"""Files of tensors that know their own checksum: every flipped bit shows. And which of them were verified, so that it is done once."""
+"""Files of tensors that carry their own checksum, so every flipped bit shows; and a record of which files were verified already."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from distill_cli.errors import DistillError
 from distill_cli.files import read_plain, sealed, unreadable, unsealed, write_atomic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-"""What a store's numbers are kept as."""
+"""Types that a store may use for its tensors."""
 _ZEROS = b"0" * 64
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors to `path`, complete or absent; its header holds `metadata` and the SHA-256 of the file with that field zeroed."""
-    # one key: safetensors writes several in random order
+    """Write tensors to `path`, complete or absent. The header holds `metadata` and the file's SHA-256, computed with that field zeroed."""
+    # one metadata key, because safetensors writes several in random order
     content = to_bytes(tensors, {"distill": json.dumps({**metadata, "sha256": _ZEROS.decode()})})
     place = content.index(_ZEROS)
     digest = hashlib.sha256(content).hexdigest().encode()
@@ -37,9 +37,9 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def check(path: Path, again: str, whole: bool = True) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The metadata of a file and the shapes of its tensors; raises DistillError, with the hint `again`, for a damaged one.
+    """The metadata of a file and the shapes of its tensors; raises DistillError, with the hint `again`, if it is damaged.
 
-    `whole`: also compare its checksum, unless it is known to have been right.
+    `whole`: also compare the checksum; False for a file that was verified before.
     """
     try:
         content = read_plain(path) if whole else b""
@@ -59,11 +59,11 @@ def check(path: Path, again: str, whole: bool = True) -> tuple[dict[str, Any], d
 
 
 LONG, SAID_EVERY = 1 << 30, 20.0
-"""Bytes from which verifying is announced, and seconds from one line about it to the next."""
+"""Bytes from which verification prints a line first, and seconds between its later lines."""
 
 
 class Check(NamedTuple):
-    """What verifies a file, by raising DistillError, and what the file is verified as."""
+    """The verification of a file: `run` raises DistillError; `what` names the content that was verified."""
 
     path: Path
     what: str
@@ -71,10 +71,9 @@ class Check(NamedTuple):
 
 
 class Verified:
-    """Which files below `folder` were verified, by their sizes, their times of change, and what they were verified as.
+    """A record of verified files below `folder`: size, modification time and content (`Check.what`) of each.
 
-    It stands in verified-K.json, one a process, so that none undoes another's; all of them are read. A folder that may not be
-    written to has it in `elsewhere`.
+    It is kept in verified-K.json, written by process K and read by all. For a read-only folder it is kept in `elsewhere`.
     """
 
     def __init__(self, folder: Path, elsewhere: Path | None = None, who: int | None = None) -> None:
@@ -105,7 +104,7 @@ class Verified:
         return path.parent.resolve() / path.name
 
     def knows(self, path: Path, what: str) -> bool:
-        """Whether a file is as it was when it was verified; other processes may have done that since the start."""
+        """Whether a file is unchanged since it was verified, by this process or another."""
         state, key = self._state(path, what), self._key(path)
         if self.files.get(key) != state and not self.current:
             self.current = True
@@ -113,11 +112,11 @@ class Verified:
         return state is not None and self.files.get(key) == state and os.access(path, os.R_OK)
 
     def verify(self, checks: Iterable[Check], anew: bool = False, all_of_them: bool = False) -> list[DistillError]:
-        """Run the checks of files that are not known, in threads, and remember what is right; returns the first error, or all."""
+        """Check files that are not yet verified, in threads, and record the good ones; returns the first error, or all of them."""
         todo = [check for check in checks if anew or not self.knows(check.path, check.what)]
         if not todo:
             return []
-        states = [self._state(check.path, check.what) for check in todo]  # of before
+        states = [self._state(check.path, check.what) for check in todo]  # before they are read
         size = sum(state[0] for state in states if state)
         if size > LONG:
             self._say(f"verifying {len(todo)} files of {self.places[0]}, {size / 1e9:.1f} GB; {self.name} remembers it")
@@ -150,7 +149,7 @@ class Verified:
             print(text, file=sys.stderr)
 
     def save(self, alone: bool = False, elsewhere: bool = False) -> None:
-        """Write what is new where that is allowed; `alone`: without what other processes wrote; `elsewhere`: as the second choice."""
+        """Write the record, if it is new. `alone`: replace other processes' records; `elsewhere`: try the second folder too."""
         if self.saved and not alone:
             return
         if not alone:

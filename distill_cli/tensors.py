@@ -1,4 +1,4 @@
-"""Files of safetensors read and written one tensor at a time, so that a network is never in memory twice."""
+"""safetensors files, read and written one tensor at a time, so that a network is never in memory twice."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ DTYPES = {
     "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64,
     "I64": torch.int64,
 }  # fmt: skip
-"""Types of numbers by their names in a header, in safetensors' order: a file begins with the tensors of the last one."""
+"""dtypes by their names in a header, in safetensors' order: a file begins with tensors of the last dtype."""
 
 
 def content_of(values: Tensor) -> Any:
-    """The bytes of a tensor's numbers; no copy of those of a contiguous one on the CPU."""
+    """The bytes of a tensor's values, without a copy if it is contiguous and on the CPU."""
     return memoryview(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def quantized(where: object, name: str, kind: object) -> DistillError:
-    """That a tensor of weights is not of floating-point numbers: the scale of whole ones stands elsewhere."""
+    """The error for weights that are not floating point: the scale of quantized ones is not in the tensor."""
     hint = "get the weights in fp16 or float32"
     return DistillError(f"{where}: {printable(name)} is kept as {printable(kind)}: quantized weights are not read", hint)
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, sorted by name."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
@@ -44,14 +44,14 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Tensors:
-    """The header of a file; its tensors are read when they are asked for.
+    """The header of a file; tensors are read on request.
 
-    They are read and not mapped: a mapped file of half precision would stay in memory beside the float32 made of it, and one that
-    changes later would change the network. Raises OSError, and SafetensorError where the header and the file's size do not fit.
+    They are read, not memory-mapped: a mapped half-precision file would stay in memory beside its float32 copy, and a later change
+    of the file would change the network. Raises OSError, and SafetensorError if the header does not fit the file's size.
     """
 
     def __init__(self, path: Path) -> None:
-        with open(path, "rb"):  # safetensors says less of what the system refuses
+        with open(path, "rb"):  # raises OSError with more detail than safetensors gives
             pass
         with safe_open(path, "pt") as handle:
             self.metadata: dict[str, str] = handle.metadata() or {}
@@ -64,11 +64,11 @@ class Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in header.items()}
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """What the numbers of a tensor are stored as, None for a type that torch does not have."""
+        """The stored dtype of a tensor; None for one that torch does not have."""
         return DTYPES.get(self.stored[name]["dtype"])
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name in float32; raises DistillError for one of another kind of numbers."""
+        """The tensor `name` in float32; raises DistillError if it is not floating point."""
         kind = self.dtype(name)
         if kind is None or not kind.is_floating_point:
             raise quantized(self.path, name, self.stored[name]["dtype"])
@@ -82,9 +82,9 @@ class Tensors:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors, from whichever device, as safetensors does to the byte; a full disk is an OSError, which safetensors would hide.
+    """Write tensors from any device, byte for byte as safetensors does; a full disk raises OSError, which safetensors would hide.
 
-    `metadata` of several keys keep their order here; safetensors writes them in any.
+    The keys of `metadata` keep their order; safetensors writes them in any order.
     """
     names = {kind: name for name, kind in DTYPES.items()}
     ranks = {name: -rank for rank, name in enumerate(DTYPES)}

@@ -1,4 +1,4 @@
-"""A run's folder as one page: losses, sample grids, throughput, what was warned of. It needs no network and no script."""
+"""A run's folder as one HTML page: losses, sample grids, throughput, warnings. The page needs no network and no script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPORT = "report.html"
 WIDE, HIGH, LEFT, BOTTOM = 440, 190, 64, 22
 POINTS, GRIDS = 400, 9
 SMALL, LARGE = 1e-100, 1e100
-"""Sizes of values between which a chart can be computed."""
+"""Smallest and largest magnitude that a chart can show."""
 Points = list[tuple[float, float]]
 STYLE = """
 :root { color-scheme: light dark; --line: #2563a8; --rule: #8884; }
@@ -41,7 +41,7 @@ def escape(text: str) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file that a run may be writing just now: a torn one is left out."""
+    """The lines of a JSONL file that a run may still be writing; a torn line is left out."""
     lines = []
     for text in path.read_bytes().split(b"\n") if path.is_file() else []:
         line = parsed(text)
@@ -52,7 +52,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A value that can be drawn, else None."""
+    """`value` if a chart can show it, else None."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < LARGE:
         return None
     return value if abs(value) > SMALL else 0
@@ -70,7 +70,7 @@ def series(lines: Iterable[dict[str, Any]]) -> dict[str, Points]:
 
 
 def thinned(points: Points, most: int = POINTS) -> Points:
-    """At most about `most` points; of each stretch the lowest and the highest stay, so that no spike is lost."""
+    """About `most` points at most: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)
@@ -92,7 +92,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def chart(name: str, points: Points) -> str:
-    """A metric as SVG; logarithmic where it spans more than a factor of 50."""
+    """A metric as SVG; logarithmic if it spans more than a factor of 50."""
     values = [value for _, value in points]
     logarithmic = min(values) > 0 and max(values) > 50 * min(values)
     shape = [(step, math.log10(value) if logarithmic else value) for step, value in thinned(points)]
@@ -123,6 +123,7 @@ def chart(name: str, points: Points) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
+    """A PNG file as a figure, embedded in the page."""
     try:
         data = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
@@ -131,7 +132,7 @@ def picture(path: Path, caption: str) -> str:
 
 
 def grids(run: Run) -> list[Path]:
-    """At most `GRIDS` sample grids, evenly over the run, the first and the newest among them."""
+    """At most `GRIDS` sample grids, spread evenly from the first to the newest."""
     found = sorted(path for path in run.samples.glob("*.png") if re.fullmatch(r"\d+\.png", path.name) and not path.is_symlink())
     if len(found) <= GRIDS:
         return found
@@ -139,7 +140,7 @@ def grids(run: Run) -> list[Path]:
 
 
 def facts(run: Run, recipe: dict[str, Any], lines: list[dict[str, Any]], speed: list[dict[str, Any]]) -> dict[str, str]:
-    """Where the run is."""
+    """The run's state: step, throughput, time left, checkpoints."""
     total, batch, step = number(recipe.get("steps")), number(recipe.get("batch_size")), lines[-1]["step"] if lines else 0
     out = {"command": str(recipe.get("command", "")), "step": f"{step:,}" if total is None else f"{step:,} of {total:,}"}
     newest = speed[-1] if speed else {}
@@ -160,7 +161,7 @@ def facts(run: Run, recipe: dict[str, Any], lines: list[dict[str, Any]], speed: 
 
 
 def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
-    """The run's page as HTML, and whether the run has come to its last step; `refresh` seconds make a live page load itself again."""
+    """The run's page as HTML, and whether the run has ended. Until then the page reloads itself every `refresh` seconds (0: never)."""
     if not run.recipe.is_file():
         raise UsageError(f"{run.folder}: no run: it has no recipe.yaml")
     try:
@@ -171,7 +172,7 @@ def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
     recipe = loaded if isinstance(loaded, dict) else {}
     lines, speed = read_lines(run.metrics), read_lines(run.speed)
     known = facts(run, recipe, lines, speed)
-    made = any((run.folder / name).exists() for name in ("comparison.png", "teacher", "classifier", "vae"))  # what a run ends with
+    made = any((run.folder / name).exists() for name in ("comparison.png", "teacher", "classifier", "vae"))  # results of runs
     done = made and bool(lines) and lines[-1]["step"] == recipe.get("steps")
     metrics = series(lines)
     losses = [name for name in metrics if name.endswith("_loss")]
@@ -201,7 +202,7 @@ def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
 
 
 def write(folder: Path, out: Path | None = None, refresh: int = 0) -> tuple[Path, bool]:
-    """Write the run's page, by default into its folder; returns where it is and whether the run has come to its last step."""
+    """Write the run's page, by default into its folder; returns its path and whether the run has ended."""
     html, done = page(Run(folder), refresh)
     path = out or folder / REPORT
     write_atomic(path, html.encode(errors="backslashreplace"))

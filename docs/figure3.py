@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from distill_cli.config import DMDConfig
 from distill_cli.diffusion import solvers
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.methods.dmd.objective import DMD
-from distill_cli.models.model import ClassConditioner, Lineage, Model
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.unet import UNet
 
 MODES, WEIGHTS, STD = torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), torch.tensor([0.7, 0.3]), 0.4
@@ -46,7 +49,7 @@ class Plane(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None, return_dict: bool) -> tuple[Tensor]:
+    def forward(self, x: Tensor, t: Tensor, return_dict: bool) -> tuple[Tensor]:
         time = t.expand(len(x)) / 1000
         inputs = torch.cat([x.flatten(1), time[:, None], (2 * time[:, None]).sin()], 1)
         return (self.layers(inputs)[:, :, None, None],)
@@ -58,7 +61,7 @@ class Pairs:
     def __init__(self, real: MixtureDenoiser, schedule: EDMSchedule, teacher: Model) -> None:
         self.noise = Draws(2, range(PAIRS)).normal("prior", teacher.shape)
         with torch.no_grad():
-            self.x0 = solvers.heun(real, schedule, schedule.prior_std * self.noise, schedule.times(40), None)
+            self.x0 = solvers.heun(real, schedule, schedule.prior_std * self.noise, schedule.times(40))
         made_by = {"teacher_hash": teacher.weights_hash(), "guidance_scale": 1.0, "settings_hash": ""}
         self.manifest = SimpleNamespace(shape=teacher.shape, classes=[0], **made_by)
 
@@ -77,22 +80,22 @@ def distilled(real: MixtureDenoiser, schedule: EDMSchedule, steps: int, start: T
     pairs: Any = Pairs(real, schedule, teacher) if options.get("regression_weight") else None
     dmd = DMD(DMDConfig(device="cpu", **options, pairs=Path("memory") if pairs else None), teacher, pairs)
     dmd.real = real
-    optimizers = {name: torch.optim.Adam(network.parameters(), lr=3e-3) for name, network in dmd.networks.items()}
+    optimizers = {name: torch.optim.Adam(each.parameters(), lr=3e-3) for name, each in dmd.trained.items()}
     for step in range(200 if start is not None else 0):
-        points = dmd.generate(Draws(3, range(step * 64, step * 64 + 64)).normal("prior", teacher.shape), None).flatten(1)
+        points = dmd.generate(Draws(3, range(step * 64, step * 64 + 64)).normal("prior", teacher.shape), NOTHING).flatten(1)
         ((points.mean(0) - start).square().sum() + (points.std(0) - STD).square().sum()).backward()
         optimizers["student"].step()
         optimizers["student"].zero_grad()
     for step in range(steps):
         for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
             group["lr"] = 3e-3 * (1 - step / steps)
-        for loss in dmd.turns(Draws(0, range(step * 64, step * 64 + 64))):
+        for loss in dmd.turns(step, Draws(0, range(step * 64, step * 64 + 64))):
             loss.value.backward()
             optimizers[loss.network].step()
             for optimizer in optimizers.values():
                 optimizer.zero_grad()
     with torch.no_grad():
-        return dmd.generate(Draws(1, range(2000)).normal("prior", teacher.shape), None).flatten(1)
+        return dmd.generate(Draws(1, range(2000)).normal("prior", teacher.shape), NOTHING).flatten(1)
 
 
 def two_modes(case: str | None, steps: int = 1500) -> Tensor:

@@ -87,13 +87,14 @@ def pixels(folder: Path | str, channels: list[int]) -> int:
     """Make a pixel teacher with random weights; returns its parameters."""
     from distill_cli.diffusion.schedule import EDMSchedule
     from distill_cli.models import pixel
-    from distill_cli.models.model import Lineage
+    from distill_cli.models.formats import save
+    from distill_cli.models.lineage import Lineage
 
     model = pixel.create(
         resolution=16, channels=channels, attention=[False] * len(channels), classes=["0"], schedule=EDMSchedule(),
         parameterisation="edm", lineage=Lineage(name="teacher"),
     )  # fmt: skip
-    model.save(Path(folder))
+    save(model, Path(folder))
     return sum(parameter.numel() for parameter in model.denoiser.parameters())
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from distill_cli.config import DMDConfig, PairsConfig
 from distill_cli.models.cost import RATE, decoding, distillation, evaluation, sketch
-from distill_cli.models.model import network_evaluations
 from distill_cli.recipes import resolve
 
 GPUS = (1, 8, 72, 512)
@@ -22,9 +21,8 @@ def hours(flop: float, gpus: int) -> str:
 def main() -> None:
     model = sketch("sd15")
     pairs, dmd = resolve(PairsConfig, "sd15-pairs"), resolve(DMDConfig, "sd15-dmd")
-    assert model.text is not None
-    calls = network_evaluations(model.with_defaults(pairs.solver, pairs.steps, pairs.guidance_scale))
-    latents, text = 4 * 64 * 64 * BYTES, model.text.length * model.text.encoder.config.hidden_size * BYTES
+    calls = model.with_defaults(pairs.solver, pairs.steps, pairs.guidance_scale).evaluations
+    latents, text = 4 * 64 * 64 * BYTES, model.conditioner.embedding * BYTES
     size = sum(p.numel() for p in model.denoiser.parameters())
     print(f"An evaluation: {evaluation(model) / 1e12:.3f} TFLOP; a decoded picture: {decoding(model) / 1e12:.2f} TFLOP.\n")
     print("| | network evaluations | latents | text embeddings | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in GPUS) + " |")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill_cli import bench
+from distill_cli.bench import cases
 from distill_cli.config import CMConfig, DMDConfig, PairsConfig, SampleConfig
 
 
@@ -58,7 +58,7 @@ def calls_of(case, monkeypatch):
 )
 def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, monkeypatch, tiny_pairs):
     config = DMDConfig(teacher="tiny", batch_size=4, device="cpu", pairs=tiny_pairs, **options)
-    ours, raw = calls_of(bench.bench_dmd(config, tmp_path), monkeypatch)
+    ours, raw = calls_of(cases.training("dmd", config, tmp_path), monkeypatch)
     assert ours == raw == expected
 
 
@@ -75,13 +75,13 @@ def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, 
 )
 def test_both_sides_of_cm_call_the_networks_alike(options, expected, tmp_path, monkeypatch):
     config = CMConfig(**{"teacher": "tiny", "data": "digits", "batch_size": 4, "device": "cpu"} | options)
-    ours, raw = calls_of(bench.bench_cm(config, tmp_path), monkeypatch)
+    ours, raw = calls_of(cases.training("cm", config, tmp_path), monkeypatch)
     assert ours == raw == expected
 
 
 def test_both_sides_of_pairs_call_the_networks_alike(tmp_path, monkeypatch):
     config = PairsConfig(teacher="tiny", batch_size=4, steps=2, device="cpu")
-    ours, raw = calls_of(bench.bench_pairs(config, tmp_path), monkeypatch)
+    ours, raw = calls_of(cases.bench_pairs(config, tmp_path), monkeypatch)
     assert ours == raw == [3 * 4 * 3, 0, 0, 0]
 
 
@@ -109,18 +109,18 @@ def test_text_models_are_timed_against_diffusers_pipeline(tmp_path, monkeypatch)
     seen = []
     original = UNet2DConditionModel.forward
     monkeypatch.setattr(UNet2DConditionModel, "forward", lambda self, x, *a, **o: seen.append(len(x)) or original(self, x, *a, **o))
-    case = bench.bench_sample(SampleConfig(model="tiny-sd", batch_size=2, steps=3, solver="ddim", device="cpu"), tmp_path)
+    case = cases.bench_sample(SampleConfig(model="tiny-sd", batch_size=2, steps=3, solver="ddim", device="cpu"), tmp_path)
     counts = []
     for side in (case.ours, case.bare()):
         seen.clear()
         side()
         counts.append(list(seen))
-    assert counts[0] == counts[1] == [4] * 3 * bench.BATCHES
-    assert case.images == 2 * bench.BATCHES
+    assert counts[0] == counts[1] == [4] * 3 * cases.BATCHES
+    assert case.images == 2 * cases.BATCHES
 
 
 def test_both_sides_of_latent_dmd_are_the_same_network(tmp_path):
-    case = bench.bench_dmd(DMDConfig(teacher="tiny-sd", batch_size=2, device="cpu", out=tmp_path / "o"), tmp_path)
+    case = cases.training("dmd", DMDConfig(teacher="tiny-sd", batch_size=2, device="cpu", out=tmp_path / "o"), tmp_path)
     assert case.calls == "3 forwards, 2 x (forward, backward, optimizer)"  # guided teacher, fake score
     case.ours()
     case.bare()()

@@ -13,6 +13,7 @@ from PIL import Image
 from distill_cli import files, runs, shards
 from distill_cli.errors import DistillError
 from distill_cli.files import sealed, unsealed
+from distill_cli.models.formats import save
 from distill_cli.training import checkpoint
 from tests.cli.test_bad_input import one_line
 
@@ -300,9 +301,9 @@ def test_a_full_disk_in_the_words_of_other_libraries(words, tmp_path, monkeypatc
     def full(path, *content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("distill_cli.models.stable_diffusion.save_tokenizer", said)
+    monkeypatch.setattr("distill_cli.models.formats.stable_diffusion.save_tokenizer", said)
     with pytest.raises(DistillError, match="no space left on device") as error:
-        model.save(tmp_path / "m")
+        save(model, tmp_path / "m")
     assert "free some space" in error.value.hint
     monkeypatch.setattr("distill_cli.tensors.write", full)
     with pytest.raises(DistillError, match="no space left on device") as error:

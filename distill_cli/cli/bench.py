@@ -20,8 +20,8 @@ def bench(
     import tempfile
     from pathlib import Path
 
-    from distill_cli.bench import CASES
-    from distill_cli.bench import bench as measure
+    from distill_cli.bench.cases import CASES
+    from distill_cli.bench.measure import measured
     from distill_cli.config import CONFIGS
     from distill_cli.errors import UsageError, nearest
     from distill_cli.recipes import resolve
@@ -30,7 +30,7 @@ def bench(
         raise UsageError(f"bench {command}: nothing of that name", nearest(command, CASES, "there are"))
     config = resolve(CONFIGS[command], recipe, overrides or [], {})
     with tempfile.TemporaryDirectory() as folder:
-        data = measure(command, config, repeats, Path(folder))
+        data = measured(command, CASES[command](config, Path(folder)), repeats)
     text = (
         f"{command}: {data['ratio']:.3f} of the bare calls' time\n"
         f"{data['ours_seconds']:.4f} s over {data['raw_seconds']:.4f} s ({data['raw_calls']}), medians of {repeats}\n"

@@ -34,21 +34,4 @@ def classifier(
     config = common.open_run(ClassifierConfig, "classifier", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.methods.classifier.objective import Classification
-    from distill_cli.training.engine import Engine
-
-    objective = Classification(config, common.open_data("classifier", config, resume, dry_run))
-    count = sum(p.numel() for p in objective.networks["classifier"].parameters())
-    if dry_run:
-        common.dry_run(config, common.training_plan(config, {"classifier": count}, count))
-        return
-    engine = Engine(config, objective)
-    common.start_run(engine, "classifier", resume)
-    trained = engine.train()
-    if trained is None:  # process 0 alone has it
-        return
-    accuracy = trained.info.accuracy
-    folder = engine.run.folder / objective.result
-    data_out = {"run": str(engine.run.folder), "classifier": str(folder), "accuracy": accuracy, "held_out": len(objective.held_out)}
-    seen = f"\naccuracy on {len(objective.held_out)} images held out: {accuracy:.4f}" if accuracy is not None else ""
-    common.result(data_out, f"classifier: {folder}{seen}", json)
+    common.train("classifier", config, resume, dry_run, json)

@@ -42,47 +42,4 @@ def cm(
         common.start_processes(num_processes)
     if config.teacher and common.planned_without(config.teacher, config, dry_run):
         return
-    from distill_cli.diffusion.schedule import EDMSchedule
-    from distill_cli.methods.cm.objective import Consistency, check, images_of, new, without_null
-    from distill_cli.models import load
-    from distill_cli.models.times import parse, spelled
-    from distill_cli.training.engine import Engine
-
-    sketch = common.sketched(config.teacher, dry_run)[0] if config.teacher else None
-    model = sketch or (load(config.teacher) if config.teacher else None)
-    # runs saved before students had their own grid counted times on 40 points
-    if resume is not None and config.times is not None and not config.times.startswith("sigma:"):
-        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})
-    config, said = without_null(config, model, resume is None and "label_dropout" in config.model_fields_set)
-    if said:
-        common.say(said)
-    config = config.model_copy(update={"data": images_of(config, model)})
-    images = common.open_data("cm", config, resume, dry_run, model)
-    if dry_run:
-        start = new(config, images) if model is None else model
-        check(config, start, images)
-        count = sum(p.numel() for p in start.denoiser.parameters())
-        parts = {"teacher": config.method == "cd", "student": True, "target": config.method in ("cd", "ct")}
-        common.dry_run(config, common.training_plan(config, {name: count for name, there in parts.items() if there}, count))
-        return
-    objective = Consistency(config, model, images)
-    known = objective.start.conditioner.classes
-    if images.classes and not known:
-        common.say(f"the teacher knows no classes: those of {config.data} are left aside")
-    elif list(images.classes) != list(known):
-        common.say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
-    engine = Engine(config.model_copy(update={"times": spelled(objective.few_step_times)}), objective)
-    common.start_run(engine, "cm", resume)
-    student = engine.train()
-    if student is None:  # process 0 alone has it
-        return
-    folder = engine.run.folder
-    engine.release()
-    rows = {}
-    if model is not None:
-        rows["teacher"] = (model.to(engine.accelerator.device), objective.sampling if config.method == "cd" else model.sampling)
-    rows |= {f"student, {n} step{'s' * (n > 1)}": (student, student.sampling.model_copy(update={"steps": n})) for n in (1, 2)}
-    picture = folder / "comparison.png"
-    common.compare(rows, config, picture)
-    result = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
-    common.result(result, f"student: {folder / 'student'}\npicture: {picture}", json)
+    common.train("cm", config, resume, dry_run, json)

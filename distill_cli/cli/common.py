@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -12,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from distill_cli.errors import printable, printable_lines
+from distill_cli.processes import say as say
+from distill_cli.processes import say_read
 
 if TYPE_CHECKING:
     from distill_cli.config import Config, GenerateConfig, TrainingConfig
-    from distill_cli.data import Images
     from distill_cli.models.model import Model, Sampling
-    from distill_cli.training.engine import Engine
 
     ConfigT = TypeVar("ConfigT", bound=Config)
     GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
@@ -98,22 +96,6 @@ def start_processes(count: int | None, prompts: str | None = None) -> None:
         raise typer.Exit(processes.start(count, ARGUMENTS))
 
 
-def say(text: str) -> None:
-    """A line for the person who watches, on stderr; of several processes the first says it."""
-    from distill_cli.processes import rank
-
-    if rank() == 0:
-        print(printable_lines(text), file=sys.stderr)
-
-
-def say_read(command: str, *things: Any) -> None:
-    """The first line of a job: what each of `things` (a text, or its `about`) says of what was read, left out and assumed."""
-    said = [about for thing in things if (about := thing if isinstance(thing, str) else getattr(thing, "about", ""))]
-    if said:
-        text = f"{command}: {'; '.join(said)}"
-        say("".join(letter if letter.isprintable() else "?" for letter in text))
-
-
 def result(data: dict[str, Any], text: str, as_json: bool) -> None:
     """The command's result, on stdout."""
     print(json.dumps(data, indent=2) if as_json else printable_lines(text))
@@ -166,38 +148,20 @@ def planned_without(teacher: str, config: Config, dry_run_wanted: bool) -> bool:
     return bool(download)
 
 
-def sketched(teacher: str, dry_run_wanted: bool) -> tuple[Model | None, dict[str, str]]:
-    """For a dry run with a hub model that is not here yet: its sketch, and what the plan says of the download."""
-    from distill_cli.models.sources.hub import short_name, to_download
-
-    known = short_name(teacher)
-    download = to_download(teacher) if dry_run_wanted and known else ""
-    if not download:
-        return None, {}
-    from distill_cli.models.cost import sketch
-
-    return sketch(known), {"download": download}
-
-
 def open_model(command: str, name: str, config: GenerateT, sketched: Model | None = None) -> tuple[Model, GenerateT]:
     """The model, or its sketch, at the resolution and for the prompts of a job, and the job's options with what depends on the two.
 
     Says what was read.
     """
-    from distill_cli.data.prompts import chosen
-    from distill_cli.errors import UsageError
     from distill_cli.models import load
     from distill_cli.models.model import LARGE
 
-    model = load(name) if sketched is None else sketched
+    model = load(name, config.steps) if sketched is None else sketched
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
     repeat = getattr(config, "images_per_prompt", 1)
-    if repeat > 1 and model.text is None:
-        raise UsageError(f"images_per_prompt {repeat}: {model.lineage.name} has no text")
-    given: Sequence[str] = ()
-    if config.prompts is not None or config.negative_prompt or model.text is not None:
-        given = chosen(config.prompts, model.lineage.data if model.text is not None else "")
+    given = model.conditioner.chosen(config.prompts, model.lineage.data)
+    if given or config.prompts is not None or config.negative_prompt or repeat > 1:
         model = model.with_prompts(given, config.negative_prompt, repeat)
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
@@ -244,96 +208,44 @@ def open_run(
     return config.model_copy(update={"out": folder})
 
 
-def open_data(command: str, config: Any, resume: Path | None, dry_run: bool, *read: Any) -> Images:
-    """The set of images of a job that trains, whose pictures are checked, and stand where they stood when a resumed run began.
+def train(command: str, config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_json: bool) -> None:
+    """Open a command's method and train, or print the plan of it."""
+    from importlib import import_module
 
-    Says what was read: `read` and the images.
-    """
-    from distill_cli.data import listing, open_images
-    from distill_cli.data.images import Folder
+    from distill_cli.training.engine import Engine
+    from distill_cli.training.job import Job
+    from distill_cli.training.plan import plan
 
-    images = open_images(str(config.data), config.resolution, config.flip)
-    say_read(command, *read, images)
-    if isinstance(images, Folder) and not dry_run:
-        for line in listing.prepare(images, resume):
-            say(line)
-    return images
-
-
-def start_run(engine: Engine, command: str, resume: Path | None, prompts: Sequence[str] = ()) -> None:
-    """Make the run's folder, or open it and go on; its recipe runs again as it stands, from any working directory.
-
-    `prompts` that came through a pipe are kept in it.
-    """
-    from distill_cli import launch, locks
-    from distill_cli.config import BUILTIN_SETS, PROMPT_SETS
-    from distill_cli.data import listing
-    from distill_cli.data.images import Folder
-    from distill_cli.data.reading import is_pipe
-    from distill_cli.errors import DistillError
-    from distill_cli.files import write_atomic
-    from distill_cli.models.sources.registry import REGISTRY
-    from distill_cli.pairs.store import PROMPTS, keep_prompts
-    from distill_cli.processes import rank
-    from distill_cli.recipes import dump
-    from distill_cli.runs import Run
-
-    config = engine.config
-    assert config.out is not None
-    given = {
-        key: Path(value)
-        for key in ("teacher", "data", "pairs", "lpips_weights", "vae", "prompts", "decoder")
-        if (value := getattr(config, key, None)) is not None and value not in (*REGISTRY, *BUILTIN_SETS, *PROMPT_SETS)
-    }
-    paths = ("pairs", "lpips_weights", "vae")
-    absolute = {key: path.resolve() if key in paths else str(path.resolve()) for key, path in given.items() if path.exists()}
-    if piped := is_pipe(getattr(config, "prompts", None) or ""):
-        absolute["prompts"] = str((config.out / PROMPTS).resolve())
-    text = dump(config.model_copy(update={**absolute, "out": None}))
-    run, trouble = Run(config.out), None
-    if rank() == 0:
-        try:
-            locks.hold(config.out)
-            run = Run.resume(resume) if resume is not None else Run.create(config.out, text, command)
-            if piped:
-                keep_prompts(config.out, prompts)
-        except DistillError as error:
-            trouble = (type(error), error.message, error.hint)
-    for kind, message, hint in filter(None, launch.all_of([trouble], engine.accelerator.device)):  # the others would wait for it
-        raise kind(message, hint)
-    engine.open(run)
-    images = getattr(engine.objective, "images", None)
-    if rank() == 0 and isinstance(images, Folder):
-        listing.keep(images, run.folder)
-    if rank() == 0 and resume is not None:
-        write_atomic(run.recipe, text)
-
-
-def training_plan(config: TrainingConfig, parameters: dict[str, int], trained: int) -> dict[str, Any]:
-    """Steps, images, disk and memory of a training run."""
-    average = parameters.get("student", trained)
-    weights = (sum(parameters.values()) + average) * 4
-    kept = parameters.get("target", 0)
-    checkpoint = 4 * (3 * trained + average + kept)  # weights and two moments
-    return {
-        "steps": config.steps,
-        "images": config.steps * config.batch_size,
-        "parameters": ", ".join(f"{name} {count:,}" for name, count in parameters.items()),
-        "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
-        "memory": f"about {(weights + 12 * trained) / 1e6:.0f} MB of weights, their average, gradients and moments, and the activations",
-    }
+    job = Job(command, resume, dry_run_wanted)
+    objective = import_module(f"distill_cli.methods.{command}.objective").open(config, job)
+    if dry_run_wanted:
+        dry_run(objective.config, {**job.plan, **plan(objective)})
+        return
+    engine = Engine(objective.config, objective)
+    job.begin(engine)
+    made = engine.train()
+    if made is None:  # process 0 alone has it
+        return
+    folder, name = engine.run.folder, objective.result
+    lines, (data, remark) = [f"{name}: {folder / name}"], objective.remarks(made)
+    data = {"run": str(folder), name: str(folder / name), "steps": config.steps} | data
+    engine.release()
+    if rows := objective.compared(made):
+        data["picture"] = str(folder / "comparison.png")
+        compare(rows, config, folder / "comparison.png", getattr(config, "classes", None))
+        lines.append(f"picture: {folder / 'comparison.png'}")
+    result(data, "\n".join([*lines, *filter(None, [remark])]), as_json)
 
 
 def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, path: Path, classes: list[int] | None = None) -> None:
     """Models below one another, from the same noise, which is in no store of pairs."""
     from distill_cli.data.pictures import save_comparison, to_uint8
     from distill_cli.launch import autocast, device
-    from distill_cli.models.model import network_evaluations
 
     rows = []
     for name, (model, sampling) in models.items():
         with autocast(device(config.device), config.precision if model.latent is not None else "no"):
             images, _ = model.examples(config.seed, model.shown, sampling, classes)
-        calls = network_evaluations(sampling)
+        calls = sampling.evaluations
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
     save_comparison(rows, path, columns=20 if model.shown == 40 else 8, scale=model.enlarged)

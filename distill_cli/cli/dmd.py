@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from distill_cli.cli import common
-
-if TYPE_CHECKING:
-    from distill_cli.config import DMDConfig
-    from distill_cli.models.model import Model
-    from distill_cli.pairs.store import PairStore
 
 
 def dmd(
@@ -54,61 +49,4 @@ def dmd(
         common.start_processes(num_processes, config.prompts)
     if common.planned_without(config.teacher, config, dry_run):
         return
-    from distill_cli.data.prompts import chosen
-    from distill_cli.methods.dmd.objective import DMD
-    from distill_cli.models import load
-    from distill_cli.pairs.store import MANIFEST, PairStore
-    from distill_cli.processes import rank
-    from distill_cli.training.engine import Engine
-
-    sketch, download = common.sketched(config.teacher, dry_run)
-    model = sketch or load(config.teacher)
-    there = config.pairs is not None and (not dry_run or (config.pairs / MANIFEST).is_file())
-    store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
-    asked = model.text is not None and (config.prompts is not None or config.pairs is None)
-    given = chosen(config.prompts, model.lineage.data) if asked else ()
-    common.say_read("dmd", model, store, given)
-    if dry_run:
-        common.dry_run(config, {**download, **_plan(config, model, store)})
-        return
-    if store is not None:
-        store.verify()
-    else:
-        common.say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
-    objective = DMD(config, model, store, given)
-    text = objective.teacher.text
-    if config.prompts is not None and resume is None and text is not None and rank() == 0:
-        text.say_cut(range(len(text.prompts)))
-    engine = Engine(config, objective)
-    common.start_run(engine, "dmd", resume, given)
-    if store is not None:
-        store.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
-    student = engine.train()
-    if student is None:  # process 0 alone has it
-        return
-    folder = engine.run.folder
-    picture = folder / "comparison.png"
-    engine.release()
-    rows = {"teacher": (objective.teacher, objective.sampling), "student": (student, student.sampling)}
-    common.compare(rows, config, picture, config.classes)
-    data = {"run": str(folder), "student": str(folder / "student"), "picture": str(picture), "steps": config.steps}
-    common.result(data, f"student: {folder / 'student'}\npicture: {picture}", json)
-
-
-def _plan(config: DMDConfig, model: Model, store: PairStore | None) -> dict[str, Any]:
-    """The plan of a run: what any training takes, and the arithmetic."""
-    from distill_cli.methods.dmd.objective import guidance_of
-    from distill_cli.models.cost import distillation, time_of
-
-    count = sum(p.numel() for p in model.denoiser.parameters())
-    names = ["teacher", "student", *(["fake"] if config.matching_weight and config.fake_score else [])]
-    parameters = dict.fromkeys(names, count)
-    parameters |= {part: sum(p.numel() for p in network.parameters()) for part, network in model.parts().items() if part == "vae"}
-    manifest = store.manifest if store is not None else None
-    guided = (guidance_of(config, manifest) or model.sampling.guidance_scale) != 1
-    flop = distillation(config, model, guided, config.pairs is not None and config.regression_weight != 0)
-    text = {}
-    if model.text is not None:
-        each = model.text.length * model.text.encoder.config.hidden_size * 2
-        text = {"text embeddings": f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"}
-    return {**text, **common.training_plan(config, parameters, (len(names) - 1) * count), "arithmetic": time_of(flop)}
+    common.train("dmd", config, resume, dry_run, json)

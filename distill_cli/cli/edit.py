@@ -44,8 +44,9 @@ def edit(
         common.begin_job()
     from distill_cli.edit.job import Task, run
     from distill_cli.models import load
+    from distill_cli.models.cost import sketched
 
-    student = common.sketched(config.model, dry_run)[0] or load(config.model)
+    student = sketched(config.model, dry_run)[0] or load(config.model)
     work = Task(config, student, config.out)
     common.say_read("edit", student, work)
     work.check()

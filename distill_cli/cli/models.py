@@ -27,6 +27,7 @@ def show(
 ) -> None:
     """Show what a model is, how it is sampled, and where it came from."""
     from distill_cli.models import load
+    from distill_cli.models.formats import format_of
     from distill_cli.models.sources import hub, published
     from distill_cli.models.sources.registry import REGISTRY
 
@@ -45,16 +46,16 @@ def show(
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "shape": list(model.shape),
         "pixels": model.pixels if model.shape[1] == model.shape[2] else model.picture,
-        "classes": list(model.conditioner.classes),
-        "null_label": model.conditioner.null_label,
-        "learned": "all" if model.conditioner.learned is None else list(model.conditioner.learned),
-        "text": f"prompts of at most {model.text.length} tokens" if model.text is not None else "none",
+        **model.conditioner.shown(),
         "schedule": type(denoiser.schedule).__name__,
         "parameterisation": denoiser.parameterisation,
         "time_input": denoiser.time_input,
         "sampling": model.sampling.model_dump(),
-        "few_step_times": model.few_step_times,
-        "grid": getattr(denoiser.schedule, "grid", None),
+        "knows": model.sampler.knows,
+        "answers": model.sampler.answers,
+        "times": list(model.sampler.times),
+        "grid": denoiser.schedule.grid or None,
+        "in_diffusers": format_of(model).in_diffusers(model).said,
         "lineage": model.lineage.model_dump(exclude={"name", "kind"}),
         "weights_hash": model.weights_hash(),
     }

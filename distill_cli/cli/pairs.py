@@ -72,9 +72,10 @@ def pairs(
         return
     if not dry_run:
         common.start_processes(num_processes, config.prompts)
+    from distill_cli.models.cost import sketched
     from distill_cli.pairs.generate import generate, manifest_of, plan
 
-    sketch, download = common.sketched(config.teacher, dry_run)
+    sketch, download = sketched(config.teacher, dry_run)
     model, config = common.open_model("pairs", config.teacher, config, sketch)
     assert config.out is not None
     if dry_run:

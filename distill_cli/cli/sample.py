@@ -59,19 +59,20 @@ def sample(
     part = parse_part(shards)
     if not dry_run:
         common.start_processes(num_processes, config.prompts)
-    from distill_cli.models.model import network_evaluations
     from distill_cli.sample import batch
 
     if config.search_times and part != (0, 1):
         raise UsageError("--search-times makes no samples, so --shards has no use here")
     if common.planned_without(config.model, config, dry_run):
         return
-    sketch, download = common.sketched(config.model, dry_run)
+    from distill_cli.models.cost import sketched
+
+    sketch, download = sketched(config.model, dry_run)
     loaded, config = common.open_model("sample", config.model, config, sketch)
     assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)
-        first, most = (loaded.few_step_times or [0.0])[0], loaded.denoiser.schedule.t_max
+        first, most = loaded.sampler.times[0], loaded.denoiser.schedule.t_max
         if first < most / 2:
             common.say(
                 f"--times {config.times}: begins with pure noise of sigma {first:.3g}, where pictures are not all noise; use {most:g}"
@@ -80,7 +81,7 @@ def sample(
         common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
         return
     if dry_run:
-        calls = network_evaluations(loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls))
+        calls = loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls).evaluations
         common.dry_run(config, download | {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
         return
     if config.search_times:
@@ -100,15 +101,15 @@ def _search(config: SampleConfig, model: Model, as_json: bool) -> None:
 
     from distill_cli.errors import UsageError
     from distill_cli.evaluate.search import search_times
-    from distill_cli.models.pixel import save_times
+    from distill_cli.models.formats import save_sampler
     from distill_cli.models.sources.registry import folder_of
 
-    folder = folder_of(Path(config.model))
+    folder = folder_of(Path(config.model), config.steps)
     if folder is None:
         raise UsageError(f"--model {config.model}: --search-times writes into a student's folder", "give a folder or a run")
     assert config.search_times is not None
     best, indices, tried = search_times(config, model, config.search_times)
-    save_times(folder, best)
-    times = ", ".join(f"{time:.4g}" for time in best.few_step_times or [])
+    save_sampler(best, folder)
+    times = ", ".join(f"{time:.4g}" for time in best.sampler.times)
     text = f"{folder}: sampled in {config.search_times} steps at index:{','.join(map(str, indices))} (sigma {times}) from now on"
-    common.result({"folder": str(folder), "indices": indices, "times": best.few_step_times, "tried": tried}, text, as_json)
+    common.result({"folder": str(folder), "indices": indices, "times": list(best.sampler.times), "tried": tried}, text, as_json)

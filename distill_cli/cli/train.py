@@ -36,19 +36,4 @@ def train(
     config = common.open_run(TrainConfig, "train", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.methods.train.denoising import Denoising
-    from distill_cli.methods.train.text_to_image import TextToImage
-    from distill_cli.training.engine import Engine
-
-    images = common.open_data("train", config, resume, dry_run)
-    objective = Denoising(config, images) if config.vae is None else TextToImage(config, images)
-    count = sum(p.numel() for p in objective.networks["teacher"].parameters())
-    if dry_run:
-        common.dry_run(config, common.training_plan(config, {"teacher": count}, count))
-        return
-    engine = Engine(config, objective)
-    common.start_run(engine, "train", resume)
-    if engine.train() is None:  # process 0 alone has it
-        return
-    folder = engine.run.folder / objective.result
-    common.result({"run": str(engine.run.folder), "model": str(folder), "steps": config.steps}, f"teacher: {folder}", json)
+    common.train("train", config, resume, dry_run, json)

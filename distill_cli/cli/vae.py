@@ -34,17 +34,4 @@ def vae(
     config = common.open_run(VAEConfig, "vae", recipe, overrides, dry_run, flags)
     if not dry_run:
         common.start_processes(num_processes)
-    from distill_cli.methods.vae.objective import Autoencoding
-    from distill_cli.training.engine import Engine
-
-    objective = Autoencoding(config, common.open_data("vae", config, resume, dry_run))
-    count = sum(p.numel() for p in objective.networks["vae"].parameters())
-    if dry_run:
-        common.dry_run(config, common.training_plan(config, {"vae": count}, count))
-        return
-    engine = Engine(config, objective)
-    common.start_run(engine, "vae", resume)
-    if engine.train() is None:  # process 0 alone has it
-        return
-    folder = engine.run.folder / objective.result
-    common.result({"run": str(engine.run.folder), "vae": str(folder), "steps": config.steps}, f"autoencoder: {folder}", json)
+    common.train("vae", config, resume, dry_run, json)

@@ -1,4 +1,4 @@
-"""Every option of every command, with its unit. An unknown key is an error. Knows no torch."""
+"""Every option of every command, with its unit. An unknown key is an error. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ CONFIGS: dict[str, type[Config]] = {
     "edit": EditConfig,
     "evaluate": EvaluateConfig,
 }
-"""The command that a recipe's `command` key names -> its options."""
+"""Commands by the name that a recipe's `command` key holds, each with its options."""

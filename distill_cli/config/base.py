@@ -1,4 +1,4 @@
-"""Kinds of options that several commands have."""
+"""Types of options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 BUILTIN_SETS = ("digits", "shapes")
-"""Sets of images that are known by name (data/images.py)."""
+"""Built-in sets of images (data/images.py)."""
 PROMPT_SETS = ("shapes", "shapes-held")
-"""Sets of prompts that are known by name (data/prompts.py)."""
+"""Built-in sets of prompts (data/prompts.py)."""
 Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step", "pndm", "dpm++"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -26,9 +26,9 @@ _VARIABLE = re.compile(r"\$(?:(\$|\w+)|\{([^}]*)\})", re.ASCII)
 
 
 def expanded(value: Any) -> Any:
-    """A path, or a name that may be one, with `~` and $VAR put in as a shell does and $ for $$; ValueError where nothing stands for them.
+    """Expand `~`, $NAME and ${NAME} in a path or a name, as a shell does; $$ becomes $. Raises ValueError for an unset variable.
 
-    A path that is there stays as it is, and so does a Path, which has been expanded.
+    A path that exists is returned unchanged, and so is a Path, which was expanded before.
     """
     if not isinstance(value, str):
         return value
@@ -36,22 +36,22 @@ def expanded(value: Any) -> Any:
     if not text:
         raise ValueError("is empty")
     if "\0" in text:
-        raise ValueError("has a null character in it")
+        raise ValueError("contains a null character")
     if not os.path.exists(text):
         text = _VARIABLE.sub(_variable, text)
     out = os.path.expanduser(text)
     if out.startswith("~") and not os.path.exists(out):
-        raise ValueError(f"{out.partition('/')[0]} is nobody's home: give the whole path of a name that begins so")
+        raise ValueError(f"{out.partition('/')[0]} is no user's home: give the whole path if the name begins with ~")
     return out
 
 
 def unexpanded(value: str) -> str:
-    """Text of which `expanded` makes `value`."""
+    """The text that `expanded` turns into `value`."""
     return (os.path.abspath(value) if value.startswith("~") else value).replace("$", "$$")
 
 
 def _variable(found: re.Match[str]) -> str:
-    """The value of $NAME or ${NAME}, $ for $$; $1 and the like stay."""
+    """The value of $NAME or ${NAME}, and $ for $$; $1 and the like stay."""
     name = found[1] if found[2] is None else found[2]
     if name == "$":
         return "$"
@@ -86,14 +86,14 @@ def _not_empty(value: list[int] | None) -> list[int] | None:
 
 
 def _text(value: Any) -> Any:
-    """Text that is Unicode, as no byte of another code is."""
+    """Raise ValueError for text with bytes that are not UTF-8, which Python keeps as surrogates."""
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError("has a byte in it that is no UTF-8")
+        raise ValueError("contains a byte that is not UTF-8")
     return value
 
 
 def _no(value: Any) -> Any:
-    """YAML 1.1 reads `no` as false."""
+    """Undo YAML 1.1, which reads `no` as false."""
     return "no" if value is False else value
 
 
@@ -106,7 +106,7 @@ def seconds(every: int | str) -> float | None:
 
 
 def _every(value: Any) -> Any:
-    """Steps, or a time such as 10m."""
+    """A number of steps, or a time such as 10m."""
     text = str(value).strip()
     if isinstance(value, bool) or not re.fullmatch(r"(?=.*[1-9])(\d{1,9}|\d{1,9}(\.\d{1,9})?[smh])", text):
         raise ValueError(f"{value!r} is neither a number of steps nor a time such as 30s, 10m, 2h")
@@ -116,9 +116,9 @@ def _every(value: Any) -> Any:
 Place = Annotated[Path, BeforeValidator(expanded)]
 """A file or folder."""
 Name = Annotated[str, BeforeValidator(expanded)]
-"""A name that may be a file or folder."""
+"""The name of a model or a set, which may be a file or folder."""
 Text = Annotated[str, BeforeValidator(_text)]
-"""Words that a model or a parser reads."""
+"""Free text: a prompt, or a list of times."""
 Every = Annotated[int | str, BeforeValidator(_every)]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no)]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes), AfterValidator(_not_empty)]
@@ -129,6 +129,6 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    out: Place | None = Field(None, description="folder of the results; default runs/NAME")
-    seed: int = Field(0, ge=0, lt=2**63, description="of all noise, orders and times")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
+    out: Place | None = Field(None, description="folder for the results; default runs/NAME")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random: noise, order, times")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run; auto: on a GPU if there is one")

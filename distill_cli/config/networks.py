@@ -1,4 +1,4 @@
-"""Options of networks that are trained from nothing."""
+"""Options of networks that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distill_cli.config.base import (
-    Fraction,
-    Positive,
-)
+from distill_cli.config.base import Fraction, Positive
 
 
 class NetworkConfig(BaseModel):
-    """diffusers' UNet2DModel, as far as people change it."""
+    """A UNet2DModel of diffusers: the options that people change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    channels: list[Positive] = Field([32, 64, 64], min_length=1, description="of each resolution, from the finest")
-    attention: list[bool] = Field([False, True, False], description="self-attention at each resolution")
-    layers: Positive = Field(1, description="residual blocks a resolution")
-    groups: Positive = Field(16, description="of group normalisation")
+    channels: list[Positive] = Field([32, 64, 64], min_length=1, description="channels at each resolution, finest first")
+    attention: list[bool] = Field([False, True, False], description="whether a resolution has self-attention, finest first")
+    layers: Positive = Field(1, description="residual blocks at each resolution")
+    groups: Positive = Field(16, description="groups of the group normalisation")
     head: Positive = Field(32, description="channels of an attention head")
-    dropout: Fraction = Field(0.0, description="of training; off everywhere else")
+    dropout: Fraction = Field(0.0, description="dropout during training; off everywhere else")
 
     @model_validator(mode="after")
     def _lengths(self) -> NetworkConfig:
@@ -38,14 +35,14 @@ class NetworkConfig(BaseModel):
 
 
 class VAENetworkConfig(BaseModel):
-    """diffusers' AutoencoderKL, as far as people change it."""
+    """An AutoencoderKL of diffusers: the options that people change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    channels: list[Positive] = Field([16, 32, 64, 64], min_length=1, description="of each resolution, from the finest")
-    latent_channels: Positive = Field(4, description="of the latents")
-    layers: Positive = Field(1, description="residual blocks a resolution")
-    groups: Positive = Field(8, description="of group normalisation")
+    channels: list[Positive] = Field([16, 32, 64, 64], min_length=1, description="channels at each resolution, finest first")
+    latent_channels: Positive = Field(4, description="channels of a latent")
+    layers: Positive = Field(1, description="residual blocks at each resolution")
+    groups: Positive = Field(8, description="groups of the group normalisation")
 
     @model_validator(mode="after")
     def _groups(self) -> VAENetworkConfig:
@@ -61,9 +58,9 @@ class TextConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     width: Positive = Field(96, description="channels of an embedding")
-    layers: Positive = Field(2, description="of the transformer")
-    heads: Positive = Field(4, description="of its attention")
-    length: Annotated[int, Field(ge=3)] = Field(16, description="tokens of a caption, start and end among them")
+    layers: Positive = Field(2, description="transformer layers")
+    heads: Positive = Field(4, description="attention heads")
+    length: Annotated[int, Field(ge=3)] = Field(16, description="tokens of a caption, including start and end")
 
     @model_validator(mode="after")
     def _even(self) -> TextConfig:

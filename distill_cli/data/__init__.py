@@ -1,4 +1,4 @@
-"""Real images: built-in sets and folders."""
+"""Real images (built-in sets and folders) and prompts."""
 
 from distill_cli.data.images import Images, open_images
 

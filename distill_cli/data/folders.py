@@ -1,4 +1,4 @@
-"""Pictures below a folder, as notebooks, Macs, clusters and this package leave them: what is read, and what is left out."""
+"""Find the pictures below a folder: which files are read, and which are left out (hidden files, system folders, result sheets)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from distill_cli.errors import DistillError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".heic", ".heif")
-"""How names of pictures end; some formats are read only where this machine's Pillow knows them."""
+"""Suffixes of pictures; some formats can be read only if this machine's Pillow supports them."""
 SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
-"""Folders that archives, storage boxes and file systems add, in which lies no data."""
+"""Folders without data that archives, storage boxes and file systems add."""
 SHEET, EDITS, LIST = "side-by-side.png", "edits.json", "samples.jsonl"
 SHEETS = {"grid.png": LIST, SHEET: EDITS, "comparison.png": "recipe.yaml", "picture.png": "report.json"}
-"""Pictures of pictures that this package writes, and what lies beside them."""
+"""Sheets of pictures that this package writes, each with a file that lies beside it."""
 KINDS, NAMED = 8, 3
-"""So many kinds of what was left out, and so many names, are listed in a line."""
+"""Most kinds of left-out files, and most names of each, in the line that reports them."""
 
 
 @dataclass
@@ -27,16 +27,16 @@ class Found:
 
     files: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
-    """How many files and folders of which kind; (s) stands where the plural has an s."""
+    """The number of files and folders of each kind; (s) in a kind marks its plural."""
     broken: list[str] = field(default_factory=list)
     """Links that lead nowhere."""
     folders: list[str] = field(default_factory=list)
-    """The first level of subfolders; `empty` are those without pictures."""
+    """The first level of subfolders; `empty` lists subfolders without pictures."""
     empty: list[str] = field(default_factory=list)
 
     @property
     def without(self) -> str:
-        """What was left out, to follow what was read; '' where nothing was."""
+        """The report of what was left out, appended to the report of what was read; '' if nothing was."""
         shown = self.left_out.most_common(KINDS)
         others = self.left_out.total() - sum(count for _, count in shown)
         counts = [*shown, *([("other file(s)", others)] if others else [])]
@@ -48,7 +48,7 @@ class Found:
 
 
 def readable() -> frozenset[str]:
-    """Those of SUFFIXES that this machine's Pillow reads."""
+    """The SUFFIXES that this machine's Pillow can read."""
     from PIL import Image
 
     Image.init()
@@ -57,15 +57,15 @@ def readable() -> frozenset[str]:
 
 
 def pictures_below(root: Path) -> Found:
-    """Every picture below `root`. Links are followed, each folder is read once, and one that cannot be read is an error.
+    """Every picture below `root`. Links are followed, and each folder is read once; raises DistillError if one cannot be read.
 
-    Hidden files and folders, those in SYSTEM, SHEETS, and files that are no pictures are left out; `root` itself may be hidden.
+    Hidden files and folders, SYSTEM folders, SHEETS and files that are no pictures are left out. `root` itself may be hidden.
     """
     found, read = Found(), readable()
     seen: set[tuple[int, int]] = set()
     folders = [root]
     try:
-        while folders:  # links to folders come after all that really stand here
+        while folders:  # real folders first, then links to folders
             links: list[Path] = []
             for folder in sorted(folders):
                 _read_folder(folder, root, found, read, seen, links)

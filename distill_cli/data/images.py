@@ -1,4 +1,4 @@
-"""Sets of labelled images that training draws from by position."""
+"""Sets of labelled images, read by position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Images(Protocol):
-    """A labelled set: `classes` names the labels (empty: none), `shape` is (C, H, W), `about` says what was read and left out."""
+    """A labelled set: `classes` are the names of the labels (may be empty), `shape` is (C, H, W), `about` reports what was read."""
 
     classes: list[str]
     shape: tuple[int, int, int]
@@ -37,7 +37,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64; what is random in them comes from `draws`."""
+        """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64; random augmentation comes from `draws`."""
 
 
 @runtime_checkable
@@ -45,11 +45,11 @@ class Captioned(Images, Protocol):
     """A set whose pictures have captions."""
 
     def captions(self, positions: Sequence[int]) -> list[str]:
-        """What the pictures at `positions` show."""
+        """The captions of the pictures at `positions`."""
 
 
 def hue_to_rgb(hue: Tensor) -> Tensor:
-    """Fully saturated colours (B, 3) in [0, 1], largest channel 1, of hues (B,) in [0, 1): 0 red, 1/3 green, 2/3 blue."""
+    """Fully saturated colours (B, 3) in [0, 1], largest channel 1, from hues (B,) in [0, 1): 0 red, 1/3 green, 2/3 blue."""
     ramp = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6
     return 1 - torch.minimum(ramp, 4 - ramp).clamp(0, 1)
 
@@ -57,7 +57,7 @@ def hue_to_rgb(hue: Tensor) -> Tensor:
 class Digits:
     """The 1,797 handwritten digits of scikit-learn, enlarged to 16x16, in coloured ink on black.
 
-    Grey level in [0, 1] times an ink of uniform hue, scaled to [-1, 1]: the maximum over the channels is the grey picture.
+    A pixel is its grey level in [0, 1] times an ink of random hue, scaled to [-1, 1]; the maximum over channels is the grey picture.
     """
 
     classes = [str(digit) for digit in range(10)]
@@ -79,22 +79,21 @@ class Digits:
 
 
 def cover(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
-    """The picture scaled so that it covers height x width, cut in the centre; as it is where it fits."""
+    """The picture scaled to cover height x width and cropped at the centre; unchanged if it has that size."""
     from PIL import Image, ImageOps
 
     return picture if picture.size == (width, height) else ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def fit(picture: PIL.Image.Image, height: int, width: int) -> Tensor:
-    """(3, height, width) in [-1, 1], by `cover`."""
+    """The picture as (3, height, width) in [-1, 1], resized by `cover`."""
     return from_uint8(np.asarray(cover(picture, height, width))[None].copy())[0]
 
 
 class Folder:
     """Image files below a folder; the first level of subfolders, if any, names the classes.
 
-    Pictures are scaled so that the shorter side fits, cut in the centre, and read on demand; an alpha channel is
-    laid on white.
+    Pictures are read on demand, scaled so that the shorter side fits, and cropped at the centre; alpha is composed onto white.
     """
 
     def __init__(self, path: Path, resolution: int, flip: bool = False) -> None:
@@ -111,14 +110,14 @@ class Folder:
             stray = next(f for f, parts in zip(self.files, tops, strict=True) if len(parts) == 1)
             raise DistillError(f"--data {path}: {stray.name} is in no class", "move it into a subfolder, or have no subfolders")
         self.labels = [names.index(parts[0]) if names else 0 for parts in tops]
-        self.root, self.digest = path, ""  # the digest is listing.prepare's
-        self.rows: list[list[Any]] = []  # and so are these, of pictures.jsonl
+        self.root, self.digest = path, ""  # listing.prepare fills in the digest
+        self.rows: list[list[Any]] = []  # and these rows of pictures.jsonl
         self.shape = (3, resolution, resolution)
         self.resolution, self.flip = resolution, flip
         self.said = False
         of = f" of {len(self.classes)} class{'es' * (len(self.classes) > 1)}" if self.classes else ""
         self.about = f"{len(self.files)} picture{'s' * (len(self.files) > 1)}{of} in {path}{found.without}"
-        self.readers = ThreadPoolExecutor(torch.get_num_threads())  # PIL decodes and scales without Python's lock
+        self.readers = ThreadPoolExecutor(torch.get_num_threads())  # PIL releases Python's lock
 
     def __len__(self) -> int:
         return len(self.files)
@@ -141,11 +140,11 @@ class Folder:
 
 BUILTIN = dict(zip(BUILTIN_SETS, (Digits, Shapes), strict=True))
 HELD_OUT_EPOCH = 2**40
-"""The permutation that chooses the held-out images: one that no training reaches."""
+"""Epoch whose permutation chooses the held-out images; no training gets that far."""
 
 
 def split(images: Images, holdout: float, seed: int) -> tuple[list[int], list[int]]:
-    """Positions to train on, and those held out: the share `holdout`, chosen by `seed`."""
+    """Positions of training images, and of held-out images: the share `holdout`, chosen by `seed`."""
     positions = permutation(seed, HELD_OUT_EPOCH, len(images)).tolist()
     count = round(holdout * len(images))
     if count == len(images):

@@ -1,11 +1,11 @@
-"""The pictures of a run: their headers are read before it begins, and its folder keeps the list that it began with.
+"""The list of a run's pictures: their headers are read before training, and the run's folder keeps the list for resuming.
 
-    pictures.jsonl             {"pictures": how many, "sha256": of the other lines}, a line of the classes' names, then by position
-                               ["cat/00.jpg", bytes, time of change in seconds, class], a line each
-    broken-pictures-0.jsonl    the names of those that process 0 has found broken
+    pictures.jsonl             line 1: {"pictures": count, "sha256": of the other lines}; line 2: the names of the classes; then, by
+                               position, a line for each picture: ["cat/00.jpg", bytes, modification time in seconds, class]
+    broken-pictures-0.jsonl    the names of pictures that process 0 has found broken
 
-A resumed run goes on with the kept list. A picture that the run has found broken may be removed (the next one of its class in the
-list takes its place) or replaced, under its name or with another ending; all other pictures have to be those of the list.
+A resumed run uses the kept list. A picture that the run has found broken may be removed (the next one of its class in the list
+takes its place) or replaced, under its name or with another suffix. All other pictures must be unchanged.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 LIST, BROKEN = "pictures.jsonl", "broken-pictures-{}.jsonl"
 READERS, AT_A_TIME = 32, 64
-"""Threads that read headers, more than cores because files far away answer slowly; pictures that one of them takes at a time."""
+"""Threads that read headers (many, because network disks answer slowly), and pictures that a thread takes at a time."""
 NAMED = 20
-"""So many broken pictures are named."""
+"""Most broken pictures that are named in messages."""
 Row = list[Any]
 
 
 def _trouble(files: Sequence[Path], look: Callable[[Path], Any], threads: int) -> tuple[list[DistillError], int]:
-    """Have `look` read every file, in parallel; returns what is wrong, in the order of the files, and how often it answered truly."""
+    """Call `look` on every file, in parallel; returns its errors, in the order of the files, and how often it returned true."""
 
     def check(first: int) -> tuple[list[DistillError], int]:
         wrong, count = [], 0
@@ -57,9 +57,9 @@ def _trouble(files: Sequence[Path], look: Callable[[Path], Any], threads: int) -
 
 
 def prepare(images: Folder, run: Path | None) -> list[str]:
-    """Check the pictures before training, and give them the positions that they had when `run`, if any, began; returns what to say.
+    """Check the pictures before training, and put them at the positions they had when `run` (if any) began; returns lines to print.
 
-    Of several processes each reads its share of the headers.
+    Each process reads its share of the headers.
     """
     share = [images.files[k] for k in mine(len(images.files))]
     with noting(run, images.root):
@@ -86,13 +86,13 @@ def prepare(images: Folder, run: Path | None) -> list[str]:
 
 
 def _name(file: Path, root: Path) -> str:
-    """The name of a picture below the data's folder; Path.relative_to is slow for millions."""
+    """The path of a picture below the data folder; faster than Path.relative_to, for millions of files."""
     text, above = str(file), f"{root}/"
     return text[len(above) :] if text.startswith(above) else file.relative_to(root).as_posix()
 
 
 def rows_of(images: Folder) -> list[Row]:
-    """Name, bytes, time and label of every picture."""
+    """Name, bytes, modification time and label of every picture."""
     rows = []
     with reading(images.root):
         for file, label in zip(images.files, images.labels, strict=True):
@@ -102,7 +102,7 @@ def rows_of(images: Folder) -> list[Row]:
 
 
 def keep(images: Folder, run: Path) -> None:
-    """Write the list of a run that has none."""
+    """Write the run's list of pictures, unless it exists."""
     if (run / LIST).exists():
         return
     lines = [json.dumps(row) + "\n" for row in [images.classes, *(images.rows or rows_of(images))]]
@@ -111,7 +111,7 @@ def keep(images: Folder, run: Path) -> None:
 
 
 def read(run: Path) -> tuple[list[str], list[Row]] | None:
-    """The classes and the list of a run; None for a run that began before such lists were written."""
+    """The classes and the list of a run; None if it has no list (runs of older versions)."""
     path = run / LIST
     try:
         head, _, rest = read_plain(path).partition(b"\n")
@@ -123,23 +123,23 @@ def read(run: Path) -> tuple[list[str], list[Row]] | None:
         classes, *rows = map(json.loads, rest.splitlines())
         return classes, rows
     except (ValueError, KeyError, TypeError) as error:
-        raise DistillError(f"{path}: corrupt", "delete it, and the run takes the pictures as they are now") from error
+        raise DistillError(f"{path}: corrupt", "delete it, and the run uses the pictures as they are now") from error
 
 
 def found_broken(run: Path) -> set[str]:
-    """The names of the pictures that any process of a run has found broken."""
+    """The names of pictures that any process of a run has found broken."""
     found: set[str] = set()
     for path in run.glob(BROKEN.format("*")):
         try:
             with reading(path):
                 found |= {json.loads(line) for line in path.read_bytes().splitlines()}
         except (ValueError, TypeError) as error:
-            raise DistillError(f"{path}: corrupt", "a line each, the name of a picture in JSON") from error
+            raise DistillError(f"{path}: corrupt", "each line should be the name of a picture, in JSON") from error
     return found
 
 
 def note(run: Path, root: Path, broken: Sequence[Path]) -> None:
-    """Have a run remember pictures as broken; each process writes a file of its own."""
+    """Record broken pictures in a run's folder; each process has its own file."""
     path = run / BROKEN.format(rank())
     with os_errors(path):
         before = path.read_text() if path.exists() else ""
@@ -151,7 +151,7 @@ def note(run: Path, root: Path, broken: Sequence[Path]) -> None:
 
 @contextmanager
 def noting(run: Path | None, root: Path | None, files: Sequence[Path] = ()) -> Iterator[None]:
-    """Have `run`, if any, remember a broken picture that ends the body, and all others of `files`, so that they may be removed."""
+    """If a broken picture ends the body, record it in `run` (if any), with all other broken ones of `files`: they may then be removed."""
     try:
         yield
     except BrokenPicture as error:
@@ -173,9 +173,9 @@ def noting(run: Path | None, root: Path | None, files: Sequence[Path] = ()) -> I
 
 
 def follow(images: Folder, rows: list[Row], kept: tuple[list[str], list[Row]], broken: set[str]) -> list[str]:
-    """Give `images`, whose rows are those of now, the positions of the `kept` list; returns what to say.
+    """Put `images`, whose present rows are `rows`, at the positions of the `kept` list; returns lines to print.
 
-    Raises UsageError that names what has changed, other than pictures that were found `broken`.
+    Raises UsageError that names what has changed, except for pictures that were found `broken`.
     """
     root: Path = images.root
     classes, before = kept
@@ -219,7 +219,7 @@ def _stem(name: str) -> str:
 
 
 def _next_of_class(before: list[Row], there: set[str]) -> dict[str, str]:
-    """For each picture that is not there the next one of its class in the list that is, after the last the first."""
+    """For each missing picture, the next existing one of its class in the list; after the last comes the first."""
     out: dict[str, str] = {}
     following: dict[int, str] = {}
     for name, _, _, label in [*before, *before][::-1]:

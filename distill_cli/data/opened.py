@@ -1,4 +1,4 @@
-"""Picture files, opened: what is broken, how deep they are, what is transparent."""
+"""Open picture files: broken ones, bit depth, transparency."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class BrokenPicture(DistillError):
-    """A file that is there and can be read, and is no picture that can be used."""
+    """A readable file that is not a usable picture."""
 
     def __init__(self, path: Path, what: str, hint: str = "remove or replace the file") -> None:
         super().__init__(f"{path}: {what}", hint)
@@ -23,7 +23,7 @@ class BrokenPicture(DistillError):
 
 
 def unread(path: Path, error: Exception) -> DistillError:
-    """What to raise where PIL could not open or decode `path`: what the system said, or BrokenPicture."""
+    """The error to raise if PIL cannot open or decode `path`: the system's error, or BrokenPicture."""
     if isinstance(error, MemoryError):
         raise error
     if isinstance(error, DistillError):
@@ -34,23 +34,23 @@ def unread(path: Path, error: Exception) -> DistillError:
 
 
 BITS, PHOTOMETRIC, KIND = 258, 262, 339
-"""Tags of TIFF: bits a sample, whether 0 is black (1) or white (0), and whether samples are unsigned (1), signed (2) or floats (3)."""
+"""Tags of TIFF: bits per sample; 0 is black (1) or white (0); samples are unsigned (1), signed (2) or floats (3)."""
 DARK = 16
-"""Of 255: the largest value of 12 bits in 16."""
+"""Largest 8-bit value of a picture that keeps 12 bits in 16."""
 
 
 class Picture(NamedTuple):
-    """A picture upright, as RGB, with an alpha channel laid on white."""
+    """A picture: upright, RGB, an alpha channel composed onto white."""
 
     image: PIL.Image.Image
     transparent: bool
-    """Whether it had an alpha channel that showed."""
+    """Whether it had an alpha channel that is not opaque."""
     dark: str
-    """What is to be said of one that fills a small part of its 16 bits; '' of others."""
+    """A warning if it uses a small part of its 16 bits, else ''."""
 
 
 def header(path: Path) -> bool:
-    """Whether a picture has several frames; raises DistillError for what its header shows to be wrong."""
+    """Whether a picture has several frames, from its header; raises DistillError if the header is wrong."""
     from PIL import Image
 
     try:
@@ -64,19 +64,19 @@ def header(path: Path) -> bool:
 def open_picture(path: Path) -> Picture:
     """Read the first frame of a picture.
 
-    Its depth is the format's: 8 bits a channel or fewer, 16 bits, or floats from 0 to 1; others are refused.
+    Channels may have up to 8 bits, 16 bits, or be floats from 0 to 1; other depths raise BrokenPicture.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
             _check_depth(opened, path)
-            deep = ";16" in str(opened.tile)  # as its data are packed: Pillow takes the upper 8 of colours' 16 bits
-            clear = opened.info.get("transparency")  # a value, or one a channel
+            deep = ";16" in str(opened.tile)  # the packed format; for colours Pillow keeps the upper 8 of 16 bits
+            clear = opened.info.get("transparency")  # one value, or one for each channel
             if deep and isinstance(clear, tuple):
                 opened.info["transparency"] = tuple(value >> 8 for value in clear)
             upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16") or upright.mode in ("I", "F"):  # Pillow would cut off what is over 255
+            if upright.mode.startswith("I;16") or upright.mode in ("I", "F"):  # Pillow would clip at 255
                 grey = np.asarray(upright).astype(np.float64)
                 upright = _of_white(grey, opened, path)
                 if isinstance(clear, int):
@@ -93,17 +93,17 @@ def open_picture(path: Path) -> Picture:
 
 
 def _check_depth(opened: PIL.Image.Image, path: Path) -> None:
-    """Raise BrokenPicture where the header says that nothing says which value is white."""
+    """Raise BrokenPicture for a depth at which the value of white is unknown."""
     tags = getattr(opened, "tag_v2", {})
     bits = tags.get(BITS, (0,))[0]
-    if opened.mode == "I" and bits != 16 and opened.format not in ("PNG", "PPM"):  # whose 16 bits Pillow gives in 32
+    if opened.mode == "I" and bits != 16 and opened.format not in ("PNG", "PPM"):  # Pillow opens these formats' 16 bits as 32
         raise _depth(path, "integers of 32 bits")
     if 2 in tags.get(KIND, ()):
         raise _depth(path, f"signed integers of {bits} bits")
 
 
 def _of_white(grey: np.ndarray, opened: PIL.Image.Image, path: Path) -> PIL.Image.Image:
-    """Grey values (H, W) of more than 8 bits as a picture of 8; raises BrokenPicture where nothing says which of them is white."""
+    """Grey values (H, W) of more than 8 bits as an 8-bit picture; raises BrokenPicture if the value of white is unknown."""
     from PIL import Image
 
     tags = getattr(opened, "tag_v2", {})

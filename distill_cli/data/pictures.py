@@ -1,4 +1,4 @@
-"""Images at the edges: float [-1, 1] inside, uint8 and PNG outside."""
+"""Convert images between float [-1, 1] (inside) and uint8 or PNG (outside); grids of images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill_cli.errors import DistillError
 from distill_cli.files import write_atomic
 
 LETTER = (6, 12)
-"""Pixels of a letter of a caption: width, height."""
+"""Width and height in pixels of a letter in a caption."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -29,7 +29,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def finished(images: Tensor) -> np.ndarray:
-    """As `to_uint8`, of pictures that are to be kept; raises DistillError where a value is no number."""
+    """As `to_uint8`, for images that are kept; raises DistillError if a value is not finite."""
     if not images.isfinite().all():
         raise DistillError("the model's pictures are not numbers, and none of this batch is written", "--precision bf16 or no")
     return to_uint8(images)
@@ -48,7 +48,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[str] | None = None) -> np.ndarray:
-    """(B, H, W, 3) uint8 in rows of `columns`, each pixel `scale` times as large, with grey gaps, captions below the pictures."""
+    """Images (B, H, W, 3) uint8 as one picture: rows of `columns`, enlarged `scale` times, grey gaps, captions below."""
     count, height, width, _ = images.shape
     lines = [textwrap.wrap(text, max(8, width * scale // LETTER[0])) for text in captions or []]
     rows, gap, under = math.ceil(count / columns), max(1, scale // 2), LETTER[1] * min(4, max(map(len, lines), default=0))
@@ -65,12 +65,12 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[st
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10, scale: int = 4) -> None:
-    """Write (B, C, H, W) images in [-1, 1] as one PNG."""
+    """Write images (B, C, H, W) in [-1, 1] as one PNG."""
     write_atomic(path, png(grid(to_uint8(images), columns, scale)))
 
 
 def save_comparison(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 16, scale: int = 4) -> None:
-    """Write grids of (B, H, W, 3) uint8 images below one another, each under its title."""
+    """Write several sets of images (B, H, W, 3) uint8 as grids, one below the other, each with its title above."""
     panels = [(title, grid(images, columns, scale)) for title, images in rows]
     bar = 18
     canvas = Image.new("RGB", (max(p.shape[1] for _, p in panels), sum(p.shape[0] + bar for _, p in panels)), "white")

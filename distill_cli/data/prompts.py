@@ -1,7 +1,7 @@
-"""Files of prompts, read where they stand: memory holds eight bytes a prompt.
+"""Files of prompts, read on demand: memory holds eight bytes for each prompt.
 
-What a file is, its content says: JSON (an object or a text a line, or one array), a table (a header with a column prompt, text or
-caption), or else a line a prompt.
+The content decides the format: JSON (an object or a text in each line, or one array), a table (with a column prompt, text or
+caption), or else one prompt in each line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distill_cli.files import reading
 from distill_cli.processes import say_hidden
 
 FIELDS = ("prompt", "text", "caption")
-"""Where a prompt stands in an object of JSON, or in a table, in any case: the first of these that holds text."""
+"""Fields of a JSON object, or columns of a table, that may hold the prompt; the first with text counts. Case is ignored."""
 HINT = "a line a prompt, or JSON or a table with prompt, text or caption"
 TABLES, JSON = {".csv": ",", ".tsv": "\t"}, (".jsonl", ".json", ".ndjson")
 DELIMITERS = ",\t;|"
@@ -39,28 +39,28 @@ DELIMITERS = ",\t;|"
 
 @dataclass(frozen=True)
 class Form:
-    """How prompts stand in a file: `kind` is lines, json or table; a table has a delimiter and columns."""
+    """The format of a file of prompts: `kind` is lines, json or table; a table has a delimiter and columns."""
 
     kind: str
     delimiter: str = ","
     columns: tuple[str, ...] = ()
-    """What the header says; where there is none, the first line is a prompt."""
+    """The columns that the header names; without a header, the first line is a prompt."""
     quoting: Any = csv.QUOTE_MINIMAL
     blank: bool = False
-    """Whether blanks follow its delimiters."""
+    """Whether blanks follow the delimiters."""
     rows_are_lines: bool = False
-    """Whether no cell may go on in the next line."""
+    """Whether every cell ends with its line."""
 
     @cached_property
     def fields(self) -> list[int]:
-        """Columns that may hold the prompt, the first choice first."""
+        """Columns that may hold the prompt, in order of preference."""
         return [k for name in FIELDS for k, column in enumerate(self.columns) if column.lower() == name]
 
 
 class PromptFile(Sequence[str]):
-    """The prompts of a text file, whose content says how they stand in it; raises DistillError that names the line for what is no prompt.
+    """The prompts of a text file, whose format comes from its content; raises DistillError that names a line without a prompt.
 
-    `about` says what was read, left out and assumed. `own` is for the package's own copies: every prompt of theirs counts.
+    `about` reports what was read, left out and assumed. `own` is for copies written by this package: every prompt in them counts.
     """
 
     def __init__(self, path: Path, own: bool = False) -> None:
@@ -86,7 +86,7 @@ class PromptFile(Sequence[str]):
         self.about = self._said()
 
     def _opened(self) -> IO[bytes]:
-        """The file, or a copy of what comes through a pipe: one that can be read at any place, again and again."""
+        """The file, or a copy of a pipe's content; either can be read at any position, repeatedly."""
         copy, _, name = os.environ.get(COPY, "").partition("\n")
         if copy and name == str(self.path):
             return open(copy, "rb")  # noqa: SIM115 - as long as the prompts are read
@@ -102,7 +102,7 @@ class PromptFile(Sequence[str]):
             raise DistillError(f"--prompts {self.name}: {(error.strerror or str(error)).lower()}") from error
 
     def _head(self) -> str:
-        """The beginning of the file; raises DistillError for one that is no text."""
+        """The beginning of the file; raises DistillError if it is not UTF-8 text."""
         head = os.pread(self._open.fileno(), PIECE, 0)
         if code := code_of(head):
             raise self._fault(f"{code[:6]}, not UTF-8", f"iconv -f {code} -t UTF-8 makes a file that can be read")
@@ -111,7 +111,7 @@ class PromptFile(Sequence[str]):
         return head.decode(errors="ignore").removeprefix("\ufeff")
 
     def _forms(self, head: str) -> list[Form]:
-        """What the file may be by its beginning, the likeliest first; the last is what it is where no other fits all of its lines."""
+        """Possible formats by the beginning of the file, likeliest first; the first one that fits every line is used."""
         suffix = self.path.suffix.lower()
         first = next((line.strip() for line in re.split(r"[\r\n]+", head) if line.strip()), "")
         if first.startswith("[") and (suffix in JSON or begins_array(first)) and not self.own:
@@ -131,7 +131,7 @@ class PromptFile(Sequence[str]):
                 self.doubt = "is taken for a prompt and not for the names of columns"
                 continue
             as_they_stand = replace(form, quoting=csv.QUOTE_NONE)
-            if delimiter == "\t" and len(form.columns) > 1:  # few who write such tables quote cells
+            if delimiter == "\t" and len(form.columns) > 1:  # cells in such tables are rarely quoted
                 forms += [replace(form, rows_are_lines=True), as_they_stand, form]
             else:
                 forms += [form, as_they_stand]
@@ -144,7 +144,7 @@ class PromptFile(Sequence[str]):
         return forms
 
     def _unroll(self) -> None:
-        """Go on with a copy of a JSON array that has a line an element."""
+        """Replace a JSON array by a copy with one element in each line."""
         self.unit = "element"
         out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._open.seek(0)
@@ -158,7 +158,7 @@ class PromptFile(Sequence[str]):
         self._open = out
 
     def _index(self, form: Form) -> None:
-        """Find where each prompt begins; raises DistillError for the first line that does not fit."""
+        """Find the byte at which each prompt begins; raises DistillError for the first line that does not fit the format."""
         self.form, self.starts = form, array("q")
         self.left_out, self.used = 0, Counter[str]()
         digest = hashlib.sha256()
@@ -172,7 +172,7 @@ class PromptFile(Sequence[str]):
         self.digest = digest.hexdigest()
 
     def _records(self, start: int, piece: int = PIECE) -> Iterator[tuple[int, str, str]]:
-        """From a byte on, where each record begins, the field or column that holds its text, and the text; '' where none does."""
+        """From byte `start` on, for each record: its first byte, the field or column with its text, and the text ('' if it has none)."""
         form, lines = self.form, Lines(self._open, f"--prompts {self.name}", start, piece)
         rows: Iterator[Any] = lines
         if form.kind == "table":
@@ -267,12 +267,12 @@ class PromptFile(Sequence[str]):
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it has no half of a surrogate pair, as JSON that was cut off may have."""
+    """Whether a text has no half of a surrogate pair; truncated JSON may have one."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _header(head: str, delimiter: str) -> tuple[str, ...]:
-    """The first row of a table that begins so, or nothing where it is none."""
+    """The first row of a table that begins with `head`; () if it is no table."""
     try:
         rows = csv.reader(re.split(r"(?<=\n)|(?<=\r)(?!\n)", head), delimiter=delimiter, skipinitialspace=True)
         return tuple(cell.strip() for cell in next((row for row in rows if row), []))
@@ -281,7 +281,7 @@ def _header(head: str, delimiter: str) -> tuple[str, ...]:
 
 
 def _shown(names: Iterable[str]) -> str:
-    """Names of a file for one line of the terminal."""
+    """Field names for one line of a message, shortened."""
     return ", ".join(repr(name)[1:41].rstrip("'") for name in islice(names, 8)) or "none"
 
 
@@ -308,19 +308,19 @@ def open_prompts(name: str | Path) -> Sequence[str]:
 
 
 def chosen(name: str | None, data: str) -> Sequence[str]:
-    """The prompts asked for; by default those of the set that the model has learned, or none."""
+    """The prompts `name`; by default the prompts of the set `data` that the model was trained on, or none."""
     if name is None and data not in BUILTIN:
         return ()
     return open_prompts(name or data)
 
 
 def in_turn(prompts: Sequence[str], count: int) -> Sequence[str]:
-    """The prompts that `count` pairs have in turn: all, or the first of more. Embeddings are large, and the others need none."""
+    """The prompts that `count` pairs use in turn, at most the first `count`: others need no embeddings, which are large."""
     return prompts if len(prompts) <= count else prompts[:count]
 
 
 def digest_of(prompts: Sequence[str]) -> str:
-    """SHA-256 of prompts, a line each."""
+    """SHA-256 of prompts, one in each line."""
     if isinstance(prompts, PromptFile):
         return prompts.digest
     digest = hashlib.sha256()

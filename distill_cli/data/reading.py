@@ -1,4 +1,4 @@
-"""Text from outside, read a piece at a time: lines however they end, JSON arrays, and what comes through a pipe."""
+"""Read text from outside a piece at a time: lines with any line ending, JSON arrays, and pipes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from distill_cli.errors import DistillError, reason
 
 STDIN = ("-", "/dev/stdin")
 PIECE = 1 << 16
-"""Bytes that are read at a time."""
+"""Bytes read at a time."""
 UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")
 INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10))))
-"""Letters and marks that show nothing, as control and format characters and spaces do (UNSEEN, categories of Unicode)."""
+"""Letters and marks that are invisible; so are characters of the UNSEEN categories: control, format, spaces."""
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-"""How files in other codes than UTF-8 begin, the longer marks first."""
+"""Byte-order marks of encodings other than UTF-8, longer marks first."""
 UNMARKED = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 COPY = "DISTILL_PROMPTS"
-"""Names the prompts of a pipe and the file that holds them for the processes that this one starts."""
+"""Variable with the name of a pipe of prompts, and of the file that keeps its content for child processes."""
 
 
 class Lines:
-    """Lines of a file from the byte `end` on, ended by LF, CR LF or CR, without byte-order marks.
+    """The lines of a file from byte `end` on, ended by LF, CR LF or CR, without byte-order marks.
 
-    `end` is always where the next line begins, and `number` how many were read. Several can read one file at once.
+    `end` is where the next line begins, `number` the count of lines read. Several readers can share one file.
     """
 
     def __init__(self, handle: IO[bytes], name: str, end: int = 0, piece: int = PIECE) -> None:
@@ -53,7 +53,7 @@ class Lines:
             self.rest = b""
             if not self.ready:
                 raise StopIteration
-            if more and not self.ready[-1].endswith(b"\n"):  # the line, or its CR LF, may go on
+            if more and not self.ready[-1].endswith(b"\n"):  # the line, or its CR LF, may continue
                 self.rest = self.ready.pop()
         line = self.ready.popleft()
         try:
@@ -66,7 +66,7 @@ class Lines:
 
 
 def code_of(head: bytes) -> str:
-    """The code of a text that begins so and is no UTF-8, as iconv calls it; '' where it is UTF-8, or no text."""
+    """The encoding of a text that begins with `head` and is not UTF-8, by iconv's name; '' for UTF-8, and for what is no text."""
     marked = [name for mark, name in MARKS.items() if head.startswith(mark)]
     found = {}
     for code in marked or (UNMARKED if b"\0" in head else ()):
@@ -80,7 +80,7 @@ def code_of(head: bytes) -> str:
 
 
 def visible(text: str) -> bool:
-    """Whether a text has a letter or mark that shows."""
+    """Whether a text has a visible character."""
     first = text[:1]
     return (first.isascii() and first.isalnum()) or any(
         unicodedata.category(letter) not in UNSEEN and letter not in INVISIBLE for letter in text
@@ -88,7 +88,7 @@ def visible(text: str) -> bool:
 
 
 def begins_array(text: str) -> bool:
-    """Whether a line begins a JSON array of texts or objects, rather than being a prompt in brackets."""
+    """Whether a line begins a JSON array of texts or objects; a prompt in brackets does not."""
     rest = text.strip()[1:].lstrip()
     if not rest or re.match(r"\{\s*(\"|$)", rest):
         return True
@@ -100,7 +100,7 @@ def begins_array(text: str) -> bool:
 
 
 def begins_object(text: str) -> bool:
-    """Whether a text begins with a whole object of JSON."""
+    """Whether a text begins with a complete JSON object."""
     try:
         return isinstance(json.JSONDecoder().raw_decode(text)[0], dict)
     except (ValueError, RecursionError):
@@ -108,7 +108,7 @@ def begins_object(text: str) -> bool:
 
 
 def elements(text: IO[str]) -> Iterator[Any]:
-    """The elements of a JSON array, one after another; raises ValueError where it is damaged."""
+    """The elements of a JSON array in order; raises ValueError if it is damaged."""
     decode, after = json.JSONDecoder().raw_decode, re.compile(r"\s*([,\]])\s*")
     buffer = text.read(PIECE).lstrip()[1:].lstrip()
     ended = buffer.startswith("]")
@@ -132,13 +132,13 @@ def elements(text: IO[str]) -> Iterator[Any]:
 
 
 def is_pipe(name: str) -> bool:
-    """Whether prompts of this name come through a pipe, which is read once: standard input, a FIFO, <(command)."""
+    """Whether `name` is a pipe, which can be read only once: standard input, a FIFO, <(command)."""
     path = Path(name)
     return name == "-" or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def copied(name: str, out: IO[bytes]) -> IO[bytes]:
-    """Write what comes through a pipe to `out`, which is returned."""
+    """Copy the content of a pipe to `out`, and return `out`."""
     try:
         if name in STDIN:
             shutil.copyfileobj(sys.stdin.buffer, out)
@@ -146,14 +146,14 @@ def copied(name: str, out: IO[bytes]) -> IO[bytes]:
             with open(name, "rb") as pipe:
                 shutil.copyfileobj(pipe, out)
         out.flush()
-    except (OSError, AttributeError, ValueError) as error:  # of a closed standard input
+    except (OSError, AttributeError, ValueError) as error:  # AttributeError, ValueError: standard input is closed
         raise DistillError(f"--prompts {name}: cannot be read ({reason(error)})") from error
     return out
 
 
 @contextmanager
 def kept_for_others(name: str) -> Iterator[None]:
-    """While other processes run that this one starts, they find the prompts of a pipe in a file."""
+    """Keep the content of a pipe of prompts in a file while the body runs, for the processes that it starts."""
     with tempfile.NamedTemporaryFile(prefix="distill-") as out:
         copied(name, out)
         os.environ[COPY] = f"{out.name}\n{name}"

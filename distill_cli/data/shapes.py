@@ -1,8 +1,8 @@
 """A procedural world with captions: one coloured shape on a plain background, 64x64 RGB.
 
-"a large red circle at the top left of a white background": every combination of size, colour, shape, place and background has
-one caption; what is random in a picture (exact size, centre and colour) comes from its index. A tenth of the combinations is
-held back, for captions that no model trained here has seen.
+"a large red circle at the top left of a white background": each combination of size, colour, shape, place and background has
+one caption. Exact size, centre and colour are random by the picture's index. A tenth of the combinations is held back: captions
+that no model trained here has seen.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from distill_cli.diffusion.noise import Draws, permutation
 
 PIXELS = 64
 SIZES = {"small": 10.0, "large": 18.0}
-"""Radius r in pixels; a picture's is up to 8% off."""
+"""Radius r in pixels; varies by up to 8%."""
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40),
     "purple": (140, 50, 180), "orange": (245, 130, 30), "cyan": (40, 200, 220), "black": (20, 20, 20),
 }  # fmt: skip
-"""Of 255; each channel of a picture's is up to 12 off."""
+"""RGB out of 255; each channel varies by up to 12."""
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {
     "in the centre": (32, 32), "at the top left": (20, 20), "at the top right": (44, 20),
     "at the bottom left": (20, 44), "at the bottom right": (44, 44),
 }  # fmt: skip
-"""Centres (x, y) in pixels; a picture's is up to 2 off, each way."""
+"""Centres (x, y) in pixels; each coordinate varies by up to 2."""
 BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "pink": (250, 180, 200)}
 SIZE_OFF, PLACE_OFF, COLOUR_OFF = 0.08, 2.0, 12.0
 HELD_BACK = 0.1
@@ -39,7 +39,7 @@ HELD_BACK_SEED = 0
 
 @dataclass(frozen=True)
 class Thing:
-    """What a picture shows, as its caption says."""
+    """What a picture shows."""
 
     size: str
     colour: str
@@ -62,7 +62,7 @@ TRAINED = tuple(THINGS[k] for k in sorted(_ORDER[_FIRST:]))
 
 
 def distance(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """How far outside the outline points (x right, y down from the centre) lie, in pixels; negative inside.
+    """Signed distance in pixels of points (x right, y down from the centre) from the outline; negative inside.
 
     Circle of radius r; square of half side 0.9 r; upright triangle of circumradius 1.15 r; cross of arms r long, 0.7 r wide.
     """
@@ -80,13 +80,13 @@ def distance(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 def coverage(shape: str, centre: Tensor, r: Tensor) -> Tensor:
-    """(64, 64) shares of each pixel inside the shape of radius r () around `centre` (2,): x, y; a pixel's middle is at a half."""
+    """(64, 64) share of each pixel covered by a shape of radius r () around `centre` (x, y); pixel centres are at half-integers."""
     grid = torch.arange(PIXELS, dtype=torch.float64) + 0.5
     return (0.5 - distance(shape, grid[None, :] - centre[0], grid[:, None] - centre[1], r)).clamp(0, 1)
 
 
 def render(thing: Thing, jitter: Tensor) -> Tensor:
-    """(3, 64, 64) in [-1, 1] from six numbers in [0, 1): of the radius, the centre's x and y, the colour's three channels."""
+    """(3, 64, 64) in [-1, 1]; the six `jitter` values in [0, 1) vary the radius, the centre's x and y, and three colour channels."""
     off = 2 * jitter - 1
     r = SIZES[thing.size] * (1 + SIZE_OFF * off[0])
     centre = torch.tensor(PLACES[thing.place], dtype=torch.float64) + PLACE_OFF * off[1:3]
@@ -97,7 +97,7 @@ def render(thing: Thing, jitter: Tensor) -> Tensor:
 
 
 class Shapes:
-    """The pictures of the combinations that are trained on; without classes: the captions tell them apart."""
+    """Pictures of the combinations for training, with captions and without classes."""
 
     classes: list[str] = []
     shape = (3, PIXELS, PIXELS)

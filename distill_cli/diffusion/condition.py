@@ -43,9 +43,11 @@ class Condition:
     def where(self, mask: Tensor, null: Condition) -> Condition:
         """`null`, of one sample, for the samples at which `mask` (B,) is true."""
         other = null.like(self)
-        return Condition(
-            {name: torch.where(mask.reshape(-1, *[1] * (part.ndim - 1)), other.parts[name], part) for name, part in self.parts.items()}
-        )
+
+        def chosen(name: str, part: Tensor) -> Tensor:
+            return torch.where(mask.to(part.device).reshape(-1, *[1] * (part.ndim - 1)), other.parts[name], part)
+
+        return Condition({name: chosen(name, part) for name, part in self.parts.items()})
 
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
@@ -58,3 +60,11 @@ class Condition:
 
 NOTHING = Condition()
 """No condition."""
+
+
+def dropped(condition: Condition, null: Condition | None, uniform: Tensor, share: float) -> Condition:
+    """The condition with `null` in the place of the samples whose `uniform` (B,) is below `share`; as it is where no null is known.
+
+    So the null condition is learned, which guidance needs (Ho & Salimans 2207.12598).
+    """
+    return condition if null is None else condition.where(uniform < share, null)

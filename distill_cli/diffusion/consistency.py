@@ -11,11 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
-from distill_cli.diffusion.schedule import EDMSchedule, expand
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import Denoiser
+from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, expand
 
 
-def sigma_at(schedule: EDMSchedule, index: Tensor, intervals: int) -> Tensor:
+def sigma_at(schedule: NoiseSchedule, index: Tensor, intervals: int) -> Tensor:
     """Noise level of grid points `index` (any shape): 0 is sigma_max, `intervals` sigma_min, even in sigma^(1/rho)."""
     return schedule.at(1 - index.double() / intervals)
 

@@ -9,16 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, expand
-
-Condition = Tensor | None
-"""Class labels (B,) int64, text embeddings (B, L, D), or nothing."""
 
 
 class Denoiser(Protocol):
-    """x_t (B, C, H, W), t (B,), condition (B, ...) or None -> an estimate of E[x0 | x_t], (B, C, H, W)."""
+    """x_t (B, C, H, W), t (B,), a condition of B samples -> an estimate of E[x0 | x_t], (B, C, H, W)."""
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition = None, /) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class NetworkDenoiser(nn.Module):
         self.scales = scales
         self.time_input = time_input
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         x = x if x.dtype == torch.float64 else x.float()
         t = t.to(x.device, x.dtype)
         a, s = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
@@ -125,7 +123,7 @@ class MixtureDenoiser:
         self.means, self.weights, self.std = means, weights, std
         self.schedule = schedule or EDMSchedule()
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         t = t.to(x.dtype)
         a, s = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
         variance = (a * self.std) ** 2 + s**2

@@ -5,32 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.denoiser import Denoiser
 
 
 class Guided:
     """Classifier-free guidance (Ho & Salimans 2207.12598): uncond + scale (cond - uncond).
 
-    Where a paper's weight is w = scale - 1, convert before. `null` is the null condition of one sample, (...).
+    Where a paper's weight is w = scale - 1, convert before. `null` is the null condition of one sample.
     Both come from one call of twice the batch, or from two `calls` of half the memory.
     The same combination of noise predictions gives the same x0, so it does not matter which of them is combined.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, null: Tensor, calls: int = 1) -> None:
+    def __init__(self, denoiser: Denoiser, scale: float, null: Condition, calls: int = 1) -> None:
         self.denoiser, self.scale, self.null, self.calls = denoiser, scale, null, calls
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
-        if condition is None:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+        if not condition:
             raise ValueError("guidance needs a condition")
-        null = self.null.to(condition.device, condition.dtype).expand_as(condition)
+        null = self.null.like(condition)
         if self.calls == 1:
-            cond, uncond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([condition, null])).chunk(2)
+            cond, uncond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([condition, null])).chunk(2)
         else:
             cond, uncond = self.denoiser(x, t, condition), self.denoiser(x, t, null)
         return uncond + self.scale * (cond - uncond)
 
 
-def guided(denoiser: Denoiser, scale: float, null: Tensor | None, calls: int = 1) -> Denoiser:
+def guided(denoiser: Denoiser, scale: float, null: Condition | None, calls: int = 1) -> Denoiser:
     """`denoiser` under guidance; the denoiser itself where scale is 1 (no second evaluation)."""
     if scale == 1 or null is None:
         return denoiser

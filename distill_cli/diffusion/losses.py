@@ -1,20 +1,21 @@
-"""Losses of distribution matching, of denoising and of regression, each (B, C, H, W) -> a scalar or (B,)."""
+"""Losses for distribution matching, denoising and regression, from (B, C, H, W) to a scalar or (B,)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, add_noise, expand
 
 
 def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """The distribution-matching gradient of each sample (Yin et al. 2311.18828, eq. 7 and 8), in float32 or better.
 
-    x are the student's images, `real` the (guided) teacher's and `fake` the fake score's estimates of x0 at x_t, all
-    (B, C, H, W). The weight divides by the mean |x - real| of each sample; the paper's sigma^2 / alpha and the
-    conversion from scores to x0 cancel. A sample that the teacher reproduces exactly gets gradient 0.
+    x: the student's images; `real`, `fake`: estimates of x0 at x_t by the (guided) teacher and the fake score; all
+    (B, C, H, W). The weight divides by each sample's mean |x - real|; the paper's sigma^2 / alpha and the conversion
+    from scores to x0 cancel. A sample that the teacher reproduces exactly has gradient 0.
     """
     x, real, fake = (v if v.dtype == torch.float64 else v.float() for v in (x.detach(), real.detach(), fake.detach()))
     scale = (x - real).abs().flatten(1).mean(1)
@@ -23,17 +24,17 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
-    """0.5 mean(gradient^2) as a value; its derivative by x is gradient / x.numel()."""
+    """A scalar of value 0.5 mean(gradient^2) whose derivative by x is gradient / x.numel()."""
     wide = x if x.dtype == torch.float64 else x.float()
     return 0.5 * (wide - (wide - gradient).detach()).square().mean()
 
 
 def denoising_weight(schedule: NoiseSchedule, t: Tensor, sigma_data: float = 0.5, error: str = "noise") -> Tensor:
-    """(B,) weights of the squared x0 error.
+    """(B,) weight of the squared x0 error.
 
     EDM: 1/sigma^2 + 1/sigma_data^2, which makes the loss of the raw network even over sigma (Karras et al. 2022, eq. 8
-    and table 1). Elsewhere those that turn it into plain `error` of noise, (alpha / sigma)^2 (Ho et al. 2006.11239,
-    L_simple), or of velocity, (alpha^2 + sigma^2)^2 / sigma^2 (Salimans & Ho 2202.00512: SNR + 1).
+    and table 1). Other schedules: the weight that makes it the plain squared `error` of noise, (alpha / sigma)^2
+    (Ho et al. 2006.11239, L_simple), or of velocity, (alpha^2 + sigma^2)^2 / sigma^2 (Salimans & Ho 2202.00512: SNR + 1).
     """
     a, s = schedule.alpha(t), schedule.sigma(t)
     if isinstance(schedule, EDMSchedule):
@@ -47,12 +48,12 @@ def denoising_loss(
     x: Tensor,
     noise: Tensor,
     t: Tensor,
-    condition: Condition = None,
+    condition: Condition = NOTHING,
     *,
     sigma_data: float = 0.5,
     error: str = "noise",
 ) -> Tensor:
-    """Weighted denoising error of each sample, (B,): the loss of a teacher, and of the fake score on x.detach().
+    """Weighted denoising error of each sample, (B,): the loss for a teacher, and for the fake score on x.detach().
 
     x, noise (B, C, H, W), t (B,). Its mean is the golden `fake_loss`.
     """
@@ -63,7 +64,7 @@ def denoising_loss(
 
 
 def distance(kind: str, x: Tensor, reference: Tensor, c: float) -> Tensor:
-    """(B,) l1 or l2, means over the sample; or pseudo-Huber sqrt(|d|^2 + c^2) - c over its sum (c 0: the norm)."""
+    """(B,) distance: l1 or l2 as means over a sample, or pseudo-Huber sqrt(|d|^2 + c^2) - c with a sum (c = 0: the norm)."""
     delta = (x - reference).flatten(1)
     if kind == "l1":
         return delta.abs().mean(1)
@@ -76,7 +77,7 @@ def distance(kind: str, x: Tensor, reference: Tensor, c: float) -> Tensor:
 
 
 def regression_loss(kind: str, x: Tensor, reference: Tensor) -> Tensor:
-    """Distance of each of the student's images to the teacher's from the same noise, (B,): l2, or huber over sqrt(dimensions).
+    """(B,) distance of the student's images from the teacher's with the same noise: l2, or huber / sqrt(dimensions).
 
     huber's c is 0.00054 sqrt(dimensions) (Song & Dhariwal 2310.14189, section 3.3).
     """

@@ -1,8 +1,7 @@
 """Random numbers by index: sample i of a job draws from (seed, purpose, i) alone.
 
-So the same numbers come back on any device, batch size, number of processes or machines. The generator is
-Philox 4x64 (Salmon et al. 2011), counter-based, through numpy: unlike torch.randn its values do not depend on
-the processor's vector width.
+So they are the same for any device, batch size, and number of processes or machines. The generator is numpy's Philox
+4x64 (Salmon et al. 2011), which is counter-based; unlike torch.randn, it does not depend on the processor's vector width.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ PURPOSES = (
     "prior", "solver", "matching_noise", "matching_time", "score_noise", "score_time", "label",
     "label_dropout", "augment", "order", "noise", "time",
 )  # fmt: skip
-"""What a stream of numbers is for. Append only: the position is part of the key, so moving one changes every run."""
+"""Purposes of random streams. Append only: the position is part of the key, so moving one changes every run."""
 
 
 class Draws:
-    """The random numbers of the samples `indices` (global positions in the job), each with streams of its own."""
+    """The random numbers of the samples `indices` (global positions in the job); each sample has its own streams."""
 
     def __init__(self, seed: int, indices: Sequence[int]) -> None:
         self.seed, self.indices = seed, list(indices)
@@ -34,7 +33,7 @@ class Draws:
         return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, turn, index], dtype=np.uint64)))
 
     def normal(self, purpose: str, shape: Sequence[int] = (), turn: int = 0) -> Tensor:
-        """Standard-normal float32 (B, *shape) on the CPU; `turn` counts draws of one purpose by one sample."""
+        """Standard-normal float32 (B, *shape) on the CPU; `turn` numbers repeated draws of a sample for one purpose."""
         rows = [self._generator(i, purpose, turn).standard_normal(shape, dtype=np.float32) for i in self.indices]
         return torch.from_numpy(np.asarray(rows, dtype=np.float32).reshape(len(rows), *shape))
 
@@ -44,13 +43,13 @@ class Draws:
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order (count,) in which epoch `epoch` visits the items 0 .. count-1."""
+    """The order (count,) in which an epoch visits the items 0 .. count-1."""
     key = np.array([seed, PURPOSES.index("order")], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch])).permutation(count)
 
 
 class Order:
-    """Item positions by global sample index: epoch after epoch, each shuffled, nothing to store for a resume."""
+    """Item positions by global sample index, shuffled anew in each epoch; a resume needs no stored state."""
 
     def __init__(self, seed: int, count: int) -> None:
         self.seed, self.count = seed, count

@@ -21,9 +21,24 @@ class NoiseSchedule(Protocol):
     def prior_std(self) -> float:
         """Standard deviation of x at t_max as sampling starts it: sigma_max for EDM, 1 elsewhere."""
 
+    def prior(self, t: float) -> float:
+        """As prior_std, where sampling starts at time t."""
+
+    @property
+    def floor(self) -> float:
+        """Smallest noise level of a consistency model; renoising leaves it out. 0 but for EDM."""
+
     @property
     def bins(self) -> int | None:
-        """How many whole times there are; None where time is continuous."""
+        """The number of whole times; None if time is continuous."""
+
+    @property
+    def grid(self) -> int:
+        """Points on which the times of a few-step student are counted, from t_max to the floor; 0 where they are not counted."""
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps of a solver for which nobody has asked."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at times t, in t's shape."""
@@ -35,10 +50,10 @@ class NoiseSchedule(Protocol):
         """The time at which the noise level sigma / alpha is `level`."""
 
     def at(self, fraction: Tensor) -> Tensor:
-        """Times at fractions of the range, 0 the smallest and 1 the largest, evenly as training sees them."""
+        """Times at fractions of the range: 0 is the smallest, 1 the largest, spaced as in training."""
 
     def times(self, steps: int) -> Tensor:
-        """(steps,) decreasing times for a solver, from t_max."""
+        """(steps,) decreasing times for a solver, starting at t_max."""
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -52,21 +67,22 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 
 
 GRID = 40
-"""Points on which OpenAI's samplers and diffusers count the times of few-step students."""
+"""Points of the grid on which OpenAI's samplers and diffusers number the times of few-step students."""
 
 
 @dataclass(frozen=True)
 class EDMSchedule:
     """Karras et al. 2022 (2206.00364): alpha = 1 and t is sigma itself.
 
-    Pictures are scaled to [-1, 1]; sigmas are in the same unit. `grid` is how many points, from sigma_max to sigma_min, the
-    times of a few-step student are counted on: diffusers' num_train_timesteps.
+    Images are in [-1, 1]; sigmas are in the same unit. `grid` is the number of points, from sigma_max to sigma_min, on which the
+    times of a few-step student are numbered: diffusers' num_train_timesteps.
     """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
     grid: int = GRID
+    usual_steps: int = 18
 
     @property
     def t_max(self) -> float:
@@ -75,6 +91,13 @@ class EDMSchedule:
     @property
     def prior_std(self) -> float:
         return self.sigma_max
+
+    def prior(self, t: float) -> float:
+        return t
+
+    @property
+    def floor(self) -> float:
+        return self.sigma_min
 
     @property
     def bins(self) -> None:
@@ -90,7 +113,7 @@ class EDMSchedule:
         return level
 
     def at(self, fraction: Tensor) -> Tensor:
-        """Times at fractions of the range: 0 is sigma_min, 1 is sigma_max, even in sigma^(1/rho) (eq. 5)."""
+        """Times at fractions of the range: 0 is sigma_min, 1 is sigma_max, evenly in sigma^(1/rho) (eq. 5)."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + fraction * (high - low)) ** self.rho
 
@@ -103,24 +126,27 @@ class EDMSchedule:
 
 @dataclass(frozen=True, eq=False)
 class TableSchedule:
-    """A variance-preserving table as DDPM and Stable Diffusion have: t in 0 .. N-1.
+    """A variance-preserving table, as in DDPM and Stable Diffusion: t in 0 .. N-1.
 
-    `alphas_cumprod` (N,) is alpha^2. Between entries it is interpolated linearly, so alpha^2 + sigma^2 = 1 at every t.
+    `alphas_cumprod` (N,) is alpha^2, interpolated linearly between entries, so alpha^2 + sigma^2 = 1 at every t.
     """
 
     alphas_cumprod: Tensor
+    prior_std: float = 1.0
+    floor: float = 0.0
+    grid: int = 0
+    usual_steps: int = 50
 
     @property
     def t_max(self) -> float:
         return float(len(self.alphas_cumprod) - 1)
 
     @property
-    def prior_std(self) -> float:
-        return 1.0
-
-    @property
     def bins(self) -> int:
         return len(self.alphas_cumprod)
+
+    def prior(self, t: float) -> float:
+        return self.prior_std
 
     def _alpha_squared(self, t: Tensor) -> Tensor:
         dtype = t.dtype if t.is_floating_point() else torch.float32
@@ -149,7 +175,7 @@ class TableSchedule:
     def times(self, steps: int, spacing: str = "trailing", offset: int = 0) -> Tensor:
         """(steps,) decreasing whole times; spacings as in Lin et al. (2305.08891, table 2).
 
-        `trailing` begins at N - 1, `leading` (Stable Diffusion 1's, with offset 1) ends at `offset`, `linspace` has both.
+        `trailing` begins at N - 1; `leading` (Stable Diffusion 1's, with offset 1) ends at `offset`; `linspace` goes from N - 1 to 0.
         """
         count = len(self.alphas_cumprod)
         if spacing == "trailing":
@@ -183,7 +209,7 @@ class TableSchedule:
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Shift and scale sqrt(alphas_cumprod) so that the last is exactly 0 and the first unchanged (2305.08891, alg. 1)."""
+    """Shift and scale sqrt(alphas_cumprod) so that the last is 0 and the first is unchanged (2305.08891, alg. 1)."""
     root = alphas_cumprod.sqrt()
     first, last = root[0], root[-1]
     return ((root - last) * first / (first - last)) ** 2
@@ -195,7 +221,13 @@ class FlowSchedule:
 
     t_max: float = 1.0
     prior_std: float = 1.0
+    floor: float = 0.0
     bins: None = None
+    grid: int = 0
+    usual_steps: int = 50
+
+    def prior(self, t: float) -> float:
+        return self.prior_std
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

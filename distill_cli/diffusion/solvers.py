@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import NoiseSchedule
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -34,7 +35,7 @@ def ddim(
     schedule: NoiseSchedule,
     x: Tensor,
     times: Tensor,
-    condition: Condition = None,
+    condition: Condition = NOTHING,
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
@@ -67,7 +68,7 @@ def euler(
     schedule: NoiseSchedule,
     x: Tensor,
     times: Tensor,
-    condition: Condition = None,
+    condition: Condition = NOTHING,
     *,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -80,7 +81,7 @@ def heun(
     schedule: NoiseSchedule,
     x: Tensor,
     times: Tensor,
-    condition: Condition = None,
+    condition: Condition = NOTHING,
     *,
     churn: float = 0.0,
     churn_min: float = 0.0,
@@ -125,7 +126,7 @@ def few_step(
     schedule: NoiseSchedule,
     x: Tensor,
     times: Tensor,
-    condition: Condition = None,
+    condition: Condition = NOTHING,
     *,
     sigma_min: float = 0.0,
     noise: Noise | None = None,

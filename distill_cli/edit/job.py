@@ -108,7 +108,7 @@ def _times(config: EditConfig, model: Model) -> list[float]:
     if config.times is not None:
         return parse(config.times, schedule, min(len(edit.EVERY_FOURTH), schedule.grid - 1))
     if config.task == "interpolate":
-        return model.times("few-step", model.sampling.steps).tolist()
+        return model.sampler.times_for(schedule, model.sampler.solver, model.sampler.steps).tolist()
     return nearest(schedule, edit.TIMES.get(config.task, edit.EVERY_FOURTH))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.noise import Draws
-from distill_cli.diffusion.schedule import GRID, EDMSchedule
+from distill_cli.diffusion.schedule import GRID, NoiseSchedule
 from distill_cli.errors import UsageError
 from distill_cli.models.model import Model
 
@@ -75,17 +75,16 @@ def into_gamut(x: Tensor, known: Tensor, projection: Projection) -> Tensor:
     return (x + ahead).clamp(-1, 1)
 
 
-def check_can_edit(model: Model, name: str) -> EDMSchedule:
+def check_can_edit(model: Model, name: str) -> NoiseSchedule:
     """The student's schedule; raises UsageError for a model that cannot edit, with what can."""
-    schedule = model.denoiser.schedule
-    if model.lineage.method == "dmd":
+    if model.sampler.knows == "pure noise":
         raise UsageError(
-            f"--model {name}: a student by distribution matching knows pure noise alone, an edit needs every noise level",
+            f"--model {name}: the student knows pure noise alone, an edit needs every noise level",
             "use a consistency student: distill cm --teacher ... makes one",
         )
-    if not model.is_consistency or not isinstance(schedule, EDMSchedule):
+    if not model.sampler.edits:
         raise UsageError(f"--model {name}: no consistency student", "distill cm --teacher ... makes one")
-    return schedule
+    return model.denoiser.schedule
 
 
 def labels_of(model: Model, count: int, classes: list[int] | None, start: int = 0) -> Tensor:

@@ -1,1 +1,1 @@
-"""How good images are: distances in a classifier's features, and their report."""
+"""Quality of images: distances in a classifier's features, CLIP score, reports, and the search for times."""

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**24
-"""Distances that are in memory at once."""
+"""Most distances in memory at once."""
 
 
 def _covariance(x: Tensor) -> Tensor:
-    """(D, D), divided by N - 1."""
+    """(D, D) covariance of the rows, divided by N - 1."""
     centred = x - x.mean(0)
     return centred.T @ centred / (len(x) - 1)
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of the normal distributions fitted to both (Heusel et al. 1706.08500, eq. 6)."""
+    """Fréchet distance of normal distributions fitted to both sets (Heusel et al. 1706.08500, eq. 6).
+
+    |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) for covariances A and B.
+    """
     one, other = _covariance(a), _covariance(b)
     values, vectors = torch.linalg.eigh(one)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -25,20 +28,20 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def radii(x: Tensor, neighbours: int) -> Tensor:
-    """(N,) distance of each row to its k-th nearest other row."""
+    """(N,) distance from each row to its k-th nearest other row."""
     return torch.cat([torch.cdist(part, x).kthvalue(neighbours + 1).values for part in x.split(max(1, BLOCK // len(x)))])
 
 
 def _covered(x: Tensor, centres: Tensor, reach: Tensor) -> float:
-    """The share of the rows x that lie in some ball around `centres`."""
+    """The share of rows in x that lie in at least one ball around `centres`."""
     parts = x.split(max(1, BLOCK // len(centres)))
     return torch.cat([(torch.cdist(part, centres) <= reach).any(1) for part in parts]).double().mean().item()
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, reach: Tensor | None = None) -> tuple[float, float]:
-    """How much of `fake` lies where `real` is, and of `real` where `fake` is (Kynkäänniemi et al. 1904.06991, eq. 1 to 3).
+    """Precision, the share of `fake` inside the region of `real`, and recall, the reverse (Kynkäänniemi et al. 1904.06991, eq. 1 to 3).
 
-    A set's region is the union of balls around its points up to their k-th nearest neighbours; `reach` are those of `real`, where known.
+    The region of a set is the union of balls around its points, each reaching to the k-th nearest neighbour. `reach`: radii of `real`.
     """
     reach = radii(real, neighbours) if reach is None else reach
     return _covered(fake, real, reach), _covered(real, fake, radii(fake, neighbours))

@@ -1,4 +1,4 @@
-"""Models against real images in a classifier's features: one table, as text, JSON and a picture."""
+"""Compare models with real images in a classifier's features: one table, as text, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ REFERENCE_SEED, AGAIN_SEED = 0, 1
 SHOWN, PART = 40, 500
 RATES = "rates.json"
 ENOUGH = 10
-"""Images a feature, under which a Fréchet distance gets a warning."""
+"""Images for each feature below which a Fréchet distance gets a warning."""
 COLUMNS = ("model", "images", "evaluations", "images/s", "accuracy", "frechet", "precision", "recall")
 
 
 class Reference:
-    """The real images, each once: their features, and what a fresh draw of them would score."""
+    """The real images, each taken once: their features, and scores of images against them."""
 
     def __init__(self, config: EvaluateConfig, images: Images, classifier: Classifier) -> None:
         info = classifier.info
@@ -62,7 +62,7 @@ class Reference:
         self.text = f"{which} {len(self.positions)} images of {config.data}, {drawn}"
 
     def _measured(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, predicted and true labels of images of the set, and the first few of them."""
+        """Features, predicted labels and true labels of images of the set, and the first few images."""
 
         def images(part: range) -> tuple[Tensor, Tensor]:
             return self.images.batch([positions[i] for i in part], Draws(draws.seed, [draws.indices[i] for i in part]))
@@ -70,9 +70,9 @@ class Reference:
         return measured(self.classifier, len(positions), images)
 
     def again(self, count: int) -> tuple[dict[str, float | None], Tensor]:
-        """The scores of `count` images drawn from the set with replacement, and a few of them.
+        """The scores of `count` images drawn from the set with replacement, and the first few of them.
 
-        They are those of a generator that knows the set by heart: no bound, but the scale on which to read the others'.
+        A generator that has memorised the set would get these scores. They are no bound, but a scale for reading the others.
         """
         draws = Draws(AGAIN_SEED, range(count))
         positions = [self.positions[i] for i in (draws.uniform("order") * len(self.positions)).long().tolist()]
@@ -81,7 +81,7 @@ class Reference:
 
     @cached_property
     def reach(self) -> Tensor:
-        """(N,) how far each real image's neighbours are, for precision."""
+        """(N,) distance of each real image to its k-th nearest neighbour, for precision."""
         return radii(self.features, self.config.neighbours)
 
     def frechet(self, images: Tensor) -> float:
@@ -89,7 +89,7 @@ class Reference:
         return frechet(self.classifier.measure(images)[0], self.features)
 
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float | None]:
-        """Accuracy (where the labels asked for are known), Fréchet distance, precision and recall of images (N, C, H, W)."""
+        """Accuracy (None without `labels`, those asked for), Fréchet distance, precision and recall of images (N, C, H, W)."""
         unknown = torch.zeros(len(images)) if labels is None else labels
         features, predicted, _, _ = measured(
             self.classifier, len(images), lambda part: (images[part.start : part.stop], unknown[part.start : part.stop])
@@ -107,9 +107,9 @@ class Reference:
 
 
 def measured(classifier: Classifier, count: int, images: Callable[[range], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, predicted and true labels of `count` images, and the first few of them.
+    """Features, predicted labels and true labels of `count` images, and the first few images.
 
-    `images` gives those of a range and their labels. The parts are shared out over the processes, and all know the whole.
+    `images` returns the images of a range and their labels. Processes share the ranges, and all of them return the whole.
     """
     ranges = [range(first, min(count, first + PART)) for first in range(0, count, PART)]
     mine = []
@@ -122,7 +122,7 @@ def measured(classifier: Classifier, count: int, images: Callable[[range], tuple
 
 
 def split(spec: str) -> tuple[str, int | None]:
-    """`NAME@2` -> NAME, 2 steps; `NAME`, or a path that exists -> itself, the model's own."""
+    """`NAME@2` -> (NAME, 2 steps); `NAME`, or a path that exists -> (itself, None: the model's own steps)."""
     name, at, steps = spec.rpartition("@")
     if not at or Path(spec).exists():
         return spec, None
@@ -132,7 +132,7 @@ def split(spec: str) -> tuple[str, int | None]:
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) in [-1, 1] and labels (N,), where there are different ones, of a file as `distill sample` writes it."""
+    """Images (N, C, H, W) in [-1, 1] and labels (N,) from a file as `distill sample` writes it; None if all labels are 0."""
     if not path.exists():
         raise UsageError(f"--model {path}: no such file")
     images, labels = batch.read_npz(path, "write it again with `distill sample --format npz`")
@@ -145,17 +145,17 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_expected(images: np.ndarray) -> str:
-    """How images of another type or order become (N, H, W, 3) of uint8."""
+    """A hint: how to turn images of another type or layout into uint8 (N, H, W, 3)."""
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
         return "channels come last: x.transpose(0, 2, 3, 1)"
     if images.dtype.kind == "f":
-        return "of values in [0, 1]: (255 * x).round().astype('uint8')"
+        return "for values in [0, 1]: (255 * x).round().astype('uint8')"
     return "three channels of 0 to 255, channels last"
 
 
 @dataclass
 class Row:
-    """One line of the table before it is measured: images in a file, or a model that makes them."""
+    """A line of the table before measurement: images from a file, or a model that will make them."""
 
     spec: str
     images: Tensor | None = None
@@ -165,7 +165,7 @@ class Row:
 
     @property
     def about(self) -> str:
-        """What was read, for the first line of the job."""
+        """A short description of what was read, for the job's first line."""
         if self.model is not None:
             return f"{self.spec} ({self.model.about})"
         assert self.images is not None
@@ -173,7 +173,7 @@ class Row:
 
     @classmethod
     def of(cls, spec: str, config: EvaluateConfig, shape: tuple[int, ...], classes: Sequence[str]) -> Row:
-        """Read or load what `spec` names; raises UsageError before anything is sampled."""
+        """Load the model or images that `spec` names; raises UsageError before anything is sampled."""
         if spec.lower().endswith(".npz"):
             row = cls(spec, *read_npz(Path(spec)))
             assert row.images is not None
@@ -186,9 +186,9 @@ class Row:
             found, count = tuple(row.images.shape[1:]), len(row.images)
         else:
             name, steps = split(spec)
-            row = cls(spec, model=load(name), steps=steps)
+            row = cls(spec, model=load(name, steps), steps=steps)
             assert row.model is not None
-            if row.model.text is not None:
+            if row.model.conditioner.takes == "prompts":
                 raise UsageError(f"--model {spec}: makes pictures of prompts", "--prompts FILE clip=FOLDER measures how well they fit them")
             row.model.with_defaults(None, steps, None)
             row.model.conditioner.labels(1, config.classes)
@@ -201,13 +201,13 @@ class Row:
         return row
 
     def sampled(self, config: EvaluateConfig, folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
-        """Fill in the images and, where the classifier knows them, the labels; returns what making them cost."""
+        """Make the images, and the labels if the classifier has the same classes; returns the cost of sampling."""
         if self.model is None:
             return {"network_evaluations": None, "images_per_second": None}
         options = config.model_dump(include={"num", "seed", "device", "precision", "classes"})
         size = config.batch_size or 100
         made = batch.sample(SampleConfig(model=self.spec, steps=self.steps, format="npz", batch_size=size, **options), self.model, folder)
-        rates = launch.all_of([made["images_per_second"]], launch.device(config.device))  # the last one has joined the parts by now
+        rates = launch.all_of([made["images_per_second"]], launch.device(config.device))  # waits until all parts are joined
         made["images_per_second"] = None if None in rates else sum(rates)
         self.images, _ = read_npz(folder / "samples.npz")
         if self.model.conditioner.classes == classes:
@@ -216,10 +216,9 @@ class Row:
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Sample what `config.model` lists, measure it, and write report.json, report.md and picture.png; returns the report.
+    """Sample and measure the models in `config.model`, and write report.json, report.md and picture.png; returns the report.
 
-    `say_read` is told what was read, before anything is sampled.
-    Several processes share sampling and features; all return the same report, process 0 writes it.
+    `say_read` is called with what was read, before sampling. Processes share the work; all return the same report, process 0 writes it.
     """
     assert config.out is not None
     classifier = load_classifier(config.classifier).to(launch.device(config.device))
@@ -262,7 +261,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 
 
 def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int, reference: int) -> str:
-    """What the Fréchet distance of too few images, or against too few, is worth; or ''."""
+    """A warning that a Fréchet distance is of too few images, or against too few; '' if it is not."""
     count = min(row["images"], reference)
     if row["model"] == AGAIN or count >= ENOUGH * width:
         return ""
@@ -275,7 +274,7 @@ def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int, reference
 
 
 def old_rates(path: Path) -> dict[str, float | None]:
-    """Images a second of models whose samples are kept in this folder and not made again."""
+    """Images per second of models whose samples are kept in this folder from an earlier call."""
     try:
         return dict(json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -283,11 +282,12 @@ def old_rates(path: Path) -> dict[str, float | None]:
 
 
 def samples_of(out: Path, k: int, spec: str) -> Path:
-    """The folder of what the k-th model makes."""
+    """The folder of the k-th model's samples."""
     return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
 
 
 def title(row: dict[str, Any]) -> str:
+    """The title of a model's pictures in picture.png."""
     numbers = [f"Frechet {row['frechet']:.3f}"]
     if row["accuracy"] is not None:
         numbers.append(f"accuracy {row['accuracy']:.3f}")
@@ -297,7 +297,7 @@ def title(row: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table, with what the reference is and what is to be doubted below it."""
+    """The report as a Markdown table, followed by the reference and any warnings."""
 
     def cell(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:.{digits}f}"

@@ -1,9 +1,9 @@
-"""The times at which a student of several steps does best (Song et al. 2303.01469, section 3 and appendix C)."""
+"""Search for the best times of a few-step consistency student (Song et al. 2303.01469, section 3 and appendix C)."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data import open_images
 from distill_cli.data.pictures import finished, from_uint8
 from distill_cli.diffusion.noise import Draws
-from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
 from distill_cli.evaluate.report import ENOUGH, Reference
 from distill_cli.models.classifier import load as load_classifier
@@ -22,11 +21,11 @@ from distill_cli.models.model import Model
 from distill_cli.models.times import from_indices
 
 UNUSED = 2**41
-"""Where the noises begin that times are chosen on: no job that is measured afterwards reaches them by counting."""
+"""First noise index of the search, out of reach of any later job: times are never measured on the noise they were chosen on."""
 
 
 def lowest(score: Callable[[int], float], low: int, high: int) -> int:
-    """The place of the lowest score among low .. high (both included) by ternary search, as if it fell and then rose."""
+    """The place of the lowest score in low .. high (inclusive) by ternary search, which assumes that scores fall and then rise."""
     while high - low > 2:
         third = (high - low) // 3
         left, right = low + third, high - third
@@ -38,12 +37,12 @@ def lowest(score: Callable[[int], float], low: int, high: int) -> int:
 
 
 def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model, list[int], list[dict[str, Any]]]:
-    """The student with the best `steps` times, found one after another, each by ternary search; their indices; and all that was measured.
+    """Find the student's `steps` best times in turn, each by ternary search; returns the student, the times' indices, and every score.
 
-    The score is the Fréchet distance of `config.num` images of `config.seed` in the features of `config.classifier`.
+    The score is the Fréchet distance of `config.num` images with seed `config.seed` in the features of `config.classifier`.
     """
     schedule = model.denoiser.schedule
-    if not model.is_consistency or not isinstance(schedule, EDMSchedule):
+    if not model.sampler.edits:
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
     if steps >= schedule.grid:
         raise UsageError(f"--search-times {steps}: this student has {schedule.grid} times, the last of them is no noise")
@@ -67,14 +66,13 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
     found: list[int] = [0]
     known: dict[tuple[int, ...], float] = {}
 
+    def timed(indices: Sequence[int]) -> Model:
+        return replace(model, sampler=model.sampler.with_times(from_indices(schedule, indices)))
+
     def score(index: int) -> float:
         indices = (*found, index)
         if indices not in known:
-            at = replace(
-                model,
-                few_step_times=from_indices(schedule, indices),
-                sampling=model.sampling.model_copy(update={"steps": len(indices)}),
-            )
+            at = timed(indices)
             features = []
             for first in range(0, config.num, config.batch_size):
                 draws = Draws(config.seed, range(UNUSED + first, UNUSED + min(config.num, first + config.batch_size)))
@@ -87,5 +85,4 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
 
     for position in range(1, steps):
         found.append(lowest(score, found[-1] + 1, schedule.grid - 1 - (steps - position)))
-    best = replace(model, few_step_times=from_indices(schedule, found), sampling=model.sampling.model_copy(update={"steps": len(found)}))
-    return best, found, [{"indices": list(indices), "frechet": value} for indices, value in sorted(known.items())]
+    return timed(found), found, [{"indices": list(indices), "frechet": value} for indices, value in sorted(known.items())]

@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts: the CLIP score (Hessel et al. 2104.08718) of models that make pictures of text."""
+"""The CLIP score (Hessel et al. 2104.08718) of text-to-image models: how well images fit their prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS = ("model", "images", "evaluations", "images/s", "CLIP score")
 
 
 class CLIP:
-    """transformers' CLIPModel and its processor, from a folder or by hub id; nothing is downloaded but on first use."""
+    """transformers' CLIPModel and its processor, from a folder or a hub id, which is downloaded on first use."""
 
     def __init__(self, name: str, where: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
@@ -41,14 +41,14 @@ class CLIP:
         self.model = load_network(CLIPModel, folder, "model").to(where)
         try:
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a missing folder, and without a network
+        except Exception as error:  # transformers raises many types for a missing folder or network
             raise DistillError(
                 f"clip {name}: no CLIP model ({reason(error)})", "a folder, or a hub id such as openai/clip-vit-large-patch14"
             ) from error
 
     @torch.no_grad()
     def scores(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
-        """(B,) 100 max(cos, 0) between uint8 images (B, H, W, 3) and their prompts, cut at the model's length."""
+        """(B,) 100 max(cos, 0) between uint8 images (B, H, W, 3) and their prompts, truncated to the model's length."""
         length = self.model.config.text_config.max_position_embeddings
         given = self.processor(
             text=list(prompts), images=list(images), return_tensors="pt", padding="max_length", max_length=length, truncation=True
@@ -59,10 +59,9 @@ class CLIP:
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Sample the prompts with what `config.model` lists, and write report.json, report.md and picture.png; returns the report.
+    """Sample the prompts with each model in `config.model`, and write report.json, report.md and picture.png; returns the report.
 
-    `say_read` is told what was read, before anything is sampled.
-    Several processes share sampling and scores; pictures stay on disk, and one model after another is in memory.
+    `say_read` is called with what was read, before sampling. Processes share the work. Images stay on disk, one model is in memory.
     """
     assert config.out is not None
     assert config.prompts is not None
@@ -90,11 +89,11 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
             num=count,
             guidance_scale=scale,
             batch_size=size,
-            negative_prompt=model.text.negative if model.text else "",
+            negative_prompt=model.conditioner.negative,
             **options,
         )
         made = batch.sample(asked, model, folder)
-        of_all = launch.all_of([made["images_per_second"]], where)  # the last one has finished by now
+        of_all = launch.all_of([made["images_per_second"]], where)  # waits for all processes
         rate = rates[spec] = rates.get(spec) if None in of_all else sum(of_all)
         if processes.rank() == 0:
             write_atomic(config.out / RATES, json.dumps(rates) + "\n")
@@ -108,7 +107,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
         rows.append({"model": spec, "images": count, **numbers, "clip_score": scores.mean().item()})
         shown = pictures_of(folder, range(min(count, SHOWN)))
         pictures.append((f"{spec}: CLIP score {rows[-1]['clip_score']:.2f}", shown))
-        del model  # the next one needs the room
+        del model  # frees memory for the next one
     report = {"prompts": config.prompts, "clip": config.clip, "seed": config.seed, "rows": rows, "warnings": [], "versions": versions()}
     if processes.rank() == 0:
         write_atomic(config.out / "report.json", json.dumps(report, indent=2) + "\n")
@@ -118,10 +117,10 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 
 
 def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple[Model, int | None, float | None]:
-    """A model for the prompts, its steps, and its guidance scale; a student has its guidance and negative prompt built in."""
+    """A model with the prompts, its steps and guidance scale. A student has guidance and negative prompt built in: its scale is None."""
     name, steps = split(spec)
-    model = load(name)
-    student = model.few_step_times is not None
+    model = load(name, steps)
+    student = model.sampler.guidance == "inside"
     model = model.with_prompts(prompts, "" if student else config.negative_prompt, config.images_per_prompt)
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
@@ -131,12 +130,12 @@ def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple
 
 
 def count_of(config: EvaluateConfig, prompts: int) -> int:
-    """Pictures of each model: as many as are asked for, else each prompt's."""
+    """Images for each model: the number asked for, else images_per_prompt for each prompt."""
     return config.num if "num" in config.model_fields_set else prompts * config.images_per_prompt
 
 
 def pictures_of(folder: Path, part: range) -> np.ndarray:
-    """uint8 pictures (B, H, W, 3) of a folder of samples."""
+    """Images `part` (B, H, W, 3) uint8 from a folder of samples."""
     return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png").convert("RGB")) for i in part])
 
 

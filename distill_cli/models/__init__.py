@@ -1,4 +1,4 @@
-"""Pretrained networks as Model: `load` is the only way in, `Model.save` the only way out."""
+"""Pretrained networks as Model: `load` is the only way in, `formats.save` the only way out."""
 
 from distill_cli.models.sources.registry import load
 

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_cli.config import DMDConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model, Sampling
+from distill_cli.models.conditioners import PromptConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import STABLE_DIFFUSION
-from distill_cli.models.sources.hub import HUB
-from distill_cli.models.text import PromptConditioner
+from distill_cli.models.sources.hub import HUB, short_name, to_download
 from distill_cli.models.unet import UNet
 
 RATE = 150e12
@@ -51,10 +52,17 @@ def sketch(name: str) -> Model:
         denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(STABLE_DIFFUSION), "v" if name == "sd21" else "eps", Scales(), "t"),
         conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
         lineage=Lineage(name=name, licence=HUB[name].licence),
-        sampling=Sampling(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
+        sampler=Sampler(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
         codec=VAECodec(vae),
         scheduler=dict(STABLE_DIFFUSION),
     )
+
+
+def sketched(name: str, wanted: bool) -> tuple[Model | None, dict[str, str]]:
+    """Where a sketch is `wanted` and a hub model is not here yet: its sketch, and what a plan says of the download."""
+    known = short_name(name) if wanted else ""
+    download = to_download(name) if known else ""
+    return (sketch(known), {"download": download}) if download else (None, {})
 
 
 def counted(call: Any) -> int:
@@ -68,15 +76,11 @@ def counted(call: Any) -> int:
 
 def evaluation(model: Model) -> int:
     """FLOP of one evaluation of the network, of one image: multiplications and additions of its products of matrices."""
-    unet, width = model.unet, int(getattr(model.unet.config, "cross_attention_dim", None) or 0)
+    unet = model.unet
 
     def call() -> Tensor:
-        network: Any = type(unet).from_config(unet.config)
-        x, t = torch.empty(1, *model.shape), torch.ones(1)
-        if model.text is not None:
-            return network(x, t, encoder_hidden_states=torch.empty(1, model.text.length, width))[0]
-        labels = torch.zeros(1, dtype=torch.long) if unet.config.num_class_embeds else None
-        return network(x, t, class_labels=labels, return_dict=False)[0]
+        network = UNet(type(unet).from_config(unet.config))
+        return network(torch.empty(1, *model.shape), torch.ones(1), model.conditioner.example(1, "meta"))
 
     return counted(call)
 
@@ -98,12 +102,3 @@ def amount(flop: float) -> str:
     """FLOP with their unit."""
     exponent = max(1, min(6, int(math.log10(max(flop, 1)) // 3)))
     return f"{flop / 1000**exponent:.3g} {' kMGTPE'[exponent]}FLOP"
-
-
-def distillation(config: DMDConfig, model: Model, guided: bool, paired: bool) -> float:
-    """FLOP of a run of `distill dmd`; a backward pass counts twice, through the frozen autoencoder once. LPIPS' own network is left out."""
-    matched = 2 if config.match_pairs else 1
-    matching = matched * ((2 if guided else 1) + (1 + 3 * config.fake_steps if config.fake_score else 0)) if config.matching_weight else 0
-    student = 3 * (bool(config.matching_weight) + paired)
-    decoded = 3 * decoding(model) if paired and config.regression_loss == "lpips" else 0
-    return config.steps * config.batch_size * ((matching + student) * evaluation(model) + decoded)

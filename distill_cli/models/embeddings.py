@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from distill_cli import processes, shards
 from distill_cli.data.prompts import digest_of
 from distill_cli.errors import DistillError
 from distill_cli.launch import Stop
-from distill_cli.models.text import PromptConditioner, plain
+from distill_cli.models.parts import plain
 from distill_cli.tensors import content_of
 
 SHARD, AT_A_TIME = 512, 64
@@ -42,10 +43,22 @@ def unique(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
     return rank[row.reshape(-1)].astype(np.int32), first[order]
 
 
+class Encoder(Protocol):
+    """What makes embeddings of prompts: a PromptConditioner."""
+
+    prompts: Sequence[str]
+    negative: str
+    length: int
+    encoder: Any
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L, D), float32."""
+
+
 class Embeddings:
     """(L, D) embeddings of a conditioner's prompts by their position, kept in `folder` as `dtype`."""
 
-    def __init__(self, conditioner: PromptConditioner, folder: Path, dtype: str) -> None:
+    def __init__(self, conditioner: Encoder, folder: Path, dtype: str) -> None:
         self.conditioner, self.dtype = conditioner, shards.DTYPES[dtype]
         self.rows, self.firsts = unique(conditioner.prompts)
         settings = [encoder_hash(conditioner), digest_of(conditioner.prompts), conditioner.negative, conditioner.length, dtype]
@@ -103,7 +116,7 @@ class Embeddings:
         return torch.stack([found[row] for row in rows]).to(labels.device)
 
 
-def encoder_hash(conditioner: PromptConditioner) -> str:
+def encoder_hash(conditioner: Encoder) -> str:
     """SHA-256 of the text encoder's weights."""
     digest = hashlib.sha256()
     for name, value in sorted((plain(name), value) for name, value in conditioner.encoder.state_dict().items()):

@@ -74,7 +74,8 @@ def variants(names: Iterable[str], stem: str) -> dict[str, list[str]]:
     """
     out: dict[str, list[str]] = {}
     pattern = re.compile(
-        rf"{re.escape(stem)}(?:\.(?P<one>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<two>\w+))?\.safetensors(?:\.index(?:\.(?P<three>[\w-]+))?\.json)?"
+        rf"{re.escape(stem)}(?:\.(?P<one>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<two>\w+))?"
+        r"\.safetensors(?:\.index(?:\.(?P<three>[\w-]+))?\.json)?"
     )
     for name in sorted(names):
         if found := pattern.fullmatch(name):
@@ -288,3 +289,8 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
+
+
+def plain(name: str) -> str:
+    """A weight's name in a CLIPTextModel without the prefix that it has in some versions of transformers."""
+    return name.removeprefix("text_model.")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser, NetworkDenoiser
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import DistillError
 

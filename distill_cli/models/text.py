@@ -1,101 +1,24 @@
-"""Prompts as conditions: a CLIP tokenizer and text encoder (Radford et al. 2103.00020), as Stable Diffusion has them."""
+"""A CLIP tokenizer and text encoder (Radford et al. 2103.00020), as Stable Diffusion has them, in files."""
 
 from __future__ import annotations
 
-import copy
 import json
-import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill_cli.config import TextConfig
-from distill_cli.errors import DistillError, UsageError, reason
-from distill_cli.models.parts import check_file, has_vocabulary, quiet, read_json
+from distill_cli.errors import DistillError, reason
+from distill_cli.models.parts import check_file, has_vocabulary, plain, quiet, read_json
 from distill_cli.tensors import write
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 """How versions of transformers call CLIP's tokenizer."""
-
-
-class PromptConditioner:
-    """Prompts by their position in `prompts`, which is the label of an image; `negative` is the null condition.
-
-    Position i of a job has prompt i // repeat, in turn. Embeddings are computed when asked for, or come from `table`.
-    """
-
-    classes: tuple[str, ...] = ()
-    null_label = learned = None
-
-    def __init__(self, tokenizer: Any, encoder: Any) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
-        self.length = min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
-        self.prompts: Sequence[str] = ()
-        self.negative, self.repeat = "", 1
-        self.table: Any = None
-        self._null: Tensor | None = None
-
-    def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> PromptConditioner:
-        """The same tokenizer and encoder for these prompts."""
-        out = copy.copy(self)
-        out.prompts, out.negative, out.repeat, out.table, out._null = prompts, negative, repeat, None, None
-        return out
-
-    def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
-        """(count,) positions of prompts in turn, from position `start` of the job."""
-        if classes is not None:
-            raise UsageError(f"--classes {classes[0]}: the model has no classes", "it has prompts: --prompts FILE")
-        if not self.prompts:
-            raise UsageError(
-                "the model makes pictures of prompts", "--prompts FILE: a line a prompt, or .jsonl or .csv with a column prompt"
-            )
-        return torch.arange(start, start + count) // self.repeat % len(self.prompts)
-
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L) tokens, cut or filled to the encoder's length."""
-        made = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
-        return made.input_ids
-
-    def cut(self, prompts: Iterable[str]) -> int:
-        """How many of the prompts are longer than the encoder reads."""
-        made = self.tokenizer(list(prompts), truncation=True, max_length=self.length + 1).input_ids
-        return sum(len(tokens) > self.length for tokens in made)
-
-    def say_cut(self, positions: Iterable[int]) -> None:
-        """Say how many of the prompts at these positions of a job are longer than the encoder reads."""
-        labels = sorted({position // self.repeat % len(self.prompts) for position in positions})
-        parts = (labels[first : first + 1000] for first in range(0, len(labels), 1000))
-        cut = sum(self.cut(self.prompts[label] for label in part) for part in parts)
-        if cut:
-            read = f"the {self.length} tokens that the text encoder reads"
-            print(f"{cut} of {len(labels)} prompts are longer than {read}: cut there", file=sys.stderr)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, L, D), float32, on the encoder's device."""
-        place = next(self.encoder.parameters()).device
-        with torch.autocast(place.type, enabled=False):
-            return self.encoder(self.tokens(prompts).to(place))[0].float()
-
-    @property
-    def null(self) -> Tensor:
-        """(L, D): the embedding of the negative prompt."""
-        if self._null is None:
-            self._null = self.table.null if self.table is not None else self.encode([self.negative])[0]
-        return self._null
-
-    def __call__(self, labels: Tensor) -> Tensor:
-        """Embeddings (B, L, D) of the prompts at positions (B,), on the device of these; equal prompts are encoded once."""
-        if self.table is not None:
-            return self.table(labels)
-        texts = [self.prompts[position] for position in labels.tolist()]
-        unique = list(dict.fromkeys(texts))
-        return self.encode(unique).to(labels.device)[[unique.index(text) for text in texts]]
 
 
 def make_tokenizer(captions: Iterable[str], length: int) -> Any:
@@ -193,11 +116,6 @@ def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIPTextModel(config)
-
-
-def plain(name: str) -> str:
-    """A weight's name in a CLIPTextModel without the prefix that it has in some versions of transformers."""
-    return name.removeprefix("text_model.")
 
 
 def save_encoder(encoder: Any, folder: Path) -> None:

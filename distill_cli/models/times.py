@@ -16,19 +16,19 @@ from collections.abc import Sequence
 import torch
 
 from distill_cli.diffusion.consistency import sigma_at
-from distill_cli.diffusion.schedule import GRID, EDMSchedule
+from distill_cli.diffusion.schedule import GRID, NoiseSchedule
 from distill_cli.errors import UsageError
 
 PUBLISHED = (0, 22)
 """ImageNet-64's two times by consistency distillation on 40 (Song et al. 2303.01469, appendix C; OpenAI's scripts)."""
 
 
-def from_indices(schedule: EDMSchedule, indices: Sequence[int]) -> list[float]:
+def from_indices(schedule: NoiseSchedule, indices: Sequence[int]) -> list[float]:
     """Noise levels of grid points."""
-    return sigma_at(schedule, torch.tensor(list(indices)), schedule.grid - 1).clamp(max=schedule.sigma_max).tolist()
+    return sigma_at(schedule, torch.tensor(list(indices)), schedule.grid - 1).clamp(max=schedule.t_max).tolist()
 
 
-def nearest(schedule: EDMSchedule, indices: Sequence[int]) -> list[float]:
+def nearest(schedule: NoiseSchedule, indices: Sequence[int]) -> list[float]:
     """Noise levels of the student's own grid next to those that `indices` name on 40 points (GRID), each once, above sigma_min."""
     last = schedule.grid - 1
     return from_indices(schedule, sorted({min(round(index * last / (GRID - 1)), last - 1) for index in indices}))
@@ -39,7 +39,7 @@ def spelled(times: Sequence[float]) -> str:
     return "sigma:" + ",".join(map(repr, times))
 
 
-def parse(spec: str, schedule: EDMSchedule, steps: int, name: str = "--times") -> list[float]:
+def parse(spec: str, schedule: NoiseSchedule, steps: int, name: str = "--times") -> list[float]:
     """Decreasing noise levels above sigma_min, at most sigma_max; raises UsageError, which calls the option `name`, for anything else."""
     kind, _, rest = spec.partition(":")
     if spec == "even":
@@ -54,7 +54,7 @@ def parse(spec: str, schedule: EDMSchedule, steps: int, name: str = "--times") -
         raise UsageError(f"{name} {spec}: not numbers with commas between") from error
     if kind == "index" and any(number != int(number) for number in numbers if math.isfinite(number)):
         raise UsageError(f"{name} {spec}: an index is a whole number")
-    low, high = schedule.sigma_min, schedule.sigma_max
+    low, high = schedule.floor, schedule.t_max
     for number in numbers:
         if kind == "index" and not 0 <= number <= schedule.grid - 2:
             raise UsageError(f"{name} {spec}: {number:g} is not between 0 and {schedule.grid - 2}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.diffusion.denoiser import Condition
+from distill_cli.diffusion.condition import Condition
 
 
 class TimeFeatures(nn.Module):
@@ -37,4 +37,4 @@ class UNet(nn.Module):
             unet.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        return self.unet(x, time, **{self.takes: condition}, return_dict=False)[0]
+        return self.unet(x, time, **condition.parts, return_dict=False)[0]

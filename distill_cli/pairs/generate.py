@@ -1,58 +1,56 @@
-"""Make pairs: the teacher's images from (seed, i), shard after shard."""
+"""Make noise-image pairs with a teacher, shard by shard; pair i depends on (seed, i) alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from distill_cli import launch, processes, shards
 from distill_cli.config import PairsConfig
-from distill_cli.data.prompts import digest_of, in_turn
+from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
 from distill_cli.models.cost import amount, evaluation, time_of
-from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import Model, network_evaluations
+from distill_cli.models.model import Model
 from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_prompts, shard_path, write_shard
 from distill_cli.runs import settle
 
 COUNTED = 100_000
-"""Prompts that a plan looks through for different ones."""
+"""Most prompts in which a plan counts duplicates."""
 
 
 def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
-    """The manifest that a config and its teacher come to."""
+    """The manifest of a job, from its config and its teacher."""
     sampling = teacher.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
-    count = max(1, len(teacher.conditioner.classes))
-    classes = config.classes or teacher.conditioner.learned
-    teacher.conditioner.labels(1, config.classes)
-    text = teacher.text
+    conditioner = teacher.conditioner
+    conditioner.labels(1, config.classes)
     return Manifest(
         teacher=teacher.lineage.name,
         teacher_hash=teacher.weights_hash(),
         precision=config.precision,
         seed=config.seed,
         num=config.num,
-        classes=list(classes or (range(count) if text is None else ())),
-        prompts=digest_of(text.prompts) if text is not None else "",
-        negative_prompt=text.negative if text is not None else "",
+        classes=conditioner.drawn(config.classes),
+        negative_prompt=conditioner.negative,
         shape=teacher.shape,
         dtype=config.dtype,
         shard_size=config.shard_size,
         batch_size=config.batch_size,
+        **conditioner.digests(),
         **sampling.model_dump(),
     )
 
 
 def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
-    """What making the pairs costs, for --dry-run."""
-    calls = network_evaluations(manifest.sampling)
+    """The cost of making the pairs, for --dry-run."""
+    calls = manifest.sampling.evaluations
     item = shards.DTYPES[manifest.dtype].itemsize
     size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
     text = {}
-    if teacher.text is not None:
-        prompts, each = teacher.text.prompts, teacher.text.length * teacher.text.encoder.config.hidden_size * item
+    if each := teacher.conditioner.embedding * item:
+        prompts = teacher.conditioner.prompts
         known = prompts and len(prompts) <= COUNTED
         count = len(set(in_turn(prompts, manifest.num))) if known else min(manifest.num, len(prompts) or manifest.num)
         text = {"text embeddings": f"{count * each / 1e6:,.1f} MB of {count:,} prompts{'' if known else ', where all are different'}"}
@@ -68,28 +66,27 @@ def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
 
 
 def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, int]:
-    """Make the missing shards that fall to this process of part (i, n) of the job; a damaged one is an error.
+    """Make this process's share of the missing shards in part (i, n) of the job; raises DistillError for a damaged shard.
 
-    Returns how many it made and kept, how many of all are missing, and how many of those are left to this part's other
-    processes. A shard is made whole by one process, in batches that never cross its border, so its bytes do not depend on
-    how many share the work. ^C, SIGTERM and SIGUSR1 stop between batches; finished shards stay.
+    Returns the numbers of shards: `made` and `kept` by this process, `missing` from the whole job, and `left` of these to other
+    processes of this part. One process makes a whole shard, in batches that never cross its border, so its bytes do not depend on
+    the number of processes. ^C, SIGTERM and SIGUSR1 stop between batches; finished shards stay.
     """
     manifest = manifest_of(config, teacher)
     settle(folder / MANIFEST, manifest.settings(), "pairs", OURS)
     remove_temporaries(folder)
     where = launch.device(config.device)
     teacher.to(where)
-    if teacher.text is not None:
-        keep_prompts(folder, teacher.text.prompts)
-        used = teacher.text.given(in_turn(teacher.text.prompts, manifest.num), teacher.text.negative)
-        teacher.text.table = Embeddings(used, folder, config.dtype)
+    if teacher.conditioner.prompts:
+        keep_prompts(folder, teacher.conditioner.prompts)
+    teacher = replace(teacher, conditioner=teacher.conditioner.stored(folder, config.dtype, manifest.num))
     mine = processes.mine(manifest.shards, part)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
     for error in shards.Verified(folder, who=mine.start).verify(checks(folder, manifest, sorted(set(mine) - set(missing)))):
         raise error
-    if teacher.text is not None and processes.rank() == 0:  # which speaks for all of this part
+    if processes.rank() == 0:  # which speaks for all of this part
         absent = [s for s in range(part[0], manifest.shards, part[1]) if not shard_path(folder, s).exists()]
-        teacher.text.say_cut(pair for shard in absent for pair in manifest.range(shard))
+        teacher.conditioner.say_cut(pair for shard in absent for pair in manifest.range(shard))
     progress = launch.Progress(sum(len(manifest.range(s)) for s in missing), "pairs", "pairs")
     with launch.stoppable() as stop:
         for shard in missing:

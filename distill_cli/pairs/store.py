@@ -1,13 +1,13 @@
 """A folder of noise-image pairs in shards of fixed size.
 
-    verified-0.json              which shards were verified, by their size and time (shards.Verified)
-    prompts.jsonl                the prompts, of a model that has text: labels are their positions
-    text-KEY/                    their embeddings (models/embeddings.py)
-    manifest.json                what the pairs are: teacher's weights hash, solver, steps, guidance, seed, shapes, dtype
-    shard-000000.safetensors     x0 (N, C, H, W), label (N,); in its header which pairs, and two checksums
+    manifest.json                settings of the job: the teacher's weights hash, solver, steps, guidance, seed, shapes, dtype
+    shard-000000.safetensors     x0 (N, C, H, W), label (N,); the header holds the pairs' range and two checksums
+    prompts.jsonl                text-to-image: the prompts; a label is the position of a prompt
+    text-KEY/                    text-to-image: embeddings of the prompts (models/embeddings.py)
+    verified-0.json              shards that were verified, with size and modification time (shards.Verified)
 
 Noise is not stored: pair i has the noise of (seed, i), see diffusion/noise.py. A shard's header holds the SHA-256 of
-the whole file (computed with that field zeroed, so that every flipped bit shows) and that of its noise in float32.
+the whole file (computed with that field zeroed, so that every flipped bit shows) and the SHA-256 of its float32 noise.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 
 LATER = ("guidance_calls", "prompts", "negative_prompt")
-"""Settings that the first stores did not have: without them a store's hash is as it was."""
+"""Settings that older stores lack. They are left out at their default values, so that the hash of such a store stays the same."""
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
 OURS = r"shard-\d+\.safetensors|prompts\.jsonl|text-\w+|verified-\d+\.json"
-"""What a store holds beside its manifest; each shard says to which manifest it belongs."""
+"""Names of files in a store beside its manifest; each shard carries the hash of its manifest."""
 
 
 class Manifest(BaseModel):
-    """What the pairs of a store are. Two stores with equal manifests hold equal pairs."""
+    """The settings that determine the pairs of a store: stores with equal manifests hold equal pairs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     batch_size: int
     guidance_calls: Literal[1, 2] = 1
     prompts: str = ""
-    """SHA-256 of the prompts, whose positions are the labels; they stand beside the shards."""
+    """SHA-256 of the prompts in prompts.jsonl; labels are positions in it."""
     negative_prompt: str = ""
 
     @property
@@ -83,7 +83,7 @@ class Manifest(BaseModel):
         return hashlib.sha256(self.model_dump_json(exclude=self._unsaid()).encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
-        """What manifest.json says."""
+        """The content of manifest.json."""
         return self.model_dump(mode="json", exclude=self._unsaid())
 
     def _unsaid(self) -> set[str]:
@@ -91,6 +91,7 @@ class Manifest(BaseModel):
 
 
 def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a shard."""
     return folder / f"shard-{shard:06d}.safetensors"
 
 
@@ -104,17 +105,17 @@ def noise_checksum(noise: Tensor) -> str:
 
 
 def keep_prompts(folder: Path, prompts: Sequence[str]) -> None:
-    """Write the prompts of a job beside its shards, one at a time, unless they are there."""
+    """Write the prompts of a job into its store, unless they are there."""
     path = folder / PROMPTS
     if not path.exists():
         write_atomic_lines(path, (json.dumps({"prompt": text}) + "\n" for text in prompts))
 
 
 def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label: Tensor) -> None:
-    """Write one shard, complete or absent. x0 (N, C, H, W) and label (N,) of all pairs in `manifest.range(shard)`."""
+    """Write one shard, complete or absent: x0 (N, C, H, W) and label (N,) of all pairs in `manifest.range(shard)`."""
     indices = manifest.range(shard)
     if len(x0) != len(indices) or not torch.isfinite(x0).all():
-        raise DistillError(f"{shard_path(folder, shard).name}: the teacher's images are not numbers or too few", "try --precision no")
+        raise DistillError(f"{shard_path(folder, shard).name}: the teacher's images are not finite, or too few", "try --precision no")
     metadata = {
         "pairs": f"{indices.start}-{indices.stop - 1}",
         "settings": manifest.settings_hash,
@@ -125,7 +126,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
 
 
 def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True, whole: bool = True) -> None:
-    """Raise DistillError where a shard is missing, corrupt (asked if `whole`), of other settings, or made from other noise."""
+    """Raise DistillError if a shard is missing, corrupt (tested if `whole`), from another job, or made from other noise."""
     path = shard_path(folder, shard)
     again = "delete it and run distill pairs again: only missing shards are made"
     metadata, shapes = shards.check(path, again, whole)
@@ -141,12 +142,13 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store; raises UsageError for a folder without one, DistillError for a damaged one."""
     path = folder / MANIFEST
     try:
         return Manifest.model_validate(unsealed(read_plain(path)))
     except FileNotFoundError as error:
         raise UsageError(f"--pairs {folder}: no pairs: it has no {MANIFEST}", "distill pairs --out FOLDER makes some") from error
-    except ValidationError as error:  # whole, but not ours: of a later version, or of another job
+    except ValidationError as error:  # undamaged: written by a later version, or by something else
         wrong = error.errors()[0]
         raise DistillError(f"{path}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg'].lower()}", "is it of another version?") from error
     except ValueError as error:
@@ -155,9 +157,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class PairStore:
-    """A map-style reader: pair i is {noise, x0, label}. Shards are memory-mapped, and verified when first touched unless they were.
+    """A map-style dataset: pair i is {noise, x0, label}. Shards are memory-mapped, and verified on first use unless they were before.
 
-    `run` remembers what was verified where the folder may not be written to.
+    `run` is the folder that keeps the record of verified shards if the store is read-only.
     """
 
     def __init__(self, folder: Path, run: Path | None = None) -> None:
@@ -175,7 +177,7 @@ class PairStore:
 
     @property
     def about(self) -> str:
-        """What it holds, for the line that says what a job read."""
+        """A short description of the store, for a job's first line."""
         count = self.manifest.shards
         return f"{len(self)} pairs of {self.manifest.teacher} in {count} shard{'s' * (count > 1)}"
 
@@ -183,7 +185,7 @@ class PairStore:
         return self.manifest.num
 
     def prompts(self) -> Sequence[str]:
-        """The prompts that its labels are positions of; none for a model without text."""
+        """The prompts of a text-to-image store, in which labels are positions; () for other stores."""
         return self.prompts_in(self.folder, self.manifest) if self.manifest.prompts else ()
 
     @staticmethod
@@ -204,7 +206,7 @@ class PairStore:
         return found
 
     def verify(self) -> None:
-        """Verify this process's share of what was not verified yet: shards, the noise of the first, and embeddings."""
+        """Verify this process's share of what is not yet verified: shards, the first shard's noise, and embeddings."""
         every = checks(self.folder, self.manifest, range(self.manifest.shards)) + text_checks(self.folder)
         for error in self.verified.verify(every[k] for k in processes.mine(len(every))):
             raise error
@@ -237,9 +239,9 @@ class PairStore:
 
 
 def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
-    """Copy the shards of stores with equal manifests, parts of one job made apart, into `out`; each is verified first.
+    """Copy the shards of stores with equal manifests (parts of one job) into `out`, verifying each; existing shards are kept.
 
-    Returns how many shards `out` has, of how many, and how many were copied. One that is there already is kept.
+    Returns the number of `shards` in `out`, the total number (`of`), and the number `copied`.
     """
     manifests = {folder: read_manifest(folder) for folder in folders}
     manifest = manifests[folders[0]]
@@ -257,7 +259,7 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
                 copied += 1
         if manifest.prompts and not (out / PROMPTS).exists():
             keep_prompts(out, PairStore.prompts_in(folder, manifest))
-        for path in sorted(folder.glob("text-*/shard-*.safetensors")):  # others are made again when they are asked for
+        for path in sorted(folder.glob("text-*/shard-*.safetensors")):  # missing ones are made when needed
             target = out / path.relative_to(folder)
             if not target.exists():
                 shards.check(path, "delete it: it is made again when it is asked for")
@@ -267,7 +269,7 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
 
 
 def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool = False) -> list[shards.Check]:
-    """One check a shard. Noise is checked in the first shard alone unless `noise`: it depends on numpy, not on the disk."""
+    """A check for each shard. Without `noise` only the first shard's noise is compared: it depends on numpy, not on the disk."""
     out = []
     for shard in which:
         what = manifest.settings_hash[:16] + f" numpy {np.__version__}" * (shard == 0)
@@ -277,13 +279,13 @@ def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool =
 
 
 def text_checks(folder: Path) -> list[shards.Check]:
-    """What verifies the embeddings beside shards."""
+    """A check for each file of embeddings in a store."""
     again = "delete it: it is made again when it is asked for"
     return [shards.Check(path, "", partial(shards.check, path, again)) for path in sorted(folder.glob("text-*/shard-*.safetensors"))]
 
 
 def check_all(folder: Path, manifest: Manifest) -> list[DistillError]:
-    """Verify every shard with its noise, prompts and embeddings, known or not, and remember what is right; returns what is wrong."""
+    """Verify every shard with its noise, the prompts and embeddings, even if verified before, and record it; returns all errors."""
     every = checks(folder, manifest, range(manifest.shards), noise=True) + text_checks(folder)
     wrong = shards.Verified(folder).verify(every, anew=True, all_of_them=True)
     try:

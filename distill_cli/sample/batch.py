@@ -10,7 +10,6 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
 from distill_cli.data.folders import LIST
 from distill_cli.data.pictures import finished, grid, png
-from distill_cli.data.prompts import digest_of
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import reading, remove_temporaries, write_atomic, write_atomic_lines
-from distill_cli.models.model import Model, network_evaluations
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import SOLVERS
 from distill_cli.runs import settle
 
 SETTINGS = "sampling.json"
@@ -91,8 +90,7 @@ class Samples:
     def __init__(self, folder: Path, config: SampleConfig, model: Model) -> None:
         self.folder, self.config, self.enlarged = folder, config, model.enlarged
         self.labels = model.conditioner.labels(config.num, config.classes).numpy()
-        self.classes = model.conditioner.classes
-        self.prompts: Sequence[str] = model.text.prompts if model.text is not None else ()
+        self.conditioner = model.conditioner
         self.batches = [range(first, min(config.num, first + config.batch_size)) for first in range(0, config.num, config.batch_size)]
         self.npz = folder / "samples.npz"
 
@@ -129,18 +127,14 @@ class Samples:
         write_atomic_lines(self.folder / LIST, map(self.line, range(self.config.num)))
         if self.config.grid:
             images = self.first(GRID)
-            captions = [self.prompts[label] for label in self.labels[: len(images)].tolist()] if self.prompts else None
+            captions = self.conditioner.captions(self.labels[: len(images)].tolist())
             readable = max(1, CAPTIONED // images.shape[2]) if captions else self.enlarged
             write_atomic(self.folder / "grid.png", png(grid(images, min(10, len(images)), self.config.scale or readable, captions)))
 
     def line(self, i: int) -> str:
         """What samples.jsonl says of image i."""
-        label = int(self.labels[i])
         place = {"file": self.png(i).name} if self.config.format == "png" else {}
-        named: dict[str, Any] = {"label": label, "class": self.classes[label]} if self.classes else {}
-        if self.prompts:
-            named = {"prompt": self.prompts[label]}
-        return json.dumps({"index": i, **place, "seed": self.config.seed, **named}) + "\n"
+        return json.dumps({"index": i, **place, "seed": self.config.seed, **self.conditioner.named(int(self.labels[i]))}) + "\n"
 
     def first(self, count: int) -> np.ndarray:
         """The first `count` images (B, H, W, 3) uint8, from disk."""
@@ -158,20 +152,18 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     settings = config.model_dump(
         mode="json", exclude={"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
     )
-    if model.text is not None:
-        settings["prompts"] = digest_of(model.text.prompts)
-    settings |= {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
-    if sampling.solver == "few-step":
-        settings["times"] = model.times("few-step", sampling.steps).tolist()
+    settings |= model.conditioner.digests() | {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
+    if SOLVERS[sampling.solver].few:
+        settings["times"] = model.sampler.times_for(model.denoiser.schedule, sampling.solver, sampling.steps).tolist()
     settle(folder / SETTINGS, settings, "samples")
     remove_temporaries(folder)
     where = launch.device(config.device)
     model.to(where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
     missing = [batch for batch in mine if not samples.done(batch)]
-    if model.text is not None and processes.rank() == 0:  # which speaks for all of this part
+    if processes.rank() == 0:  # which speaks for all of this part
         absent = [batch for batch in samples.batches[part[0] :: part[1]] if not samples.done(batch)]
-        model.text.say_cut(image for batch in absent for image in batch)
+        model.conditioner.say_cut(image for batch in absent for image in batch)
     progress = launch.Progress(sum(map(len, missing)), "sample", "images")
     written: Future[None] | None = None
     with launch.stoppable() as stop, ThreadPoolExecutor(1) as writer:  # files are synced while the next batch is made
@@ -199,6 +191,6 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         "kept": sum(map(len, mine)) - made,
         "missing": sum(len(samples.batches[k]) for k in left),
         "left": sum(k % part[1] == part[0] for k in left),
-        "network_evaluations": network_evaluations(sampling),
+        "network_evaluations": sampling.evaluations,
         "images_per_second": round(rate, 2) if made else None,
     }

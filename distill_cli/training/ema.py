@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distill_cli.launch import whole
-from distill_cli.processes import rank
+from distill_cli.launch import like, whole
+from distill_cli.processes import rank, world_size
 
 RAMP = 0.05
 
@@ -26,6 +26,17 @@ def follow(average: nn.Module | None, network: nn.Module, weight: float) -> None
                 before[k].lerp_(gathered, weight)
     elif before:
         torch._foreach_lerp_(before, now, weight)
+
+
+@torch.no_grad()
+def hand_on(average: nn.Module | None, network: nn.Module) -> None:
+    """Give a network the weights of process 0's average, spread as its own are; all processes have to call."""
+    theirs = {} if average is None else average.state_dict()
+    for name, own in network.state_dict().items():
+        value = theirs[name].contiguous() if theirs else torch.empty(own.shape, dtype=own.dtype, device=own.device)
+        if world_size() > 1:
+            torch.distributed.broadcast(value, 0)
+        own.copy_(like(value, own))
 
 
 class EMA:

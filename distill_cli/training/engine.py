@@ -7,20 +7,21 @@ All random numbers come from global sample indices, so a run resumes from the nu
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill_cli.config import TrainingConfig, seconds
+from distill_cli.data.images import Folder
 from distill_cli.data.listing import noting
 from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
@@ -31,36 +32,14 @@ from distill_cli.processes import rank, world_size
 from distill_cli.recipes import dump
 from distill_cli.runs import Run
 from distill_cli.training import checkpoint, identity, zero
-from distill_cli.training.ema import EMA
+from distill_cli.training.ema import EMA, hand_on
 from distill_cli.training.health import Health
-from distill_cli.training.objective import Loss, Objective
+from distill_cli.training.objective import Loss, Objective, phase_at, span_at
 from distill_cli.training.optimizer import learning_rate, make_optimizer
-from distill_cli.training.rehearsal import check_space, rehearse
+from distill_cli.training.rehearsal import check_space, rehearse, save
 
 SKIPPED_AT_MOST = 50
 """Steps in a row without a finite gradient, after which leaving them out is no help."""
-
-
-def tracker_of(config: TrainingConfig) -> str | None:
-    """The tracker that is wanted beside metrics.jsonl; raises UsageError where its package is not installed."""
-    if config.tracker == "none":
-        return None
-    if importlib.util.find_spec(config.tracker) is None:
-        raise UsageError(
-            f"tracker: {config.tracker} is not installed", f"pip install {config.tracker}; metrics.jsonl is written without it too"
-        )
-    return config.tracker
-
-
-def honour_fsdp(accelerator: Any) -> None:
-    """Have accelerate's FSDP wanted by its configuration work on the CPU too, where it leaves it out although torch can."""
-    from accelerate import FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType
-
-    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise UsageError("FSDP of version 1 is not supported", "fsdp_version: 2 in accelerate's configuration, or FSDP_VERSION=2")
 
 
 class Engine:
@@ -79,32 +58,37 @@ class Engine:
             parts = f"in {config.accumulate} parts " if config.accumulate > 1 else ""
             raise UsageError(f"--batch-size {config.batch_size}: {parts}cannot be shared evenly by {world_size()} processes")
         plain_links(wanted)
-        spread = zero.plugin(config, objective.networks, wanted)
+        spread = zero.plugin(config, [each.module for each in objective.trained.values()], wanted)
+        if spread is not None and any(phase.anew for phase in objective.phases):
+            raise UsageError("DeepSpeed: not with a method of several phases", "accelerate's FSDP (fsdp_version 2) shards each network")
         self.accelerator = Accelerator(
             mixed_precision=config.precision if spread is None else "no",
             deepspeed_plugin=spread,
             cpu=wanted.type == "cpu",
-            log_with=tracker_of(config),
+            log_with=zero.tracker_of(config),
             project_dir=config.out,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-        honour_fsdp(self.accelerator)
+        zero.honour_fsdp(self.accelerator)
         where = self.accelerator.device
-        for answering in (*objective.frozen, *objective.kept.values()):
+        for answering in (*objective.frozen.values(), *objective.kept.values(), *(each.module for each in objective.trained.values())):
             answering.to(where)
-        self.plain = {name: network.to(where) for name, network in objective.networks.items()}
+        self.modules = {name: each.module for name, each in objective.trained.items()}
+        self.plain = {name: each.state() for name, each in objective.trained.items()}
         self.main = next(iter(self.plain))
         self.ema = EMA(self.plain[self.main], config.ema_halflife)
         self.optimizers: dict[str, Any] = {}
         self.zero: zero.Zero | None = None
-        for name, network in self.plain.items():
-            optimizer = make_optimizer(config, network, objective.rates[name])
+        for name, each in objective.trained.items():
+            optimizer = make_optimizer(config, each.parameters(), each.rate)
             if spread is not None:
-                self.optimizers[name] = self.zero = zero.Zero(self.accelerator, spread, network, optimizer)
-                objective.networks[name] = self.zero.engine
+                self.optimizers[name] = self.zero = zero.Zero(self.accelerator, spread, each.module, optimizer)
+                each.module = self.zero.engine
             else:
-                objective.networks[name], self.optimizers[name] = self.accelerator.prepare(network, optimizer)
-        self.step = 0
+                each.module, self.optimizers[name] = self.accelerator.prepare(each.module, optimizer)
+        self.step, self.steps = 0, sum(phase.steps for phase in objective.phases)
+        self.borders = set(accumulate(phase.steps for phase in objective.phases))
+        self.ready = False
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
         self.skipped = {name: torch.zeros(2, dtype=torch.int64, device=where) for name in self.plain}
@@ -112,9 +96,8 @@ class Engine:
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
         self.started = time.monotonic()
-        self.talk: Any = None  # a group apart, for which no GPU waits
-        if world_size() > 1:
-            self.talk = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        several = world_size() > 1
+        self.talk: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None  # for which no GPU waits
 
     def draws(self, step: int) -> list[Draws]:
         """This process's samples of a step, in the parts of gradient accumulation."""
@@ -124,12 +107,28 @@ class Engine:
 
     def train_step(self) -> None:
         """One step: every turn of the objective, each over all parts of the batch."""
+        if not self.ready:
+            self.objective.prepare(self.accelerator.device, self.run)
+            self.ready = True
+        phase = self.objective.phases[phase_at(self.objective.phases, self.step)]
+        if phase.anew and self.step in self.borders:
+            self._begin_anew()
+        self.objective.before(self.step)
         torch.manual_seed(hash((self.config.seed, self.step, rank())) % 2**63)  # dropout alone uses torch's generator
-        turns = [self.objective.turns(part) for part in self.draws(self.step)]
+        turns = [self.objective.turns(self.step, part) for part in self.draws(self.step)]
         while name := self._turn(turns):
             self._update(name)
+        self.objective.after(self.step)
+        first, _ = span_at(self.objective.phases, self.step)
         self.step += 1
-        self.ema.update(self.plain[self.main], self.step * self.config.batch_size, self.config.batch_size)
+        self.ema.update(self.plain[self.main], (self.step - first) * self.config.batch_size, self.config.batch_size)
+
+    def _begin_anew(self) -> None:
+        """The main network takes the average's weights, and every network new moments."""
+        hand_on(self.ema.network, self.plain[self.main])
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
+        self.health.running.clear()
 
     def _turn(self, turns: list[Iterator[Loss]]) -> str:
         """The gradients of the next turn; returns the network that they are for, '' after the last turn."""
@@ -139,8 +138,8 @@ class Engine:
             with ExitStack() as apart:
                 last = k + 1 == len(turns)
                 if not last and self.zero is None:  # processes exchange gradients once, with the last part's
-                    for network in self.objective.networks.values():
-                        apart.enter_context(self.accelerator.no_sync(network))
+                    for each in self.objective.trained.values():
+                        apart.enter_context(self.accelerator.no_sync(each.module))
                 with autocast(self.accelerator.device, self.config.precision):
                     loss = next(turn, None)
                 if loss is None:
@@ -163,13 +162,14 @@ class Engine:
 
     def _update(self, name: str) -> None:
         """Step a network, and take note of its loss."""
-        optimizer, scaler = self.optimizers[name], self.accelerator.scaler
+        optimizer, scaler, trained = self.optimizers[name], self.accelerator.scaler, self.objective.trained[name]
+        first, steps = span_at(self.objective.phases, self.step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.objective.rates[name], self.step)
+            group["lr"] = learning_rate(self.config, trained.rate, self.step - first, steps)
         if self.zero is not None:
             norm = self.zero.step()
         else:
-            clipped = self.accelerator.clip_grad_norm_(self.objective.networks[name].parameters(), self.config.clip_norm)
+            clipped = self.accelerator.clip_grad_norm_(trained.parameters(), self.config.clip_norm)
             norm = whole(torch.as_tensor(clipped))
         loss = self.turn[f"{name}_loss"]
         skips = self.config.on_nan == "skip" and not scaler
@@ -194,7 +194,7 @@ class Engine:
     def advance(self) -> dict[str, float]:
         """One step, and its line in metrics.jsonl where one is due: the means that it holds, else nothing."""
         self.train_step()
-        if self.step % self.config.log_every and self.step != self.config.steps:
+        if self.step % self.config.log_every and self.step not in self.borders:
             return {}
         self._check_finite()
         return self._log()
@@ -251,8 +251,8 @@ class Engine:
         if newest is None and rank() == 0 and run.metrics.is_file() and run.metrics.stat().st_size:
             print(f"{run.folder}: no checkpoint: begins at step 0", file=sys.stderr)
         if newest is not None:
-            if newest > self.config.steps:
-                raise UsageError(f"--steps {self.config.steps}: the run is at step {newest} already")
+            if newest > self.steps:
+                raise UsageError(f"--steps {self.steps}: the run is at step {newest} already")
             check = partial(identity.refuse, self.config, self.begun)
             state = identity.take_up(run.checkpoints, newest, self._kept(), self.optimizers, check, self.talk)
             self.step = self.saved = newest
@@ -265,7 +265,7 @@ class Engine:
         if self.talk is not None:
             optimizers = self.optimizers if self.zero is None else {}
             networks = {**self.plain, **self.objective.kept}
-            identity.check_same(identity.shared(self.begun, self.objective, networks, optimizers), self.talk)
+            identity.check_same(identity.shared(self.begun, self.objective.images, networks, optimizers), self.talk)
         if rank() == 0:
             identity.write(run.folder, self.begun)
             checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best)
@@ -279,7 +279,7 @@ class Engine:
         """Write the average's images for some noises that are in no store of pairs."""
         if self.ema.network is None:
             return
-        model = self.objective.model(self.ema.network)
+        model = self._model(self.ema.network)
         if isinstance(model, Model):
             images, _ = model.examples(self.config.seed, model.shown)
             save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
@@ -292,71 +292,86 @@ class Engine:
             number, due = int(asked[0]), bool(asked[1])
         return number, due
 
+    def _model(self, state: nn.Module) -> Any:
+        """What the main network's weights are as a result now."""
+        return self.objective.model(self.objective.trained[self.main].merged(state), self.step)
+
     def train(self) -> Any:
         """Train to the last step, save the result and return it (on process 0 alone); a signal leaves a run that resumes."""
-        images = getattr(self.objective, "images", None)
-        with noting(self.run.folder, getattr(images, "root", None), getattr(images, "files", ())):
+        images = self.objective.images
+        with noting(self.run.folder, images.root, images.files) if isinstance(images, Folder) else nullcontext():
             return self._train()
 
     def _train(self) -> Any:
-        config, made = self.config, self.step < self.config.steps
-        progress = Progress(config.steps, self.run.folder.name, "steps", done=self.step)
-        warned, place = "", self.run.folder / self.objective.result
-        recipe = dump(config.model_copy(update={"out": None}))
+        config, made = self.config, self.step < self.steps
+        progress, warned = Progress(self.steps, self.run.folder.name, "steps", done=self.step), ""
         if made and rank() == 0:
             check_space(self.run.folder, self._kept().values(), self.plain.values())
         if self.step == 0 and self.ema.network is not None:
-            rehearse(self.objective.model, self.ema.network, recipe, place)
+            rehearse(self._model, self.ema.network, self._recipe(), self.run.folder / self.objective.phases[0].result)
+        if made and self.step in self.borders:
+            self._result(made=False)
         every = seconds(config.save_every)
         with stoppable() as stop:
-            while self.step < config.steps:
+            while self.step < self.steps:
                 means = self.advance()
-                last = self.step == config.steps
+                ends, last = self.step in self.borders, self.step == self.steps
                 note = ""
                 if means:
                     note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
-                    advice = self.objective.advice(means, self.step / config.steps)
+                    advice = self.objective.advice(means, self.step / self.steps)
                     if advice.partition(":")[0] not in ("", warned) and rank() == 0:
                         print(f"warning: step {self.step}: {advice}", file=sys.stderr)
                     warned = advice.partition(":")[0]
                 progress.add(1, note)
-                if config.sample_every and (self.step % config.sample_every == 0 or last):
+                if config.sample_every and (self.step % config.sample_every == 0 or ends):
                     self.sample_grid()
                 late = every is not None and rank() == 0 and time.monotonic() - self.started >= every
                 stopped, due = self._agreed(stop.requested, late)
-                if due or last or stopped or (isinstance(config.save_every, int) and self.step % config.save_every == 0):
+                if due or ends or stopped or (isinstance(config.save_every, int) and self.step % config.save_every == 0):
                     self._check_finite()
                     self.save()
+                if ends and not last:
+                    self._result(made=True)
                 if stopped and not last:
                     self._agreed(0, False)  # process 0 has written it
                     raise stop.interrupted(
-                        stopped, f"stopped at step {self.step} of {config.steps}", f"resume with --resume {self.run.folder}"
+                        stopped, f"stopped at step {self.step} of {self.steps}", f"resume with --resume {self.run.folder}"
                     )
         progress.close()
         if config.tracker != "none":
             spared(self.config.tracker, self.accelerator.end_training)
+        return self._result(made)
+
+    def _recipe(self) -> str:
+        return dump(self.config.model_copy(update={"out": None}))
+
+    def _result(self, made: bool) -> Any:
+        """Save, and return, the average at the end of a phase, whose checkpoint stands (on process 0 alone).
+
+        Unless it was `made` just now, what has been written into it since stays.
+        """
         if self.ema.network is None:
             return None
-        model = self.objective.model(self.ema.network)
+        place = self.run.folder / self.objective.phases[phase_at(self.objective.phases, self.step - 1)].result
+        model = self._model(self.ema.network)
         newest = checkpoint.path_of(self.run.checkpoints, self.step)
         older = place.exists() and newest.exists() and place.stat().st_mtime < newest.stat().st_mtime  # killed between the two
         if isinstance(model, Model):
-            model.recipe = recipe
-        if made or older or not place.exists():  # else a finished run keeps what was written into its result since
-            model.save(place)
+            model.recipe = self._recipe()
+        if made or older or not place.exists():
+            save(model, place)
         return model
 
     def release(self) -> None:
         """Give back the memory of training, before the result is looked at."""
         self.optimizers, self.zero, self.ema.network = {}, None, None
-        self.objective.networks.update(self.plain)
         self.accelerator.free_memory()
-        for network in self.objective.kept.values():
+        for name, each in self.objective.trained.items():
+            each.module = self.modules[name]
+            each.module.zero_grad(set_to_none=True)
+        for network in (*self.objective.kept.values(), *(network for name, network in self.modules.items() if name != self.main)):
             network.to("cpu")
-        for name, network in self.plain.items():
-            network.zero_grad(set_to_none=True)
-            if name != self.main:
-                network.to("cpu")
 
     def _hint(self) -> str:
         found = checkpoint.steps(self.run.checkpoints)

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distill_cli.config import TrainingConfig
+from distill_cli.data import Images
+from distill_cli.data.images import Folder
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import read_plain, sealed, unsealed, write_atomic
 from distill_cli.tensors import hash_of
 from distill_cli.training import checkpoint
+from distill_cli.training.objective import Objective
 
 BEGUN = "begun.json"
 BACK = "put that back, or begin anew"
@@ -36,20 +39,21 @@ WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers of so many bytes."""
 
 
-def begun(config: TrainingConfig, objective: Any) -> dict[str, Any]:
+def begun(config: TrainingConfig, objective: Objective) -> dict[str, Any]:
     """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items.
 
     `objective.identity` names what else it must find again, by the option that gives it: digests of networks, pairs and prompts.
     """
-    images = getattr(objective, "images", None)
+    images = objective.images
     return {
         "optimizer": config.optimizer,
-        "images or pairs": getattr(getattr(objective, "order", None), "count", None),
-        "guidance scale": getattr(getattr(objective, "sampling", None), "guidance_scale", None),
+        "images or pairs": None if objective.order is None else objective.order.count,
+        "guidance scale": objective.guidance,
         "classes": None if images is None else list(images.classes),
         "shape of the images": None if images is None else list(images.shape),
+        "steps of its phases": [phase.steps for phase in objective.phases[:-1]] or None,
         "recipe": config.model_dump(mode="json", exclude=FREE),
-        **getattr(objective, "identity", {}),
+        **objective.identity,
     }
 
 
@@ -174,9 +178,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(said.encode() + numbers).hexdigest()
 
 
-def shared(begun: Mapping[str, Any], objective: Any, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> dict[str, Any]:
+def shared(
+    begun: Mapping[str, Any], images: Images | None, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Any]
+) -> dict[str, Any]:
     """What all processes have alike before they train on: what the run has begun with, its pictures, weights and moments."""
-    out = {**begun, "data": getattr(getattr(objective, "images", None), "digest", "")}
+    out = {**begun, "data": images.digest if isinstance(images, Folder) else ""}
     for name, network in networks.items():
         out[f"weights of {name}"] = fingerprint(network.state_dict())
     for name, optimizer in optimizers.items():

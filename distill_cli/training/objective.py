@@ -1,14 +1,25 @@
-"""What a training method gives to the engine."""
+"""The interface between a training method and the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from distill_cli.diffusion.noise import Draws
+from distill_cli.config import TrainingConfig
+from distill_cli.data import Images
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.errors import UsageError
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampling
+from distill_cli.runs import Run
+
+Rows = dict[str, tuple[Model, Sampling]]
+"""Models by what they are called in a comparison, and how each is sampled."""
 
 
 @dataclass
@@ -20,27 +31,186 @@ class Loss:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(Protocol):
-    """The interface a training method implements."""
+class Trained(Protocol):
+    """A network that is trained, whole (Full) or through adapters on a frozen base."""
 
-    networks: dict[str, nn.Module]
-    """Trained networks; the first one's average is the result. The engine puts wrapped ones in their place."""
-    frozen: list[nn.Module]
-    """Frozen networks: moved to the device, never trained or saved."""
-    kept: dict[str, nn.Module]
-    """Networks that the objective changes itself: they go into checkpoints."""
-    rates: dict[str, float]
-    """Learning rate of each trained network."""
+    module: nn.Module
+    """What the objective calls. The engine puts its wrapper for several processes here."""
+    rate: float
+    """The learning rate."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The weights that are stepped."""
+
+    def state(self) -> nn.Module:
+        """The module whose weights are averaged and saved in checkpoints: the network itself, or its adapters alone."""
+
+    def merged(self, state: nn.Module) -> nn.Module:
+        """The network with the weights of `state`, a copy of `state()` such as its average."""
+
+
+class Full:
+    """A network whose weights are all trained."""
+
+    def __init__(self, module: nn.Module, rate: float) -> None:
+        self.module, self.rate, self.network = module, rate, module
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.module.parameters()
+
+    def state(self) -> nn.Module:
+        return self.network
+
+    def merged(self, state: nn.Module) -> nn.Module:
+        return state
+
+
+class Phase(NamedTuple):
+    """A part of a run: its optimizer steps, and the folder of its result, which is the average at its end."""
+
+    steps: int
     result: str
-    """Name of the result's folder in the run."""
+    anew: bool = False
+    """Whether the main network begins as the average of the phase before, with new moments, averages and learning-rate schedule."""
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> int:
+    """The number of the phase in which step 0, 1, ... is made; past the end the last one."""
+    for number, phase in enumerate(phases):
+        if step < phase.steps:
+            return number
+        step -= phase.steps
+    return len(phases) - 1
+
+
+def span_at(phases: Sequence[Phase], step: int) -> tuple[int, int]:
+    """The first step, and the number of steps, of the part around `step` over which the learning rate and the average run."""
+    first, steps, number = 0, 0, phase_at(phases, step)
+    for k, phase in enumerate(phases):
+        if phase.anew and k > number:
+            break
+        if phase.anew:
+            first, steps = first + steps, 0
+        steps += phase.steps
+    return first, steps
+
+
+class Call(NamedTuple):
+    """One call of a network on so many images."""
+
+    network: str
+    images: int
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What one step asks of its networks: the plan, its arithmetic and `distill bench` are made of this."""
+
+    trainings: Sequence[Call]
+    """Forward, backward and optimizer step, in order."""
+    forwards: Sequence[Call] = ()
+    """Without gradient."""
+    decoded: int = 0
+    """Images decoded with gradient, each beside a reference decoded without."""
+
+    def evaluations(self) -> int:
+        """Network evaluations; a backward pass counts as two."""
+        return sum(call.images for call in self.forwards) + 3 * sum(call.images for call in self.trainings)
+
+    def __str__(self) -> str:
+        parts = {"trains": self.trainings, "evaluates": self.forwards}
+        return "; ".join(f"{verb} {_counted(calls)}" for verb, calls in parts.items() if calls)
+
+
+def _counted(calls: Iterable[Call]) -> str:
+    totals: dict[str, int] = {}
+    for name, images in calls:
+        totals[name] = totals.get(name, 0) + images
+    return ", ".join(f"{name} on {images} images" for name, images in totals.items())
+
+
+def refuse_student(model: Model, name: str, method: str) -> None:
+    """Raise UsageError where the teacher that a method follows is a student."""
+    if not model.sampler.teaches:
+        raise UsageError(f"--teacher {name}: a student", f"{method} needs a model that denoises: its own teacher")
+
+
+def student_of(start: Lineage, method: str, teacher_hash: str, data: str = "") -> Lineage:
+    """Where a student comes from that began with a model's weights; without `teacher_hash` they were new."""
+    own = {"name": f"{start.name}-{method}", "kind": "student", "method": method, "teacher": start.name if teacher_hash else ""}
+    return start.model_copy(update={**own, "teacher_hash": teacher_hash, "data": data or start.data})
+
+
+class Objective:
+    """A training method. What it does not need is as here.
+
+    A step of the engine is `before`, then for each turn of `turns` a backward pass and an optimizer step, then `after`.
+    Steps are counted from 0.
+    """
+
+    config: TrainingConfig
+    trained: dict[str, Trained]
+    """The average of the first one is the result."""
+    frozen: dict[str, nn.Module]
+    """Moved to the device, never trained or saved."""
+    kept: dict[str, nn.Module]
+    """Changed by the objective itself: they go into checkpoints."""
+    phases: Sequence[Phase]
     identity: dict[str, Any]
-    """Digests of what a resumed run must find again, by the option that gives it: teacher, pairs, ... (identity.begun)."""
+    """Digests of what a resumed run must find again, by the option that gives it: teacher, pairs, ..."""
+    images: Images | None = None
+    """The set that the run learns from."""
+    order: Order | None = None
+    """In which its items, images or pairs, are drawn."""
+    guidance: float | None = None
+    """The teacher's guidance scale."""
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        """The losses of one step on the samples of `draws`; after each the engine steps that network, then asks on."""
+    def __init__(self, config: TrainingConfig, result: str) -> None:
+        self.config, self.phases = config, [Phase(config.steps, result)]
+        self.trained, self.frozen, self.kept, self.identity = {}, {}, {}, {}
 
-    def model(self, network: nn.Module) -> Any:
-        """The result made of `network` (the average, or its copy): a Model, or another thing with `save(folder)`."""
+    def network(self, name: str) -> nn.Module:
+        """A trained network, to be called."""
+        return self.trained[name].module
 
-    def advice(self, metrics: dict[str, float], done: float) -> str:
+    @property
+    def result(self) -> str:
+        """The folder of the last phase's result."""
+        return self.phases[-1].result
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(next(iter(self.trained.values())).parameters())).device
+
+    def prepare(self, where: torch.device, run: Run) -> None:
+        """Do what takes long, once before the first step of this process: the networks are on `where`, and the run has its folder."""
+
+    def before(self, step: int) -> None:
+        """Get ready for a step. At the first one of a phase that begins anew the main network has the average's weights everywhere."""
+
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        """The losses of a step on the samples of `draws`; after each the engine steps that network, then asks on."""
+        raise NotImplementedError
+
+    def after(self, step: int) -> None:
+        """Follow the networks once all of them have made a step, before the average does."""
+
+    def model(self, network: nn.Module, step: int) -> Any:
+        """The result after `step` steps, made of `network` (the average, or its copy): a Model, or another thing with `save(folder)`."""
+        raise NotImplementedError
+
+    def compared(self, made: Any) -> Rows:
+        """What comparison.png shows of the result below one another: models, and how they are sampled."""
+        return {}
+
+    def remarks(self, made: Any) -> tuple[dict[str, Any], str]:
+        """What the command's result says of the result besides where it is: as JSON, and as a line or ''."""
+        return {}, ""
+
+    def calls(self) -> Calls:
+        """What a step asks of its networks."""
+        raise NotImplementedError
+
+    def advice(self, metrics: Mapping[str, float], done: float) -> str:
         """A warning about the run's state as these averages show it at the share `done` of all steps, or ''."""
+        return ""

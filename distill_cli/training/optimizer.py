@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,17 +12,17 @@ from torch import nn
 from distill_cli.config import TrainingConfig
 
 
-def learning_rate(config: TrainingConfig, rate: float, step: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then constant or a cosine down to lr_end of it."""
+def learning_rate(config: TrainingConfig, rate: float, step: int, steps: int) -> float:
+    """The rate of step 0, 1, ... of `steps`: linear warm-up, then constant or a cosine down to lr_end of it."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "constant":
         return rate * warm
-    along = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    along = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return rate * warm * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * along)))
 
 
-def make_optimizer(config: TrainingConfig, network: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """The optimizer of a network's parameters, with decoupled decay.
+def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """The optimizer of parameters, with decoupled decay.
 
     AdamW (Loshchilov & Hutter 1711.05101); RAdam (Liu et al. 1908.03265); or Muon (Jordan et al. 2024, "Muon: an optimizer for hidden
     layers"): matrices, and convolutions as matrices, step by their orthogonalised momentum, as long as AdamW's steps (Liu et al.
@@ -29,9 +30,9 @@ def make_optimizer(config: TrainingConfig, network: nn.Module, rate: float) -> t
     """
     settings: dict[str, Any] = dict(lr=rate, betas=config.betas, weight_decay=config.weight_decay)
     if config.optimizer == "radam":
-        return torch.optim.RAdam(network.parameters(), **settings, decoupled_weight_decay=True, foreach=True)
+        return torch.optim.RAdam(parameters, **settings, decoupled_weight_decay=True, foreach=True)
     if config.optimizer == "muon":
         from timm.optim import Muon
 
-        return Muon(network.parameters(), **settings, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
-    return torch.optim.AdamW(network.parameters(), **settings, fused=True)
+        return Muon(parameters, **settings, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(parameters, **settings, fused=True)

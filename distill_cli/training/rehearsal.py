@@ -12,7 +12,7 @@ from torch import nn
 
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import os_errors, scratch
-from distill_cli.models import classifier, load
+from distill_cli.models import classifier, formats, load
 from distill_cli.models.autoencoder import Autoencoder
 from distill_cli.models.classifier import Classifier
 from distill_cli.models.model import Model
@@ -26,6 +26,14 @@ READERS: dict[type, Callable[[Path], Any]] = {
 }
 
 
+def save(result: Any, folder: Path) -> None:
+    """Write what a run has made: a model as its format has it, anything else as it saves itself."""
+    if isinstance(result, Model):
+        formats.save(result, folder)
+    else:
+        result.save(folder)
+
+
 def check_space(folder: Path, networks: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
     """Raise DistillError where a checkpoint of these networks, with two moments of the trained ones, has no room in `folder`."""
     kept = sum(value.numel() * value.element_size() for network in networks for value in network.state_dict().values())
@@ -37,20 +45,25 @@ def check_space(folder: Path, networks: Iterable[nn.Module], trained: Iterable[n
         raise DistillError(said, f"free some space, then --resume {folder}")
 
 
+def unmeasured(model: Callable[[nn.Module], Any], network: nn.Module) -> Any:
+    """What `model` makes of a network; autoencoders and classifiers without what is measured on their pictures."""
+    return network if isinstance(network, (Autoencoder, Classifier)) else model(network)
+
+
 def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str, place: Path) -> None:
     """Save what `model` makes of a network beside `place`, read it with the ordinary loader, and delete it.
 
-    Autoencoders and classifiers are saved without what is measured on their pictures. Raises DistillError where any of it fails.
+    Raises DistillError where any of it fails.
     """
     try:
         with scratch(place) as folder, torch.random.fork_rng(devices=[]):
-            made = network if isinstance(network, (Autoencoder, Classifier)) else model(network)
+            made = unmeasured(model, network)
             reader = READERS.get(type(made))
             if reader is None:
                 return
             if isinstance(made, Model):
                 made.recipe = recipe
-            made.save(folder)
+            save(made, folder)
             with unfilled():
                 reader(folder)
     except (MemoryError, torch.OutOfMemoryError):

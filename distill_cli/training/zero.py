@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO of stages 1 and 2 for a single network, where accelerate's configuration asks for it.
+"""What accelerate's configuration may ask for: above all DeepSpeed's ZeRO of stages 1 and 2, for a single network.
 
 Gradients and moments are spread over the processes (Rajbhandari et al. 1910.02054). The weights stay float32 and whole on each, so
 averages, checkpoints and results are those of any other run: a checkpoint resumes with ZeRO or without.
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -30,7 +31,7 @@ TUNING = ("allgather_bucket_size", "allgather_partitions", "contiguous_gradients
 BUCKET = 500_000_000
 
 
-def plugin(config: TrainingConfig, networks: dict[str, nn.Module], device: torch.device) -> Any | None:
+def plugin(config: TrainingConfig, networks: Sequence[nn.Module], device: torch.device) -> Any | None:
     """accelerate's DeepSpeed settings for this run, where its configuration asks for them; raises UsageError for those that it cannot have.
 
     One process alone has nothing to spread: accelerate is told that DeepSpeed is not wanted.
@@ -52,7 +53,7 @@ def plugin(config: TrainingConfig, networks: dict[str, nn.Module], device: torch
             raise UsageError(f"DeepSpeed: {reason(error)}", "accelerate's configuration asks for it") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     settings: dict[str, Any] = made.deepspeed_config
-    ours = settings_of(settings, config, sum(p.numel() for network in networks.values() for p in network.parameters()))
+    ours = settings_of(settings, config, sum(p.numel() for network in networks for p in network.parameters()))
     settings.clear()
     settings.update(ours)
     return made
@@ -107,6 +108,28 @@ def settings_of(theirs: dict[str, Any], config: TrainingConfig, parameters: int)
     if config.precision == "bf16":  # float32 weights and sums of gradients, as without DeepSpeed
         out["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return out
+
+
+def tracker_of(config: TrainingConfig) -> str | None:
+    """The tracker that is wanted beside metrics.jsonl; raises UsageError where its package is not installed."""
+    if config.tracker == "none":
+        return None
+    if importlib.util.find_spec(config.tracker) is None:
+        raise UsageError(
+            f"tracker: {config.tracker} is not installed", f"pip install {config.tracker}; metrics.jsonl is written without it too"
+        )
+    return config.tracker
+
+
+def honour_fsdp(accelerator: Any) -> None:
+    """Have accelerate's FSDP wanted by its configuration work on the CPU too, where it leaves it out although torch can."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise UsageError("FSDP of version 1 is not supported", "fsdp_version: 2 in accelerate's configuration, or FSDP_VERSION=2")
 
 
 class Zero:

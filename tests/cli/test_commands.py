@@ -72,7 +72,7 @@ def test_consistency_models_from_nothing_to_pictures(method, distill, tmp_path):
     assert Image.open(tmp_path / "r/comparison.png").size[0] > 1000
     shown = distill("models", "show", "r", "--json").json
     assert shown["lineage"]["method"] == method
-    assert shown["few_step_times"] == pytest.approx([80.0, 1.08817 if method == "cd" else 1.38237], rel=1e-4)
+    assert shown["times"] == pytest.approx([80.0, 1.08817 if method == "cd" else 1.38237], rel=1e-4)
     sampled = distill("sample", "--model", "r", "--num", 3, "--steps", 2, "--out", "s", "--json")
     assert sampled.json["network_evaluations"] == 2
     assert distill("edit", "colorize", "--model", "r", "--input", "s/000000.png", "--times", "index:0,10", "--out", "e").code == 0

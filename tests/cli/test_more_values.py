@@ -79,7 +79,7 @@ def test_dollars_in_names(distill, tmp_path, monkeypatch):
         assert str(resolve(SampleConfig, "r.yaml").out) == "c$b"
     assert distill(*TINY, "--out", "c$$b").code == 0
     assert (tmp_path / "c$b/000000.png").exists()
-    one_line(distill(*TINY, "--out", "./~nobody-x"), 2, "~nobody-x is nobody's home: give the whole path")
+    one_line(distill(*TINY, "--out", "./~nobody-x"), 2, "~nobody-x is no user's home: give the whole path")
     config = resolve(SampleConfig, overrides=["out=./~nobody-x", f"model={tmp_path}/a$b"])
     (tmp_path / "r.yaml").write_text(dump(config))
     again = resolve(SampleConfig, "r.yaml")
@@ -87,8 +87,8 @@ def test_dollars_in_names(distill, tmp_path, monkeypatch):
 
 
 def test_bytes_that_are_no_text(distill, tmp_path):
-    one_line(distill(*TINY, "--negative-prompt", "sch\udcf6n"), 2, "--negative-prompt: has a byte in it that is no UTF-8")
-    one_line(distill(*TINY, "times=\udcff"), 2, "times: has a byte in it that is no UTF-8")
+    one_line(distill(*TINY, "--negative-prompt", "sch\udcf6n"), 2, "--negative-prompt: contains a byte that is not UTF-8")
+    one_line(distill(*TINY, "times=\udcff"), 2, "times: contains a byte that is not UTF-8")
     (tmp_path / "r.yaml").write_bytes("command: sample\nnegative_prompt: schön\n".encode("latin-1"))
     for command in (("recipes", "show"), ("recipes", "cp"), ("recipes", "check"), ("sample", "--recipe")):
         more = ("copy.yaml",) if "cp" in command else ()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from distill_cli.diffusion.noise import Draws
 from distill_cli.models import load
+from distill_cli.models.formats import save
 from tests.cli.test_bad_input import one_line
 
 DMD = ("dmd", "--teacher", "tiny-sd", "--steps", 4, "batch_size=4", "log_every=2", "save_every=2", "sample_every=0", "warmup_steps=0")
@@ -262,7 +263,7 @@ def test_bad_input(distill, prompts, tmp_path):
     )
     one_line(distill("evaluate", "--model", "tiny", "guidance_scale=3", "--out", "e"), 2, "guidance_scale needs prompts")
     one_line(distill("cm", "--teacher", "tiny-sd", "--out", "c"), 2, "--teacher tiny-sd: no EDM model")
-    load("tiny-sd").save(tmp_path / "folder")
+    save(load("tiny-sd"), tmp_path / "folder")
     shutil.rmtree(tmp_path / "folder/vae")
     for command in ("sample", "--model"), ("pairs", "--teacher"), ("dmd", "--teacher"):
         one_line(distill(*command, "folder", "--out", "x"), 1, "folder/vae: no such folder")

@@ -14,7 +14,7 @@ from distill_cli.data.opened import BrokenPicture, header, open_picture
 from distill_cli.diffusion.noise import Draws
 from tests.cli.test_bad_input import one_line
 from tests.data.test_folders import tiff
-from tests.methods.test_data_of_runs import TRAIN, cut, photos  # noqa: F401
+from tests.training.test_data_of_runs import TRAIN, cut, photos  # noqa: F401
 
 
 def deep_png(values, colour, clear):

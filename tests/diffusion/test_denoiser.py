@@ -6,6 +6,7 @@ import torch
 from distill_cli.diffusion.denoiser import PARAMETERISATIONS, MixtureDenoiser, NetworkDenoiser, Scales
 from distill_cli.diffusion.guidance import Guided, guided
 from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, add_noise, expand
+from tests.conditions import labels_of, of
 
 SCHEDULES = {
     "edm": (EDMSchedule(), torch.tensor([0.01, 0.5, 3.0, 60.0], dtype=torch.float64)),
@@ -88,13 +89,13 @@ def test_guidance_is_linear_in_any_prediction():
     x = torch.randn(4, 2, 4, 4, dtype=torch.float64)
 
     def both(x, t, c):
-        return torch.where(c.view(-1, 1, 1, 1) == 3, one(x, t), other(x, t))
+        return torch.where(labels_of(c).view(-1, 1, 1, 1) == 3, one(x, t), other(x, t))
 
-    labels = torch.full((4,), 3)
-    ours = Guided(both, 2.5, torch.tensor(10))(x, t, labels)
+    labels, null = of(torch.full((4,), 3)), of(torch.tensor([10]))
+    ours = Guided(both, 2.5, null)(x, t, labels)
     a, s = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     cond, uncond = (x - a * one(x, t)) / s, (x - a * other(x, t)) / s
     theirs = (x - s * (uncond + 2.5 * (cond - uncond))) / a
     assert (ours - theirs).abs().max() < 1e-10
-    assert (Guided(both, 1.0, torch.tensor(10))(x, t, labels) - one(x, t)).abs().max() < 1e-12
-    assert guided(both, 1.0, torch.tensor(10)) is both
+    assert (Guided(both, 1.0, null)(x, t, labels) - one(x, t)).abs().max() < 1e-12
+    assert guided(both, 1.0, null) is both

@@ -5,6 +5,7 @@ import torch
 from distill_cli.diffusion import losses, solvers
 from distill_cli.diffusion.guidance import Guided
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, add_noise
+from tests.conditions import labels_of, of
 
 
 def close(ours, theirs, relative):
@@ -45,10 +46,10 @@ def test_dmd_sd(golden):
     cond, uncond = g.mixture("teacher_cond", schedule), g.mixture("teacher_uncond", schedule)
 
     def both(x, t, condition):  # label 0 is the condition, label 1 the null condition
-        return torch.where(condition.view(-1, 1, 1, 1) == 0, cond(x, t), uncond(x, t))
+        return torch.where(labels_of(condition).view(-1, 1, 1, 1) == 0, cond(x, t), uncond(x, t))
 
-    teacher = Guided(both, g.header["guidance_scale"], torch.tensor(1))
-    labels = torch.zeros(len(t), dtype=torch.long)
+    teacher = Guided(both, g.header["guidance_scale"], of(torch.tensor([1])))
+    labels = of(torch.zeros(len(t), dtype=torch.long))
     gradient, loss, derivative, fake = matching(g, schedule, t, lambda x, t: teacher(x, t, labels))
     close(gradient, g["grad"], 1e-6)
     close(loss, g["loss"], 1e-6)

@@ -10,6 +10,7 @@ from distill_cli.config import CMConfig
 from distill_cli.data import open_images
 from distill_cli.data.images import split
 from distill_cli.diffusion import consistency as maths
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws
@@ -17,6 +18,9 @@ from distill_cli.diffusion.schedule import EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models import load
+from distill_cli.models.formats import save
+from distill_cli.models.sampler import Sampler
+from tests.conditions import labels_of, of
 
 
 class Raw(nn.Module):
@@ -51,7 +55,7 @@ def test_golden_consistency(method, metric, weighting, golden, tiny):
     student, target = (
         NetworkDenoiser(Raw(g[f"{n}.weight"], g[f"{n}.bias"]), schedule, "consistency", scales) for n in ("student", "target")
     )
-    cm.networks["student"], cm.kept["target"], cm.real = student, target, g.mixture("teacher")
+    cm.trained["student"].module, cm.kept["target"], cm.real = student, target, g.mixture("teacher")
     t, r = (maths.sigma_at(schedule, g["index"] + k, h["num_scales"] - 1) for k in (0, 1))
     with torch.no_grad():
         close(cm.errors(g["x"], g["noise"], t, r, None), g[f"{method}.{metric}.{weighting}"], 1e-4)
@@ -64,7 +68,7 @@ def test_golden_ect(stage, c, golden, tiny):
     h = g.header
     cm = objective(tiny, method="ect", huber_c=c)
     student = NetworkDenoiser(Raw(g["student.weight"], g["student.bias"]), EDMSchedule(), "edm", Scales(h["sigma_data"]), "ln sigma / 4")
-    cm.networks["student"] = student
+    cm.trained["student"].module = student
     t = (h["P_mean"] + h["P_std"] * g["u"]).exp()
     close(t, g["t"], 1e-9)
     r = maths.ect_neighbour(t, stage, h["q"], h["k"], h["b"])
@@ -120,23 +124,23 @@ def test_times_are_drawn_as_often_as_their_weights_say(tiny):
 def test_the_students_own_times(tiny):
     """Those of the recipe, known to be right before training; at first the published ones."""
     cm = objective(tiny, scales=40)
-    assert cm.model(cm.networks["student"]).few_step_times == pytest.approx([80, 1.38237], rel=1e-5)
+    assert cm.model(cm.trained["student"].module, 0).sampler.times == pytest.approx([80, 1.38237], rel=1e-5)
     cm = objective(tiny, times="sigma:80,4,0.5")
-    assert cm.model(cm.networks["student"]).few_step_times == [80, 4, 0.5]
+    assert cm.model(cm.trained["student"].module, 0).sampler.times == (80, 4, 0.5)
     with pytest.raises(UsageError, match="^times sigma:4,80: noise levels must decrease"):
         objective(tiny, times="sigma:4,80")
 
 
 def test_a_student_by_distillation_counts_its_times_on_the_grid_it_was_distilled_on(tiny, tmp_path):
     cm = objective(tiny, scales=10, times="index:0,4")
-    student = cm.model(cm.networks["student"])
-    assert student.few_step_times == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
-    student.save(tmp_path / "m")
+    student = cm.model(cm.trained["student"].module, 0)
+    assert list(student.sampler.times) == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
+    save(student, tmp_path / "m")
     again = load(str(tmp_path / "m"))
     assert again.times("few-step", 3).tolist() == maths.sigma_at(EDMSchedule(), torch.tensor([0, 3, 6]), 9).tolist()
     assert tiny.denoiser.schedule.grid == 40
     eased = objective(tiny, method="ect")
-    assert eased.model(eased.networks["student"]).denoiser.schedule.grid == 40
+    assert eased.model(eased.trained["student"].module, 0).denoiser.schedule.grid == 40
 
 
 def test_steps_of_the_teacher():
@@ -162,7 +166,7 @@ def test_several_steps_of_the_teacher_lie_evenly_on_the_grid():
 
     t, middle, r = (schedule.at(torch.tensor([f], dtype=torch.float64)) for f in (0.6, 0.58, 0.56))
     exact = x * ((1 + r**2) / (1 + t**2)).sqrt()
-    one, two = (maths.ode_steps(denoiser, schedule, x, t, r, None, "heun", steps) - exact for steps in (1, 2))
+    one, two = (maths.ode_steps(denoiser, schedule, x, t, r, NOTHING, "heun", steps) - exact for steps in (1, 2))
     assert called == pytest.approx([v.item() for v in (t, r, t, middle, middle, r)], rel=1e-12)
     assert (one / two).item() == pytest.approx(4, rel=0.1)
 
@@ -203,21 +207,23 @@ def test_the_boundary_is_the_identity(tiny):
     cm = objective(tiny)
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        out = cm.networks["student"](x, torch.full((4,), 0.002), torch.arange(4))
+        out = cm.trained["student"].module(x, torch.full((4,), 0.002), of(torch.arange(4)))
     assert (out - x).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("method", "over"), [("cd", "N"), ("ct", "N"), ("ct", "N-1")])
 def test_the_target_follows_the_student_once_a_step(method, over, tiny):
     cm = objective(tiny, method=method, target_decay=0.75, batch_size=4, accumulate=2, steps=10, decay_over=over)
-    turns = [cm.turns(Draws(0, part)) for part in (range(4, 6), range(6, 8))]
+    turns = [cm.turns(1, Draws(0, part)) for part in (range(4, 6), range(6, 8))]
     before = cm.kept["target"].network.unet.conv_out.weight.clone()
     for turn in turns:
         next(turn)
     with torch.no_grad():
-        cm.networks["student"].network.unet.conv_out.weight.add_(1.0)  # the engine's step
+        cm.trained["student"].module.network.unet.conv_out.weight.add_(1.0)  # the engine's step
     for turn in turns:
         assert next(turn, None) is None
+    assert torch.equal(cm.kept["target"].network.unet.conv_out.weight, before)
+    cm.after(1)
     decay = 0.75 if method == "cd" else 0.75 ** (2 / (cm.scales(1) - (over == "N-1")))
     assert torch.allclose(cm.kept["target"].network.unet.conv_out.weight - before, torch.full_like(before, 1 - decay), atol=1e-5)
 
@@ -228,17 +234,17 @@ def test_student_and_target_drop_the_same(tiny):
     cm = objective(tiny, method="ict", teacher=None, dropout=0.5, metric="l1", weighting="uniform", network=network)
     x, noise, t = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.full((4,), 1.0)
     torch.manual_seed(3)
-    first = cm.networks["student"](x, t, torch.arange(4))
-    assert not torch.equal(first, cm.networks["student"](x, t, torch.arange(4)))  # it does drop
-    assert cm.errors(x, noise, t, t, torch.arange(4)).abs().max() == 0
+    first = cm.trained["student"].module(x, t, of(torch.arange(4)))
+    assert not torch.equal(first, cm.trained["student"].module(x, t, of(torch.arange(4))))  # it does drop
+    assert cm.errors(x, noise, t, t, of(torch.arange(4))).abs().max() == 0
 
 
 def test_guided_teachers(tiny):
     cm = objective(tiny, guidance_scale=2.0)
     x, t, labels = torch.randn(2, 3, 16, 16), torch.full((2,), 3.0), torch.tensor([1, 2])
     with torch.no_grad():
-        cond, uncond = tiny.denoiser(x, t, labels), tiny.denoiser(x, t, torch.full((2,), 10))
-        assert torch.allclose(cm.real(x, t, labels), uncond + 2 * (cond - uncond), atol=1e-5)
+        cond, uncond = tiny.denoiser(x, t, of(labels)), tiny.denoiser(x, t, of(torch.full((2,), 10)))
+        assert torch.allclose(cm.real(x, t, of(labels)), uncond + 2 * (cond - uncond), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,7 @@ def test_defaults_are_the_methods():
 
 def test_students_are_no_teachers(tiny):
     """Their estimates are no E[x0 | x]: the ODE would go elsewhere."""
-    student = tiny.copy(few_step_times=[80.0])
+    student = tiny.copy(sampler=Sampler.consistency([80.0]))
     for method in ("cd", "ect"):
         with pytest.raises(UsageError, match="--teacher tiny: a student"):
             Consistency(CMConfig(teacher="tiny", method=method), student, open_images("digits"))
@@ -299,27 +305,27 @@ def test_held_out_images_are_never_seen(tiny):
 
 def test_a_null_class_that_was_not_learned_is_not_kept(tiny):
     cm = objective(tiny, label_dropout=0)
-    assert cm.model(cm.networks["student"]).conditioner.null_label is None
+    assert cm.model(cm.trained["student"].module, 0).conditioner.null_label is None
     cm = objective(tiny, label_dropout=0.5)
-    assert cm.model(cm.networks["student"]).conditioner.null_label == 10
+    assert cm.model(cm.trained["student"].module, 0).conditioner.null_label == 10
 
 
 def test_labels_are_dropped(tiny):
     cm = objective(tiny, label_dropout=0.25)
     seen = []
     cm.errors = lambda x, noise, t, r, condition: seen.append(condition) or x.new_zeros(len(x))
-    next(cm.turns(Draws(0, range(2000))))
-    assert (seen[0] == 10).double().mean() == pytest.approx(0.25, abs=0.03)
+    next(cm.turns(0, Draws(0, range(2000))))
+    assert (labels_of(seen[0]) == 10).double().mean() == pytest.approx(0.25, abs=0.03)
 
 
 def test_students_of_easy_tuning_are_saved_with_diffusers_scalings(tiny):
     cm = objective(tiny, method="ect")
-    student = cm.model(cm.networks["student"])
+    student = cm.model(cm.trained["student"].module, 0)
     assert student.denoiser.parameterisation == "consistency"
-    assert cm.networks["student"].parameterisation == "edm"
+    assert cm.trained["student"].module.parameterisation == "edm"
     x, t, labels = torch.randn(2, 3, 16, 16), torch.full((2,), 1.38), torch.tensor([1, 2])
     with torch.no_grad():
-        assert (student.denoiser(x, t, labels) - cm.networks["student"](x, t, labels)).abs().max() < 5e-3
+        assert (student.denoiser(x, t, of(labels)) - cm.trained["student"].module(x, t, of(labels))).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("method", ["cd", "ict", "ect"])
@@ -327,11 +333,11 @@ def test_all_weights_learn_in_half_precision(method, tiny):
     """The target's call without gradient must not leave casts that the student's call then uses."""
     options = {} if method != "ict" else dict(teacher=None, network=dict(channels=[8, 16], attention=[False, True], groups=4, head=8))
     cm = objective(tiny, method=method, **options)
-    torch.nn.init.normal_(cm.networks["student"].network.unet.conv_out.weight)
+    torch.nn.init.normal_(cm.trained["student"].module.network.unet.conv_out.weight)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = next(cm.turns(Draws(0, range(2))))
+        loss = next(cm.turns(0, Draws(0, range(2))))
     loss.value.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in cm.networks["student"].parameters() if p.ndim == 4)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in cm.trained["student"].module.parameters() if p.ndim == 4)
 
 
 def test_images_that_do_not_fit_are_refused(tiny, tmp_path):

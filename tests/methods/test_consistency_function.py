@@ -5,12 +5,15 @@ import torch
 from torch import nn
 
 from distill_cli.config import CMConfig
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.consistency import ode_step
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.methods.cm.objective import Consistency
-from distill_cli.models.model import ClassConditioner, Lineage, Model
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.unet import UNet
 from docs.figure3 import Plane
 
@@ -28,7 +31,7 @@ class Network(Plane):
         hidden = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(128, 2))
 
-    def forward(self, x, t, class_labels, return_dict):
+    def forward(self, x, t, return_dict):
         angles = t.expand(len(x))[:, None] / 250 * torch.tensor([0.3, 0.6, 1.2])
         return (self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos()], 1))[:, :, None, None],)
 
@@ -54,7 +57,7 @@ def exact(x, sigma):
     """f(x, sigma): where 300 steps of Heun's method take x, from sigma to sigma_min."""
     x, times = x.double(), EDMSchedule(SCHEDULE.sigma_min, sigma).times(300)
     for t, r in zip(times[:-1], times[1:]):
-        x = ode_step(MIXTURE, x, t.expand(len(x)), r.expand(len(x)), None, "heun")
+        x = ode_step(MIXTURE, x, t.expand(len(x)), r.expand(len(x)), NOTHING, "heun")
     return x
 
 
@@ -68,15 +71,16 @@ def test_distillation_reaches_the_exact_function():
     config = CMConfig(device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
     cm = Consistency(config, teacher, Points(4096))
     cm.real = MIXTURE
-    student = cm.networks["student"]
+    student = cm.trained["student"].module
     optimizer = torch.optim.RAdam(student.parameters(), lr=3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        for loss in cm.turns(Draws(0, range(step * 128, step * 128 + 128))):
+        for loss in cm.turns(step, Draws(0, range(step * 128, step * 128 + 128))):
             loss.value.backward()
             optimizer.step()
             optimizer.zero_grad()
+        cm.after(step)
     points, noise = Points(1000).x, Draws(5, range(1000)).normal("noise", (2, 1, 1))
     for sigma, bound in ((0.1, 0.012), (0.5, 0.09), (2.0, 0.12), (10.0, 0.13)):
         x, t = points + sigma * noise, torch.full((1000,), sigma)

@@ -6,6 +6,7 @@ from distill_cli.data import open_images
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import expand
 from distill_cli.methods.train.denoising import Denoising
+from tests.conditions import labels_of
 
 NETWORK = {"channels": [8], "attention": [False], "groups": 4, "head": 8}
 
@@ -39,17 +40,17 @@ def test_one_step_by_hand():
             self.p = torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, x, t, condition):
-            seen.update(x=x, t=t, condition=condition)
+            seen.update(x=x, t=t, labels=labels_of(condition))
             return x * 0 + self.p
 
-    train.networks["teacher"] = Spy()
+    train.trained["teacher"].module = Spy()
     draws = Draws(0, range(64))
-    loss = next(train.turns(draws)).value
+    loss = next(train.turns(0, draws)).value
     x, labels = train.images.batch([train.order[i] for i in range(64)], draws)
     sigma = train.times(draws)
     assert torch.equal(seen["x"], x + expand(sigma, x) * draws.normal("noise", (3, 16, 16)))
-    dropped = seen["condition"] == 10
-    assert torch.equal(seen["condition"][~dropped], labels[~dropped])
+    dropped = seen["labels"] == 10
+    assert torch.equal(seen["labels"][~dropped], labels[~dropped])
     assert 20 < dropped.sum() < 44
     expected = ((sigma**-2 + 4) * x.square().mean((1, 2, 3))).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -62,4 +63,4 @@ def test_a_set_without_classes_trains_without_labels(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "x.png")
     train = Denoising(TrainConfig(device="cpu", network=NETWORK, data=str(tmp_path), resolution=8), open_images(str(tmp_path), 8))
     assert train.teacher.conditioner.null_label is None
-    assert torch.isfinite(next(train.turns(Draws(0, range(2)))).value)
+    assert torch.isfinite(next(train.turns(0, Draws(0, range(2)))).value)

@@ -9,8 +9,10 @@ from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, add_noise
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.objective import DMD, check_pairs, spread
 from distill_cli.models import pixel
-from distill_cli.models.model import Lineage
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.sampler import Sampler
 from distill_cli.pairs.store import PairStore
+from tests.conditions import of
 
 
 def objective(tiny, pairs=None, **options):
@@ -40,27 +42,27 @@ def test_matching_times_of_a_table_are_20_to_980(tiny):
 def test_the_student_starts_at_sigma_max_and_is_the_teacher(tiny):
     dmd, noise, labels = objective(tiny), torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3])
     with torch.no_grad():
-        expected = tiny.denoiser(80.0 * noise, torch.full((3,), 80.0), labels)
-        assert torch.equal(dmd.generate(noise, labels), expected)
+        expected = tiny.denoiser(80.0 * noise, torch.full((3,), 80.0), of(labels))
+        assert torch.equal(dmd.generate(noise, of(labels)), expected)
 
 
 def test_one_step_by_hand(tiny, tiny_pairs):
     """The first loss and its gradient, from the formulas and the draws alone, with a guided teacher and an unguided fake score."""
     dmd = objective(tiny, tiny_pairs, guidance_scale=3.0, regression_weight=0.7)
     with torch.no_grad():
-        dmd.networks["fake"].network.unet.conv_out.bias.add_(0.1)
+        dmd.trained["fake"].module.network.unet.conv_out.bias.add_(0.1)
     draws = Draws(0, range(4))
-    loss = next(dmd.turns(draws))
+    loss = next(dmd.turns(0, draws))
     pairs = PairStore(tiny_pairs).batch([dmd.order[i] for i in range(4)])
     labels = (draws.uniform("label") * 10).long()
     t80 = torch.full((4,), 80.0)
     with torch.no_grad():
-        x = tiny.denoiser(80 * draws.normal("noise", tiny.shape), t80, labels)
-        again = tiny.denoiser(80 * pairs["noise"], t80, pairs["label"])
+        x = tiny.denoiser(80 * draws.normal("noise", tiny.shape), t80, of(labels))
+        again = tiny.denoiser(80 * pairs["noise"], t80, of(pairs["label"]))
         t = dmd.times(draws.uniform("matching_time"), 0.02, 0.98)
         noisy = x + t.view(-1, 1, 1, 1) * draws.normal("matching_noise", tiny.shape)
-        cond, uncond = tiny.denoiser(noisy, t, labels), tiny.denoiser(noisy, t, torch.full((4,), 10))
-        real, fake = uncond + 3.0 * (cond - uncond), dmd.networks["fake"](noisy, t, labels)
+        cond, uncond = tiny.denoiser(noisy, t, of(labels)), tiny.denoiser(noisy, t, of(torch.full((4,), 10)))
+        real, fake = uncond + 3.0 * (cond - uncond), dmd.trained["fake"].module(noisy, t, of(labels))
         gradient = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
     expected = 0.5 * gradient.square().mean() + 0.7 * (again - pairs["x0"]).square().mean()
     assert loss.network == "student"
@@ -71,13 +73,13 @@ def test_one_step_by_hand(tiny, tiny_pairs):
 def test_the_fake_score_learns_the_images_of_before_the_students_step(tiny):
     dmd = objective(tiny, fake_steps=2)
     draws = Draws(0, range(4))
-    turns = dmd.turns(draws)
+    turns = dmd.turns(0, draws)
     labels = (draws.uniform("label") * 10).long()
     with torch.no_grad():
-        x = dmd.generate(draws.normal("noise", tiny.shape), labels)
+        x = dmd.generate(draws.normal("noise", tiny.shape), of(labels))
     next(turns)
     with torch.no_grad():  # the engine steps the student here
-        for p in dmd.networks["student"].parameters():
+        for p in dmd.trained["student"].module.parameters():
             p.add_(0.05)
     losses = list(turns)
     assert [loss.network for loss in losses] == ["fake", "fake"]
@@ -85,29 +87,29 @@ def test_the_fake_score_learns_the_images_of_before_the_students_step(tiny):
         t = dmd.times(draws.uniform("score_time", turn), 0.0, 1.0)
         noisy = add_noise(EDMSchedule(), x, draws.normal("score_noise", tiny.shape, turn), t)
         with torch.no_grad():
-            error = (dmd.networks["fake"](noisy, t, labels) - x).square().mean((1, 2, 3))
+            error = (dmd.trained["fake"].module(noisy, t, of(labels)) - x).square().mean((1, 2, 3))
         assert loss.value.item() == pytest.approx(((t**-2 + 0.5**-2) * error).mean().item(), rel=1e-4)
         loss.value.backward()
-    assert all(p.grad is None for p in dmd.networks["student"].parameters())
-    assert any(p.grad is not None for p in dmd.networks["fake"].parameters())
+    assert all(p.grad is None for p in dmd.trained["student"].module.parameters())
+    assert any(p.grad is not None for p in dmd.trained["fake"].module.parameters())
 
 
 def test_the_students_loss_trains_the_student_alone(tiny, tiny_pairs):
     dmd = objective(tiny, tiny_pairs)
-    next(dmd.turns(Draws(0, range(4)))).value.backward()
-    assert all(p.grad is None for p in dmd.networks["fake"].parameters())
+    next(dmd.turns(0, Draws(0, range(4)))).value.backward()
+    assert all(p.grad is None for p in dmd.trained["fake"].module.parameters())
     assert all(p.grad is None for p in dmd.teacher.denoiser.parameters())
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in dmd.networks["student"].parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in dmd.trained["student"].module.parameters())
 
 
 def test_without_matching_no_fake_score_is_trained(tiny, tiny_pairs):
-    losses = list(objective(tiny, tiny_pairs, matching_weight=0).turns(Draws(0, range(2))))
+    losses = list(objective(tiny, tiny_pairs, matching_weight=0).turns(0, Draws(0, range(2))))
     assert [loss.network for loss in losses] == ["student"]
 
 
 def test_dropout_is_off_everywhere(tiny):
     dmd = objective(tiny)
-    assert not any(m.training for n in (*dmd.networks.values(), *dmd.frozen) for m in n.modules())
+    assert not any(m.training for n in (*(each.module for each in dmd.trained.values()), *dmd.frozen.values()) for m in n.modules())
 
 
 def test_pairs_of_another_teacher_or_resolution_are_refused(tiny, tiny_pairs):
@@ -131,7 +133,7 @@ def test_the_teacher_is_guided_as_its_pairs_were(tiny, tiny_pairs):
 
 def test_students_and_keys_of_other_teachers_are_refused(tiny, tiny_pairs):
     student = tiny.copy()
-    student.few_step_times = [80.0]
+    student.sampler = Sampler.consistency([80.0])
     with pytest.raises(UsageError, match="a student"):
         DMD(DMDConfig(device="cpu"), student, None)
     config = DMDConfig(pairs=tiny_pairs, regression_loss="lpips", decoder="x", device="cpu")
@@ -142,7 +144,7 @@ def test_students_and_keys_of_other_teachers_are_refused(tiny, tiny_pairs):
 def test_guidance_without_a_null_class_is_refused(tiny):
     from dataclasses import replace
 
-    from distill_cli.models.model import ClassConditioner
+    from distill_cli.models.conditioners import ClassConditioner
 
     with pytest.raises(UsageError, match="no null class"):
         DMD(DMDConfig(guidance_scale=2.0, device="cpu"), replace(tiny.copy(), conditioner=ClassConditioner()), None)

@@ -15,7 +15,10 @@ from distill_cli.methods.dmd.objective import DMD, of_decoded
 from distill_cli.models import load
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
+from distill_cli.runs import Run
+from distill_cli.training.objective import Full
 
+TEXT = "encoder_hidden_states"
 PROMPTS = ["a small red circle", "a large blue cross", "a yellow square"]
 
 
@@ -78,14 +81,14 @@ def test_golden_dmd_sd_through_the_objective(golden, teacher):
     cond, uncond = g.mixture("teacher_cond", schedule), g.mixture("teacher_uncond", schedule)
 
     def both(x, t, condition):
-        is_null = (condition == null).flatten(1).all(1)
+        is_null = (condition.parts[TEXT] == null.parts[TEXT]).flatten(1).all(1)
         return torch.where(is_null.view(-1, 1, 1, 1), uncond(x, t), cond(x, t))
 
     student = Fixed(g["x"])
     dmd.schedule, dmd.teacher = schedule, replace(dmd.teacher, size=(8, 8))
     dmd.real = guided(both, dmd.sampling.guidance_scale, null)
-    dmd.networks = {"student": student, "fake": Wrapped(g.mixture("fake", schedule))}
-    turns = dmd.turns(GoldenDraws(g["noise"], g["t"]))
+    dmd.trained = {"student": Full(student, 0.0), "fake": Full(Wrapped(g.mixture("fake", schedule)), 0.0)}
+    turns = dmd.turns(0, GoldenDraws(g["noise"], g["t"]))
     first = next(turns)
     assert first.value.item() == pytest.approx(g["loss"].item(), rel=1e-6)
     first.value.backward()
@@ -98,23 +101,23 @@ def test_golden_dmd_sd_through_the_objective(golden, teacher):
 def test_the_text_encoder_is_not_needed_while_training_runs(teacher, stored, monkeypatch):
     dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", pairs=stored), teacher, PairStore(stored))
     assert dmd.teacher.text.negative == "grey"  # as the pairs were made
-    assert teacher.text.encoder not in dmd.frozen
+    assert teacher.text.encoder not in dmd.frozen.values()
     expected = dmd.teacher.text.given(PROMPTS, "grey")(torch.tensor([0, 1, 2]))
-    next(dmd.turns(Draws(0, range(1))))
+    dmd.prepare(torch.device("cpu"), Run(stored))
     monkeypatch.setattr(type(teacher.text), "encode", None)  # whoever asks it now fails
-    losses = [loss.value.item() for loss in dmd.turns(Draws(0, range(4)))]
+    losses = [loss.value.item() for loss in dmd.turns(0, Draws(0, range(4)))]
     assert len(losses) == 2
-    assert torch.allclose(dmd.of_pairs(torch.tensor([0, 1, 2])), expected, atol=1e-5)
+    assert torch.allclose(dmd.of_pairs(torch.tensor([0, 1, 2])).parts[TEXT], expected.parts[TEXT], atol=1e-5)
 
 
 def test_without_pairs_the_embeddings_stand_in_the_run(teacher, tmp_path, monkeypatch):
     dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", out=tmp_path / "run"), teacher, None)
-    assert teacher.text.encoder not in dmd.frozen
+    assert teacher.text.encoder not in dmd.frozen.values()
     assert not (tmp_path / "run").exists()  # which must be new when the run begins
-    list(dmd.turns(Draws(0, range(2))))
+    dmd.prepare(torch.device("cpu"), Run(tmp_path / "run"))
     assert len(list((tmp_path / "run").glob("text-*/shard-*"))) == 2  # 864 captions
     monkeypatch.setattr(type(teacher.text), "encode", None)
-    assert len(list(dmd.turns(Draws(0, range(4))))) == 2
+    assert len(list(dmd.turns(0, Draws(0, range(4))))) == 2
 
 
 def test_pairs_hold_the_latents_of_their_noise_and_prompt(teacher, stored):
@@ -133,16 +136,16 @@ def test_matching_on_pairs_too(teacher, stored):
     seen = []
     real = dmd._match
     dmd._match = lambda x, noise, t, condition: seen.append((x, noise, t, condition)) or real(x, noise, t, condition)
-    fake = dmd.networks["fake"]
+    fake = dmd.trained["fake"].module
     fake.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    list(dmd.turns(Draws(0, range(3))))
+    list(dmd.turns(0, Draws(0, range(3))))
     x, noise, t, condition = seen[0]
-    assert len(x) == len(noise) == len(t) == len(condition) == 6
+    assert len(x) == len(noise) == len(t) == len(condition.parts[TEXT]) == 6
     assert len(noise.flatten(1).unique(dim=0)) == 6
     assert len(t.unique()) > 3
     pairs = PairStore(stored).batch([dmd.order[i] for i in range(3)])
-    assert torch.equal(condition[3:], dmd.of_pairs(pairs["label"]))
-    student = dmd.networks["student"]
+    assert torch.equal(condition[3:].parts[TEXT], dmd.of_pairs(pairs["label"]).parts[TEXT])
+    student = dmd.trained["student"].module
     with torch.no_grad():
         assert torch.allclose(x[3:], student(pairs["noise"], torch.full((3,), 999.0), condition[3:]), atol=1e-5)
     assert len(seen[-1][0]) == 6

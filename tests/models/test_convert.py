@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load
 from distill_cli.models.edm import EDMUNet
+from distill_cli.models.sampler import Sampling
 from distill_cli.models.sources import convert, unpickle
 from distill_cli.models.sources.convert import convert_file, model_of, open_file, place
+from tests.conditions import of
 from tests.models.published import CIFAR10, IMAGENET64, Persistent, dump, nvlabs_shapes, openai_shapes, write_nvlabs
 
 GOLDEN = Path(os.environ.get("DISTILL_GOLDEN", Path(__file__).parents[2].parent / "shared/golden"))
@@ -51,14 +54,15 @@ def test_nvlabs_networks_are_the_papers(name, tmp_path):
     model = load(str(tmp_path / "m"))
     model.denoiser.double()
     labels = g["class_labels"].argmax(1) if kwargs["label_dim"] else None
+    condition = NOTHING if labels is None else of(labels)
     c_in = (g["sigma"] ** 2 + 0.25).rsqrt().view(-1, 1, 1, 1)
     with torch.no_grad():
-        close(model.denoiser(g["x"], g["sigma"], labels), g["denoised"])
-        close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, labels), g["raw"])
+        close(model.denoiser(g["x"], g["sigma"], condition), g["denoised"])
+        close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, condition), g["raw"])
         if labels is not None:
             null = torch.full_like(labels, len(model.conditioner.classes))
             assert model.conditioner.null_label is None  # never trained: published without label dropout
-            close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, null), g["raw_null"])
+            close(model.denoiser.network(c_in * g["x"], g["sigma"].log() / 4, of(null)), g["raw_null"])
 
 
 @pytest.mark.parametrize("kind", ["edm", "cd"])
@@ -72,8 +76,8 @@ def test_openai_networks_are_the_papers(kind, tmp_path):
     model.denoiser.double()
     c_in = (g["sigma"] ** 2 + 0.25).rsqrt().view(-1, 1, 1, 1)
     with torch.no_grad():
-        close(model.denoiser(g["x"], g["sigma"], g["class_labels"]), g["denoised" if kind == "edm" else "consistency"])
-        close(model.denoiser.network(c_in * g["x"], 250 * g["sigma"].log(), g["class_labels"]), g["raw"])
+        close(model.denoiser(g["x"], g["sigma"], of(g["class_labels"])), g["denoised" if kind == "edm" else "consistency"])
+        close(model.denoiser.network(c_in * g["x"], 250 * g["sigma"].log(), of(g["class_labels"])), g["raw"])
 
 
 @pytest.mark.parametrize("name", NVLABS)
@@ -158,7 +162,7 @@ def test_nvlabs_files_of_other_configurations_are_placed(changes, tmp_path):
     assert found["tensors"] == len(kept) + 4 * sum("qkv.weight" in name for name in kept)
     model = load(str(tmp_path / "m"))
     labels = torch.zeros(2, dtype=torch.long)
-    assert torch.isfinite(model.sample(Draws(0, range(2)), labels, convert.Sampling(steps=2))).all()
+    assert torch.isfinite(model.sample(Draws(0, range(2)), labels, Sampling(steps=2))).all()
     if found["classes"]:  # without labels the network is the one of the null class
         x, t = torch.randn(2, *model.shape), torch.zeros(2)
         null = torch.full((2,), found["classes"])
@@ -268,7 +272,7 @@ def test_a_converted_teacher_in_a_loop_of_plain_diffusers(tmp_path):
     for t in scheduler.timesteps:
         with torch.no_grad():
             x = scheduler.step(network(scheduler.scale_model_input(x, t), t, labels)[0], t, x).prev_sample
-    ours = model.sample(draws, labels, convert.Sampling(solver="euler", steps=6))
+    ours = model.sample(draws, labels, Sampling(solver="euler", steps=6))
     assert (ours - x.clamp(-1, 1)).abs().max() < 1e-4
 
 
@@ -295,5 +299,5 @@ def test_consistency_students_sample(tmp_path):
     model = model_of(open_file(tmp_path / "cd_x.pt", kwargs["image_size"]), "x")
     images = model.sample(Draws(0, range(2)), model.conditioner.labels(2))
     assert images.shape == (2, 3, 16, 16)
-    assert model.few_step_times == pytest.approx([80.0, 1.38237], rel=1e-4)  # the published two-step times
+    assert model.sampler.times == pytest.approx([80.0, 1.38237], rel=1e-4)  # the published two-step times
     assert model.sampling.steps == 1

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load, schedulers
+from distill_cli.models.formats import save
 from distill_cli.models.parts import best_variant, load_network, variants
 from distill_cli.models.sources.hub import files_of
 
@@ -27,7 +28,7 @@ DDPM = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start
 def whole(tmp_path_factory):
     """A Stable Diffusion folder as diffusers alone writes it."""
     folder = tmp_path_factory.mktemp("foreign") / "whole"
-    load("tiny-sd").save(folder)
+    save(load("tiny-sd"), folder)
     (folder / "distill.json").unlink()
     return folder
 
@@ -115,11 +116,11 @@ def test_what_is_written_has_the_names_of_its_class(tmp_path):
     model = load("tiny").copy()
     model.denoiser.network.unet = torch.compile(model.unet)
     with pytest.raises(AssertionError, match="OptimizedModule"):
-        model.save(tmp_path / "compiled")
+        save(model, tmp_path / "compiled")
     latent = load("tiny-sd")
     latent.unet.conv_in = torch.nn.Sequential(latent.unet.conv_in)
     with pytest.raises(AssertionError, match="conv_in"):
-        latent.save(tmp_path / "wrapped")
+        save(latent, tmp_path / "wrapped")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +148,7 @@ def test_a_consistency_pipeline_needs_the_scheduler_of_one(tmp_path):
     refused(pixels(tmp_path / "n", DDPM, "ConsistencyModelPipeline"), "DDPMScheduler in a ConsistencyModelPipeline")
     known = {"_class_name": "CMStochasticIterativeScheduler", "sigma_max": 14.0}
     model = load(str(pixels(tmp_path / "o", known, "ConsistencyModelPipeline")))
-    assert (model.few_step_times, model.denoiser.schedule.sigma_min) == ([14.0], 0.002)
+    assert (model.sampler.times, model.denoiser.schedule.sigma_min) == ([14.0], 0.002)
     odd = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}
     refused(pixels(tmp_path / "p", odd), "prediction_type 'v_prediction' with EDM's scalings")
 

@@ -11,7 +11,8 @@ from PIL import Image
 from distill_cli import watch
 from distill_cli.errors import printable, printable_lines
 from distill_cli.models import load
-from distill_cli.models.model import Lineage
+from distill_cli.models.formats import save
+from distill_cli.models.lineage import Lineage
 from distill_cli.runs import Run
 
 EVIL = "a\x1b[31mred\x07\u202etxt\u2066\u200b\u2028\x9b|\n| licence | MIT"
@@ -35,7 +36,7 @@ def test_printable():
 
 def test_a_foreign_folders_text(tmp_path, distill):
     """Names, licence, classes and recipe of another's distill.json, in all that is printed and written of them."""
-    load("tiny").save(tmp_path / "m")
+    save(load("tiny"), tmp_path / "m")
     stored = json.loads((tmp_path / "m/distill.json").read_text())
     stored["lineage"] |= dict.fromkeys(("name", "method", "teacher", "licence", "data"), EVIL)
     stored |= {"classes": [EVIL, *stored["classes"][1:]], "recipe": f"a: 1\n{EVIL}\n```\n# x\n"}
@@ -47,7 +48,7 @@ def test_a_foreign_folders_text(tmp_path, distill):
         shown = distill("models", "show", "m", *options)
         assert shown.code == 0
         assert clean(shown.out)
-    model.save(tmp_path / "again")
+    save(model, tmp_path / "again")
     assert clean((tmp_path / "again/distill.json").read_text())
     card = (tmp_path / "again/README.md").read_text()
     assert clean(card)
@@ -58,7 +59,7 @@ def test_a_foreign_folders_text(tmp_path, distill):
 
 
 def test_errors_about_a_foreign_file(tmp_path, distill):
-    load("tiny").save(tmp_path / "m")
+    save(load("tiny"), tmp_path / "m")
     for file, change in (("model_index.json", {"_class_name": EVIL}), ("distill.json", {EVIL: 1}), ("distill.json", {"time_input": EVIL})):
         old = (tmp_path / "m" / file).read_text()
         (tmp_path / "m" / file).write_text(json.dumps(json.loads(old) | change))
@@ -70,7 +71,7 @@ def test_errors_about_a_foreign_file(tmp_path, distill):
 
 
 def test_the_licence_of_a_card(tmp_path):
-    load("tiny-sd").save(tmp_path / "m")
+    save(load("tiny-sd"), tmp_path / "m")
     (tmp_path / "m/distill.json").unlink()
     (tmp_path / "m/README.md").write_text("---\nlicense: mit\x1b[31m\u202e\n---\n")
     assert load(str(tmp_path / "m")).lineage.licence == "mit\\x1b[31m\\u202e"

@@ -8,6 +8,7 @@ import torch
 
 from distill_cli.errors import DistillError
 from distill_cli.models import classifier, load
+from distill_cli.models.formats import save
 from distill_cli.models.parts import check_file, load_network, quiet
 from distill_cli.models.sources import convert
 from tests.models.test_foreign_folders import DDPM, UNET, configure, pixels, refused, rewrite, whole  # noqa: F401
@@ -73,10 +74,13 @@ def test_a_text_encoder_of_another_shape(whole, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("sampling", {"steps": 0}),
-        ("sampling", {"solver": "none"}),
-        ("sampling", {"guidance_scale": float("nan")}),
-        *(("few_step_times", times) for times in ([], [1.0, 2.0], [0.0], [1e9], [float("nan")], [float("inf")], [-1.0])),
+        ("sampler", {"steps": 0}),
+        ("sampler", {"solver": "none"}),
+        ("sampler", {"guidance_scale": float("nan")}),
+        *(
+            ("sampler", {"guidance": "inside", "times": times})
+            for times in ([], [1.0, 2.0], [0.0], [1e9], [float("nan")], [float("inf")], [-1.0])
+        ),
         *(("learned", learned) for learned in ([], [10], [-1])),
         *(("null_label", label) for label in (3, -1, 11)),
         ("time_input", "t"),
@@ -87,7 +91,7 @@ def test_a_text_encoder_of_another_shape(whole, tmp_path):  # noqa: F811
 def test_what_distill_json_may_say(tmp_path_factory, key, value):
     folder = tmp_path_factory.getbasetemp() / "values-tiny"
     if not folder.exists():
-        load("tiny").save(folder)
+        save(load("tiny"), folder)
     before = (folder / "distill.json").read_text()
     try:
         configure(folder / "distill.json", **{key: value})
@@ -97,7 +101,7 @@ def test_what_distill_json_may_say(tmp_path_factory, key, value):
 
 
 def test_distill_json_of_another_prediction(tmp_path):
-    load("tiny-sd").save(tmp_path / "m")
+    save(load("tiny-sd"), tmp_path / "m")
     configure(tmp_path / "m/distill.json", parameterisation="v")
     refused(tmp_path / "m", 'distill.json: parameterisation is "v"')
 

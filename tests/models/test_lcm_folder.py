@@ -5,18 +5,20 @@ import json
 import pytest
 import torch
 
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import lcm, load
-from distill_cli.models.model import Sampling
+from distill_cli.models.formats import save
+from distill_cli.models.sampler import Sampler, Sampling
 from tests.models.test_stable_diffusion import PROMPTS, edit_json, made
 
 
 def foreign(path, prediction="eps", **scheduler):
     """A folder as others save one: LCMScheduler, and no distill.json."""
     model = made(prediction)
-    model.few_step_times = [999.0]
-    model.save(path)
+    model.sampler = Sampler.one_step(model.denoiser.schedule)
+    save(model, path)
     (path / "distill.json").unlink()
     edit_json(path / "scheduler/scheduler_config.json", **scheduler)
     return path
@@ -66,41 +68,41 @@ def test_times_are_those_of_the_scheduler():
         scheduler = diffusers.LCMScheduler(num_train_timesteps=count, original_inference_steps=original)
         for steps in {1, 2, 3, original // 2, original - 1, original}:
             scheduler.set_timesteps(steps)
-            assert lcm.times(scheduler.config, steps).tolist() == scheduler.timesteps.tolist()
+            assert lcm.sampler_of(scheduler.config).times_for(None, "few-step", steps).tolist() == scheduler.timesteps.tolist()
 
 
 def test_the_form_at_the_boundary_is_the_schedulers():
     import diffusers
 
     scheduler = diffusers.LCMScheduler(timestep_scaling=2.5)
-    x, t = torch.full((5, 1, 1, 1), 3.0, dtype=torch.float64), torch.tensor([0, 1, 19, 500, 999])
-    found = lcm.bounded(lambda x, t, condition=None: 7 * torch.ones_like(x), scheduler.config)(x, t.double())
-    for value, time in zip(found.flatten().tolist(), t.tolist(), strict=True):
+    t = torch.tensor([0, 1, 19, 500, 999])
+    skips, outs = lcm.boundary(t.double(), 2.5)
+    for skip_t, out_t, time in zip(skips.tolist(), outs.tolist(), t.tolist(), strict=True):
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(time)
-        assert value == pytest.approx(skip * 3 + out * 7, rel=1e-12)
-    assert found.flatten()[0] == 3  # at no noise the picture itself
+        assert (skip_t, out_t) == pytest.approx((skip, out), rel=1e-12)
+    assert (skips[0], outs[0]) == (1, 0)  # at no noise the picture itself
 
 
 def test_what_the_scheduler_cannot_do_is_said(tmp_path):
     model = load(str(foreign(tmp_path / "lcm", original_inference_steps=8)))
-    with pytest.raises(UsageError, match="--steps 9: the model's LCMScheduler takes 1 to 8"):
+    with pytest.raises(UsageError, match="--steps 9: the student was made for at most 8"):
         model.with_defaults(None, 9, None)
     for wrong in (0, 1001, "50", None, True, 2.5):
         with pytest.raises(DistillError, match="original_inference_steps"):
-            lcm.times({"original_inference_steps": wrong}, 1)
+            lcm.sampler_of({"original_inference_steps": wrong})
     with pytest.raises(DistillError, match="timestep_scaling"):
-        lcm.bounded(model.denoiser, {"timestep_scaling": "10"})
+        model.denoiser.with_scaling({"timestep_scaling": "10"})
 
 
 def test_a_student_of_ours_stays_as_it_is(tmp_path):
     """Its one step is at t = 999 with the plain estimate, whatever the file of its scheduler says."""
     model = made()
-    model.few_step_times, model.sampling = [999.0], Sampling(solver="few-step", steps=1)
+    model.sampler = Sampler.one_step(model.denoiser.schedule)
     model.lineage = model.lineage.model_copy(update={"kind": "student", "method": "dmd"})
-    model.save(tmp_path / "ours")
+    save(model, tmp_path / "ours")
     again = load(str(tmp_path / "ours")).with_prompts(PROMPTS)
     assert json.loads((tmp_path / "ours/scheduler/scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
-    assert again.lcm is None
+    assert type(again.denoiser) is NetworkDenoiser
     draws = Draws(3, range(2))
     x = draws.normal("prior", again.shape)
     estimate = again.denoiser(x, torch.full((2,), 999.0), again.conditioner(torch.tensor([0, 1])))

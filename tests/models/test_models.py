@@ -9,13 +9,16 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load, pixel
-from distill_cli.models.model import Lineage, Sampling
+from distill_cli.models.formats import save
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.sampler import Sampler, Sampling
+from tests.conditions import of
 
 
 @pytest.fixture(scope="module")
 def student(tiny):
     """A one-step student as DMD saves it: the teacher's EDM parameterisation, one time."""
-    out = tiny.copy(sampling=Sampling(solver="few-step", steps=1), few_step_times=[80.0])
+    out = tiny.copy(sampler=Sampler.consistency([80.0]))
     with torch.no_grad():
         out.unet.conv_out.bias.add_(0.05)
     return out
@@ -24,7 +27,7 @@ def student(tiny):
 def test_a_student_gives_the_same_pictures_in_plain_diffusers(student, tmp_path):
     from diffusers import ConsistencyModelPipeline
 
-    student.save(tmp_path / "m")
+    save(student, tmp_path / "m")
     pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "m")
     pipeline.set_progress_bar_config(disable=True)
     draws, labels = Draws(0, range(6)), student.conditioner.labels(6)
@@ -38,16 +41,16 @@ def test_a_student_gives_the_same_pictures_in_plain_diffusers(student, tmp_path)
 
 
 def test_save_and_load_are_inverse(student, tmp_path):
-    student.save(tmp_path / "m")
+    save(student, tmp_path / "m")
     again = load(str(tmp_path / "m"))
     assert again.weights_hash() == student.weights_hash()
-    assert (again.lineage, again.sampling, again.few_step_times) == (student.lineage, student.sampling, student.few_step_times)
+    assert (again.lineage, again.sampling, again.sampler.times) == (student.lineage, student.sampling, student.sampler.times)
     draws, labels = Draws(1, range(3)), student.conditioner.labels(3)
     assert torch.equal(again.sample(draws, labels), student.sample(draws, labels))
 
 
 def test_half_precision_on_disk(student, tmp_path):
-    student.save(tmp_path / "m", torch.float16)
+    save(student, tmp_path / "m", torch.float16)
     size = (tmp_path / "m/unet/diffusion_pytorch_model.safetensors").stat().st_size
     assert size < 2.3 * sum(p.numel() for p in student.unet.parameters()) + 20_000
     again = load(str(tmp_path / "m"))
@@ -57,11 +60,11 @@ def test_half_precision_on_disk(student, tmp_path):
 
 def test_a_foreign_consistency_model_is_a_student(tmp_path, student):
     """A ConsistencyModelPipeline without distill.json is read with the boundary scalings, as diffusers does."""
-    student.save(tmp_path / "m")
+    save(student, tmp_path / "m")
     (tmp_path / "m/distill.json").unlink()
     again = load(str(tmp_path / "m"))
     assert again.denoiser.parameterisation == "consistency"
-    assert again.few_step_times == [80.0]
+    assert again.sampler.times == (80.0,)
     draws, labels = Draws(1, range(3)), student.conditioner.labels(3)
     assert (again.sample(draws, labels) - student.sample(draws, labels)).abs().max() < 1e-4
 
@@ -74,7 +77,7 @@ def test_ddpm_models_round_trip(prediction, tmp_path):
         lineage=Lineage(name="x"),
     )  # fmt: skip
     model.denoiser.eval()
-    model.save(tmp_path / "m")
+    save(model, tmp_path / "m")
     again = load(str(tmp_path / "m"))
     assert (again.denoiser.schedule.alphas_cumprod - schedule.alphas_cumprod).abs().max() < 1e-12
     if prediction == "v":
@@ -125,7 +128,7 @@ def test_labels_go_round(tiny):
 def test_null_class_is_another_condition(tiny):
     x, t = torch.randn(2, 3, 16, 16), torch.ones(2)
     with torch.no_grad():
-        one, null = (tiny.denoiser(x, t, torch.full((2,), c)) for c in (3, tiny.conditioner.null_label))
+        one, null = (tiny.denoiser(x, t, of(torch.full((2,), c))) for c in (3, tiny.conditioner.null_label))
     assert tiny.conditioner.null_label == 10
     assert (one - null).abs().max() > 1e-4
 
@@ -146,7 +149,7 @@ def test_half_precision_networks_are_combined_in_float32():
 
 
 def broken(tmp_path, tiny):
-    tiny.save(tmp_path / "m")
+    save(tiny, tmp_path / "m")
     return tmp_path / "m"
 
 

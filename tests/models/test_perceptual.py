@@ -12,6 +12,7 @@ from distill_cli.models import load
 from distill_cli.models.perceptual import FILE, Perceptual
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
+from tests.conditions import of
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +138,13 @@ def test_its_gradient_is_a_number_where_all_features_are_0(metric):
 def test_dmd_regresses_by_it(tiny, tiny_pairs, vgg, metric):
     config = DMDConfig(teacher="tiny", device="cpu", pairs=tiny_pairs, regression_loss="lpips", lpips_weights=vgg, matching_weight=0)
     dmd = DMD(config, tiny.copy(), PairStore(tiny_pairs))
-    loss = next(dmd.turns(Draws(0, range(2))))
+    loss = next(dmd.turns(0, Draws(0, range(2))))
     pairs = PairStore(tiny_pairs).batch([dmd.order[i] for i in range(2)])
     with torch.no_grad():
-        expected = metric(dmd.generate(pairs["noise"], pairs["label"]), pairs["x0"]).mean().item()
+        expected = metric(dmd.generate(pairs["noise"], of(pairs["label"])), pairs["x0"]).mean().item()
     assert loss.value.item() == pytest.approx(0.25 * expected, rel=1e-4)
     loss.value.backward()
-    assert all(torch.isfinite(p.grad).all() for p in dmd.networks["student"].parameters() if p.grad is not None)
+    assert all(torch.isfinite(p.grad).all() for p in dmd.trained["student"].module.parameters() if p.grad is not None)
 
 
 def test_without_weights_both_ways_out_are_said(tmp_path, monkeypatch, vgg):
@@ -180,7 +181,7 @@ def test_regression_of_latents_is_lpips_of_their_pictures_as_large_as_they_are(v
     generate(PairsConfig(teacher="tiny-sd", num=4, shard_size=4, batch_size=4, steps=1, dtype="float32"), teacher, folder)
     options = dict(teacher="tiny-sd", device="cpu", pairs=folder, regression_loss="lpips", lpips_weights=vgg, matching_weight=0)
     dmd = DMD(DMDConfig(**options), teacher, PairStore(folder))
-    loss = next(dmd.turns(Draws(0, range(2))))
+    loss = next(dmd.turns(0, Draws(0, range(2))))
     batch = PairStore(folder).batch([dmd.order[i] for i in range(2)])
     with torch.no_grad():
         made = dmd.generate(batch["noise"], dmd.of_pairs(batch["label"]))
@@ -188,11 +189,11 @@ def test_regression_of_latents_is_lpips_of_their_pictures_as_large_as_they_are(v
         expected = 0.25 * Perceptual(vgg, below=0)(*pictures).mean()
     assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.value.backward()
-    assert dmd.networks["student"].network.unet.conv_in.weight.grad.abs().max() > 0
+    assert dmd.trained["student"].module.network.unet.conv_in.weight.grad.abs().max() > 0
     diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
         num_decoder_blocks=(1,) * 4, latent_channels=4,
     ).save_pretrained(tmp_path / "taesd")  # fmt: skip
     tiny = DMD(DMDConfig(**options, decoder=str(tmp_path / "taesd")), teacher, PairStore(folder))
-    other = next(tiny.turns(Draws(0, range(2)))).value
+    other = next(tiny.turns(0, Draws(0, range(2)))).value
     assert other.item() != pytest.approx(expected.item(), rel=1e-2)

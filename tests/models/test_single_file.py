@@ -10,6 +10,7 @@ from distill_cli import tensors
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import load
+from distill_cli.models.formats import save as save_model
 from distill_cli.models.sources import single_file
 from distill_cli.models.sources.convert import open_file
 from distill_cli.models.sources.openai import PUBLISHED_BY_OPENAI, settle_openai
@@ -35,8 +36,8 @@ def beside(tmp_path_factory):
     """A file of tiny-sd in the original layout, its configuration beside it and its weights as a folder has them elsewhere."""
     folder = tmp_path_factory.mktemp("single")
     model = load("tiny-sd")
-    model.save(folder / "whole")
-    model.save(folder / "file")
+    save_model(model, folder / "whole")
+    save_model(model, folder / "file")
     original.write(folder / "whole", folder / "file/x.safetensors", 2, 1, [False, True], 4)
     for weights in (folder / "file").rglob("*/*.safetensors"):
         weights.unlink()

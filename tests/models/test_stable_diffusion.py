@@ -10,7 +10,9 @@ from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import autoencoder, load, schedulers, stable_diffusion
-from distill_cli.models.model import Lineage, Sampling, network_evaluations
+from distill_cli.models.formats import save
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.sampler import Sampler, Sampling
 from tests.models import full_size, original
 
 PROMPTS = ["a small red circle", "a large blue cross in the centre"]
@@ -45,7 +47,7 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param) / "model"
-    made(**KINDS[request.param]).save(path)
+    save(made(**KINDS[request.param]), path)
     return path
 
 
@@ -88,8 +90,8 @@ def test_a_one_step_student_opens_in_plain_diffusers(folder, tmp_path):
     from distill_cli.data.pictures import to_uint8
 
     student = load(str(folder)).with_prompts(PROMPTS)
-    student.few_step_times, student.sampling = [999.0], Sampling(solver="few-step", steps=1)
-    student.save(tmp_path / "student")
+    student.sampler = Sampler.one_step(student.denoiser.schedule)
+    save(student, tmp_path / "student")
     again = load(str(tmp_path / "student")).with_prompts(PROMPTS)
     draws = Draws(3, range(2))
     ours = to_uint8(again.sample(draws, torch.tensor([0, 1])))
@@ -104,7 +106,7 @@ def test_a_one_step_student_opens_in_plain_diffusers(folder, tmp_path):
 
 def test_save_and_load_keep_everything(folder, tmp_path):
     model = load(str(folder))
-    model.save(tmp_path / "again")
+    save(model, tmp_path / "again")
     again = load(str(tmp_path / "again"))
     assert again.weights_hash() == model.weights_hash()
     assert again.sampling == model.sampling
@@ -114,7 +116,7 @@ def test_save_and_load_keep_everything(folder, tmp_path):
 
 def test_half_precision_files_are_read(folder, tmp_path):
     model = load(str(folder))
-    model.save(tmp_path / "half", torch.float16)
+    save(model, tmp_path / "half", torch.float16)
     for part, stem in {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}.items():
         (tmp_path / "half" / part / f"{stem}.safetensors").rename(tmp_path / "half" / part / f"{stem}.fp16.safetensors")
     again = load(str(tmp_path / "half"))
@@ -128,7 +130,7 @@ def test_a_folder_of_diffusers_alone_is_read_as_diffusers_does(folder, tmp_path)
     model = load(str(tmp_path / "theirs"))
     solver = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim"}[model.scheduler["_class_name"]]
     assert model.sampling == Sampling(solver=solver, steps=50, guidance_scale=7.5)
-    assert network_evaluations(model.sampling) == (102 if solver == "pndm" else 100)
+    assert model.sampling.evaluations == (102 if solver == "pndm" else 100)
 
 
 def edit_json(path, **changes):
@@ -168,7 +170,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path, name):
-    made().save(tmp_path / "model")
+    save(made(), tmp_path / "model")
     breaking, message = BROKEN[name]
     breaking(tmp_path / "model")
     with pytest.raises(DistillError, match=message) as caught:
@@ -264,7 +266,7 @@ def test_which_files_of_the_hub_are_fetched():
 def test_a_single_file_of_the_original_layout(tmp_path):
     """The same pictures as the folder that it was made from, whose configuration and tokenizer stand beside it."""
     model = made()
-    model.save(tmp_path / "model")
+    save(model, tmp_path / "model")
     original.write(tmp_path / "model", tmp_path / "file.safetensors", 2, 1, [False, True], 2)
     with pytest.raises(DistillError, match="configuration and tokenizer"):
         load(str(tmp_path / "file.safetensors"))
@@ -304,7 +306,7 @@ def test_a_download_is_announced_first(monkeypatch, tmp_path, capsys):
 
     from distill_cli.models.sources.hub import download
 
-    made().save(tmp_path / "model")
+    save(made(), tmp_path / "model")
     fetched = []
     files = [
         SimpleNamespace(rfilename=str(p.relative_to(tmp_path / "model")), size=p.stat().st_size) for p in (tmp_path / "model").rglob("*")
@@ -327,7 +329,7 @@ def test_a_download_is_announced_first(monkeypatch, tmp_path, capsys):
 
 
 def test_the_licence_is_that_of_the_card(tmp_path):
-    made().save(tmp_path / "model")
+    save(made(), tmp_path / "model")
     (tmp_path / "model/distill.json").unlink()
     (tmp_path / "model/README.md").write_text("---\nlanguage: en\nlicense: 'creativeml-openrail-m'\n---\nlicense: other\n")
     assert load(str(tmp_path / "model")).lineage.licence == "creativeml-openrail-m"

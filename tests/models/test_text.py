@@ -57,6 +57,7 @@ def test_equal_prompts_are_encoded_once(text, monkeypatch):
     monkeypatch.setattr(type(text), "encode", lambda self, prompts: seen.append(list(prompts)) or real(self, prompts))
     out = text(torch.tensor([2, 3, 0]))
     assert seen == [[PROMPTS[0], PROMPTS[3]]]
+    out = out.parts["encoder_hidden_states"]
     assert torch.equal(out[0], out[2])
     assert torch.allclose(out[1], real(text, [PROMPTS[3]])[0], atol=1e-5)
 
@@ -72,8 +73,8 @@ def test_embeddings_on_disk_are_those_of_the_encoder_and_are_made_once(text, tmp
     table = Embeddings(text, tmp_path, "float32")
     assert table.shards == 2  # three different prompts
     labels = torch.tensor([0, 1, 2, 3])
-    assert torch.allclose(table(labels), text(labels), atol=1e-5)
-    assert torch.allclose(table.null, text.null, atol=1e-6)
+    assert torch.allclose(table(labels), text(labels).parts["encoder_hidden_states"], atol=1e-5)
+    assert torch.allclose(table.null[None], text.null.parts["encoder_hidden_states"], atol=1e-6)
     files = sorted(table.folder.iterdir())
     before = [path.read_bytes() for path in files]
     monkeypatch.setattr(type(text), "encode", lambda self, prompts: torch.zeros(len(prompts), 16, 16))

@@ -11,13 +11,15 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
 from distill_cli.evaluate.search import UNUSED, lowest
-from distill_cli.models.model import Sampling
+from distill_cli.models.formats import save
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.times import PUBLISHED, nearest, parse
+from tests.conditions import of
 
 
 @pytest.fixture
 def student(tiny):
-    out = tiny.copy(sampling=Sampling(solver="few-step", steps=1), few_step_times=[80.0, 1.38])
+    out = tiny.copy(sampler=Sampler.consistency([80.0, 1.38]))
     out.denoiser.parameterisation = "consistency"
     out.lineage = out.lineage.model_copy(update={"kind": "student", "method": "cd"})
     return out
@@ -69,7 +71,7 @@ def test_students_sample_at_any_number_of_steps(student):
     assert student.times("few-step", 2).tolist() == [80.0, 1.38]
     assert student.times("few-step", 5).tolist() == pytest.approx(parse("even", EDMSchedule(), 5))
     other = student.with_times("sigma:70,3")
-    assert (other.few_step_times, other.sampling.steps) == ([70.0, 3.0], 2)
+    assert (other.sampler.times, other.sampling.steps) == ([70.0, 3.0], 2)
     with pytest.raises(UsageError, match="2 times for --steps 3"):
         student.with_times("sigma:70,3", 3)
 
@@ -88,7 +90,7 @@ def test_several_steps_start_at_their_first_time(student):
     other, draws = student.with_times("sigma:2"), Draws(0, range(2))
     labels = torch.tensor([1, 2])
     with torch.no_grad():
-        expected = other.denoiser(2 * draws.normal("prior", other.shape), torch.full((2,), 2.0), labels)
+        expected = other.denoiser(2 * draws.normal("prior", other.shape), torch.full((2,), 2.0), of(labels))
     assert torch.equal(other.sample(draws, labels), expected.clamp(-1, 1))
 
 
@@ -105,7 +107,7 @@ def test_students_open_in_plain_diffusers(steps, grid, strength, student, tmp_pa
     indices = [0, grid // 3, 2 * grid // 3][:steps]
     student.denoiser.schedule = EDMSchedule(grid=grid)
     student = student.with_times("index:" + ",".join(map(str, indices)))
-    student.save(tmp_path / "m")
+    save(student, tmp_path / "m")
     pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "m")
     pipeline.set_progress_bar_config(disable=True)
     draws, labels = Draws(3, range(2)), torch.tensor([4, 7])
@@ -114,7 +116,7 @@ def test_students_open_in_plain_diffusers(steps, grid, strength, student, tmp_pa
     import diffusers.schedulers.scheduling_consistency_models as module
 
     with torch.no_grad():
-        first = student.denoiser(80 * draws.normal("prior", student.shape), torch.full((2,), 80.0), labels)
+        first = student.denoiser(80 * draws.normal("prior", student.shape), torch.full((2,), 80.0), of(labels))
     assert (first.abs().max() > 1.5) == (strength > 1)
     original = module.randn_tensor
     module.randn_tensor = lambda shape, **_: next(fresh, torch.zeros(shape))
@@ -148,7 +150,7 @@ def test_ternary_search_finds_the_lowest(best):
 def test_the_search_writes_the_times_it_found(distill, student, tmp_path, monkeypatch):
     from distill_cli.models import load
 
-    student.save(tmp_path / "student")
+    save(student, tmp_path / "student")
     before = load(str(tmp_path / "student")).weights_hash()
     result = distill("sample", "--model", "student", "--search-times", 3, "--num", 12, "--json")
     assert result.code == 0, result.err
@@ -158,7 +160,7 @@ def test_the_search_writes_the_times_it_found(distill, student, tmp_path, monkey
     best3 = min((row for row in tried if len(row["indices"]) == 3), key=lambda row: row["frechet"])["indices"]
     assert best3[:2] == best2
     again = load(str(tmp_path / "student"))
-    assert again.few_step_times == pytest.approx(parse("index:" + ",".join(map(str, best3)), EDMSchedule(), 3))
+    assert again.sampler.times == pytest.approx(parse("index:" + ",".join(map(str, best3)), EDMSchedule(), 3))
     assert again.sampling.steps == 3
     assert again.weights_hash() == before
     # what was measured is what sampling at those times gives, of noises that no job reaches
@@ -174,7 +176,7 @@ def test_a_run_writes_its_times_as_noise_levels(distill, tmp_path):
 
     arguments = ("cm", "--teacher", "tiny", "--data", "digits", "--steps", 1, "batch_size=2", "sample_every=0", "scales=10")
     assert distill(*arguments, "times=index:0,4", "--out", "r").code == 0
-    own, recipe = load(str(tmp_path / "r")).few_step_times, tmp_path / "r/recipe.yaml"
+    own, recipe = load(str(tmp_path / "r")).sampler.times, tmp_path / "r/recipe.yaml"
     assert own == parse("index:0,4", EDMSchedule(grid=10), 2)
     written = f"times: sigma:{own[0]!r},{own[1]!r}\n"
     assert written in recipe.read_text()
@@ -183,7 +185,7 @@ def test_a_run_writes_its_times_as_noise_levels(distill, tmp_path):
         shutil.rmtree(tmp_path / "r/student")
         result = distill("cm", "--resume", "r")
         assert result.code == 0, result.err
-        assert load(str(tmp_path / "r")).few_step_times == expected
+        assert load(str(tmp_path / "r")).sampler.times == expected
 
 
 def test_resuming_a_finished_run_keeps_the_times_found(distill, tmp_path):
@@ -191,14 +193,14 @@ def test_resuming_a_finished_run_keeps_the_times_found(distill, tmp_path):
 
     assert distill("cm", "--teacher", "tiny", "--data", "digits", "--steps", 1, "batch_size=2", "sample_every=0", "--out", "r").code == 0
     assert distill("sample", "--model", "r", "--search-times", 2, "--num", 4).code == 0
-    times = load(str(tmp_path / "r")).few_step_times
+    times = load(str(tmp_path / "r")).sampler.times
     assert distill("cm", "--resume", "r").code == 0
-    assert load(str(tmp_path / "r")).few_step_times == times
+    assert load(str(tmp_path / "r")).sampler.times == times
 
 
 def test_what_a_search_refuses(distill, tmp_path, student):
     student.denoiser.schedule = EDMSchedule(grid=4)
-    student.save(tmp_path / "student")
+    save(student, tmp_path / "student")
     result = distill("sample", "--model", "student", "--search-times", 4, "--num", 4)
     assert result.code == 2
     assert "--search-times 4: this student has 4 times" in result.err
@@ -208,11 +210,11 @@ def test_what_a_search_refuses(distill, tmp_path, student):
     assert "--search-times makes no samples, so --format and --out have no use here" in result.err
     result = distill("sample", "--model", "student", "--classifier", "x")
     assert result.code == 2
-    assert "classifier is for search_times" in result.err
+    assert "classifier is used by search_times alone" in result.err
 
 
 def test_a_late_first_time_is_said(distill, tmp_path, student):
-    student.save(tmp_path / "student")
+    save(student, tmp_path / "student")
     result = distill("sample", "--model", "student", "--times", "sigma:2", "--num", 2)
     assert result.code == 0
     assert "--times sigma:2: begins with pure noise of sigma 2" in result.err
@@ -222,7 +224,7 @@ def test_a_search_needs_a_students_folder(distill, tmp_path, tiny):
     result = distill("sample", "--model", "digits", "--search-times", 2)
     assert result.code == 2
     assert "--search-times writes into a student's folder" in result.err
-    tiny.save(tmp_path / "teacher")
+    save(tiny, tmp_path / "teacher")
     result = distill("sample", "--model", "teacher", "--search-times", 2)
     assert result.code == 2
     assert "--search-times 2: for consistency students (distill cm) alone" in result.err

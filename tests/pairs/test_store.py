@@ -11,7 +11,7 @@ from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, Interrupted, UsageError
 from distill_cli.files import sealed, sha256, unsealed
-from distill_cli.models.model import Sampling
+from distill_cli.models.sampler import Sampling
 from distill_cli.pairs import generate as module
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import Manifest, PairStore, check_all, read_manifest, shard_path, write_shard

@@ -11,7 +11,8 @@ from distill_cli.config import SampleConfig
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import Interrupted
-from distill_cli.models.model import Model, Sampling
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampling
 from distill_cli.sample.batch import sample
 
 SETTINGS = dict(model="tiny", num=7, batch_size=2, steps=2, format="npz", seed=3, device="cpu")

@@ -11,7 +11,8 @@ from distill_cli.diffusion.consistency import sigma_at
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.edit import zero_shot as edit
-from distill_cli.models.model import Sampling
+from distill_cli.models.formats import save
+from distill_cli.models.sampler import Sampler
 
 
 def close(ours, theirs, relative=1e-6):
@@ -23,10 +24,10 @@ def student(tiny, tmp_path):
     """A consistency student with random weights, saved in `student`."""
     from dataclasses import replace
 
-    out = tiny.copy(sampling=Sampling(solver="few-step", steps=1), few_step_times=[80.0, 1.38])
+    out = tiny.copy(sampler=Sampler.consistency([80.0, 1.38]))
     out.denoiser.parameterisation = "consistency"
     out.lineage = replace_lineage(out.lineage, kind="student", method="cd")
-    out.save(tmp_path / "student")
+    save(out, tmp_path / "student")
     return replace(out)
 
 
@@ -264,7 +265,7 @@ def test_bad_input(arguments, says, hint, distill, tmp_path, student):
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
     student.lineage = replace_lineage(student.lineage, method="dmd")
-    student.save(tmp_path / "dmd")
+    save(student, tmp_path / "dmd")
     chosen = [] if "--model" in arguments else ["--model", "student"]
     result = distill("edit", *arguments, *chosen, *([] if "--out" in arguments else ["--out", "o"]))
     assert result.code in (1, 2)
@@ -277,7 +278,7 @@ def test_classes_are_needed_where_there_is_no_null_class(tmp_path, student, dist
     from dataclasses import replace
 
     student.conditioner = replace(student.conditioner, null_label=None)
-    student.save(tmp_path / "student")
+    save(student, tmp_path / "student")
     pictures(tmp_path / "in")
     result = distill("edit", "colorize", "--model", "student", "--input", "in", "--out", "o")
     assert result.code == 2

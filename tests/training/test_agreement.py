@@ -21,7 +21,7 @@ from distill_cli.pairs.generate import generate
 from distill_cli.training import checkpoint, engine, identity
 from distill_cli.training.rehearsal import rehearse
 from tests.cli.test_bad_input import one_line
-from tests.methods.test_engine import NETWORK, engine_of, poison
+from tests.training.test_engine import NETWORK, engine_of, poison
 
 
 def other_weights(folder, part="unet/diffusion_pytorch_model.safetensors"):
@@ -103,7 +103,7 @@ def test_the_metric_the_decoder_and_the_prompts_are_held(monkeypatch):
                               num_decoder_blocks=(1,) * 4)  # fmt: skip
     found, texts = [], ["c", "d"]
     for _ in texts:
-        monkeypatch.setattr(module, "measure", lambda *_: (None, [network, decoder]))
+        monkeypatch.setattr(module, "measure", lambda *_: (None, {"lpips": network, "decoder": decoder}))
         monkeypatch.setattr(module, "check_pairs", lambda *_: None)
 
         class Pairs:
@@ -266,17 +266,17 @@ def nothing_left(folder):
 
 @pytest.mark.parametrize("kind", ["train", "dmd", "cm"])
 def test_a_result_that_cannot_be_saved_ends_before_the_first_step(kind, tmp_path, tiny, tiny_pairs, monkeypatch):
-    from distill_cli.models import pixel
+    from distill_cli.models.formats import folder
 
     made = engine_of(kind, tmp_path / "r", tiny, tiny_pairs, steps=3)
-    write = pixel.json.dumps
+    write = folder.json.dumps
 
     def broken(value, **rest):
         if "_class_name" in value:
             raise UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")
         return write(value, **rest)
 
-    monkeypatch.setattr(pixel.json, "dumps", broken)
+    monkeypatch.setattr(folder.json, "dumps", broken)
     with pytest.raises(DistillError, match="could not be saved and read again .*surrogates not allowed") as error:
         made.train()
     assert error.value.hint.endswith(f"then --resume {tmp_path / 'r'}")
@@ -319,7 +319,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, tiny, tiny_pairs):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    rehearse(made.objective.model, made.ema.network, "", tmp_path / "r/teacher")
+    rehearse(made._model, made.ema.network, "", tmp_path / "r/teacher")
     assert torch.equal(torch.rand(3), expected)
     assert identity.digest(made.ema.network) == before
     autoencoder = create(8, 3, VAENetworkConfig(channels=[8], groups=4), 0)

@@ -9,17 +9,17 @@ from distill_cli.training.optimizer import learning_rate, make_optimizer
 
 def test_learning_rate():
     config = TrainingConfig(steps=110, warmup_steps=10, lr_schedule="cosine", lr_end=0.1)
-    assert learning_rate(config, 2.0, 0) == pytest.approx(0.2)
-    assert learning_rate(config, 2.0, 9) == pytest.approx(2.0)
-    assert learning_rate(config, 2.0, 60) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert learning_rate(config, 2.0, 110) == pytest.approx(0.2)
-    assert learning_rate(TrainingConfig(warmup_steps=0), 2.0, 5) == 2.0
+    assert learning_rate(config, 2.0, 0, 110) == pytest.approx(0.2)
+    assert learning_rate(config, 2.0, 9, 110) == pytest.approx(2.0)
+    assert learning_rate(config, 2.0, 60, 110) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(config, 2.0, 110, 110) == pytest.approx(0.2)
+    assert learning_rate(TrainingConfig(warmup_steps=0), 2.0, 5, 1000) == 2.0
 
 
 def test_muon_steps_by_an_orthogonal_matrix_as_long_as_one_of_adam():
     """A step's singular values are alike though its gradient's are 1 to 30, and its rms is 0.2 lr; biases go by NAdamW."""
     network = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Linear(24, 16))
-    optimizer = make_optimizer(TrainingConfig(optimizer="muon", weight_decay=0), network, 0.01)
+    optimizer = make_optimizer(TrainingConfig(optimizer="muon", weight_decay=0), network.parameters(), 0.01)
     before = [p.detach().clone() for p in network.parameters()]
     for p in network.parameters():
         u, s, v = torch.linalg.svd(torch.randn(p.flatten(1).shape if p.ndim > 1 else (len(p), 1)), full_matrices=False)

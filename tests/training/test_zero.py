@@ -65,7 +65,7 @@ def test_runs_that_cannot_have_it_are_refused(monkeypatch):
 
 def test_one_process_has_nothing_to_spread(monkeypatch):
     """And accelerate is not left to believe otherwise; two processes are heard."""
-    network = {"teacher": torch.nn.Linear(2, 2)}
+    network = [torch.nn.Linear(2, 2)]
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert zero.plugin(TrainConfig(), network, torch.device("cpu")) is None
     assert "ACCELERATE_USE_DEEPSPEED" not in os.environ

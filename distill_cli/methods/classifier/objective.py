@@ -14,46 +14,48 @@ from distill_cli.data.images import split
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.models.classifier import Classifier, ClassifierInfo
-from distill_cli.training.objective import Loss
+from distill_cli.training.job import Job
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MEASURED = 500
 """Images that are in memory at once when the accuracy is measured."""
 
 
-class Classification:
+def open(config: ClassifierConfig, job: Job) -> Objective:
+    return Classification(config, job.images(config))
+
+
+class Classification(Objective):
     """Cross-entropy on all images but those held out, moved by up to a pixel, and whose colours the set draws anew each time."""
 
-    result = "classifier"
+    config: ClassifierConfig
+    images: Images
+    order: Order
 
     def __init__(self, config: ClassifierConfig, images: Images) -> None:
         if len(images.classes) < 2:
             raise UsageError(f"--data {config.data}: {len(images.classes)} classes", "a classifier needs two or more: subfolders name them")
-        self.config, self.images = config, images
+        super().__init__(config, "classifier")
+        self.images = images
         self.seen, self.held_out = split(images, config.holdout, config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = Classifier(ClassifierInfo(images.shape, tuple(images.classes), config.width, config.data))
-        self.networks: dict[str, nn.Module] = {"classifier": network}
-        self.rates = {"classifier": config.lr}
-        self.frozen: list[nn.Module] = []
-        self.kept: dict[str, nn.Module] = {}
-        self.identity: dict[str, Any] = {}
+        self.trained["classifier"] = Full(network, config.lr)
         self.order = Order(config.seed, len(self.seen))
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        network = self.networks["classifier"]
-        device = next(network.parameters()).device
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
         moves = torch.stack([draws.uniform("augment", turn) for turn in (1, 2)], 1).mul(3).floor().long() - 1
         padded = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
         height, width = x.shape[2:]
         x = torch.stack([p[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] for p, (dy, dx) in zip(padded, moves.tolist())])
-        labels = labels.to(device)
-        logits = network(x.to(device))
+        labels = labels.to(self.device)
+        logits = self.network("classifier")(x.to(self.device))
         right = (logits.argmax(1) == labels).float().mean()
         yield Loss("classifier", nn.functional.cross_entropy(logits, labels), {"accuracy": right})
 
-    def model(self, network: nn.Module) -> Classifier:
+    def model(self, network: nn.Module, step: int) -> Classifier:
         """The classifier, with its accuracy on the images held out."""
         assert isinstance(network, Classifier)
         if not self.held_out:
@@ -65,5 +67,11 @@ class Classification:
             right += int((network.measure(images)[1] == labels).sum())
         return network.with_accuracy(right / len(self.held_out))
 
-    def advice(self, metrics: dict[str, float], done: float) -> str:
-        return ""
+    def remarks(self, made: Classifier) -> tuple[dict[str, Any], str]:
+        """Its accuracy, and on how many images."""
+        count, accuracy = len(self.held_out), made.info.accuracy
+        said = f"accuracy on {count} images held out: {accuracy:.4f}" if accuracy is not None else ""
+        return {"accuracy": accuracy, "held_out": count}, said
+
+    def calls(self) -> Calls:
+        return Calls([Call("classifier", self.config.batch_size)])

@@ -21,34 +21,60 @@ from distill_cli.config import CMConfig
 from distill_cli.data import Images
 from distill_cli.data.images import BUILTIN, split
 from distill_cli.diffusion import consistency as maths
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
-from distill_cli.launch import device
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
-from distill_cli.models.times import PUBLISHED, nearest, parse
+from distill_cli.models.sampler import Sampler
+from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
+from distill_cli.processes import say
 from distill_cli.training.ema import follow
+from distill_cli.training.examples import Examples
 from distill_cli.training.identity import digest
-from distill_cli.training.objective import Loss
+from distill_cli.training.job import Job
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
 
 
-class Consistency:
+def open(config: CMConfig, job: Job) -> Objective:
+    """Read teacher and images; times, label dropout and data of the config become what they are by default."""
+    teacher = job.teacher(config.teacher, config.device) if config.teacher else None
+    # runs saved before students had their own grid counted times on 40 points
+    if job.resume is not None and config.times is not None and not config.times.startswith("sigma:"):
+        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})
+    config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set)
+    if said:
+        say(said)
+    config = config.model_copy(update={"data": images_of(config, teacher)})
+    objective = Consistency(config, teacher, images := job.images(config, teacher))
+    known = objective.start.conditioner.classes
+    if not job.dry_run and images.classes and not known:
+        say(f"the teacher knows no classes: those of {config.data} are left aside")
+    elif not job.dry_run and list(images.classes) != list(known):
+        say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
+    if not job.dry_run:
+        objective.config = config.model_copy(update={"times": spelled(objective.own_times)})
+    return objective
+
+
+class Consistency(Objective):
     """The objective. The student starts from the teacher's weights, or (ct, ict without one) from new ones."""
 
-    result = "student"
+    config: CMConfig
+    images: Images
 
     def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
-        self.config, self.teacher, self.images = config, teacher, images
+        super().__init__(config, "student")
+        self.teacher, self.images = teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
-        if teacher is not None:
-            teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
         start = teacher.copy() if teacher is not None else new(config, images)
-        self.schedule, self.few_step_times = check(config, start, images)
+        self.schedule, self.own_times = check(config, start, images)
         start.denoiser.schedule, self.start = self.schedule, start
         student = start.denoiser.train().requires_grad_(True)
         if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
@@ -56,28 +82,28 @@ class Consistency:
         for name, module in student.named_modules():
             if name.endswith(".dropout") and isinstance(module, nn.Dropout):  # of residual blocks; attention's is in a list
                 module.p = config.dropout
-        self.networks: dict[str, nn.Module] = {"student": student}
-        self.rates = {"student": config.lr}
-        self.frozen: list[nn.Module] = []
-        self.kept: dict[str, nn.Module] = {}
+        self.trained["student"] = Full(student, config.lr)
         if config.method in ("cd", "ct"):
             self.kept["target"] = copy.deepcopy(student).requires_grad_(False)
         if config.method == "cd":
             assert teacher is not None
             self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
-            self.frozen.append(teacher.denoiser.eval().requires_grad_(False))
-            self.real = guided(teacher.denoiser, self.sampling.guidance_scale, teacher.conditioner.null)
-        self.identity: dict[str, Any] = {"teacher": self.teacher_hash} if teacher is not None else {}
+            self.guidance = self.sampling.guidance_scale
+            self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
+            self.real = guided(teacher.denoiser, self.guidance, teacher.conditioner.null)
+        if teacher is not None:
+            self.identity["teacher"] = self.teacher_hash
         self.perceptual: Perceptual | None = None
-        if config.metric == "lpips":
+        if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # which a plan leaves out
             below = math.inf if config.lpips_resize == "always" else 256
             self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
-            self.frozen.append(self.perceptual)
+            self.frozen["lpips"] = self.perceptual
             self.identity["lpips_weights"] = digest(self.perceptual)
         dimensions = torch.Size(start.shape).numel()
         self.huber_c = 0.00054 * dimensions**0.5 if config.huber_c is None else config.huber_c
-        self.seen, _ = split(images, config.holdout, config.seed)
-        self.order = Order(config.seed, len(self.seen))
+        seen, _ = split(images, config.holdout, config.seed)
+        self.order = Order(config.seed, len(seen))
+        self.examples = Examples(images, self.order, start.conditioner, config.label_dropout, seen)
 
     def scales(self, step: int) -> int:
         """N, the times of the grid, at a step."""
@@ -114,7 +140,7 @@ class Consistency:
         weight = maths.weight(config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
         t, r = t.to(x), r.to(x)
         noisy = x + expand(t, x) * noise
-        student = self.networks["student"]
+        student = self.network("student")
         target = self.kept.get("target", student)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # the student's call below draws the same dropout
@@ -131,53 +157,47 @@ class Consistency:
             distances = distance(config.metric, estimate, reference, self.huber_c)
         return weight * distances
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        step, place = divmod(draws.indices[0], self.config.batch_size)
-        x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
-        null = self.start.conditioner.null
-        if null is not None:
-            labels = torch.where(draws.uniform("label_dropout") < self.config.label_dropout, null, labels)
-        device = next(self.networks["student"].parameters()).device
-        t, r = self.times(draws, step)
-        condition = self.start.conditioner(labels.to(device))
-        noise = draws.normal("noise", x.shape[1:]).to(device)
-        yield Loss("student", self.errors(x.to(device), noise, t.to(device), r.to(device), condition).mean())
-        if "target" in self.kept and place < self.config.batch_size // self.config.accumulate:  # once a step
-            self._follow(step)
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        x, condition = self.examples.batch(draws, self.device)
+        t, r = (time.to(x.device) for time in self.times(draws, step))
+        noise = draws.normal("noise", x.shape[1:]).to(x.device)
+        yield Loss("student", self.errors(x, noise, t, r, condition).mean())
 
-    @torch.no_grad()
-    def _follow(self, step: int) -> None:
+    def after(self, step: int) -> None:
         """The target's average takes the student's step."""
+        if "target" not in self.kept:
+            return
         config = self.config
         assert config.target_decay is not None
         decay = config.target_decay
         if config.method == "ct":
             assert config.scales is not None
             decay = maths.ct_decay(self.scales(step), config.scales, decay, config.decay_over)
-        follow(self.kept["target"], self.networks["student"], 1 - decay)
+        follow(self.kept["target"], self.network("student"), 1 - decay)
 
-    def model(self, network: nn.Module) -> Model:
+    def compared(self, made: Model) -> Rows:
+        rows = {}
+        if self.teacher is not None:
+            sampling = self.sampling if self.config.method == "cd" else self.teacher.sampling
+            rows["teacher"] = (self.teacher.to(next(made.denoiser.parameters()).device), sampling)
+        steps = {n: made.sampling.model_copy(update={"steps": n}) for n in (1, 2)}
+        return rows | {f"student, {n} step{'s' * (n > 1)}": (made, sampling) for n, sampling in steps.items()}
+
+    def calls(self) -> Calls:
+        config, target = self.config, "target" if self.kept else "student"
+        asked = config.teacher_steps * (2 if config.solver == "heun" else 1) * (1 if self.guidance in (None, 1) else 2)
+        answers = ["teacher"] * asked if config.method == "cd" else []
+        size = config.batch_size
+        return Calls([Call("student", size)], [Call(name, size) for name in (*answers, target)])
+
+    def model(self, network: nn.Module, step: int) -> Model:
         """The student; one by ect gets the boundary scalings too (sigma_min apart from its own), which diffusers' pipeline has."""
         assert isinstance(network, NetworkDenoiser)
         network = copy.copy(network)
         network.parameterisation = "consistency"
-        conditioner = self.start.conditioner
-        if isinstance(conditioner, ClassConditioner):  # without dropout the null class has not been learned
-            conditioner = replace(conditioner, null_label=conditioner.null_label if self.config.label_dropout else None, learned=None)
-        start, teacher = self.start.lineage, self.teacher
-        lineage = Lineage(
-            name=f"{start.name}-{self.config.method}",
-            kind="student",
-            method=self.config.method,
-            teacher=start.name if teacher is not None else "",
-            teacher_hash=self.teacher_hash,
-            licence=start.licence,
-            data=self.config.data or start.data,
-        )
-        return Model(network, conditioner, lineage, Sampling(solver="few-step", steps=1), self.few_step_times)
-
-    def advice(self, metrics: dict[str, float], done: float) -> str:
-        return ""
+        conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # without dropout the null class is not learned
+        lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.config.data or "")
+        return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
 
 
 def images_of(config: CMConfig, teacher: Model | None) -> str:
@@ -227,8 +247,8 @@ def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, 
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
     check_images(config, start, images)
-    if start.few_step_times is not None and config.method in ("cd", "ect"):
-        raise UsageError(f"--teacher {config.teacher}: a student", f"{config.method} needs a model that denoises: its own teacher")
+    if config.method in ("cd", "ect"):
+        refuse_student(start, str(config.teacher), config.method)
     return own_times(config, schedule)
 
 

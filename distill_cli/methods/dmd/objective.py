@@ -8,7 +8,7 @@ they were before the student's step. Dropout is off everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,78 +17,103 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.config import DMDConfig
-from distill_cli.data.prompts import chosen, digest_of, in_turn
-from distill_cli.diffusion.denoiser import Condition, NetworkDenoiser
+from distill_cli.data.prompts import in_turn
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
-from distill_cli.launch import device, preparing
+from distill_cli.launch import preparing
 from distill_cli.models.autoencoder import VAECodec, load_decoder
-from distill_cli.models.embeddings import Embeddings
-from distill_cli.models.model import ClassConditioner, Conditioner, Lineage, Model, Sampling
+from distill_cli.models.conditioners import Conditioner
+from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
-from distill_cli.models.text import PromptConditioner
-from distill_cli.pairs.store import Manifest, PairStore
+from distill_cli.models.sampler import Sampler
+from distill_cli.pairs.store import MANIFEST, Manifest, PairStore
+from distill_cli.processes import rank, say
+from distill_cli.runs import Run
 from distill_cli.training.identity import digest
-from distill_cli.training.objective import Loss
+from distill_cli.training.job import Job
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
 
+ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
+"""Options by the frozen networks that they give."""
 FAKE_BEHIND = 1.15
 SPREAD_LOST = 0.7
 
 
-class DMD:
+def open(config: DMDConfig, job: Job) -> Objective:
+    """Read teacher, pairs (a plan does without) and prompts."""
+    teacher = job.teacher(config.teacher, config.device)
+    there = config.pairs is not None and (not job.dry_run or (config.pairs / MANIFEST).is_file())
+    store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
+    asked = config.prompts is not None or config.pairs is None
+    job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data) if asked else ()
+    job.say_read(teacher, store, job.prompts)
+    if each := teacher.conditioner.embedding * 2:
+        job.plan["text embeddings"] = f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"
+    if store is not None and not job.dry_run:
+        store.verify()
+    elif not job.dry_run:
+        say("no --pairs: training by distribution matching alone, without the regression that keeps all modes")
+    objective = DMD(config, teacher, store, job.prompts)
+    if config.prompts is not None and job.resume is None and not job.dry_run and rank() == 0:
+        objective.teacher.conditioner.say_cut(range(len(objective.teacher.conditioner.prompts)))
+    return objective
+
+
+class DMD(Objective):
     """The objective; its student and fake score start as copies of the teacher."""
 
-    result = "student"
+    config: DMDConfig
+    order: Order
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
-        if teacher.few_step_times is not None:
-            raise UsageError(f"--teacher {config.teacher}: a student", "dmd needs a model that denoises: its own teacher")
+        refuse_student(teacher, config.teacher, "dmd")
         if teacher.denoiser.schedule.bins is not None and config.t_bins != type(config).model_fields["t_bins"].default:
             raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
-        self.config, self.pairs = config, pairs
+        super().__init__(config, "student")
+        self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
-        self.identity: dict[str, Any] = {"teacher": self.teacher_hash}
+        self.identity["teacher"] = self.teacher_hash
+        planned = not self.teacher_hash
         self.regression_weight = 0.0
+        if config.pairs is not None:
+            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
         if pairs is not None:
             if teacher.latent is not None:
                 teacher = replace(teacher, size=pairs.manifest.shape[1:])
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
-            self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
             self.order = Order(config.seed, len(pairs))
             self.identity["pairs"] = pairs.manifest.settings_hash
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
-        answering: list[nn.Module] = []
-        if self.regression_weight:
+        answering: dict[str, nn.Module] = {}
+        if self.regression_weight and not planned:
             self.distance, answering = measure(config, teacher.latent)
-            names = ("lpips_weights", "decoder") if config.decoder else ("lpips_weights",)
-            self.identity |= {name: digest(network) for name, network in zip(names, answering)}
-        teacher, self.of_pairs = prompted(config, teacher, pairs, prompts)
+            self.identity |= {key: digest(answering[name]) for name, key in ASKED.items() if name in answering}
+        teacher, self.of_pairs = prompted(config, teacher, pairs, prompts, planned)
         self.teacher = teacher
-        if teacher.text is not None:
-            self.identity["prompts"] = digest_of(teacher.text.prompts)
+        if not planned:
+            self.identity |= teacher.conditioner.digests()
         scale = guidance_of(config, pairs.manifest if pairs is not None else None)
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
-        null = teacher.conditioner.null
-        self.real = guided(teacher.denoiser, self.sampling.guidance_scale, null, self.sampling.guidance_calls)
-        self.rates = {"student": config.lr}
+        self.guidance = self.sampling.guidance_scale
+        null = None if planned else teacher.conditioner.null
+        self.real = guided(teacher.denoiser, self.guidance, null, self.sampling.guidance_calls)
+        rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
-            self.rates["fake"] = config.fake_lr or config.lr
-        teacher.denoiser.to(device(config.device))  # copies are made where they are trained, not first in the host's memory
-        self.networks: dict[str, nn.Module] = {name: teacher.copy().denoiser.eval().requires_grad_(True) for name in self.rates}
-        self.frozen: list[nn.Module] = [teacher.denoiser.eval().requires_grad_(False)]
+            rates["fake"] = config.fake_lr or config.lr
+        self.trained |= {name: Full(teacher.copy().denoiser.eval().requires_grad_(True), rate) for name, rate in rates.items()}
+        self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
         if teacher.latent is not None:  # for the pictures to look at
-            self.frozen.append(teacher.latent.vae)
-        if teacher.text is not None and teacher.text.table is None:
-            self.frozen.append(teacher.text.encoder)
-        self.kept: dict[str, nn.Module] = {}
-        self.frozen += answering
-        count = len(teacher.text.prompts) if teacher.text is not None else len(config.classes or teacher.conditioner.classes)
-        self.embedded = False
-        self.labels = teacher.conditioner.labels(count or 1, config.classes)
+            self.frozen["vae"] = teacher.latent.vae
+        working = [] if planned else teacher.conditioner.working()
+        self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
+        of_prompts = planned and teacher.conditioner.takes == "prompts"  # which may not be there yet
+        self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
@@ -100,21 +125,18 @@ class DMD:
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's images (B, C, H, W) from standard-normal noise: sigma_max * noise for EDM, pure noise else."""
         t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
-        return self.networks["student"](self.schedule.prior_std * noise, t, condition)
+        return self.network("student")(self.schedule.prior_std * noise, t, condition)
 
-    def _embed(self, where: torch.device) -> None:
+    def prepare(self, where: torch.device, run: Run) -> None:
         """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
-        with preparing(where, f"resume with --resume {self.config.out}") as stop:
+        if self.pairs is not None:
+            self.pairs.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
+        with preparing(where, f"resume with --resume {run.folder}") as stop:
             for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
-                if isinstance(conditioner, PromptConditioner) and conditioner.table is not None:
-                    conditioner.table.complete(where, stop)
-        self.embedded = True
+                conditioner.complete(where, stop)
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        where = next(self.networks["student"].parameters()).device
-        if not self.embedded:  # by now the run has its folder
-            self._embed(where)
-        shape = self.teacher.shape
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        where, shape = self.device, self.teacher.shape
         count = len(draws) if self.config.matching_weight else 0
         noise = draws.normal("noise", shape)[:count]
         labels = self.labels[(draws.uniform("label") * len(self.labels)).long()][:count].to(where)
@@ -123,13 +145,12 @@ class DMD:
         if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
             paired = {key: value.to(where) for key, value in self.pairs.batch([self.order[i] for i in draws.indices]).items()}
             noise = torch.cat([noise.to(where), paired["noise"]])
-            theirs = self.of_pairs(paired["label"])
-            condition = None if condition is None or theirs is None else torch.cat([condition, theirs])
+            condition = Condition.cat([condition, self.of_pairs(paired["label"])])
         images = self.generate(noise.to(where), condition)
         generated = images[count:]
         if self.config.match_pairs:
             count = len(images)
-        x, condition = images[:count], None if condition is None else condition[:count]
+        x, condition = images[:count], condition[:count]
 
         def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
             """A draw for each image that is matched, those of pairs with turns of their own."""
@@ -148,21 +169,21 @@ class DMD:
                 assert self.distance is not None
                 regression = self.distance(generated, paired["x0"]).mean()
                 loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
-            drawn = paired["label"] if self.teacher.text is None else torch.zeros_like(paired["label"])  # prompts hardly come twice
+            drawn = self.of_pairs.alike(paired["label"])
             metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
         yield Loss("student", loss, metrics)
 
-        if "fake" in self.networks:
+        if "fake" in self.trained:
             x = x.detach()
             for turn in range(self.config.fake_steps):
                 t = self.times(each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
                 eps = each(draws.normal, "score_noise", shape, turn=turn)
                 sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.error
-                errors = denoising_loss(self.networks["fake"], self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
+                errors = denoising_loss(self.network("fake"), self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
                 yield Loss("fake", errors.mean())
 
     @torch.no_grad()
-    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient at the student's images x, and how well each denoiser knows them.
 
         Without a fake score x stands in for its estimate, which leaves the real score's part alone (in the mean over the noise).
@@ -170,35 +191,38 @@ class DMD:
         x = x.detach() if x.dtype == torch.float64 else x.detach().float()
         noisy = add_noise(self.schedule, x, noise, t)
         estimates = {"real": self.real(noisy, t, condition)}
-        if "fake" in self.networks:
-            estimates["fake"] = self.networks["fake"](noisy, t, condition)
+        if "fake" in self.trained:
+            estimates["fake"] = self.network("fake")(noisy, t, condition)
         weight = denoising_weight(self.schedule, t, self.teacher.denoiser.scales.sigma_data)
         errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in estimates.items()}
         return matching_gradient(x, estimates["real"], estimates.get("fake", x)), errors
 
-    def model(self, network: nn.Module) -> Model:
+    def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        lineage, conditioner = self.teacher.lineage, self.teacher.conditioner
-        if self.config.classes is not None and isinstance(conditioner, ClassConditioner):
-            conditioner = replace(conditioner, learned=tuple(self.config.classes))
         return replace(
             self.teacher,
             denoiser=network,
-            conditioner=conditioner,
-            lineage=Lineage(
-                name=f"{lineage.name}-dmd",
-                kind="student",
-                method="dmd",
-                teacher=lineage.name,
-                teacher_hash=self.teacher_hash,
-                licence=lineage.licence,
-                data=lineage.data,
-            ),
-            sampling=Sampling(solver="few-step", steps=1),
-            few_step_times=[self.schedule.t_max],
+            conditioner=self.teacher.conditioner.taught(self.config.classes),
+            lineage=student_of(self.teacher.lineage, "dmd", self.teacher_hash),
+            sampler=Sampler.one_step(self.schedule),
         )
 
-    def advice(self, metrics: dict[str, float], done: float) -> str:
+    def compared(self, made: Model) -> Rows:
+        return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
+
+    def calls(self) -> Calls:
+        config, size = self.config, self.config.batch_size
+        paired = bool(config.pairs is not None and config.regression_weight != 0)
+        matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
+        trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []
+        if matched:
+            forwards = [Call("teacher", matched)] * (1 if self.guidance == 1 else 2)
+        if "fake" in self.trained:
+            forwards.append(Call("fake", matched))
+            trainings += [Call("fake", matched)] * config.fake_steps
+        return Calls(trainings, forwards, size if paired and config.regression_loss == "lpips" and self.teacher.latent is not None else 0)
+
+    def advice(self, metrics: Mapping[str, float], done: float) -> str:
         real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
         if fake > FAKE_BEHIND * real > 0:
             return (
@@ -219,43 +243,42 @@ def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
     return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
 
 
-def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[nn.Module]]:
+def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
     """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
     if config.decoder and latent is None:
         raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
     if config.regression_loss != "lpips":
-        return partial(regression_loss, config.regression_loss), []
+        return partial(regression_loss, config.regression_loss), {}
     perceptual = Perceptual(config.lpips_weights, below=math.inf if latent is None else 0)  # decoded latents are compared as they are
     if latent is None:
-        return perceptual, [perceptual]
+        return perceptual, {"lpips": perceptual}
     codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent
-    return partial(of_decoded, perceptual, codec), [perceptual, codec.vae]
+    return partial(of_decoded, perceptual, codec), {"lpips": perceptual, ("decoder" if config.decoder else "vae"): codec.vae}
 
 
-def prompted(config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> tuple[Model, Conditioner]:
+def prompted(
+    config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = (), planned: bool = False
+) -> tuple[Model, Conditioner]:
     """The teacher for the prompts of a run, opened here unless given, and what makes conditions of its pairs' labels.
 
     The embeddings of all prompts stand beside the pairs, or in the run's folder, so the text encoder is not needed while training runs.
+    What is `planned` alone has none.
     """
-    if teacher.text is None:
-        if config.prompts or config.negative_prompt:
-            teacher.with_prompts((), config.negative_prompt or "")
-        return teacher, teacher.conditioner
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
     theirs = in_turn(pairs.prompts(), len(pairs)) if pairs is not None else ()
     if not prompts:
-        prompts = theirs if theirs and config.prompts is None else chosen(config.prompts, teacher.lineage.data)
-    teacher = teacher.with_prompts(prompts, negative)
-    own = teacher.text
-    assert own is not None
-    of_pairs = own if pairs is None or config.prompts is None else own.given(theirs, negative)
-    dtype = pairs.manifest.dtype if pairs is not None else "float16"
-    if config.out is not None:
-        own.table = Embeddings(own, config.out, dtype)
+        prompts = theirs if theirs and config.prompts is None else teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
+    if prompts or config.prompts is not None or negative:
+        teacher = teacher.with_prompts(prompts, negative)
+    if planned:
+        return teacher, teacher.conditioner
+    own = of_pairs = teacher.conditioner
     if pairs is not None:
-        of_pairs.table = Embeddings(of_pairs, pairs.folder, dtype)
-    return teacher, of_pairs
+        of_pairs = (own if config.prompts is None else own.given(theirs, negative)).stored(pairs.folder, pairs.manifest.dtype)
+    shared = pairs is not None and config.prompts is None
+    own = of_pairs if shared else own.stored(config.out, pairs.manifest.dtype if pairs is not None else "float16")
+    return replace(teacher, conditioner=own), of_pairs if pairs is not None else own
 
 
 def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:
@@ -279,7 +302,7 @@ def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str
     manifest = pairs.manifest
     if tuple(manifest.shape) != shape:
         raise UsageError(f"--pairs {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
-    if manifest.teacher_hash != teacher_hash:
+    if manifest.teacher_hash != teacher_hash and teacher_hash:
         raise UsageError(f"--pairs {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")
     others = sorted(set(manifest.classes) - set(classes if classes is not None else manifest.classes))
     if others:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,18 +13,22 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.pixel import check_resolution, create
-from distill_cli.training.objective import Loss
+from distill_cli.training.examples import Examples
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 
-class Denoising:
+class Denoising(Objective):
     """E[x0 | x_t] by weighted least squares; labels are dropped now and then so that the null class is learned."""
 
-    result = "teacher"
+    config: TrainConfig
+    images: Images
 
     def __init__(self, config: TrainConfig, images: Images) -> None:
-        self.config, self.images = config, images
+        super().__init__(config, "teacher")
+        self.images = images
         check_resolution(images.shape[-1], config.network)
         edm = config.prediction == "edm"
         schedule: NoiseSchedule = EDMSchedule() if edm else TableSchedule.from_config({"beta_schedule": config.beta_schedule})
@@ -40,12 +43,9 @@ class Denoising:
             seed=config.seed,
             **config.network.model_dump(),
         )
-        self.networks: dict[str, nn.Module] = {"teacher": self.teacher.denoiser.train()}
-        self.rates = {"teacher": config.lr}
-        self.frozen: list[nn.Module] = []
-        self.kept: dict[str, nn.Module] = {}
-        self.identity: dict[str, Any] = {}
+        self.trained["teacher"] = Full(self.teacher.denoiser.train(), config.lr)
         self.order = Order(config.seed, len(images))
+        self.examples = Examples(images, self.order, self.teacher.conditioner, config.label_dropout)
 
     def times(self, draws: Draws) -> torch.Tensor:
         """(B,) training times: ln sigma normal for EDM, whole times uniform over the table."""
@@ -53,21 +53,15 @@ class Denoising:
             return (self.config.p_mean + self.config.p_std * draws.normal("time")).exp()
         return (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float()
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        x, labels = self.images.batch([self.order[i] for i in draws.indices], draws)
-        null = self.teacher.conditioner.null
-        if null is not None:
-            labels = torch.where(draws.uniform("label_dropout") < self.config.label_dropout, null, labels)
-        network = self.networks["teacher"]
-        device = next(network.parameters()).device
-        noise, t = draws.normal("noise", x.shape[1:]).to(device), self.times(draws).to(device)
-        condition = self.teacher.conditioner(labels.to(device))
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        x, condition = self.examples.batch(draws, self.device)
+        noise, t = draws.normal("noise", x.shape[1:]).to(x.device), self.times(draws).to(x.device)
         error = "velocity" if self.config.prediction == "v" else "noise"
-        yield Loss("teacher", denoising_loss(network, self.schedule, x.to(device), noise, t, condition, error=error).mean())
+        yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=error).mean())
 
-    def model(self, network: nn.Module) -> Model:
+    def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, NetworkDenoiser)
-        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampling)
+        return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampler)
 
-    def advice(self, metrics: dict[str, float], done: float) -> str:
-        return ""
+    def calls(self) -> Calls:
+        return Calls([Call("teacher", self.config.batch_size)])

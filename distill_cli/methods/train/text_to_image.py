@@ -4,39 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill_cli.config import TrainConfig
 from distill_cli.data.images import Captioned, Images
+from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
 from distill_cli.models.autoencoder import VAECodec
-from distill_cli.models.model import Lineage, Model
+from distill_cli.models.conditioners import PromptConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.stable_diffusion import create, load_vae
-from distill_cli.models.text import PromptConditioner, make_tokenizer
+from distill_cli.models.text import make_tokenizer
+from distill_cli.runs import Run
 from distill_cli.training.identity import digest
-from distill_cli.training.objective import Loss
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 ENCODED = 64
 """Pictures encoded at a time."""
 
 
 class TextDenoiser(nn.Module):
-    """A denoiser whose condition are tokens (B, L): what is trained."""
+    """A denoiser that is told tokens, `input_ids` (B, L), and encodes them itself: what is trained."""
 
     def __init__(self, denoiser: NetworkDenoiser, encoder: nn.Module) -> None:
         super().__init__()
         self.denoiser, self.encoder = denoiser, encoder
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.denoiser(x, t, self.encoder(tokens)[0])
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(x, t, Condition({PromptConditioner.part: self.encoder(**condition.parts)[0]}))
 
 
 class Latents:
@@ -61,15 +64,17 @@ class Latents:
         return self.means[list(positions)] + self.spreads[list(positions)] * noise
 
 
-class TextToImage:
+class TextToImage(Objective):
     """Denoising of latents under their captions; a caption is dropped now and then, so that guidance works."""
 
-    result = "teacher"
+    config: TrainConfig
+    images: Captioned
+    order: Order
 
     def __init__(self, config: TrainConfig, images: Images) -> None:
         if config.vae is None or not isinstance(images, Captioned):
             raise UsageError(f"--data {config.data}: has no captions", "a text-to-image teacher needs them: data=shapes")
-        self.config = config
+        super().__init__(config, "teacher")
         vae = load_vae(config.vae)
         tokenizer = make_tokenizer(images.captions(range(len(images))), config.text.length)
         parts = 2 ** (len(config.network.channels) - 1)
@@ -99,41 +104,41 @@ class TextToImage:
         )
         assert self.teacher.text is not None
         self.conditioner, self.schedule = self.teacher.text, self.teacher.denoiser.schedule
-        self.images: Captioned = images
+        self.images = images
         self.latents: Latents | None = None
         self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
         self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
-        self.empty = self.conditioner.tokens([""])[0]
-        self.networks: dict[str, nn.Module] = {"teacher": TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train()}
-        self.rates = {"teacher": config.lr}
-        self.frozen: list[nn.Module] = [vae]
-        self.kept: dict[str, nn.Module] = {}
-        self.identity: dict[str, Any] = {"vae": digest(vae)}
+        self.empty = Condition({"input_ids": self.conditioner.tokens([""])})
+        self.trained["teacher"] = Full(TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train(), config.lr)
+        self.frozen["vae"] = vae
+        self.identity["vae"] = digest(vae)
         self.order = Order(config.seed, config.variants * len(images))
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        if self.latents is None:  # the engine has moved the autoencoder by now
-            assert self.teacher.latent is not None
-            codec = self.teacher.latent
-            with preparing(next(codec.vae.parameters()).device, f"resume with --resume {self.config.out}") as stop:
-                self.latents = Latents(self.images, codec, self.config.variants, self.config.seed, stop)
-        positions = [self.order[i] for i in draws.indices]
-        shape = self.teacher.shape
-        tokens = self.tokens[[position % len(self.images) for position in positions]]
-        dropped = draws.uniform("label_dropout") < self.config.label_dropout
-        tokens = torch.where(dropped[:, None], self.empty, tokens)
-        network = self.networks["teacher"]
-        device = next(network.parameters()).device
-        x = self.latents.batch(positions, draws.normal("augment", shape)).to(device)
-        noise = draws.normal("noise", shape).to(device)
-        t = (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float().to(device)
-        error = "velocity" if self.config.prediction == "v" else "noise"
-        yield Loss("teacher", denoising_loss(network, self.schedule, x, noise, t, tokens.to(device), error=error).mean())
+    def prepare(self, where: torch.device, run: Run) -> None:
+        """Encode the pictures."""
+        assert self.teacher.latent is not None
+        with preparing(where, f"resume with --resume {run.folder}") as stop:
+            self.latents = Latents(self.images, self.teacher.latent, self.config.variants, self.config.seed, stop)
 
-    def model(self, network: nn.Module) -> Model:
+    def batch(self, draws: Draws, where: torch.device) -> tuple[Tensor, Condition]:
+        """Latents (B, c, h, w) and the tokens (B, L) of their captions, some of them the empty one's."""
+        assert self.latents is not None
+        positions = [self.order[i] for i in draws.indices]
+        tokens = Condition({"input_ids": self.tokens[[position % len(self.images) for position in positions]]})
+        tokens = dropped(tokens, self.empty, draws.uniform("label_dropout"), self.config.label_dropout)
+        return self.latents.batch(positions, draws.normal("augment", self.teacher.shape)).to(where), tokens.to(where)
+
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        x, tokens = self.batch(draws, self.device)
+        noise = draws.normal("noise", self.teacher.shape).to(x.device)
+        t = (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float().to(x.device)
+        error = "velocity" if self.config.prediction == "v" else "noise"
+        yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, tokens, error=error).mean())
+
+    def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, TextDenoiser)
         trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
         return replace(self.teacher, denoiser=network.denoiser, conditioner=trained)
 
-    def advice(self, metrics: dict[str, float], done: float) -> str:
-        return ""
+    def calls(self) -> Calls:
+        return Calls([Call("teacher", self.config.batch_size)])

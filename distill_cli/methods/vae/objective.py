@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,16 +12,23 @@ from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.models.autoencoder import Autoencoder, VAECodec, create
-from distill_cli.training.objective import Loss
+from distill_cli.training.job import Job
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MEASURED = 512
 """Pictures whose latents give the scale that makes their standard deviation 1."""
 
 
-class Autoencoding:
+def open(config: VAEConfig, job: Job) -> Objective:
+    return Autoencoding(config, job.images(config))
+
+
+class Autoencoding(Objective):
     """A variational autoencoder (Kingma & Welling 1312.6114) with a light prior, as latent diffusion has it (2112.10752)."""
 
-    result = "vae"
+    config: VAEConfig
+    images: Images
+    order: Order
 
     def __init__(self, config: VAEConfig, images: Images) -> None:
         parts = 2 ** (len(config.network.channels) - 1)
@@ -30,27 +36,22 @@ class Autoencoding:
             raise UsageError(
                 f"resolution {images.shape[-1]}: {len(config.network.channels)} network.channels need a multiple of {parts} pixels"
             )
-        self.config, self.images = config, images
+        super().__init__(config, "vae")
+        self.images = images
         self.latent = (config.network.latent_channels, images.shape[1] // parts, images.shape[2] // parts)
-        self.networks: dict[str, nn.Module] = {"vae": create(images.shape[-1], images.shape[0], config.network, config.seed)}
-        self.rates = {"vae": config.lr}
-        self.frozen: list[nn.Module] = []
-        self.kept: dict[str, nn.Module] = {}
-        self.identity: dict[str, Any] = {}
+        self.trained["vae"] = Full(create(images.shape[-1], images.shape[0], config.network, config.seed), config.lr)
         self.order = Order(config.seed, len(images))
 
-    def turns(self, draws: Draws) -> Iterator[Loss]:
-        network = self.networks["vae"]
-        device = next(network.parameters()).device
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, _ = self.images.batch([self.order[i] for i in draws.indices], draws)
-        x = x.to(device)
-        made, mean, logvar = network(x, draws.normal("noise", self.latent).to(device))
+        x = x.to(self.device)
+        made, mean, logvar = self.network("vae")(x, draws.normal("noise", self.latent).to(self.device))
         error = (made.float() - x).square().mean()
         divergence = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
         yield Loss("vae", error + self.config.kl_weight * divergence, {"error": error, "divergence": divergence})
 
     @torch.no_grad()
-    def model(self, network: nn.Module) -> Autoencoder:
+    def model(self, network: nn.Module, step: int) -> Autoencoder:
         """The autoencoder, with the scale that gives its latents a standard deviation of 1 (2112.10752, appendix G)."""
         assert isinstance(network, Autoencoder)
         network.vae.register_to_config(scaling_factor=1.0)
@@ -65,5 +66,5 @@ class Autoencoding:
         network.vae.register_to_config(scaling_factor=round(float(variance.rsqrt()), 5))
         return network
 
-    def advice(self, metrics: dict[str, float], done: float) -> str:
-        return ""
+    def calls(self) -> Calls:
+        return Calls([Call("vae", self.config.batch_size)])

@@ -1,4 +1,4 @@
-"""The published EDM and consistency checkpoints as Models: NVlabs' pickles and OpenAI's state dicts."""
+"""Read published EDM and consistency checkpoints as Models: NVlabs' pickles and OpenAI's state dicts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError, printable, reason
 from distill_cli.files import remove_folder
+from distill_cli.models import formats
 from distill_cli.models.checks import rehearse_pixels
-from distill_cli.models.model import ClassConditioner, Lineage, Model, Sampling
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file
+from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.openai import blocks, openai_network, settle_openai
 from distill_cli.models.sources.unpickle import Record, check_operations, read
 from distill_cli.models.times import PUBLISHED, from_indices
@@ -32,19 +36,19 @@ SONG = {
 }  # fmt: skip
 DHARIWAL = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "channel_mult_emb": 4, "num_blocks": 3, "attn_resolutions": [32, 16, 8]}
 DEFAULTS = {"SongUNet": SONG, "DhariwalUNet": DHARIWAL}
-"""What init arguments that a file leaves out stand for (the published networks' own defaults)."""
+"""Defaults of init arguments that a file leaves out (the published networks' own)."""
 
 NVLABS = {
     "norm0": "resnet.norm1", "conv0": "resnet.conv1", "affine": "resnet.time_emb_proj", "norm1": "resnet.norm2", "conv1": "resnet.conv2",
     "skip": "resnet.conv_shortcut", "norm2": "attention.group_norm", "qkv": "attention.qkv", "proj": "attention.to_out.0",
 }  # fmt: skip
 DROPPED = re.compile(r"(^|\.)(resample_filter|map_augment)(\.|$)")
-"""Constant filters, and the input of training-time augmentation, which sampling leaves at zero."""
+"""Tensors that are not loaded: constant filters, and the input of training-time augmentation, which is zero in sampling."""
 
 
 @dataclass
 class Found:
-    """What a file turned out to hold: a network without weights, its weights, and how they are meant."""
+    """The content of a file: a network without weights, the weights, and how the model is sampled."""
 
     source: str
     architecture: str
@@ -57,16 +61,16 @@ class Found:
     parameterisation: str = "edm"
     sigma_data: float = 0.5
     assumed: tuple[str, ...] = ()
-    """What the file does not say."""
+    """What was assumed, because the file does not say it."""
 
 
 def interleaved(value: Tensor, heads: int) -> list[Tensor]:
-    """q, k, v of NVlabs' attention: inside each head, channel by channel, q k v q k v."""
+    """q, k, v from NVlabs' attention, where they alternate by channel inside each head: q k v q k v."""
     return [v.reshape(-1, *value.shape[1:]) for v in value.reshape(heads, -1, 3, *value.shape[1:]).unbind(2)]
 
 
 def trimmed(shape: torch.Size) -> tuple[int, ...]:
-    """A shape without the ones at its end: a 1x1 convolution is a linear layer."""
+    """A shape without trailing ones, since a 1x1 convolution is a linear layer."""
     out = tuple(shape)
     while out and out[-1] == 1:
         out = out[:-1]
@@ -76,7 +80,7 @@ def trimmed(shape: torch.Size) -> tuple[int, ...]:
 def place(
     network: nn.Module, tensors: Mapping[str, Tensor], rename: Callable[[str], str], split: Callable[[Tensor, int], list[Tensor]]
 ) -> dict[str, Tensor]:
-    """The state dict of `network` from a file's tensors; raises where one is missing, left over, or of another shape."""
+    """The state dict of `network` from a file's tensors; raises DistillError if one is missing, left over, or of another shape."""
     expected = {name: value.shape for name, value in network.state_dict().items()}
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -107,7 +111,7 @@ def place(
 
 
 def nvlabs_name(name: str) -> str:
-    """The name in EDMUNet of a tensor of NVlabs' inner network."""
+    """The name in EDMUNet for a tensor of NVlabs' inner network."""
     section, *rest = name.split(".")
     if section in ("enc", "dec"):
         block, *inner = rest
@@ -122,7 +126,7 @@ def nvlabs_name(name: str) -> str:
 
 
 def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
-    """The architecture's name and the network, without weights, of EDMPrecond's init arguments."""
+    """The architecture's name, and the network without weights, from EDMPrecond's init arguments."""
     from distill_cli.models.edm import FIR, EDMUNet
 
     kind = arguments.get("model_type", "DhariwalUNet")
@@ -142,7 +146,7 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
     classes, dropped = int(k.get("label_dim", 0)), float(k.get("label_dropout", 0))
     if not 1 <= len(k["channel_mult"]) <= 8 or not 1 <= int(k["num_blocks"]) <= 64:
         raise DistillError(f"{len(k['channel_mult'])} levels of {k['num_blocks']} blocks are of no published model")
-    with torch.device("meta"):  # nothing is allocated for what a file claims
+    with torch.device("meta"):  # allocates nothing, whatever sizes a file claims
         network = EDMUNet(
             sample_size=int(k["img_resolution"]),
             in_channels=int(k["img_channels"]),
@@ -160,7 +164,7 @@ def nvlabs_network(arguments: Mapping[str, Any]) -> tuple[str, nn.Module]:
 
 
 def from_nvlabs(data: Any) -> Found:
-    """The averaged network of an NVlabs snapshot, {"ema": EDMPrecond}, as `unpickle.read` gives it."""
+    """The averaged network of an NVlabs snapshot, {"ema": EDMPrecond}, as `unpickle.read` returns it."""
     ema = data.get("ema") if isinstance(data, dict) else data
     if not isinstance(ema, Record) or ema.class_name != "EDMPrecond":
         what = ema.class_name if isinstance(ema, Record) else type(ema).__name__
@@ -183,9 +187,9 @@ def from_nvlabs(data: Any) -> Found:
 
 
 def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64, head: int = 64) -> Found:
-    """A model of OpenAI's consistency_models: a state dict of its UNet for pictures of `size` pixels.
+    """A model of OpenAI's consistency_models: the state dict of a UNet for images of `size` pixels.
 
-    `head`: channels of an attention head, which the file does not say; 64 in all published ones.
+    `head`: channels of an attention head, which the file does not say; 64 in all published files.
     """
     if not isinstance(tensors, Mapping) or "input_blocks.0.0.weight" not in tensors:
         raise DistillError("no UNet of OpenAI's in the file")
@@ -208,7 +212,7 @@ def from_openai(tensors: Mapping[str, Tensor], consistency: bool, size: int = 64
 
 
 def model_of(found: Found, name: str, steps: int = 18) -> Model:
-    """The Model of what was found, its weights in place; a teacher is sampled by Heun with `steps` steps."""
+    """The Model with its weights loaded; a teacher is sampled by Heun with `steps` steps."""
     found.network.load_state_dict(found.weights, assign=True)
     schedule = EDMSchedule()
     student = found.parameterisation == "consistency"
@@ -217,19 +221,18 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
         NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
         ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
-        Sampling(solver="few-step", steps=1) if student else Sampling(steps=steps),
-        from_indices(schedule, PUBLISHED) if student else None,
+        Sampler.consistency(from_indices(schedule, PUBLISHED)) if student else Sampler(steps=steps),
     )
 
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
-"""What torch.save began its files with before it zipped them."""
+"""First bytes of a torch.save file in the format before zip."""
 SUFFIXES = (".pkl", ".pt", ".pth")
 ZIPPED_NAMES = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
 def _state_dict(path: Path) -> Any:
-    """The tensors of a torch.save file, held against its size before and after; nothing but tensors is rebuilt."""
+    """The tensors of a torch.save file, checked against the file's size before and after; only tensors are rebuilt."""
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
@@ -245,18 +248,18 @@ def _state_dict(path: Path) -> Any:
         if sum(v.numel() * v.element_size() for v in tensors.values()) > size:
             raise DistillError("its tensors are larger than the file")
         return tensors
-    except Exception as error:  # zipfile and torch raise many kinds for a damaged or hostile file
+    except Exception as error:  # zipfile and torch raise many types for a damaged or hostile file
         raise DistillError(
             f"{path}: not read: {printable(error, 200)}", "only plain state dicts are read; nothing in it was run"
         ) from error
 
 
 def open_file(path: Path, size: int | None = None, head: int | None = None, kind: str | None = None) -> Found:
-    """Recognise and read a published file: an NVlabs pickle, or OpenAI's .pt.
+    """Read a published file: an NVlabs pickle, or OpenAI's .pt.
 
-    An OpenAI file does not say its resolution `size`, the channels of an attention `head`, and whether it is of `kind` "teacher" or
-    "student": `Found.assumed` says what was assumed. Raises UsageError where they are given for another file, DistillError where the
-    file is damaged, hostile or another thing.
+    An OpenAI file does not hold its resolution `size`, the channels of an attention `head`, or its `kind`, "teacher" or "student";
+    `Found.assumed` names what was assumed. Raises UsageError if they are given for another type of file, and DistillError for a file
+    that is damaged, hostile or of an unknown type.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
@@ -295,9 +298,7 @@ def convert_file(
     name: str = "",
     steps: int = 18,
 ) -> dict[str, Any]:
-    """Write the model of a published file to `folder`, read it back, and check that not a bit was lost."""
-    from distill_cli.models import pixel
-
+    """Write the model of a published file to `folder`, read it back, and compare every bit."""
     found = open_file(path, size, head, kind)
     model = model_of(found, name or path.stem, steps)
     t, where = torch.tensor([0.02, 2.0]), f"--resolution {size}" if size else str(path)
@@ -306,13 +307,13 @@ def convert_file(
         with torch.no_grad():
             x = t.view(2, 1, 1, 1) * torch.ones(2, *model.shape)
             images = model.denoiser(x, t, model.conditioner(torch.zeros(2, dtype=torch.long)))
-    except (MemoryError, RuntimeError) as error:  # torch says a failed allocation as either
+    except (MemoryError, RuntimeError) as error:  # torch raises either if an allocation fails
         raise DistillError(f"{where}: two pictures of {model.shape} are not to be made here ({reason(error)})") from error
     if not torch.isfinite(images).all():
         raise DistillError(f"{path}: the network's images are not numbers", "the file is damaged")
-    model.save(folder)
+    formats.save(model, folder)
     weights_hash = model.weights_hash()
-    if pixel.load(folder, model.lineage.name).weights_hash() != weights_hash:
+    if formats.load(folder, model.lineage.name).weights_hash() != weights_hash:
         remove_folder(folder)
         raise DistillError(f"{folder}: reads back other weights than were written", "is the disk sound?")
     return {

@@ -1,4 +1,4 @@
-"""What a .safetensors file holds, by the names and shapes of its tensors and by its metadata."""
+"""Recognise what a .safetensors file holds, by its tensors' names and shapes and its metadata."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTIAL = (
     ),
     (r"noise_augmentor|embedder\.model\.visual", "Stable unCLIP, which reads pictures beside the text", OTHER),
 )
-"""Names of tensors that tell what is not Stable Diffusion 1 or 2: a pattern, what it is, a hint."""
+"""Tensor names that identify other things than Stable Diffusion 1 or 2: a pattern, what it is, a hint."""
 ALONE = (
     (r"^(first_stage_model\.|(encoder|decoder)\.(conv_in|mid|down|up)|quant_conv)", "an autoencoder alone", FOLDER),
     (r"^(encoder|decoder)\.layers\.|^\d+\.conv\.", "a tiny autoencoder alone", FOLDER),
@@ -42,7 +42,7 @@ ALONE = (
     (r"^encoder\.block\.\d+\.layer", "a T5 text encoder alone", FOLDER),
     (r"^(text_model|cond_stage_model|conditioner)\.|resblocks\.\d|self_attn\.", "a text encoder alone", FOLDER),
 )
-"""The same for files that lack a part."""
+"""The same, for files that lack a part."""
 CHANNELS = {
     9: "an inpainting model, whose network takes a mask and a masked picture too",
     8: "a model that edits pictures by instruction (InstructPix2Pix), whose network takes the picture too",
@@ -51,11 +51,11 @@ CHANNELS = {
 }
 WIDTHS = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
 LABELS = {2816: "Stable Diffusion XL", 2560: "the refiner of Stable Diffusion XL"}
-"""Widths of the text, and of the conditions beside it, by which networks are known."""
+"""Networks by the widths of their text embeddings and of further conditions."""
 
 
 def kind_of(file: Tensors) -> tuple[str, str]:
-    """What a file is that is not Stable Diffusion 1 or 2 with all its parts, and a hint; '' for one that is."""
+    """What a file holds if it is not a complete Stable Diffusion 1 or 2, and a hint; '' if it is."""
     shapes = file.shapes
     labels = shapes.get(f"{NETWORK}label_emb.0.0.weight") or shapes.get("label_emb.0.0.weight")
     if labels and labels[-1] in LABELS:
@@ -98,15 +98,15 @@ def kind_of(file: Tensors) -> tuple[str, str]:
 
 
 def _true(text: str | None) -> bool | None:
-    """What kohya's scripts write for yes, no and nothing."""
+    """The value that kohya's scripts write as text: true, false or None."""
     return {"true": True, "1": True, "false": False, "0": False}.get((text or "").lower())
 
 
 def predicts(file: Tensors, given: str | None = None) -> tuple[str, str, str]:
-    """What the network predicts (eps or v, '' where the file does not say), what says zero terminal SNR ('': nothing), what says the first.
+    """What the network predicts (eps, v, or '' if unknown), the evidence for zero terminal SNR ('' if none), the evidence for the first.
 
-    Said by empty tensors `v_pred` and `ztsnr` (as ComfyUI reads them), by Stability's ModelSpec and by kohya's training metadata. `given`
-    goes before them all. Raises DistillError where the file says two things, or one that is not read.
+    Evidence: empty tensors `v_pred` and `ztsnr` (as in ComfyUI), Stability's ModelSpec, and kohya's training metadata; `given`
+    overrides it. Raises DistillError for contradictory evidence, and for a prediction that is not supported.
     """
     meta = file.metadata
     kinds = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "velocity": "v"}

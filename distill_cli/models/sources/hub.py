@@ -1,10 +1,11 @@
-"""Models of the Hugging Face hub: downloaded into its cache on first use, after a line that says what, how large, under which licence."""
+"""Models of the Hugging Face hub: downloaded into its cache on first use, after a line that gives name, size and licence."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,16 +16,15 @@ from distill_cli.models.parts import best_variant, has_vocabulary, read_json, va
 from distill_cli.processes import say_hidden
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""Parts of a pipeline that have weights, and the name of their file."""
+"""Parts of a pipeline that have weights, and the names of their files."""
 WANTED = ("model_index.json", "distill.json", "README.md", "scheduler/*.json", "tokenizer/*", *(f"{part}/config.json" for part in PARTS))
 FLAT = ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
-"""What an unconditional model of 2022, such as google/ddpm-cifar10-32, has beside its model_index.json instead of in folders."""
-PIPELINES = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
+"""Files that unconditional models of 2022, such as google/ddpm-cifar10-32, have beside model_index.json instead of in folders."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """A hub model that has a name here. `megabytes` is what is downloaded: the weights in fp16 where they are there."""
+    """A hub model that has a name here. `megabytes`: size of the download, in fp16 if the hub has such weights."""
 
     id: str
     megabytes: int
@@ -46,7 +46,7 @@ def is_id(name: str) -> bool:
 
 
 def part_of(folder: Path, part: str) -> Path:
-    """Where a part of a pipeline stands: in its folder, or beside model_index.json, where diffusers looks too."""
+    """The folder of a part of a pipeline: its own, or that of model_index.json, where diffusers looks too."""
     return folder / part if (folder / part).is_dir() else folder
 
 
@@ -55,12 +55,12 @@ def offline() -> bool:
 
 
 def cached(hub_id: str) -> Path | None:
-    """The model's folder in the Hugging Face cache, where all that is needed is there."""
+    """The model's folder in the Hugging Face cache, if it is complete."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         index = try_to_load_from_cache(hub_id, "model_index.json")
-    except ValueError:  # not of the form of an id
+    except ValueError:  # not a hub id
         return None
     if not isinstance(index, str):
         return None
@@ -74,7 +74,7 @@ def cached(hub_id: str) -> Path | None:
 
 
 def _has_weights(folder: Path, stem: str) -> bool:
-    """Whether all files of some variant of a network's weights are in a folder."""
+    """Whether a folder has all files of at least one variant of a network's weights."""
     for names in variants((path.name for path in folder.glob("*")), stem).values():
         index = next((name for name in names if name.endswith(".json")), None)
         parts = read_json(folder / index).get("weight_map") if index else dict.fromkeys(names)
@@ -84,7 +84,7 @@ def _has_weights(folder: Path, stem: str) -> bool:
 
 
 def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
-    """Which of a model's files are fetched, and their sizes in bytes: safetensors alone, fp16 where there are and `half` is wanted."""
+    """The files of a model to fetch, with sizes in bytes: safetensors only, in fp16 if `half` is set and they exist."""
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     out = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in WANTED)}
     flat = not any(name.startswith("unet/") for name in sizes)
@@ -103,12 +103,12 @@ def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
 
 
 def command(hub_id: str, patterns: tuple[str, ...]) -> str:
-    """What fetches files of a hub model elsewhere."""
+    """A shell command that fetches files of a hub model on another machine."""
     return " ".join([f"hf download {hub_id}", *(f"--include '{pattern}'" for pattern in patterns)])
 
 
-def download(hub_id: str) -> Path:
-    """The folder of a hub model in the Hugging Face cache, downloaded where missing."""
+def download(hub_id: str, pipelines: Collection[str]) -> Path:
+    """The folder of a hub model in the Hugging Face cache, downloaded where missing; of one of these classes of pipelines."""
     known = HUB.get(short_name(hub_id))
     found = cached(hub_id)
     if found is not None:
@@ -123,7 +123,7 @@ def download(hub_id: str) -> Path:
 
     try:
         kind = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text()).get("_class_name")
-        if kind in PIPELINES:
+        if kind in pipelines:
             info = HfApi().model_info(hub_id, files_metadata=True)
             wanted = files_of(info.siblings or [], half=kind == "StableDiffusionPipeline")
             licence = printable(known.licence if known else (info.card_data.get("license") if info.card_data else None) or "not stated")
@@ -133,14 +133,14 @@ def download(hub_id: str) -> Path:
             return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
     except DistillError:
         raise
-    except Exception as error:  # no network, no such model, gated: the hub's errors share no useful base
+    except Exception as error:  # no network, no such model, gated: the hub's errors share no base class
         missing = f"{hub_id}: not in the Hugging Face cache, no folder of that name, and not to be had from the hub"
         raise DistillError(f"{missing} ({type(error).__name__})", hint) from error
-    raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(PIPELINES)}")
+    raise DistillError(f"{hub_id}: a {kind}, which this version does not read", f"it reads {', '.join(pipelines)}")
 
 
 def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
-    """The folder of a part that is no pipeline: `name` itself, or a hub id, whose files are downloaded after a line that says so."""
+    """The folder of a single network: `name` itself, or a hub id, whose files are downloaded after a line that says so."""
     if Path(name).is_dir():
         return Path(name)
     if not is_id(name):
@@ -151,7 +151,7 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
         if all(any(folder.glob(pattern)) for pattern in patterns if pattern.endswith((".json", ".safetensors"))):
             return folder
-    except Exception as error:  # not in the cache: huggingface_hub raises several kinds
+    except Exception as error:  # not in the cache: huggingface_hub raises several types
         del error
     try:
         if offline():
@@ -167,7 +167,7 @@ def find(name: str, patterns: tuple[str, ...], what: str) -> Path:
 
 
 def to_download(name: str) -> str:
-    """What loading `name` would download first, for plans; '' where nothing."""
+    """The download that loading `name` would start, for plans; '' for none."""
     known = HUB.get(short_name(name))
     if known is None:
         elsewhere = is_id(name) and not Path(name).parent.exists()
@@ -180,5 +180,5 @@ def to_download(name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The registry's name of a hub id that has one, '' for others."""
+    """The registry's name for a hub id, or ''."""
     return next((short for short, known in HUB.items() if name in (short, known.id)), "")

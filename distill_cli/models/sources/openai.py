@@ -1,4 +1,4 @@
-"""OpenAI's UNet of consistency_models (Song et al. 2303.01469): its layout in diffusers, and what its files do not say."""
+"""OpenAI's UNet of consistency_models (Song et al. 2303.01469): its layout in diffusers, and facts that its files lack."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PUBLISHED_BY_OPENAI = {
     **dict.fromkeys(("edm_bedroom256_ema", "cd_bedroom256_l2", "cd_bedroom256_lpips", "ct_bedroom256"), 256),
     **dict.fromkeys(("edm_cat256_ema", "cd_cat256_l2", "cd_cat256_lpips", "ct_cat256"), 256),
 }
-"""The resolutions of OpenAI's files by their names; their attention heads have 64 channels. edm_ are teachers, cd_ and ct_ students."""
+"""Resolutions of OpenAI's files by name. Their attention heads have 64 channels; edm_ are teachers, cd_ and ct_ students."""
 
 
 def blocks(value: Tensor, heads: int) -> list[Tensor]:
-    """q, k, v of OpenAI's attention: three blocks."""
+    """q, k, v from OpenAI's attention, where they are three blocks."""
     return list(value.chunk(3))
 
 
 def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> tuple[Any, Callable[[str], str]]:
-    """UNet2DModel of OpenAI's scale-shift ResNet UNet, and where the file's tensors stand in it; all read off the shapes."""
+    """A UNet2DModel like OpenAI's scale-shift ResNet UNet, and the places of the file's tensors in it, all from the shapes."""
     import diffusers
 
     def count(section: str) -> int:
@@ -44,11 +44,11 @@ def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> 
     entries = count("input_blocks")
     if count("output_blocks") != entries or not has("input_blocks.0.0"):
         raise DistillError("the blocks do not add up to OpenAI's UNet")
-    # the first output level ends where a residual block that resamples stands behind the others
+    # a level of the output ends with a residual block that resamples
     ups = [i for i in range(entries) for k in (1, 2) if has(f"output_blocks.{i}.{k}.in_layers.0")]
     residual = ups[0] if ups else entries - 1
     levels = entries // (residual + 1)
-    first = [1 + level * (residual + 1) for level in range(levels)]  # input block that begins each level
+    first = [1 + level * (residual + 1) for level in range(levels)]  # the first input block of each level
     widths = [tensors[f"input_blocks.{i}.0.out_layers.0.weight"].shape[0] for i in first]
     attention = [has(f"input_blocks.{i}.1.qkv") for i in first]
     if any(on and width % head for on, width in zip(attention, widths, strict=True)) or widths[-1] % head:
@@ -102,10 +102,10 @@ def openai_network(tensors: Mapping[str, Tensor], size: int, head: int = 64) -> 
 
 
 def settle_openai(name: str, size: int | None, head: int | None, kind: str | None) -> tuple[int, int, bool, tuple[str, ...]]:
-    """Resolution, head width, whether it is a student, of an OpenAI file, and what of them is assumed.
+    """Resolution, head width and kind (student or not) of an OpenAI file, and which of these are assumed.
 
-    Such a file says none of it. What is given holds; else what the file has its name from its publisher for; else what words of
-    another name may say, or what most published files have, which is assumed.
+    The file holds none of them. Given values win; then those of a published file's name; then hints in another name, or the values
+    of most published files, which count as assumed.
     """
     word = re.match(r"(edm|cd|ct)_", name)
     numbers = set(re.findall(r"(?<!\d)(?:64|128|256|512)(?!\d)", name))

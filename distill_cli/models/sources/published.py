@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Published:
-    """A file on the web. `megabytes` is what its float32 weights take; neither publisher states checksums."""
+    """A file on the web. `megabytes`: size of its float32 weights. The publishers give no checksums."""
 
     url: str
     megabytes: int
@@ -50,15 +50,15 @@ PUBLISHED = {
 
 
 def cache() -> Path:
-    """Where downloads and converted models stand: DISTILL_CACHE, or ~/.cache/distill."""
+    """The folder of downloads and converted models: DISTILL_CACHE, or ~/.cache/distill."""
     return Path(os.environ.get("DISTILL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill")
 
 
 def download(url: str, path: Path, what: str) -> None:
-    """Fetch `url` to `path`, which is complete or absent; a part that is there is continued.
+    """Fetch `url` to `path`, complete or absent; a partial download is continued.
 
-    `what` says name, size and licence, before anything is fetched. Raises DistillError where there is no network, or the
-    connection ends early (what came stays for the next time).
+    `what` (name, size, licence) is printed first. Raises DistillError without a network, and if the connection ends early:
+    the part that came is kept for the next call.
     """
     from tqdm import tqdm
 
@@ -73,7 +73,7 @@ def download(url: str, path: Path, what: str) -> None:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - https, from the table
         try:
             with urllib.request.urlopen(request, timeout=60) as answer, open(part, "ab" if have else "wb") as handle:  # noqa: S310
-                if have and answer.status != 206:  # the server begins anew
+                if have and answer.status != 206:  # the server sends the whole file
                     handle.seek(0)
                     handle.truncate()
                     have = 0
@@ -86,7 +86,7 @@ def download(url: str, path: Path, what: str) -> None:
                         bar.update(len(data))
             size = part.stat().st_size
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # more is there than there should be
+            if error.code == 416:  # the partial file is too long
                 part.unlink()
             raise DistillError(
                 f"{url}: the server answers {error.code}", "run the same command again" if error.code == 416 else hint
@@ -102,12 +102,12 @@ def download(url: str, path: Path, what: str) -> None:
 
 
 def published_as(file: str) -> str:
-    """The name here of a file as its publisher names it, '' for others."""
+    """The registry's name for a publisher's file name, or ''."""
     return next((name for name, published in PUBLISHED.items() if published.url.endswith(f"/{file}")), "")
 
 
 def to_download(name: str) -> str:
-    """What loading `name` would download first, for plans; '' where nothing."""
+    """The download that loading `name` would start, for plans; '' for none."""
     published = PUBLISHED.get(name)
     if published is None or (cache() / "models" / name / "model_index.json").is_file():
         return ""
@@ -116,7 +116,7 @@ def to_download(name: str) -> str:
 
 
 def fetch(name: str) -> Path:
-    """The model folder of a published model, downloaded and converted where it is not in the cache."""
+    """The model folder of a published model, downloaded and converted if it is not in the cache."""
     from distill_cli.models.sources.convert import convert_file
 
     published = PUBLISHED[name]
@@ -132,7 +132,7 @@ def fetch(name: str) -> Path:
         try:
             convert_file(file, folder, name=name, steps=published.steps)
         except DistillError as error:
-            if not error.message.startswith(str(file)):  # the disk's, not the file's
+            if not error.message.startswith(str(file)):  # an error of the disk, not of the file
                 raise
             raise DistillError(error.message, f"the download may be damaged: delete {file} and run the same command again") from error
     return folder

@@ -1,4 +1,4 @@
-"""Models by name, folder or hub id."""
+"""Load models by name, folder, single file or hub id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.sources.hub import HUB, PIPELINES, cached, download, is_id, short_name
+from distill_cli.models.sources.hub import HUB, cached, download, is_id, short_name
 from distill_cli.models.sources.published import PUBLISHED, fetch
 from distill_cli.processes import say_hidden
 
@@ -22,7 +22,7 @@ PARTS = ("student", "teacher")
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that is known by name."""
+    """A built-in name for a model."""
 
     name: str
     summary: str
@@ -31,9 +31,7 @@ class Entry:
 
 
 def _digits() -> Model:
-    from distill_cli.models import pixel
-
-    return pixel.load(BUILTIN / "digits", "digits")
+    return open_folder(BUILTIN / "digits", "digits")
 
 
 def _tiny() -> Model:
@@ -69,9 +67,7 @@ def _hub(name: str) -> Model:
 
 
 def _published(name: str) -> Model:
-    from distill_cli.models import pixel
-
-    return pixel.load(fetch(name), name)
+    return open_folder(fetch(name), name)
 
 
 REGISTRY = {
@@ -103,24 +99,31 @@ REGISTRY = {
 }
 
 
-def folder_of(path: Path) -> Path | None:
-    """The model's folder in `path`, which is one itself or a run."""
+def rounds_of(path: Path) -> dict[int, Path]:
+    """The students of a run's earlier rounds, by the number of their steps."""
+    found = {folder.name.removeprefix("student-"): folder for folder in path.glob("student-*") if (folder / "model_index.json").is_file()}
+    return {int(steps): folder for steps, folder in found.items() if steps.isdecimal()}
+
+
+def folder_of(path: Path, steps: int | None = None) -> Path | None:
+    """The model's folder in `path`, which is one itself or a run; of a run whose rounds are kept, that of the student of `steps`."""
+    kept = rounds_of(path)
+    if steps in kept:
+        return kept[steps]
     return next((folder for folder in (path, *(path / part for part in PARTS)) if (folder / "model_index.json").is_file()), None)
 
 
 def open_folder(folder: Path, name: str) -> Model:
-    """The model in a diffusers pipeline folder."""
-    from distill_cli.models import pixel, stable_diffusion
-    from distill_cli.models.parts import read_json
+    """Load the model in a diffusers pipeline folder."""
+    from distill_cli.models import formats
 
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind not in PIPELINES:
-        raise DistillError(f"{folder}: a {kind} folder, which this version does not read", f"it reads {', '.join(PIPELINES)}")
-    return (stable_diffusion if kind == stable_diffusion.PIPELINE else pixel).load(folder, name)
+    return formats.load(folder, name)
 
 
-def load(name: str) -> Model:
+def load(name: str, steps: int | None = None) -> Model:
     """The model called `name`: a built-in one, a folder (of a model, or of a run), a single file, or a hub id. Float32, on the CPU.
+
+    Of a run whose rounds are kept, the student that takes `steps`, else that of the last round.
 
     Raises UsageError for an unknown name and DistillError for what cannot be read.
     """
@@ -131,9 +134,13 @@ def load(name: str) -> Model:
         return model
     path = Path(name)
     if path.is_dir():
-        folder = folder_of(path)
+        folder = folder_of(path, steps)
         if folder is not None:
-            return open_folder(folder, path.name)
+            model, kept = open_folder(folder, path.name), rounds_of(path)
+            if steps is not None and kept and steps not in (*kept, model.sampler.steps):
+                known = ", ".join(map(str, sorted({*kept, model.sampler.steps}, reverse=True)))
+                raise UsageError(f"--steps {steps}: {name} has students of {known} steps")
+            return model
         if (path / "recipe.yaml").is_file():
             for part in ("classifier", "vae"):
                 if (path / part).is_dir():
@@ -151,7 +158,9 @@ def load(name: str) -> Model:
             f"{name}: no such folder", nearest(path.name, [found.name for found in path.parent.iterdir()], f"{path.parent} has")
         )
     if is_id(name):
-        model = open_folder(download(name), name)
+        from distill_cli.models.formats import PIPELINES
+
+        model = open_folder(download(name, PIPELINES), name)
         known = short_name(name)
         if known and not model.lineage.licence:
             model.lineage = model.lineage.model_copy(update={"licence": HUB[known].licence})

@@ -1,7 +1,7 @@
 """Stable Diffusion from a single .safetensors checkpoint, in the layout of its first publishers (CompVis, Stability).
 
-What such a file holds is read off its tensors' names and shapes and its metadata; `kind_of` names what is not Stable Diffusion 1 or 2
-with all its parts. The networks are filled tensor by tensor, in float32.
+The file's content is read from names and shapes of tensors and from metadata; `kind_of` recognises anything but a complete Stable
+Diffusion 1 or 2. The networks are filled tensor by tensor, in float32.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.model import Model
-from distill_cli.models.parts import check_file, empty, quiet
+from distill_cli.models.parts import check_file, empty, plain, quiet
 from distill_cli.models.sources.convert import trimmed
 from distill_cli.models.sources.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
 from distill_cli.models.sources.hub import HUB, WANTED, cached, command
-from distill_cli.models.text import plain
 from distill_cli.tensors import Tensors
 
 SUFFIX = ".safetensors"
@@ -29,20 +28,20 @@ AVERAGED = "model_ema."
 COUNTS = (f"{AVERAGED}decay", f"{AVERAGED}num_updates")
 WORDS = {"eps": "epsilon", "v": "v_prediction"}
 ZERO = {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
-"""What a schedule without signal at its end takes beside: a scheduler that can begin there."""
+"""Scheduler settings for zero terminal SNR: sampling has to begin at the last time."""
 KNOWN = re.compile(
     r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|model_ema\.|"
     r"(betas|alphas_cumprod\w*|sqrt_\w+|log_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr)$"
 )
-"""Tensors of the parts, and of what was trained with: its times, which the scheduler says again."""
+"""Prefixes of the parts, and tensors of the training schedule, which the scheduler's configuration repeats."""
 HARMLESS = ("position_ids", "text_projection", "logit_scale", "text_projection.weight")
-"""Tensors beside a text encoder's own that it has no use for."""
+"""Tensors in a text encoder's section that it does not use."""
 
 
 def configuration(path: Path, width: int) -> tuple[Path, bool]:
-    """The folder of the configurations and tokenizer that such a file lacks, and whether it is the file's own, beside it.
+    """The folder with the configurations and tokenizer that the file lacks, and whether it is the one beside the file.
 
-    Else that of sd15 or sd21 in the cache, by the `width` of the text that the file's network reads.
+    The other choice is sd15 or sd21 in the cache, by the `width` of the network's text embeddings.
     """
     if (path.parent / "model_index.json").is_file():
         return path.parent, True
@@ -62,9 +61,9 @@ def configuration(path: Path, width: int) -> tuple[Path, bool]:
 
 
 def averaged(file: Tensors) -> dict[str, str]:
-    """Where the network's weights stand, by their names: in the averages of training where the file has them, else under their own.
+    """The tensors to use for the network's weights, by name: the training averages if the file has them, else the weights themselves.
 
-    CompVis' names of averages are those of the weights without their dots. Raises DistillError where only some have one.
+    CompVis names an average like its weight, without dots. Raises DistillError if only some weights have an average.
     """
     own = [name for name in file.shapes if name.startswith(NETWORK)]
     if not any(name.startswith(AVERAGED) and name not in COUNTS for name in file.shapes):
@@ -80,7 +79,7 @@ def averaged(file: Tensors) -> dict[str, str]:
 
 
 def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str]:
-    """The tensors of a part, or where they stand in the file, by the names of diffusers and transformers."""
+    """The tensors of a part, or their names in the file, by the names of diffusers and transformers."""
     from diffusers.loaders import single_file_utils as theirs
 
     if part == "unet":
@@ -100,17 +99,19 @@ def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str
 
 
 def _refuse_left(file: Tensors, names: Iterable[str]) -> None:
+    """Raise DistillError if tensors of the file are left over."""
     left = sorted(names)
     if left:
         raise DistillError(f"{file.path}: {printable(left[0])} has no place in the network ({len(left)} in all)", "is it another model's?")
 
 
 def _held(file: Tensors, model: Model, folder: Path, zero: str) -> None:
-    """Raise DistillError where the table of times or the scale of latents in a file is another than in the configuration."""
+    """Raise DistillError if the noise table or the scale of latents in the file differs from the configuration."""
     assert model.latent is not None
-    table, scale = model.denoiser.schedule.alphas_cumprod.float(), torch.tensor(float(model.latent.vae.config["scaling_factor"]))  # type: ignore[attr-defined]
+    table = model.denoiser.schedule.alphas_cumprod.float()  # type: ignore[attr-defined]
+    scale = torch.tensor(float(model.latent.vae.config["scaling_factor"]))
     for name, part, value in (("alphas_cumprod", "scheduler", table), ("scale_factor", "vae", scale)):
-        if name not in file.shapes or (zero and part == "scheduler"):  # zero terminal SNR is said of a file with the table of before
+        if name not in file.shapes or (zero and part == "scheduler"):  # a file for zero terminal SNR still holds the old table
             continue
         stored = file.read(name).reshape(-1)
         if len(stored) != value.numel() or not torch.allclose(stored, value.reshape(-1), rtol=1e-2, atol=1e-3):
@@ -118,10 +119,10 @@ def _held(file: Tensors, model: Model, folder: Path, zero: str) -> None:
 
 
 def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
-    """A part of the model with its weights from the file, each in its place; DistillError that names the first that has none."""
+    """A part of the model with its weights from the file; raises DistillError that names the first tensor without a place."""
     try:
         network = empty(kind, folder)
-    except Exception as error:  # diffusers and transformers raise many kinds for a configuration that is none
+    except Exception as error:  # diffusers and transformers raise many types for a damaged configuration
         raise DistillError(f"{folder}: no readable configuration ({reason(error)})", "is the folder complete?") from error
     try:
         found = {plain(name): value for name, value in _converted(file, part, network).items()}
@@ -145,17 +146,17 @@ def _filled(file: Tensors, part: str, kind: Any, folder: Path) -> Any:
     network.load_state_dict(weights, strict=False, assign=True)
     for module in network.modules():
         for name, value in module.named_buffers(recurse=False):
-            if value.is_meta:  # the counting ones of a text encoder, which no file need have
+            if value.is_meta:  # position ids of a text encoder, which a file may lack
                 setattr(module, name, torch.arange(value.shape[-1]).expand(value.shape))
     return network.eval().requires_grad_(False)
 
 
 def load(path: Path, prediction: str | None = None) -> Model:
-    """The model in a single file, in float32, evaluation mode, on the CPU; `prediction` (eps or v) goes before what the file says.
+    """Load the model in a single file: float32, evaluation mode, on the CPU. `prediction` (eps or v) overrides the file.
 
-    `Model.notes` says what was read off the file and what was assumed.
+    `Model.notes` reports what was read from the file and what was assumed.
     """
-    from distill_cli.models import stable_diffusion
+    from distill_cli.models.formats import stable_diffusion
 
     if path.suffix.lower() != SUFFIX:
         raise DistillError(f"{path}: not a {SUFFIX} file", "only safetensors are read: other checkpoints may run code")
@@ -213,9 +214,11 @@ def load(path: Path, prediction: str | None = None) -> Model:
 
 
 def convert_checkpoint(path: Path, folder: Path, prediction: str | None = None) -> dict[str, Any]:
-    """Write the model in a single file as a diffusers folder, in float32."""
+    """Convert a single file to a diffusers folder, in float32."""
+    from distill_cli.models.formats import save
+
     model = load(path, prediction)
-    model.save(folder)
+    save(model, folder)
     return {
         "format": "single-file checkpoint",
         "kind": model.lineage.kind,

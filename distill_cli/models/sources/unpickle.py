@@ -1,8 +1,8 @@
-"""A reader of NVlabs' pickles that runs nothing of what is in them.
+"""A reader of NVlabs' pickles that executes nothing in them.
 
-The published EDM files pickle whole networks: opening one with pickle executes Python source that stands inside. Here
-only tensors, plain containers and the networks' init arguments are rebuilt; persistent objects become inert `Record`s, their
-source is never looked at, and every other name is refused. The memory that is taken is bounded by the file's size.
+The published EDM files pickle whole networks: opening one with pickle executes Python source from the file. Here only
+tensors, plain containers and the networks' init arguments are rebuilt. Persistent objects become inert `Record`s whose
+source is ignored, and every other name is refused. Memory is bounded by the file's size.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from distill_cli.errors import DistillError, printable
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-"""The first number of a file of torch.save before its zip format, which storages inside pickles still have."""
+"""Magic number of torch.save's format before zip, which storages inside pickles still use."""
 SMALL = 4096
-"""Numbers up to here ask for no memory worth counting."""
+"""Numbers up to this size need no check against the file's size."""
 STORAGE_NAMES = re.compile(r"torch \w+Storage|collections OrderedDict")
 CALLS = ("REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ")
 
@@ -38,7 +38,7 @@ class Dictionary(dict[str, Any]):
 
 
 class Record:
-    """What stands for an object of a class that is not loaded: its class's name and its attributes."""
+    """A stand-in for an object whose class is not loaded: the class name and the attributes."""
 
     class_name = ""
     state: dict[str, Any] = {}
@@ -49,7 +49,7 @@ class Record:
         self.state = state
 
     def tensors(self, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and persistent buffers by dotted name, in the order of the file, as a module's state dict has them."""
+        """Parameters and persistent buffers by dotted name, in the file's order, as in a module's state dict."""
         seen = set() if seen is None else seen
         if id(self) in seen:
             raise DistillError("a module stands in two places")
@@ -77,7 +77,7 @@ def _persistent(meta: Any) -> Record:
 
 
 class _DType:
-    """A plain numeric numpy type; the real one is made only once its name has been checked."""
+    """A plain numeric numpy type; the real one is made after its name was checked."""
 
     def __init__(self, kind: str, *_: Any) -> None:
         self.kind, self.order = str(kind), "="
@@ -92,7 +92,7 @@ class _DType:
 
 
 def _scalar(dtype: _DType, content: bytes) -> Any:
-    """numpy's scalar as a Python number."""
+    """A numpy scalar as a Python number."""
     return np.frombuffer(content, dtype.resolve(), count=1)[0].item()
 
 
@@ -101,7 +101,7 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 
 
 def operations(content: bytes, start: int = 0) -> Iterator[tuple[str, Any, int]]:
-    """The opcodes of one pickle in `content`, which is read and not run."""
+    """The opcodes of a pickle in `content`, which is parsed and not executed."""
     stream = io.BytesIO(content)
     stream.seek(start)
     try:
@@ -112,9 +112,9 @@ def operations(content: bytes, start: int = 0) -> Iterator[tuple[str, Any, int]]
 
 
 def check_operations(content: bytes, start: int, names: re.Pattern[str], most: int, calls: bool = False) -> tuple[int, Any]:
-    """Hold one pickle against what torch writes: only `names`, no number above `most`, calls only where allowed.
+    """Compare a pickle with what torch writes: only `names`, no number above `most`, calls only where allowed.
 
-    Returns where the pickle ends and its last number.
+    Returns the end of the pickle and its last number.
     """
     end, number = start, None
     for name, argument, place in operations(content, start):
@@ -134,7 +134,7 @@ _PythonUnpickler: Any = pickle._Unpickler
 
 
 class _Unpickler(_PythonUnpickler):
-    """Python's own unpickler in Python, whose opcodes can be restricted: keys are text, attributes go to records alone."""
+    """Python's unpickler written in Python, with restricted opcodes: keys are text, only Records have attributes."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
@@ -163,7 +163,7 @@ class _Unpickler(_PythonUnpickler):
         raise pickle.UnpicklingError("it refers to objects outside of itself")
 
     def storage(self, content: bytes) -> Any:
-        """torch.storage._load_from_bytes, whose stock version would run anything: a storage, through weights_only."""
+        """A storage, read with weights_only; replaces torch.storage._load_from_bytes, which would execute anything."""
         start = 0
         for part in range(5):  # magic number, version, system, the storage, its key
             start, number = check_operations(content, start, STORAGE_NAMES, len(content))
@@ -175,7 +175,7 @@ class _Unpickler(_PythonUnpickler):
         return out
 
     def tensor(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-        """torch._utils._rebuild_tensor_v2, within its storage; all tensors together are no larger than the file."""
+        """A tensor within its storage; replaces torch._utils._rebuild_tensor_v2. All tensors together fit the file's size."""
         flat = torch.empty(0, dtype=storage.dtype)
         count = storage._untyped_storage.nbytes() // flat.itemsize
         size, stride = tuple(map(int, size)), tuple(map(int, stride))
@@ -233,7 +233,7 @@ class _Unpickler(_PythonUnpickler):
 
 
 def read(path: Path) -> Any:
-    """What a pickle holds, as containers, tensors and Records; raises DistillError and runs nothing of it."""
+    """The content of a pickle as containers, tensors and Records; executes nothing. Raises DistillError for anything unexpected."""
     try:
         return _Unpickler(path.read_bytes()).load()
     except Exception as error:  # a hostile stream can raise anything

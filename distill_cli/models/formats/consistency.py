@@ -1,0 +1,87 @@
+"""EDM models as ConsistencyModelPipeline: a UNet2DModel whose time input is 250 ln sigma, with CMStochasticIterativeScheduler.
+
+A student gives in plain diffusers the picture that it gives here. A teacher's folder opens there too, but that pipeline does not
+sample teachers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_cli.diffusion.denoiser import Scales
+from distill_cli.diffusion.schedule import GRID, EDMSchedule
+from distill_cli.errors import DistillError
+from distill_cli.models.formats import folder as shared
+from distill_cli.models.formats.card import InDiffusers
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler
+from distill_cli.models.schedulers import numbers_of
+
+PIPELINES = ("ConsistencyModelPipeline",)
+SCHEDULER = "CMStochasticIterativeScheduler"
+TIME_INPUT = "250 ln sigma"
+SNIPPET = """from diffusers import ConsistencyModelPipeline
+
+pipeline = ConsistencyModelPipeline.from_pretrained("FOLDER")
+pipeline({call}).images[0].save("picture.png")
+"""
+
+
+def reads(index: dict[str, Any]) -> bool:
+    """Whether model_index.json names this pipeline."""
+    return index.get("_class_name") in PIPELINES
+
+
+def fits(model: Model) -> bool:
+    """Whether a model's network takes this pipeline's times."""
+    return model.denoiser.time_input == TIME_INPUT
+
+
+def edm_of(config: dict[str, Any], path: Path, silent_grid: int | None = None) -> tuple[EDMSchedule, Scales]:
+    """The schedule and the scales of an EDM scheduler's configuration; a grid of `silent_grid` points says nothing."""
+    given = numbers_of(config, ("sigma_min", "sigma_max", "sigma_data", "rho", "num_train_timesteps"), str(path))
+    low, high, grid = given["sigma_min"], given["sigma_max"], int(given["num_train_timesteps"])
+    grid = GRID if grid == silent_grid else grid
+    if not (0 < low < high and given["sigma_data"] > 0 and given["rho"] > 0 and grid > 1):
+        raise DistillError(f"{path}: sigma from {low} to {high}, sigma_data {given['sigma_data']}, rho {given['rho']} over {grid} points")
+    return EDMSchedule(low, high, given["rho"], grid), Scales(sigma_data=given["sigma_data"], sigma_min=low)
+
+
+def numbers(model: Model) -> dict[str, Any]:
+    """What the schedulers of EDM models are given."""
+    schedule: Any = model.denoiser.schedule
+    return {
+        "num_train_timesteps": schedule.grid,
+        "sigma_min": schedule.sigma_min,
+        "sigma_max": schedule.sigma_max,
+        "sigma_data": model.denoiser.scales.sigma_data,
+        "rho": schedule.rho,
+    }
+
+
+def load(folder: Path, name: str) -> Model:
+    """The model in a folder. Without distill.json it is a one-step student, as diffusers reads it."""
+    schedule, scales = edm_of(*shared.scheduler_of(folder, (SCHEDULER,)))
+    unasked = Sampler.consistency([schedule.t_max])
+    return shared.read_pixels(folder, name, schedule, scales, ("consistency", "edm"), (TIME_INPUT,), unasked)
+
+
+def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
+    """Write the folder."""
+    import diffusers
+
+    scheduler = diffusers.CMStochasticIterativeScheduler(**numbers(model))
+
+    shared.write_pixels(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
+
+
+def in_diffusers(model: Model) -> InDiffusers:
+    """Students that answer with the end of the ODE are sampled by the pipeline as here, others are not."""
+    sampler = model.sampler
+    if sampler.answers != "endpoint":
+        return InDiffusers(differs="ConsistencyModelPipeline samples consistency students alone")
+    call = "class_labels=0, " if model.conditioner.classes else ""
+    return InDiffusers(SNIPPET.format(call=f"{call}num_inference_steps=1"))

@@ -1,0 +1,58 @@
+"""eps, v and x0 models of pixels over a table of betas, as DDPMPipeline (DDIMPipeline is read too)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_cli.diffusion.denoiser import Scales
+from distill_cli.models import schedulers
+from distill_cli.models.formats import folder as shared
+from distill_cli.models.formats.card import InDiffusers
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler
+from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, table_of
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+SNIPPET = """from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("FOLDER")
+pipeline(num_inference_steps={steps}).images[0].save("picture.png")
+"""
+
+
+def reads(index: dict[str, Any]) -> bool:
+    """Whether model_index.json names one of these pipelines."""
+    return index.get("_class_name") in PIPELINES
+
+
+def fits(model: Model) -> bool:
+    """Whether a model denoises pictures at the times of a table."""
+    return model.denoiser.time_input == "t" and model.latent is None
+
+
+def load(folder: Path, name: str) -> Model:
+    """The model in a folder. Without distill.json it is a teacher that is sampled by 50 steps of DDIM."""
+    config, path = shared.scheduler_of(folder, PIXEL_SCHEDULERS)
+    schedule, prediction = table_of(config, str(path))
+    notes = schedulers.assumed(config, str(path))
+    return shared.read_pixels(folder, name, schedule, Scales(), (prediction,), ("t",), Sampler(solver="ddim", steps=50), notes)
+
+
+def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
+    """Write the folder."""
+    schedule: Any = model.denoiser.schedule
+    scheduler = schedulers.make(config_of(schedule, model.denoiser.parameterisation), "DDPMScheduler")
+
+    shared.write_pixels(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
+
+
+def in_diffusers(model: Model) -> InDiffusers:
+    """The pipeline goes DDPM's ancestral steps, of which one alone is the student's, and tells the network no class."""
+    if model.conditioner.classes:
+        return InDiffusers(differs="DDPMPipeline tells the network no class")
+    snippet = SNIPPET.format(steps=model.sampler.steps)
+    one = model.sampler.answers == "endpoint" and model.sampler.steps == 1
+    return InDiffusers(snippet, "" if one else "DDPMPipeline goes DDPM's ancestral steps")

@@ -1,0 +1,96 @@
+"""distill.json: what only this package needs to know of a pipeline folder."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.errors import DistillError, printable_lines
+from distill_cli.models.lineage import Lineage, Text
+from distill_cli.models.model import Model
+from distill_cli.models.parts import read_json
+from distill_cli.models.sampler import Sampler
+
+EXTRA = "distill.json"
+
+
+def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 of what stood in format 1: students were told by their few-step times, their method and their parameterisation."""
+    data = {**data, "format": 2}
+    sampler, times = {**(data.pop("sampling", None) or {})}, data.pop("few_step_times", None)
+    if times is not None:
+        method = (data.get("lineage") or {}).get("method")
+        every = method in ("cd", "ct", "ict", "ect") or (data.get("parameterisation") == "consistency" and method != "dmd")
+        knows = "every level" if every else "pure noise"
+        sampler |= {"knows": knows, "answers": "endpoint", "guidance": "inside", "times": times}
+    return {**data, "sampler": sampler}
+
+
+class Extra(BaseModel):
+    """The content of distill.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[2] = 2
+    parameterisation: Literal["eps", "v", "x0", "flow", "edm", "consistency"]
+    time_input: Literal["t", "250 ln sigma", "ln sigma / 4"]
+    classes: list[Text] = []
+    null_label: int | None = None
+    learned: tuple[int, ...] | None = None
+    sampler: Sampler = Sampler()
+    lineage: Lineage
+    recipe: Annotated[str, AfterValidator(printable_lines)] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, data: Any) -> Any:
+        return _of_format_1(data) if isinstance(data, dict) and data.get("format", 1) == 1 and "sampler" not in data else data
+
+
+def extra_of(model: Model) -> Extra:
+    """What the distill.json of a model says."""
+    return Extra(
+        parameterisation=model.denoiser.parameterisation,
+        time_input=model.denoiser.time_input,
+        classes=list(model.conditioner.classes),
+        null_label=model.conditioner.null_label,
+        learned=model.conditioner.learned,
+        sampler=model.sampler,
+        lineage=model.lineage,
+        recipe=model.recipe,
+    )
+
+
+def read_extra(folder: Path, schedule: NoiseSchedule, predictions: tuple[str, ...], time_inputs: tuple[str, ...]) -> Extra | None:
+    """What distill.json says, held against what its format knows of the folder; None where there is none."""
+    path = folder / EXTRA
+    if not path.exists():
+        return None
+    try:
+        extra = Extra.model_validate(read_json(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise DistillError(f"{path}: {key}: {problem['msg'].lower()}") from error
+    sampler, count = extra.sampler, len(extra.classes)
+    beyond = -1 if schedule.bins is not None else 0  # a table's last time is 0
+    falling = all(here > there for here, there in pairwise([*sampler.times, beyond]))
+    student = sampler.guidance == "inside"
+    held = {
+        "parameterisation": extra.parameterisation in predictions,
+        "time_input": extra.time_input in time_inputs,
+        "null_label": extra.null_label in (None, count) and (bool(count) or extra.null_label is None),
+        "learned": extra.learned is None or (bool(extra.learned) and set(extra.learned) <= set(range(count))),
+        "sampler": bool(sampler.times) == student and falling and (not student or sampler.times[0] <= schedule.t_max * (1 + 1e-6)),
+    }
+    wrong = next((key for key, fits in held.items() if not fits), None)
+    if wrong:
+        what = f"it does not fit {count} classes, and {predictions[0]} with times to {schedule.t_max:g}"
+        said = json.dumps(extra.model_dump(mode="json", include={wrong})[wrong])
+        raise DistillError(f"{path}: {wrong} is {said}: {what}", "is it of another model?")
+    return extra

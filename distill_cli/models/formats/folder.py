@@ -1,0 +1,108 @@
+"""What the folders of all formats share: how they are written, and how the networks of pixel models are read from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
+from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.errors import DistillError
+from distill_cli.files import folder_atomic
+from distill_cli.models.checks import check_pixels
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.formats.card import InDiffusers, card
+from distill_cli.models.formats.extra import EXTRA, Extra, extra_of, read_extra
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
+from distill_cli.models.parts import check_named, load_network, read_json, save_network
+from distill_cli.models.sampler import Sampler
+from distill_cli.models.sources.hub import part_of
+from distill_cli.models.unet import UNet
+
+LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
+"""The networks of pixel models, and where their classes stand."""
+
+
+def write(model: Model, folder: Path, index: Mapping[str, Any], scheduler: Any, parts: Callable[[Path], None], there: InDiffusers) -> None:
+    """Write a folder, complete or absent: model_index.json, the scheduler, `parts` by the format, distill.json, the card."""
+    import diffusers
+
+    with folder_atomic(folder) as temporary:
+        parts(temporary)
+        scheduler.save_pretrained(temporary / "scheduler")
+        whole = {"_diffusers_version": diffusers.__version__, **index, "scheduler": ["diffusers", type(scheduler).__name__]}
+        (temporary / "model_index.json").write_text(json.dumps(whole, indent=2) + "\n")
+        (temporary / EXTRA).write_text(extra_of(model).model_dump_json(indent=2) + "\n")
+        (temporary / "README.md").write_text(card(model, there))
+
+
+def write_pixels(model: Model, folder: Path, dtype: torch.dtype, pipeline: str, scheduler: Any, there: InDiffusers) -> None:
+    """Write the folder of a pixel model, its weights stored as `dtype`."""
+    kind = type(model.unet).__name__
+    index = {"_class_name": pipeline, "unet": [LIBRARIES[kind], kind]}
+    write(model, folder, index, scheduler, lambda path: save_network(model.unet, path / "unet", LIBRARIES, dtype), there)
+
+
+def scheduler_of(folder: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
+    """The configuration of the folder's scheduler, and its file; raises DistillError for a class that the format does not read."""
+    path = part_of(folder, "scheduler") / "scheduler_config.json"
+    config, index = read_json(path), read_json(folder / "model_index.json")
+    kind = config.get("_class_name")
+    if kind not in known:
+        pipeline = index.get("_class_name")
+        raise DistillError(f"{path}: {kind or 'no scheduler class'} in a {pipeline}", f"a {pipeline} is read with {', '.join(known)}")
+    check_named(index, "scheduler", kind, path)
+    return config, path
+
+
+def read_pixels(
+    folder: Path,
+    name: str,
+    schedule: NoiseSchedule,
+    scales: Scales,
+    predictions: tuple[str, ...],
+    time_inputs: tuple[str, ...],
+    sampler: Sampler,
+    notes: tuple[str, ...] = (),
+) -> Model:
+    """The pixel model in a folder of this schedule.
+
+    A folder without distill.json has the first of the predictions and of the time inputs, and `sampler`.
+    """
+    import diffusers
+
+    from distill_cli.models.edm import EDMUNet
+
+    named = read_json(folder / "model_index.json").get("unet")
+    kinds: dict[str, Any] = {"UNet2DModel": diffusers.UNet2DModel, "EDMUNet": EDMUNet}
+    kind = next((kind for kind, library in LIBRARIES.items() if named == [library, kind]), None)
+    if kind is None:
+        raise DistillError(f"{folder}: its unet is {named}, not one of {', '.join(LIBRARIES)}", "pixel models of these are read")
+    unet = load_network(kinds[kind], part_of(folder, "unet"))
+    known = unet.config.num_class_embeds
+    extra = read_extra(folder, schedule, predictions, time_inputs) or Extra(
+        parameterisation=predictions[0],
+        time_input=time_inputs[0],
+        classes=[str(k) for k in range(known - (kind == "EDMUNet") if known else 0)],  # EDMUNet: the null row is none
+        sampler=sampler,
+        lineage=Lineage(name=name, kind="student" if sampler.guidance == "inside" else "teacher"),
+    )
+    null = extra.null_label
+    if extra.lineage.method == "edm" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
+        null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
+    denoiser = NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input)
+    model = Model(
+        denoiser=denoiser.eval().requires_grad_(False),
+        conditioner=ClassConditioner(tuple(extra.classes), null, extra.learned),
+        lineage=extra.lineage,
+        sampler=extra.sampler,
+        recipe=extra.recipe,
+        notes=notes,
+    )
+    check_pixels(model, folder)
+    return model

@@ -1,0 +1,171 @@
+"""Stable Diffusion 1 and 2 as StableDiffusionPipeline: a UNet on latents that reads text, an autoencoder, a CLIP text encoder.
+
+A one-step student has LCMScheduler, so that `num_inference_steps=1, guidance_scale=1` gives in plain diffusers the picture that it
+gives here. A folder of others with LCMScheduler (Luo et al. 2310.04378) is a student of up to `original_inference_steps` steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
+from distill_cli.errors import DistillError, printable
+from distill_cli.models import lcm, schedulers
+from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.checks import check_latents, check_vae
+from distill_cli.models.conditioners import PromptConditioner
+from distill_cli.models.formats import folder as shared
+from distill_cli.models.formats.card import InDiffusers
+from distill_cli.models.formats.extra import Extra, read_extra
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
+from distill_cli.models.parts import check_named, load_network, own_names, quiet, read_json, save_network
+from distill_cli.models.sampler import Sampler
+from distill_cli.models.schedulers import table_of
+from distill_cli.models.sources.hub import PARTS as WEIGHTS
+from distill_cli.models.text import load_tokenizer, save_encoder, save_tokenizer
+from distill_cli.models.unet import UNet
+
+PIPELINES = ("StableDiffusionPipeline",)
+FEW_STEP = "LCMScheduler"
+SOLVER_OF = {"PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++", "DDIMScheduler": "ddim"}
+DEFAULT_SIZE = 64
+"""What diffusers' pipeline makes of a network that does not say its sample_size."""
+PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+SNIPPET = """from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")
+pipeline("PROMPT", {size}num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0].save("picture.png")
+"""
+
+
+def reads(index: dict[str, Any]) -> bool:
+    """Whether model_index.json names this pipeline."""
+    return index.get("_class_name") in PIPELINES
+
+
+def fits(model: Model) -> bool:
+    """Whether a model denoises latents at the times of a table."""
+    return model.denoiser.time_input == "t" and model.latent is not None
+
+
+def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
+    """Write the folder."""
+    quiet()
+    text, config = model.text, model.scheduler
+    assert text is not None
+    assert config is not None
+    kind = FEW_STEP if model.sampler.answers == "endpoint" else config["_class_name"]
+    scheduler = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
+    if model.size is not None:  # of a student that has learned another resolution than its teacher
+        height, width = model.size
+        model.unet.register_to_config(sample_size=height if height == width else [height, width])
+    index = {
+        "_class_name": PIPELINES[0],
+        **{name: ["transformers" if name == "text_encoder" else "diffusers", kind] for name, kind in PARTS.items()},
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+    }
+
+    def parts(temporary: Path) -> None:
+        for name, network in model.parts().items():
+            if name == "text_encoder":
+                own_names(network, (PARTS[name],))
+                save_encoder(network if dtype == torch.float32 else copy.deepcopy(network).to(dtype), temporary / name)
+            else:
+                save_network(network, temporary / name, (PARTS[name],), dtype)
+        save_tokenizer(text.tokenizer, temporary / "tokenizer")
+
+    shared.write(model, folder, index, scheduler, parts, in_diffusers(model))
+
+
+def in_diffusers(model: Model) -> InDiffusers:
+    """The pipeline runs the scheduler of the folder."""
+    sampler = model.sampler
+    height, width = (side * model.pixels // model.shape[2] for side in model.shape[1:])
+    size = "" if height == width else f"height={height}, width={width}, "
+    snippet = SNIPPET.format(size=size, steps=sampler.steps, guidance_scale=sampler.guidance_scale)
+    named = (model.scheduler or {}).get("_class_name")
+    same = sampler.answers == "endpoint" or SOLVER_OF.get(str(named)) == sampler.solver
+    return InDiffusers(snippet, "" if same else f"the folder's scheduler is {named}, and here it is sampled by {sampler.solver}")
+
+
+def load(
+    folder: Path, name: str, given: Callable[[Any, str], Any] | None = None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Model:
+    """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
+
+    Of a single file (models/sources/single_file.py) `given` makes the networks, of a class and a part's name, and `changes` go over the
+    configuration of the scheduler: the folder is then another's.
+
+    A folder without distill.json gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by PNDM or DPM-Solver++ where its
+    scheduler is one, else by DDIM; with LCMScheduler it is a one-step student.
+    """
+    import diffusers
+    import transformers
+
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
+    index = read_json(folder / "model_index.json")
+    for part, kind in PARTS.items():
+        named = index.get(part)
+        found = str(named[1] or "missing") if isinstance(named, list) and len(named) == 2 else "missing"
+        if found != kind:
+            raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
+    path = folder / "scheduler" / "scheduler_config.json"
+    stored = read_json(path)
+    config = {**stored, **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
+    schedule, prediction = table_of(config, str(path), schedulers.LATENT_SCHEDULERS)
+    check_named(index, "scheduler", stored["_class_name"], path)
+    if index.get("tokenizer") != ["transformers", "CLIPTokenizerFast"]:
+        check_named(index, "tokenizer", "CLIPTokenizer", folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    made = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
+    encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, when nothing else is read
+    check_vae(vae, str(folder / "vae"))
+    few = config["_class_name"] == FEW_STEP
+    solver = SOLVER_OF.get(config["_class_name"], "ddim")
+    extra = (read_extra(folder, schedule, (prediction,), ("t",)) if given is None else None) or Extra(
+        parameterisation=prediction,
+        time_input="t",
+        sampler=lcm.sampler_of(config) if few else Sampler(solver=solver, steps=50, guidance_scale=7.5),
+        lineage=Lineage(name=name, kind="student" if few else "teacher", licence=licence_of(folder)),
+    )
+    foreign = few and not extra.lineage.method  # ours has learned the plain estimate
+    arguments: Any = (UNet(unet), schedule, prediction, Scales(), "t")
+    denoiser = lcm.BoundedDenoiser(*arguments).with_scaling(config) if foreign else NetworkDenoiser(*arguments)
+    notes = schedulers.assumed(config, str(path))
+    if unet.config.sample_size is None:
+        unet.register_to_config(sample_size=DEFAULT_SIZE)
+        notes += (f"{folder / 'unet'} does not say its sample_size: latents of {DEFAULT_SIZE}x{DEFAULT_SIZE}, as diffusers takes them",)
+    model = Model(
+        denoiser=denoiser.eval().requires_grad_(False),
+        conditioner=PromptConditioner(tokenizer, encoder),
+        lineage=extra.lineage,
+        sampler=extra.sampler,
+        codec=VAECodec(vae),
+        scheduler=config,
+        recipe=extra.recipe,
+        notes=notes,
+    )
+    check_latents(model, folder)
+    return model
+
+
+def licence_of(folder: Path) -> str:
+    """What the header of a model's README.md says, '' where it says nothing."""
+    try:
+        text = (folder / "README.md").read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    header = text.split("---")[1] if text.startswith("---") else ""
+    found = re.search(r"^license: *(\S+)", header, re.MULTILINE)
+    return printable(found[1].strip("'\"")) if found else ""

@@ -1,0 +1,226 @@
+"""How a model is sampled, and what a student of it knows: one value, asked by solvers, plans, edits, cards and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from distill_cli.config.base import Positive, Solver
+from distill_cli.diffusion import solvers
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
+from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.errors import UsageError
+from distill_cli.models import schedulers
+from distill_cli.models.times import parse
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a solver is given: x (B, C, H, W) of standard-normal noise, decreasing `times` (N,), and whom to ask."""
+
+    denoiser: Denoiser
+    network: NetworkDenoiser
+    """The same without guidance."""
+    x: Tensor
+    times: Tensor
+    condition: Condition
+    noise: solvers.Noise
+    project: Callable[[Tensor], Tensor]
+    scheduler: dict[str, Any] | None
+    """diffusers' configuration that the model came with."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.network.schedule
+
+
+def _heun(task: Task) -> Tensor:
+    return solvers.heun(task.denoiser, task.schedule, task.schedule.prior_std * task.x, task.times, task.condition)
+
+
+def _ddim(task: Task) -> Tensor:
+    """diffusers' own where the model came with a scheduler, which spaces the times."""
+    if task.scheduler is not None:
+        return _diffusers("ddim")(task)
+    return _euler(task)
+
+
+def _euler(task: Task) -> Tensor:
+    return solvers.ddim(task.denoiser, task.schedule, task.schedule.prior_std * task.x, task.times, task.condition)
+
+
+def _ancestral(task: Task) -> Tensor:
+    x = task.schedule.prior_std * task.x
+    return solvers.ddim(task.denoiser, task.schedule, x, task.times, task.condition, eta=1.0, noise=task.noise)
+
+
+def _few_step(task: Task) -> Tensor:
+    """Estimates are clamped where they are pictures, as diffusers' pipeline has it."""
+    schedule, x = task.schedule, task.schedule.prior(task.times[0].item()) * task.x
+    options: dict[str, Any] = {"sigma_min": schedule.floor, "noise": task.noise, "project": task.project}
+    return solvers.few_step(task.denoiser, schedule, x, task.times, task.condition, **options)
+
+
+def _diffusers(name: str) -> Callable[[Task], Tensor]:
+    def run(task: Task) -> Tensor:
+        table: Any = task.schedule
+        config = task.scheduler or schedulers.config_of(table, task.network.parameterisation)
+        x = task.schedule.prior_std * task.x
+        return schedulers.run(config, name, len(task.times), task.denoiser, task.network, x, task.condition)
+
+    return run
+
+
+def _spaced(schedule: NoiseSchedule, steps: int) -> Tensor:
+    return schedule.times(steps)
+
+
+def _above_zero(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """On a table of times: even ones, whose last has a noise level that does not vanish."""
+    if schedule.bins is None:
+        return schedule.times(steps)
+    return torch.linspace(schedule.t_max, schedule.t_max / steps / 2, steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A solver: how it runs, what N steps of it cost in evaluations, and what it needs."""
+
+    run: Callable[[Task], Tensor]
+    evaluations: Callable[[int], int] = lambda steps: steps
+    times: Callable[[NoiseSchedule, int], Tensor] = _spaced
+    table: bool = False
+    """It takes the times of a table alone."""
+    signal: bool = False
+    """It divides by alpha: some signal must be left at the largest time."""
+    few: bool = False
+    """It asks for the end of the ODE, once a step, and makes noise anew between the steps."""
+
+
+SOLVERS: dict[str, Algorithm] = {
+    "heun": Algorithm(_heun, lambda steps: 2 * steps - 1, _above_zero, signal=True),
+    "euler": Algorithm(_euler),
+    "ddim": Algorithm(_ddim),
+    "ancestral": Algorithm(_ancestral),
+    "few-step": Algorithm(_few_step, few=True),
+    "pndm": Algorithm(_diffusers("pndm"), lambda steps: steps + (steps > 1), table=True, signal=True),
+    "dpm++": Algorithm(_diffusers("dpm++"), table=True),
+}
+
+
+class Sampling(BaseModel):
+    """One way to sample a model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    solver: Solver = "heun"
+    steps: Positive = 18
+    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    guidance_calls: Literal[1, 2] = 1
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the network that a sample costs; guidance counts twice."""
+        return SOLVERS[self.solver].evaluations(self.steps) * (1 if self.guidance_scale == 1 else 2)
+
+
+class Sampler(Sampling):
+    """How a model is sampled unasked, and in which other ways it can be.
+
+    Teachers know every level and answer with the mean. Students have their guidance inside.
+    """
+
+    knows: Literal["every level", "own times", "pure noise"] = "every level"
+    """The noise levels at which it may be asked; `times` where they are its own."""
+    answers: Literal["mean", "endpoint"] = "mean"
+    """E[x0 | x_t], from which solvers go step by step; or the end of the ODE, from which one may start anew at any known level."""
+    guidance: Literal["outside", "inside"] = "outside"
+    """By two answers of the network; or learned, with the conditions."""
+    times: tuple[float, ...] = ()
+    """A student's own, decreasing."""
+
+    @classmethod
+    def one_step(cls, schedule: NoiseSchedule) -> Sampler:
+        """Of a student that makes x0 of pure noise, as distribution matching trains it."""
+        return cls(solver="few-step", steps=1, knows="pure noise", answers="endpoint", guidance="inside", times=(schedule.t_max,))
+
+    @classmethod
+    def consistency(cls, times: Sequence[float]) -> Sampler:
+        """Of a consistency model, which makes x0 from every level; `times` are those of its several steps."""
+        return cls(solver="few-step", steps=1, answers="endpoint", guidance="inside", times=tuple(times))
+
+    @classmethod
+    def walking(cls, solver: Solver, times: Sequence[float]) -> Sampler:
+        """Of a student that goes through its own times one after another, as progressive distillation trains it."""
+        return cls(solver=solver, steps=len(times), knows="own times", guidance="inside", times=tuple(times))
+
+    @property
+    def settings(self) -> Sampling:
+        """How it is sampled unasked."""
+        return Sampling(**self.model_dump(include=set(Sampling.model_fields)))
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it estimates the mean at every level, as a teacher must."""
+        return self.knows == "every level" and self.answers == "mean"
+
+    @property
+    def edits(self) -> bool:
+        """Whether it makes x0 from every level, as edits and other times than its own need."""
+        return self.knows == "every level" and self.answers == "endpoint"
+
+    def times_for(self, schedule: NoiseSchedule, solver: str, steps: int) -> Tensor:
+        """(steps,) decreasing times of a solver; raises UsageError where the student does not know so many."""
+        own = torch.tensor(self.times, dtype=torch.float64)
+        if not self.times:
+            return SOLVERS[solver].times(schedule, steps)
+        if self.answers == "mean":
+            if steps != len(own):
+                raise UsageError(f"--steps {steps}: this student takes {len(own)} steps, no more and no fewer", "leave --steps out")
+            return own
+        if not self.edits:
+            if steps > len(own):
+                made = f"--steps {steps}: the student was made for at most {len(own)}"
+                raise UsageError(made, "consistency students (distill cm) take more")
+            return own[[k * len(own) // steps for k in range(steps)]]
+        if steps <= len(own):
+            return own[:steps]
+        if steps > schedule.grid:
+            raise UsageError(f"--steps {steps}: this consistency student takes 1 to {schedule.grid}")
+        return torch.tensor(parse("even", schedule, steps), dtype=torch.float64)
+
+    def with_times(self, times: Sequence[float]) -> Sampler:
+        """The same with other times of its own, as many as it is sampled with from then on."""
+        return self.model_copy(update={"times": tuple(times), "steps": len(times)})
+
+    def asked(
+        self,
+        schedule: NoiseSchedule,
+        solver: str | None,
+        steps: int | None,
+        guidance_scale: float | None,
+        guidance_calls: Literal[1, 2] = 1,
+    ) -> Sampling:
+        """The settings that result from what a user gave; raises UsageError where the model cannot be sampled so."""
+        if self.times and solver not in (None, self.solver):
+            raise UsageError(f"--solver {solver}: a student is sampled by {self.solver} alone", "leave --solver out")
+        if self.guidance == "inside" and guidance_scale not in (None, 1):
+            raise UsageError(f"--guidance-scale {guidance_scale}: a student's guidance is built in", "leave --guidance-scale out")
+        name = solver or self.solver
+        usual = self.steps if name == self.solver else 1 if SOLVERS[name].few else schedule.usual_steps
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        out = Sampling(solver=name, steps=steps or usual, guidance_scale=scale, guidance_calls=guidance_calls)
+        if scale < 1:
+            raise UsageError(f"--guidance-scale {scale:g}: below 1 it leads away from the condition", "1 is without guidance")
+        if SOLVERS[name].table and schedule.bins is None:
+            raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's", "use heun or ddim")
+        if SOLVERS[name].signal and not schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0:
+            raise UsageError(f"--solver {name}: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
+        self.times_for(schedule, name, out.steps)
+        return out

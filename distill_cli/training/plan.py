@@ -1,0 +1,45 @@
+"""What a training run takes, before it begins: counted from its objective, which a dry run builds without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from distill_cli.models.cost import decoding, evaluation, time_of
+from distill_cli.models.model import Model
+from distill_cli.training.objective import Objective
+from distill_cli.training.rehearsal import unmeasured
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def plan(objective: Objective) -> dict[str, Any]:
+    """Steps, images, parameters, calls, disk and memory of a run; of a denoiser its arithmetic too."""
+    config, calls = objective.config, objective.calls()
+    steps = sum(phase.steps for phase in objective.phases)
+    main = next(iter(objective.trained.values()))
+    states = {name: each.state() for name, each in objective.trained.items()}
+    first = {name: network for name, network in objective.frozen.items() if name == "teacher"}
+    parameters = {name: count(network.parameters()) for name, network in (first | states | objective.kept | objective.frozen).items()}
+    trained = sum(count(each.parameters()) for each in objective.trained.values())
+    average, kept = count(main.state().parameters()), sum(count(network.parameters()) for network in objective.kept.values())
+    weights = sum(count(network.parameters()) for part in (states, objective.kept, objective.frozen) for network in part.values()) + average
+    checkpoint = 4 * (3 * trained + average + kept)  # weights and two moments
+    memory = 4 * weights + 12 * trained
+    out = {
+        "steps": steps,
+        "images": steps * config.batch_size,
+        "parameters": ", ".join(f"{name} {number:,}" for name, number in parameters.items()),
+        "each step": str(calls),
+        "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
+        "memory": f"about {memory / 1e6:.0f} MB of weights, their average, gradients and moments, and the activations",
+    }
+    model = unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
+    if isinstance(model, Model):
+        decoded = 3 * calls.decoded * decoding(model) if calls.decoded else 0
+        out["arithmetic"] = time_of(steps * (calls.evaluations() * evaluation(model) + decoded))
+    return out
