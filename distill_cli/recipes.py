@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from distill_cli.config import CONFIGS, Config
-from distill_cli.config.base import expanded, unexpanded
+from distill_cli.commands import COMMANDS, command_of, config_of, kinds
+from distill_cli.config.base import Config, expanded, unexpanded
 from distill_cli.errors import UsageError, nearest
 from distill_cli.files import reading, write_atomic
 from distill_cli.processes import say_hidden
@@ -140,64 +141,69 @@ def parse_yaml(text: str, source: str) -> Any:
 def read(path: Path) -> dict[str, Any]:
     """The keys and values of a recipe file, including `command`."""
     data = parse_yaml(text_of(path), str(path))
-    if not isinstance(data, dict) or str(data.get("command")) not in CONFIGS:
-        raise UsageError(f"{path}: no recipe", f"it needs a line `command: ...` with one of {', '.join(CONFIGS)}")
+    if not isinstance(data, dict) or str(data.get("command")) not in COMMANDS:
+        raise UsageError(f"{path}: no recipe", f"it needs a line `command: ...` with one of {', '.join(COMMANDS)}")
     return data
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def plain_kinds(annotation: Any) -> set[Any]:
     """The plain types in an annotation: str and NoneType of `str | None`, str of a choice."""
     if typing.get_origin(annotation) is typing.Literal:
         return {type(choice) for choice in typing.get_args(annotation)}
     if typing.get_origin(annotation) is typing.Annotated:
-        return _kinds(typing.get_args(annotation)[0])
-    inner = set().union(*map(_kinds, typing.get_args(annotation)))
+        return plain_kinds(typing.get_args(annotation)[0])
+    inner = set().union(*map(plain_kinds, typing.get_args(annotation)))
     return inner | {typing.get_origin(annotation) or annotation} - {typing.Union, types.UnionType}
 
 
-def _kinds_of(config: type[BaseModel], key: str) -> set[Any]:
-    """The plain types of a key, which may have dots."""
+def field_of(config: type[BaseModel], key: str) -> FieldInfo:
+    """The field of a key, which may have dots."""
     *sections, last = key.split(".")
     for name in sections:
-        config = _section(config.model_fields[name].annotation) or config
-    return _kinds(config.model_fields[last].annotation)
+        config = section(config.model_fields[name].annotation) or config
+    return config.model_fields[last]
 
 
-def _typed(config: type[BaseModel], key: str, text: str) -> Any:
-    """The value of `key=text`. Keys of text or paths take `text` as it is, or None for `null` if they may be None.
+def _kinds_of(config: type[BaseModel], key: str) -> set[Any]:
+    return plain_kinds(field_of(config, key).annotation)
 
-    Other keys take YAML. A list of text is YAML if it is in brackets, and otherwise has one element.
+
+def _typed(config: type[BaseModel], key: str, text: str, flag: bool = False) -> Any:
+    """The value of `key=text` or of a flag. Keys of text or paths take `text` as it is, others take YAML.
+
+    After `key=` a text that may be None is so for `null`, and a list of text is YAML if it is in brackets, else has one element.
     """
     kinds = _kinds_of(config, key)
-    listed = list in kinds and text.startswith("[")
+    listed = list in kinds and text.startswith("[") and not flag
     if listed or not kinds <= {str, Path, list, type(None)}:
-        value = parse_yaml(text, key)
+        name = flag_of(key) if flag else key
+        value = parse_yaml(text, name)
         if value is None and text.strip() not in ("null", "~"):
-            raise UsageError(f"{key}: is empty ({'null means' if type(None) in kinds else 'leave it out for'} the default)")
+            raise UsageError(f"{name}: is empty ({'null means' if type(None) in kinds else 'leave it out for'} the default)")
         return value
-    return None if text == "null" and type(None) in kinds else text
+    return None if text == "null" and type(None) in kinds and not flag else text
 
 
 def keys(config: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key of a config; keys of sections have dots."""
     out = []
     for name, field in config.model_fields.items():
-        section = _section(field.annotation)
-        out += keys(section, f"{prefix}{name}.") if section else [prefix + name]
+        inner = section(field.annotation)
+        out += keys(inner, f"{prefix}{name}.") if inner else [prefix + name]
     return out
 
 
-def _flatten(config: type[BaseModel], data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and their values."""
+def _flatten(configs: Sequence[type[BaseModel]], data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values; sections are those of any of `configs`."""
     for name, value in data.items():
-        field = config.model_fields.get(str(name))
-        section = _section(field.annotation) if field else None
-        if section and isinstance(value, Mapping):
-            yield from _flatten(section, value, f"{prefix}{name}.")
+        fields = [config.model_fields[str(name)] for config in configs if str(name) in config.model_fields]
+        inner = [found for field in fields if (found := section(field.annotation))]
+        if inner and isinstance(value, Mapping):
+            yield from _flatten(inner, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -207,10 +213,44 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         *sections, last = key.split(".")
         inner = out
-        for section in sections:
-            inner = inner.setdefault(section, {})
+        for name in sections:
+            inner = inner.setdefault(name, {})
         inner[last] = value
     return out
+
+
+def flag_of(key: str) -> str:
+    """The flag of a key."""
+    return f"--{key.replace('_', '-')}"
+
+
+def _chosen(config: type[ConfigT], values: dict[str, Any], sources: dict[str, str], errors: list[str]) -> type[ConfigT]:
+    """The class of the method that the values choose, of those that a command has; its keys of other methods are taken out or refused.
+
+    Runs of before wrote the keys of all methods into their recipes: of another method's key in a file, what stands for its default goes.
+    """
+    choices = {name: kind for name, kind in kinds(command_of(config)).items() if issubclass(kind, config)}
+    first = next(iter(choices))
+    name = values.get("method", first) if "method" in config.model_fields else first
+    out = choices.get(str(name))
+    if out is None:
+        names = [f"'{choice}'" for choice in choices]
+        errors.append(_said(sources["method"], "method", f"input should be {', '.join(names[:-1])} or {names[-1]} (got {name!r})"))
+        del values["method"]
+    known = keys(out or config)
+    for key in [key for key in values if key not in known]:
+        others = [kind for kind in choices.values() if key in keys(kind)]
+        given, source = values.pop(key), sources[key]
+        if not others:
+            errors.append(f"{source}unknown key {key} ({nearest(key, known)})")
+        elif out is not None and not (source.endswith(": ") and not source.startswith("--") and _is_default(given, key, others)):
+            errors.append(_said(source, key, f"not a key of method {name} ({nearest(key, known)})"))
+    return out or choices[first]
+
+
+def _is_default(value: Any, key: str, of: Sequence[type[BaseModel]]) -> bool:
+    """Whether a value in a recipe is none, or the key's default in one of some classes."""
+    return value is None or any(value == field_of(kind, key).get_default(call_default_factory=True) for kind in of)
 
 
 def resolve(
@@ -219,13 +259,13 @@ def resolve(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> ConfigT:
-    """The options of one command from its recipe, `key=value` overrides and flags (None: not given).
+    """The options of one command from its recipe, `key=value` overrides and flags (None: not given; text is typed by its key).
 
+    `config` is a command's class; where it has several methods, the result is of the class of the method that `method` names.
     Raises UsageError with every problem found, a line each.
     """
-    command = next(name for name, known in CONFIGS.items() if known is config)
+    command = command_of(config)
     errors: list[str] = []
-    known = keys(config)
     sources: dict[str, str] = {}
     values: dict[str, Any] = {}
     if recipe is not None:
@@ -233,7 +273,7 @@ def resolve(
         data = read(path)
         if data["command"] != command:
             raise UsageError(f"--recipe {recipe}: made for `distill {data['command']}`, not for `distill {command}`")
-        for key, value in _flatten(config, {k: v for k, v in data.items() if k != "command"}):
+        for key, value in _flatten([*kinds(command).values()], {k: v for k, v in data.items() if k != "command"}):
             if key in values:
                 errors.append(f"{path}: key {key} is given twice")
             values[key], sources[key] = value, f"{path}: "
@@ -246,36 +286,43 @@ def resolve(
         if key in given:
             errors.append(f"{key}: given twice")
         given.add(key)
-        try:
-            values[key], sources[key] = _typed(config, key, value) if key in known else None, ""
-        except UsageError as error:
-            errors.append(error.message)
+        values[key], sources[key] = value, ""
     for key, value in (flags or {}).items():
         if value is not None:
-            flag = f"--{key.replace('_', '-')}"
             if key in given:
-                errors.append(f"{key}: given twice, as {flag} and as {key}=")
-            values[key], sources[key] = value, f"{flag}: "
-    for key in [key for key in values if key not in known]:
-        errors.append(f"{sources[key]}unknown key {key} ({nearest(key, known)})")
-        del values[key]
-    for key, value in values.items():
-        if isinstance(value, bool) and not _kinds_of(config, key) & {bool, str}:
-            errors.append(f"{sources[key]}{key}: input should be a number (got {value})")
+                errors.append(f"{key}: given twice, as {flag_of(key)} and as {key}=")
+            values[key], sources[key] = value, f"{flag_of(key)}: "
+    chosen = _chosen(config, values, sources, errors)
+    for key, value in list(values.items()):
+        flag = sources[key] == f"{flag_of(key)}: "
+        try:
+            if isinstance(value, str) and (flag or not sources[key]):
+                values[key] = _typed(chosen, key, value, flag)
+        except UsageError as error:
+            errors.append(error.message)
+            del values[key]
+            continue
+        if isinstance(values[key], bool) and not _kinds_of(chosen, key) & {bool, str}:
+            errors.append(_said(sources[key], key, f"input should be a number (got {values[key]})"))
     try:
-        out = config.model_validate(_nest(values))
+        out = chosen.model_validate(_nest(values))
     except ValidationError as error:
         errors += _explain(error, sources)
     if errors:
         first, *others = errors
-        raise UsageError("\n".join([first, *(f"       {line}" for line in others)]), f"distill {command} --dry-run shows every key")
+        raise UsageError("\n".join([first, *(f"       {line}" for line in others)]), f"distill {command} --help-all shows every key")
     return out
+
+
+def _said(source: str, key: str, message: str) -> str:
+    """A line about a key, which a flag names already."""
+    return f"{source}{message}" if source == f"{flag_of(key)}: " or not key else f"{source}{key}: {message}"
 
 
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
     lines = []
     for problem in error.errors(include_url=False):
-        place = [part for part in problem["loc"] if part not in ("int", "float", "str", "list[constrained-int]")]
+        place = [part for part in problem["loc"] if part not in ("int", "float", "str") and "[" not in str(part)]
         names = [str(part) for part in place]
         key = ".".join(name for name in names if not name.isdigit())
         source = next((sources[known] for known in (key, *sources) if known == key and known in sources), "")
@@ -283,18 +330,15 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
         if problem["type"] in ("string_type", "path_type"):
             message = "input should be a valid string: put it in quotes"
         shown = f" (got {problem['input']!r})" if isinstance(problem["input"], str | int | float | list) else ""
-        label = "" if source.rstrip(": ") == f"--{key.replace('_', '-')}" else f"{key}: "
-        lines.append(f"{source}{label if key else ''}{message[:1].lower()}{message[1:]}{shown}")
+        lines.append(_said(source, key, f"{message[:1].lower()}{message[1:]}{shown}"))
     return lines
 
 
-def _options(annotation: Any) -> str:
-    """The choices of a Literal type, for a comment."""
+def choices(annotation: Any) -> list[str]:
+    """The choices of a Literal type, which may be missing too."""
     kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
-    for kind in kinds:
-        if typing.get_origin(kind) is typing.Literal:
-            return " | ".join(str(choice) for choice in typing.get_args(kind)) + "; "
-    return ""
+    kinds = tuple(typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind for kind in kinds)
+    return [str(choice) for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
 
 
 def _is_path(*parts: Any) -> bool:
@@ -304,7 +348,7 @@ def _is_path(*parts: Any) -> bool:
 
 def dump(config: Config, comments: bool = False) -> str:
     """A resolved recipe as YAML, which is again a recipe; with comments that explain every key."""
-    command = next(name for name, known in CONFIGS.items() if known is type(config))
+    command = command_of(type(config))
     lines = [f"command: {command}"]
 
     def add(model: BaseModel, indent: str) -> None:
@@ -318,7 +362,8 @@ def dump(config: Config, comments: bool = False) -> str:
             if _is_path(field.annotation, *field.metadata):
                 plain = [*map(unexpanded, plain)] if isinstance(plain, list) else plain and unexpanded(plain)
             text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
-            note = f"  # {_options(field.annotation)}{field.description}" if comments and field.description else ""
+            options = " | ".join(choices(field.annotation))
+            note = f"  # {options}{'; ' * bool(options)}{field.description}" if comments and field.description else ""
             lines.append(f"{indent}{name}: {text}{note}")
 
     add(config, "")
@@ -337,4 +382,4 @@ def copy(name: str, to: Path) -> Path:
 
 def check(name: str) -> Config:
     """Resolve a recipe; raises UsageError with every problem found."""
-    return resolve(CONFIGS[read(find(name))["command"]], name)
+    return resolve(config_of(read(find(name))["command"]), name)

@@ -19,11 +19,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
-from distill_cli.config import CMConfig
 from distill_cli.data.images import Digits, split
 from distill_cli.data.pictures import png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.edit.zero_shot import LUMINANCE
+from distill_cli.methods.cm.config import CMConfig
 from distill_cli.recipes import check
 from docs.measure import distill
 from tests.judge import features

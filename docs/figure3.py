@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import DMDConfig
 from distill_cli.diffusion import solvers
-from distill_cli.diffusion.condition import NOTHING
+from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
+from distill_cli.models.backbones import Backbone
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
-from distill_cli.models.unet import UNet
 
 MODES, WEIGHTS, STD = torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), torch.tensor([0.7, 0.3]), 0.4
 START = torch.tensor([-1.8, 1.0])
@@ -40,19 +40,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Plane(nn.Module):
-    """A network on points of the plane, (B, 2, 1, 1), that stands in for a UNet."""
+class Plane(Backbone):
+    """A network on points of the plane, (B, 2, 1, 1)."""
 
-    config = SimpleNamespace(in_channels=2, sample_size=1)
+    part, inputs, shape = "layers", frozenset(), (2, 1, 1)  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        super().__init__(nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)))
 
-    def forward(self, x: Tensor, t: Tensor, return_dict: bool) -> tuple[Tensor]:
-        time = t.expand(len(x)) / 1000
-        inputs = torch.cat([x.flatten(1), time[:, None], (2 * time[:, None]).sin()], 1)
-        return (self.layers(inputs)[:, :, None, None],)
+    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        time = time[:, None] / 1000
+        return self.net(torch.cat([x.flatten(1), time, (2 * time).sin()], 1))[:, :, None, None]
 
 
 class Pairs:
@@ -76,7 +74,7 @@ def distilled(real: MixtureDenoiser, schedule: EDMSchedule, steps: int, start: T
     """Points (2000, 2) of a student of `real` after `steps` of the objective's own turns; it begins at `start`."""
     torch.manual_seed(0)
     network = Plane()
-    teacher = Model(NetworkDenoiser(UNet(network), schedule), ClassConditioner(), Lineage(name="plane"))
+    teacher = Model(NetworkDenoiser(network, schedule), ClassConditioner(), Lineage(name="plane"))
     pairs: Any = Pairs(real, schedule, teacher) if options.get("regression_weight") else None
     dmd = DMD(DMDConfig(device="cpu", **options, pairs=Path("memory") if pairs else None), teacher, pairs)
     dmd.real = real

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_cli.config import CMConfig
 from distill_cli.diffusion.schedule import EDMSchedule
+from distill_cli.methods.cm.config import CMConfig
 from distill_cli.methods.cm.objective import own_times
 from distill_cli.recipes import check, read
 from tests.judge import judge
@@ -30,6 +30,8 @@ def made_by(run: Path, recipe: str) -> bool:
     """Whether a run has the settings that its recipe has today, but for those that its result does not depend on."""
     wanted = check(recipe)
     kept = {key: value for key, value in read(run / "recipe.yaml").items() if key in type(wanted).model_fields}
+    if kept.get("method") != getattr(wanted, "method", None):
+        return False
     had = type(wanted).model_validate(kept)
     if isinstance(had, CMConfig) and isinstance(wanted, CMConfig) and own_times(had, EDMSchedule()) != own_times(wanted, EDMSchedule()):
         return False

@@ -5,7 +5,8 @@ python -m docs.scale
 
 from __future__ import annotations
 
-from distill_cli.config import DMDConfig, PairsConfig
+from distill_cli.config import PairsConfig
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.models.cost import RATE, decoding, distillation, evaluation, sketch
 from distill_cli.recipes import resolve
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from distill_cli.bench import cases
-from distill_cli.config import CMConfig, DMDConfig, PairsConfig, SampleConfig
+from distill_cli.config import PairsConfig, SampleConfig
+from distill_cli.methods.dmd.config import DMDConfig
+from tests.options import options
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("given", "expected"),
     [
         ({"method": "cd"}, [12, 4, 1, 1]),  # the teacher's Heun step, the target; the student
         ({"method": "cd", "solver": "euler", "guidance_scale": 2.0}, [12, 4, 1, 1]),
@@ -73,8 +75,8 @@ def test_both_sides_of_dmd_call_the_networks_alike(options, expected, tmp_path, 
         ({"method": "ect", "precision": "bf16"}, [4, 4, 1, 1]),
     ],
 )
-def test_both_sides_of_cm_call_the_networks_alike(options, expected, tmp_path, monkeypatch):
-    config = CMConfig(**{"teacher": "tiny", "data": "digits", "batch_size": 4, "device": "cpu"} | options)
+def test_both_sides_of_cm_call_the_networks_alike(given, expected, tmp_path, monkeypatch):
+    config = options("cm", **{"teacher": "tiny", "data": "digits", "batch_size": 4, "device": "cpu"} | given)
     ours, raw = calls_of(cases.training("cm", config, tmp_path), monkeypatch)
     assert ours == raw == expected
 

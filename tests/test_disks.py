@@ -307,7 +307,7 @@ def test_a_full_disk_in_the_words_of_other_libraries(words, tmp_path, monkeypatc
     assert "free some space" in error.value.hint
     monkeypatch.setattr("distill_cli.tensors.write", full)
     with pytest.raises(DistillError, match="no space left on device") as error:
-        Autoencoder(model.latent.vae).save(tmp_path / "v")
+        Autoencoder(model.codec.vae).save(tmp_path / "v")
     assert "free some space" in error.value.hint
     assert os.listdir(tmp_path) == []
     with pytest.raises(SafetensorError), files.os_errors(tmp_path):

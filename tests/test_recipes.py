@@ -11,10 +11,15 @@ import pytest
 import yaml
 
 from distill_cli import recipes
-from distill_cli.config import CONFIGS, CMConfig, DMDConfig, PairsConfig, SampleConfig, TrainConfig
+from distill_cli.commands import COMMANDS, config_of, kinds
+from distill_cli.config import PairsConfig, SampleConfig
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import UsageError
+from distill_cli.methods.cm.config import CMConfig
 from distill_cli.methods.cm.objective import own_times
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.train.config import TrainConfig
+from tests.options import options
 
 TOP = Path(__file__).parent.parent
 
@@ -118,14 +123,47 @@ def test_classes():
     assert recipes.resolve(SampleConfig, None, ["classes=5"]).classes == [5]
 
 
-@pytest.mark.parametrize("command", CONFIGS)
-def test_a_resolved_recipe_runs_again_as_it_stands(command, tmp_path):
-    config = CONFIGS[command](seed=3)
+@pytest.mark.parametrize(("command", "method"), [(command, method) for command in COMMANDS for method in kinds(command)])
+def test_a_resolved_recipe_runs_again_as_it_stands(command, method, tmp_path):
+    config = kinds(command)[method](seed=3)
     for comments in (False, True):
         path = write(tmp_path, recipes.dump(config, comments))
-        assert recipes.resolve(CONFIGS[command], path) == config
+        assert recipes.resolve(config_of(command), path) == config
     described = yaml.safe_load(recipes.dump(config, comments=True))
-    assert set(described) == {"command", *CONFIGS[command].model_fields}
+    assert set(described) == {"command", *type(config).model_fields}
+
+
+OTHERS = {
+    "cd": "scales_end: null\ndecay_over: N\np_mean: -1.1\np_std: 2.0\nstages: null\nq: 2.0\nk: 8.0\nb: 1.0\nnetwork: {head: 32}\n",
+    "ct": "time_weights: null\nsolver: heun\nteacher_steps: 1\nguidance_scale: null\np_mean: -1.1\nstages: null\n",
+    "ict": "target_decay: null\ndecay_over: N\nsolver: heun\nq: 2.0\n",
+    "ect": "scales: null\nscales_end: null\ntarget_decay: null\nsolver: heun\nnetwork: {channels: [32, 64, 64]}\n",
+}
+"""Keys of other methods as the recipes of runs have them that were made when `cm` had one class of options."""
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_recipes_of_earlier_runs_name_the_keys_of_all_methods(method, tmp_path):
+    config = options("cm", method=method, data="digits", steps=7)
+    assert recipes.resolve(CMConfig, write(tmp_path, recipes.dump(config) + OTHERS[method])) == config
+    key, value = {"cd": ("q", 3), "ct": ("solver", "euler"), "ict": ("stages", 4), "ect": ("scales", 20)}[method]
+    with pytest.raises(UsageError, match=rf"r.yaml: {key}: not a key of method {method} \((did you mean|known)"):
+        recipes.resolve(CMConfig, write(tmp_path, f"{recipes.dump(config)}{key}: {value}\n"))
+    default = getattr(options("cm", method={"q": "ect", "solver": "cd", "stages": "ect", "scales": "cd"}[key]), key)
+    for given in ({"overrides": [f"{key}={default}"]}, {"flags": {key: str(default)}}):  # on the command line never
+        with pytest.raises(UsageError, match=f"{key}: not a key of method {method}"):
+            recipes.resolve(CMConfig, flags={"method": method, **given.get("flags", {})}, overrides=given.get("overrides", ()))
+
+
+def test_a_method_that_is_none_hides_no_other_error(tmp_path):
+    path = write(tmp_path, "command: cm\nmethod: cx\nstages: 4\nscales: 3\nstepz: 1\nlr: fast\n")
+    with pytest.raises(UsageError) as error:
+        recipes.resolve(CMConfig, path)
+    said = error.value.message
+    assert "r.yaml: method: input should be 'cd', 'ct', 'ict' or 'ect' (got 'cx')" in said
+    assert "unknown key stepz" in said
+    assert "lr: input should be a valid number" in said
+    assert "stages" not in said
 
 
 def test_copies(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from distill_cli import watch
-from distill_cli.config import DMDConfig
 from distill_cli.errors import DistillError, UsageError
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.recipes import dump
 from distill_cli.runs import Run
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ import torch
 
 from distill_cli import launch
 from distill_cli.bench.measure import Case
+from distill_cli.commands import TRAINING, method_of
 from distill_cli.config import PROMPT_SETS, GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
 from distill_cli.errors import UsageError
+from distill_cli.methods.registry import load as opener
 from distill_cli.models import formats, load, schedulers
 from distill_cli.models.model import Model
 from distill_cli.pairs.generate import generate
@@ -38,7 +39,7 @@ class Raw:
 
     def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
         self.autocast = partial(launch.autocast, where, precision)
-        self.network: Any = model.copy().unet.to(where).eval().requires_grad_(trained is not None)
+        self.network: Any = model.copy().net.to(where).eval().requires_grad_(trained is not None)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
         self.condition = model.conditioner.example(size, where)
@@ -65,7 +66,7 @@ def training(command: str, config: TrainingConfig, folder: Path) -> Case:
     """Steps of a method's objective, and the calls that it says they make."""
     if config.accumulate > 1:
         raise UsageError("bench: accumulate is 1 here", "leave it out")
-    objective: Objective = import_module(f"distill_cli.methods.{command}.objective").open(with_pairs(config, folder), Job(command))
+    objective: Objective = opener(f"methods.{method_of(config).objective}")(with_pairs(config, folder), Job(command))
     engine = Engine(objective.config, objective)
     engine.open(Run.create(folder / "run", "", "bench"))
     model = objective.model(engine.plain[engine.main], 0)
@@ -169,7 +170,7 @@ def bench_sample(config: SampleConfig, folder: Path) -> Case:
 
 
 CASES: dict[str, Callable[..., Case]] = {
-    **{command: partial(training, command) for command in ("train", "dmd", "cm", "vae", "classifier")},
+    **{command: partial(training, command) for command in TRAINING},
     "pairs": bench_pairs,
     "sample": bench_sample,
 }

@@ -15,18 +15,16 @@ import typer.core
 from distill_cli import __version__, locks, messages, processes
 from distill_cli.cli import common, models, recipes
 from distill_cli.cli.bench import bench
-from distill_cli.cli.classifier import classifier
-from distill_cli.cli.cm import cm
 from distill_cli.cli.convert import convert
-from distill_cli.cli.dmd import dmd
 from distill_cli.cli.edit import edit
 from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
 from distill_cli.cli.evaluate import evaluate
+from distill_cli.cli.options import Configured, Job
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.sample import sample
-from distill_cli.cli.train import train
-from distill_cli.cli.vae import vae
+from distill_cli.cli.training import summary, training
 from distill_cli.cli.watch import watch
+from distill_cli.commands import TRAINING
 from distill_cli.errors import DistillError, Interrupted, UsageError, nearest, printable, printable_lines
 
 app = typer.Typer(
@@ -55,19 +53,19 @@ def distill(
     """Turn a pretrained diffusion model into a generator of one or a few steps."""
 
 
-class Job(typer.core.TyperCommand):
-    """A command whose processes share work."""
-
-    def invoke(self, ctx: Any) -> Any:
-        processes.settled()
-        return super().invoke(ctx)
-
-
-for command in (train, pairs, dmd, cm, sample, edit, evaluate, watch, classifier, vae, bench, convert):
-    app.command(cls=typer.core.TyperCommand if command in (watch, convert) else Job)(command)
+for name in TRAINING:
+    short, whole = summary(name)
+    app.command(name, cls=Configured, short_help=short, help=whole)(training)
+app.command(cls=Configured)(pairs)
+app.command(cls=Configured)(sample)
+app.command(cls=Configured)(edit)
+app.command(cls=Configured)(evaluate)
+app.command(cls=Job)(bench)
+app.command()(watch)
+app.command()(convert)
+app.command()(env)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")
-app.command()(env)
 
 
 def _fail(message: str, hint: str, code: int, what: str = "error") -> int:
@@ -87,7 +85,7 @@ def _usage(error: Any) -> int:
     hint = f"{context.command_path} --help shows the options" if context else ""
     wrong = getattr(error, "option_name", None)
     if wrong and context and "no such option" in message.lower():
-        known = [name for param in context.command.params for name in param.opts]
+        known = [name for param in context.command.get_params(context) for name in param.opts]
         return _fail(f"{wrong}: no such option", nearest(wrong, known, "options"), 2)
     if message.lower().startswith("no such command") and context:
         name = message.split("'")[1]

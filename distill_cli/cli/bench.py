@@ -22,13 +22,13 @@ def bench(
 
     from distill_cli.bench.cases import CASES
     from distill_cli.bench.measure import measured
-    from distill_cli.config import CONFIGS
+    from distill_cli.commands import config_of
     from distill_cli.errors import UsageError, nearest
     from distill_cli.recipes import resolve
 
     if command not in CASES:
         raise UsageError(f"bench {command}: nothing of that name", nearest(command, CASES, "there are"))
-    config = resolve(CONFIGS[command], recipe, overrides or [], {})
+    config = resolve(config_of(command), recipe, overrides or [], {})
     with tempfile.TemporaryDirectory() as folder:
         data = measured(command, CASES[command](config, Path(folder)), repeats)
     text = (

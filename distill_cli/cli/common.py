@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     ConfigT = TypeVar("ConfigT", bound=Config)
     GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
-    TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
 
 
 def expand(param: typer.CallbackParam, value: Any) -> Any:
@@ -38,27 +37,13 @@ def expand(param: typer.CallbackParam, value: Any) -> Any:
     return out if isinstance(value, list | tuple) else out[0]
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other key of the recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe; --help-all shows all.")]
 Recipe = Annotated[str | None, typer.Option(help="A recipe's name or file.", metavar="NAME|FILE", callback=expand)]
-Out = Annotated[Path | None, typer.Option(help="Folder of the results.", callback=expand)]
-Seed = Annotated[int | None, typer.Option(help="Of all noise, orders and times.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, then stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folder.", metavar="RUN", callback=expand)]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images at a time.")]
-Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
-Precision = Annotated[str | None, typer.Option(help="no, bf16 or fp16.")]
-Guidance = Annotated[float | None, typer.Option(help="uncond + scale (cond - uncond).")]
-Solver = Annotated[str | None, typer.Option(help="heun, euler, ddim, pndm, dpm++, ancestral or few-step.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]
 Shards = Annotated[str | None, typer.Option(help="Make part I of N alone, 0/N to N-1/N: an array job.", metavar="I/N")]
-Prompts = Annotated[
-    str | None, typer.Option(help="Of a model with text: a file (lines, JSON or a table), - for standard input, or a built-in set.")
-]
-Negative = Annotated[str | None, typer.Option(help="Of a model with text: what guidance leads away from.")]
-Classes = Annotated[str | None, typer.Option(help="Labels in turn, such as 0-9 or 3,5.")]
 
 
 ARGUMENTS: list[str] = []
@@ -172,19 +157,19 @@ def open_model(command: str, name: str, config: GenerateT, sketched: Model | Non
 
 
 def open_run(
-    config_type: type[TrainingT], command: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, flags: dict[str, Any]
-) -> TrainingT:
+    command: str, recipe: str | None, overrides: list[str] | None, dry_run: bool, flags: dict[str, Any], resume: Path | None
+) -> Any:
     """The options of a new run, or of the run that --resume names (which takes no other option but --steps)."""
     from distill_cli import locks
+    from distill_cli.commands import config_of
     from distill_cli.config import BUILTIN_SETS
     from distill_cli.errors import UsageError
     from distill_cli.processes import rank, world_size
-    from distill_cli.recipes import resolve
+    from distill_cli.recipes import flag_of, resolve
     from distill_cli.runs import Run
 
-    folder = flags.pop("resume")
-    if folder is None:
-        config = with_out(resolve(config_type, recipe, overrides or [], flags), recipe, command)
+    if resume is None:
+        config = with_out(resolve(config_of(command), recipe, overrides or [], flags), recipe, command)
         data = getattr(config, "data", None)
         if data is not None and data not in BUILTIN_SETS and Path(data).is_dir():  # models and classifiers remember it
             config = config.model_copy(update={"data": str(Path(data).resolve())})
@@ -194,30 +179,31 @@ def open_run(
                 locks.hold(config.out)
             Run(config.out).must_be_new(command)
         return config
-    given = [f"--{key.replace('_', '-')}" for key, value in flags.items() if value is not None and key != "steps"]
+    given = [flag_of(key) for key, value in flags.items() if value is not None and key != "steps"]
     given += ["--recipe"] if recipe else []
     given += overrides or []
     if given:
         raise UsageError(f"{given[0]}: not with --resume", "a run goes on with its own settings; only --steps may change")
-    stored = Run(folder).recipe
+    stored = Run(resume).recipe
     if not stored.is_file():
-        raise UsageError(f"--resume {folder}: no run: it has no recipe.yaml")
+        raise UsageError(f"--resume {resume}: no run: it has no recipe.yaml")
     if not dry_run and world_size() == 1:  # of several processes the first takes it where it can tell the others
-        locks.hold(folder)
-    config = resolve(config_type, str(stored), [], {"steps": flags.get("steps")})
-    return config.model_copy(update={"out": folder})
+        locks.hold(resume)
+    config = resolve(config_of(command), str(stored), [], {"steps": flags.get("steps")})
+    return config.model_copy(update={"out": resume})
 
 
-def train(command: str, config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_json: bool) -> None:
-    """Open a command's method and train, or print the plan of it."""
-    from importlib import import_module
-
+def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_json: bool) -> None:
+    """Open a method and train, or print the plan of it."""
+    from distill_cli.commands import method_of
+    from distill_cli.methods.registry import load
     from distill_cli.training.engine import Engine
     from distill_cli.training.job import Job
     from distill_cli.training.plan import plan
 
-    job = Job(command, resume, dry_run_wanted)
-    objective = import_module(f"distill_cli.methods.{command}.objective").open(config, job)
+    method = method_of(config)
+    job = Job(method.command, resume, dry_run_wanted)
+    objective = load(f"methods.{method.objective}")(config, job)
     if dry_run_wanted:
         dry_run(objective.config, {**job.plan, **plan(objective)})
         return
@@ -244,7 +230,7 @@ def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, p
 
     rows = []
     for name, (model, sampling) in models.items():
-        with autocast(device(config.device), config.precision if model.latent is not None else "no"):
+        with autocast(device(config.device), config.precision):
             images, _ = model.examples(config.seed, model.shown, sampling, classes)
         calls = sampling.evaluations
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))

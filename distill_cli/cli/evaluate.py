@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
 
 import typer
 
 from distill_cli.cli import common
+from distill_cli.cli.options import HelpAll
 
 
 def evaluate(
+    context: typer.Context,
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model, NAME@STEPS, or an npz of images; give it again for more rows.")] = None,
-    data: Annotated[str | None, typer.Option(help="The real images: a built-in set or a folder.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Pixels; a folder needs it.")] = None,
-    classifier: Annotated[str | None, typer.Option(help="Whose features are measured: built in, or of `distill classifier`.")] = None,
-    num: Annotated[int | None, typer.Option(help="Images of each model.")] = None,
-    prompts: common.Prompts = None,
-    clip: Annotated[str | None, typer.Option(help="A CLIP model for --prompts: a folder or hub id.")] = None,
-    out: common.Out = None,
-    batch_size: common.BatchSize = None,
-    precision: common.Precision = None,
-    seed: common.Seed = None,
-    device: common.Device = None,
     num_processes: common.Processes = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Measure models against real images: accuracy, Fréchet distance, precision, recall, in one table."""
     from distill_cli.config import EvaluateConfig
     from distill_cli.recipes import resolve
 
-    flags = dict(
-        model=model or None, data=data, resolution=resolution, classifier=classifier, prompts=prompts, clip=clip, num=num, out=out,
-        batch_size=batch_size, precision=precision, seed=seed, device=device,
-    )  # fmt: skip
-    config = common.with_out(resolve(EvaluateConfig, recipe, overrides or [], flags), recipe, "evaluation")
+    config = common.with_out(resolve(EvaluateConfig, recipe, overrides or [], context.obj), recipe, "evaluation")
     if dry_run:
         from distill_cli.data import open_images
         from distill_cli.data.prompts import open_prompts

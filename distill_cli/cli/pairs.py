@@ -8,25 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from distill_cli.cli import common
+from distill_cli.cli.options import HelpAll
 
 
 def pairs(
+    context: typer.Context,
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
-    teacher: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder, or a hub id.")] = None,
-    num: Annotated[int | None, typer.Option(help="Pairs to make.")] = None,
-    out: common.Out = None,
-    solver: common.Solver = None,
-    steps: Annotated[int | None, typer.Option(help="Solver steps; default the teacher's own.")] = None,
-    classes: common.Classes = None,
-    prompts: common.Prompts = None,
-    negative_prompt: common.Negative = None,
-    guidance_scale: common.Guidance = None,
-    batch_size: common.BatchSize = None,
-    shard_size: Annotated[int | None, typer.Option(help="Pairs a file.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16 or float32, of the stored images.")] = None,
-    seed: common.Seed = None,
-    device: common.Device = None,
     num_processes: common.Processes = None,
     shards: common.Shards = None,
     check: Annotated[
@@ -38,30 +26,20 @@ def pairs(
     ] = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Precompute noise-image pairs with a teacher. A restart makes only what is missing."""
-    flags = dict(
-        teacher=teacher, num=num, out=out, solver=solver, steps=steps, classes=classes, prompts=prompts,
-        negative_prompt=negative_prompt, guidance_scale=guidance_scale,
-        batch_size=batch_size, shard_size=shard_size, dtype=dtype, seed=seed, device=device,
-    )  # fmt: skip
+    flags: dict[str, Any] = context.obj
     from distill_cli.processes import parse_part
 
     if check is not None or merge:
-        _only(
-            "--check" if check is not None else "--merge",
-            recipe,
-            overrides,
-            flags,
-            num_processes,
-            shards,
-            allowed=() if check else ("out",),
-        )
+        flag, allowed = ("--check", ()) if check is not None else ("--merge", ("out",))
+        _only(flag, recipe, overrides, flags, num_processes, shards, allowed=allowed)
     if check is not None:
         _check(check, json)
         return
     if merge:
-        _merge(merge, out, json)
+        _merge(merge, flags["out"], json)
         return
     part = parse_part(shards)
     from distill_cli.config import PairsConfig
@@ -97,12 +75,17 @@ def _only(
         raise UsageError(f"{flag} makes no pairs, so it takes no other option{' than --out' if allowed else ''}")
 
 
-def _merge(folders: list[Path], out: Path | None, as_json: bool) -> None:
+def _merge(folders: list[Path], given: str | None, as_json: bool) -> None:
+    from distill_cli.config.base import expanded
     from distill_cli.errors import UsageError
     from distill_cli.pairs.store import merge
 
-    if out is None:
+    if given is None:
         raise UsageError("--merge: needs --out FOLDER")
+    try:
+        out = Path(expanded(given))
+    except ValueError as error:
+        raise UsageError(f"--out: {error}") from error
     counts = merge(folders, out)
     text = f"pairs: {counts['shards']} of {counts['of']} shards in {out} ({counts['copied']} copied)"
     common.result({"folder": str(out), **counts}, text, as_json)

@@ -57,4 +57,4 @@ def check(names: Annotated[list[str], typer.Argument(help="Names or files.", met
         except UsageError as error:
             wrong.append(error.message)
     if wrong:
-        raise UsageError("\n".join(wrong), "distill COMMAND --dry-run shows every key")
+        raise UsageError("\n".join(wrong), "distill COMMAND --help-all shows every key")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from distill_cli.cli import common
+from distill_cli.cli.options import HelpAll
 
 if TYPE_CHECKING:
     from distill_cli.config import SampleConfig
@@ -14,46 +15,21 @@ if TYPE_CHECKING:
 
 
 def sample(
+    context: typer.Context,
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
-    model: Annotated[str | None, typer.Option(help="A name of `distill models ls`, a folder, a run, or a hub id.")] = None,
-    num: Annotated[int | None, typer.Option(help="Images to make.")] = None,
-    out: common.Out = None,
-    classes: common.Classes = None,
-    prompts: common.Prompts = None,
-    negative_prompt: common.Negative = None,
-    images_per_prompt: Annotated[int | None, typer.Option(help="Pictures of each prompt.")] = None,
-    solver: common.Solver = None,
-    steps: Annotated[int | None, typer.Option(help="Solver steps; default the model's own.")] = None,
-    times: Annotated[str | None, typer.Option(help="A student's: index:0,22 (points of its grid), sigma:80,1.4, or even.")] = None,
-    search_times: Annotated[
-        int | None, typer.Option(help="Find the best times of a student for N steps, and keep them.", metavar="N")
-    ] = None,
-    classifier: Annotated[str | None, typer.Option(help="--search-times: in whose features it measures.")] = None,
-    guidance_scale: common.Guidance = None,
-    batch_size: common.BatchSize = None,
-    format: Annotated[str | None, typer.Option(help="png or npz.")] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Also a picture of the first 100.")] = False,
-    precision: common.Precision = None,
-    seed: common.Seed = None,
-    device: common.Device = None,
     num_processes: common.Processes = None,
     shards: common.Shards = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Make images with any model, teacher or student. A restart makes only what is missing."""
     from distill_cli.config import SampleConfig
     from distill_cli.errors import UsageError
     from distill_cli.recipes import resolve
 
-    flags = dict(
-        model=model, num=num, out=out, classes=classes, prompts=prompts, negative_prompt=negative_prompt,
-        images_per_prompt=images_per_prompt, solver=solver, steps=steps, times=times, search_times=search_times,
-        classifier=classifier, guidance_scale=guidance_scale, batch_size=batch_size, format=format, grid=grid or None, precision=precision,
-        seed=seed, device=device,
-    )  # fmt: skip
-    config = common.with_out(resolve(SampleConfig, recipe, overrides or [], flags), recipe, "samples")
+    config = common.with_out(resolve(SampleConfig, recipe, overrides or [], context.obj), recipe, "samples")
     from distill_cli.processes import parse_part
 
     part = parse_part(shards)

@@ -113,6 +113,15 @@ def _every(value: Any) -> Any:
     return int(text) if text.isdigit() else text
 
 
+def _numbers(value: Any) -> Any:
+    """`8,16` -> ["8", "16"], and one number a list of it."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value] if isinstance(value, bool | int | float) else value
+
+
+Numbers = BeforeValidator(_numbers)
+"""For a list that may stand without brackets."""
 Place = Annotated[Path, BeforeValidator(expanded)]
 """A file or folder."""
 Name = Annotated[str, BeforeValidator(expanded)]

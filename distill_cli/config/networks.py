@@ -6,7 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distill_cli.config.base import Fraction, Positive
+from distill_cli.config.base import Fraction, Numbers, Positive
+
+Channels = Annotated[list[Positive], Numbers]
 
 
 class NetworkConfig(BaseModel):
@@ -14,8 +16,10 @@ class NetworkConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    channels: list[Positive] = Field([32, 64, 64], min_length=1, description="channels at each resolution, finest first")
-    attention: list[bool] = Field([False, True, False], description="whether a resolution has self-attention, finest first")
+    channels: Channels = Field([32, 64, 64], min_length=1, description="channels at each resolution, finest first")
+    attention: Annotated[list[bool], Numbers] = Field(
+        [False, True, False], description="whether a resolution has self-attention, finest first"
+    )
     layers: Positive = Field(1, description="residual blocks at each resolution")
     groups: Positive = Field(16, description="groups of the group normalisation")
     head: Positive = Field(32, description="channels of an attention head")
@@ -39,7 +43,7 @@ class VAENetworkConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    channels: list[Positive] = Field([16, 32, 64, 64], min_length=1, description="channels at each resolution, finest first")
+    channels: Channels = Field([16, 32, 64, 64], min_length=1, description="channels at each resolution, finest first")
     latent_channels: Positive = Field(4, description="channels of a latent")
     layers: Positive = Field(1, description="residual blocks at each resolution")
     groups: Positive = Field(8, description="groups of the group normalisation")

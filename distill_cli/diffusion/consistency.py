@@ -15,10 +15,18 @@ from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, expand
 
+ORDER = {"euler": 1, "heun": 2}
+"""Evaluations that a step of a solver of the ODE costs."""
+
 
 def sigma_at(schedule: NoiseSchedule, index: Tensor, intervals: int) -> Tensor:
     """Noise level of grid points `index` (any shape): 0 is sigma_max, `intervals` sigma_min, even in sigma^(1/rho)."""
     return schedule.at(1 - index.double() / intervals)
+
+
+def neighbours(schedule: NoiseSchedule, index: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
+    """Noise levels of grid points `index` (B,) and of their less noisy neighbours."""
+    return sigma_at(schedule, index, intervals), sigma_at(schedule, index + 1, intervals)
 
 
 def ct_scales(step: int, steps: int, start: int, end: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
-from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, add_noise, expand
+from distill_cli.diffusion.schedule import NoiseSchedule, add_noise, expand
 
 
 def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
@@ -29,19 +29,6 @@ def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (wide - (wide - gradient).detach()).square().mean()
 
 
-def denoising_weight(schedule: NoiseSchedule, t: Tensor, sigma_data: float = 0.5, error: str = "noise") -> Tensor:
-    """(B,) weight of the squared x0 error.
-
-    EDM: 1/sigma^2 + 1/sigma_data^2, which makes the loss of the raw network even over sigma (Karras et al. 2022, eq. 8
-    and table 1). Other schedules: the weight that makes it the plain squared `error` of noise, (alpha / sigma)^2
-    (Ho et al. 2006.11239, L_simple), or of velocity, (alpha^2 + sigma^2)^2 / sigma^2 (Salimans & Ho 2202.00512: SNR + 1).
-    """
-    a, s = schedule.alpha(t), schedule.sigma(t)
-    if isinstance(schedule, EDMSchedule):
-        return s**-2 + sigma_data**-2
-    return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
-
-
 def denoising_loss(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -60,7 +47,7 @@ def denoising_loss(
     wide = x if x.dtype == torch.float64 else x.float()
     estimate = denoiser(add_noise(schedule, wide, noise.to(wide), t), t, condition)
     squared = (estimate - wide).square().flatten(1).mean(1)
-    return denoising_weight(schedule, t.to(squared), sigma_data, error) * squared
+    return schedule.weight(t.to(squared), sigma_data, error) * squared
 
 
 def distance(kind: str, x: Tensor, reference: Tensor, c: float) -> Tensor:

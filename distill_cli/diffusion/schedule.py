@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from distill_cli.diffusion.noise import Draws
+
 
 class NoiseSchedule(Protocol):
     """alpha(t) and sigma(t) of the forward process; t grows with the noise."""
@@ -46,6 +48,18 @@ class NoiseSchedule(Protocol):
     def sigma(self, t: Tensor) -> Tensor:
         """Standard deviation of the noise at times t, in t's shape."""
 
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        """The derivative of alpha by t at times t, in t's shape."""
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        """The derivative of sigma by t at times t, in t's shape."""
+
+    def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
+        """(B,) times on which a denoiser is trained; `mean` and `std` are those of a normal distribution, where the schedule has one."""
+
+    def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
+        """(B,) weights of the squared error of x0, as denoisers of this schedule are trained; `error` is noise or velocity."""
+
     def time(self, level: Tensor) -> Tensor:
         """The time at which the noise level sigma / alpha is `level`."""
 
@@ -64,6 +78,14 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """(B,) values as (B, 1, 1, ...) in the dtype and on the device of `like`."""
     return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def plain_error(a: Tensor, s: Tensor, error: str) -> Tensor:
+    """Weights that turn the squared error of x0 into the plain one of what a network predicts.
+
+    Noise: (alpha / sigma)^2 (Ho et al. 2006.11239, L_simple). Velocity: (alpha^2 + sigma^2)^2 / sigma^2 (Salimans & Ho 2202.00512).
+    """
+    return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
 
 
 GRID = 40
@@ -108,6 +130,20 @@ class EDMSchedule:
 
     def sigma(self, t: Tensor) -> Tensor:
         return t
+
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
+        """ln sigma is normal (table 1)."""
+        return (mean + std * draws.normal("time")).exp()
+
+    def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
+        """1/sigma^2 + 1/sigma_data^2, which makes the loss of the raw network even over sigma (eq. 8 and table 1)."""
+        return t**-2 + sigma_data**-2
 
     def time(self, level: Tensor) -> Tensor:
         return level
@@ -160,6 +196,25 @@ class TableSchedule:
 
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self._alpha_squared(t)).sqrt()
+
+    def _slope(self, t: Tensor) -> Tensor:
+        """The derivative of alpha^2: at a whole time that of the interval after it, at the last that of the one before."""
+        table = self.alphas_cumprod.to(t.device)
+        low = t.long().clamp(0, len(table) - 2)
+        return (table[low + 1] - table[low]).to(t.dtype)
+
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        return self._slope(t) / (2 * self.alpha(t))
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        return -self._slope(t) / (2 * self.sigma(t))
+
+    def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
+        """Whole times, all alike."""
+        return (draws.uniform("time") * (self.t_max + 1)).floor().float()
+
+    def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
+        return plain_error(self.alpha(t), self.sigma(t), error)
 
     def time(self, level: Tensor) -> Tensor:
         noise = 1 - self.alphas_cumprod.to(level.device)
@@ -234,6 +289,19 @@ class FlowSchedule:
 
     def sigma(self, t: Tensor) -> Tensor:
         return t
+
+    def alpha_slope(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def sigma_slope(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
+        """Logit-normal (Esser et al. 2403.03206, section 3.1)."""
+        return (mean + std * draws.normal("time")).sigmoid()
+
+    def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
+        return plain_error(self.alpha(t), self.sigma(t), error)
 
     def time(self, level: Tensor) -> Tensor:
         return 1 / (1 + 1 / level)

@@ -9,13 +9,14 @@ serves EDM, Stable Diffusion and flow matching. `noise(k)` returns the fresh sta
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
-from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.diffusion.schedule import NoiseSchedule, expand
 
 Callback = Callable[[int, Tensor, Tensor], None]
 Noise = Callable[[int], Tensor]
@@ -30,6 +31,26 @@ def _call(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Ten
     return denoiser(x, t.to(x.device, x.dtype).expand(len(x)), condition)
 
 
+def ddim_step(
+    schedule: NoiseSchedule, x: Tensor, x0: Tensor, t: Tensor, r: Tensor, eta: float = 0.0, noise: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """x at the less noisy times r (B,) from x at times t (B,) and an estimate x0 of it (Song et al. 2010.02502, eq. 12 and 16).
+
+    eta 0 is deterministic: an Euler step of the ODE in (x / alpha, sigma / alpha). eta 1 is DDPM's ancestral sampling, which adds `noise`.
+    The coefficients are float64. Fine where alpha(t) = 0 (zero terminal SNR).
+    """
+    t, r = t.double(), r.double()
+    (a, s), (a_next, s_next) = ((schedule.alpha(k), schedule.sigma(k)) for k in (t, r))
+    variance = torch.zeros_like(s)
+    if eta:
+        variance = ((eta * s_next / s) ** 2 * (s**2 - (a / a_next * s_next) ** 2)).clamp(min=0)
+    x = expand(a_next, x) * x0 + expand((s_next**2 - variance).clamp(min=0).sqrt() / s, x) * (x - expand(a, x) * x0)
+    if eta:
+        assert noise is not None, "eta > 0 needs noise"
+        x = x + expand(variance.sqrt(), x) * noise()
+    return x
+
+
 def ddim(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -41,25 +62,14 @@ def ddim(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DDIM (Song et al. 2010.02502, eq. 12 and 16); eta 0 is deterministic, eta 1 DDPM's ancestral sampling.
-
-    First order; one evaluation a time. Fine where alpha = 0 (zero terminal SNR).
-    """
+    """DDIM, step by step (`ddim_step`). First order; one evaluation a time."""
     for k, t in enumerate(times):
         x0 = _call(denoiser, x, t, condition)
         if callback:
             callback(k, x, x0)
         if k + 1 == len(times):
             return x0
-        (a, s), (a_next, s_next) = _at(schedule, t), _at(schedule, times[k + 1])
-        variance = 0.0
-        if eta:
-            ratio = a / a_next
-            variance = max(0.0, (eta * s_next / s) ** 2 * (s**2 - (ratio * s_next) ** 2))
-        x = a_next * x0 + max(0.0, s_next**2 - variance) ** 0.5 / s * (x - a * x0)
-        if variance:
-            assert noise is not None, "eta > 0 needs noise"
-            x = x + variance**0.5 * noise(k)
+        x = ddim_step(schedule, x, x0, t.expand(len(x)), times[k + 1].expand(len(x)), eta, noise and partial(noise, k))
     raise ValueError("no times")
 
 

@@ -103,52 +103,41 @@ class Pictures:
         return known
 
 
-def _times(config: EditConfig, model: Model) -> list[float]:
-    schedule = edit.check_can_edit(model, config.model)
-    if config.times is not None:
-        return parse(config.times, schedule, min(len(edit.EVERY_FOURTH), schedule.grid - 1))
-    if config.task == "interpolate":
-        return model.sampler.times_for(schedule, model.sampler.solver, model.sampler.steps).tolist()
-    return nearest(schedule, edit.TIMES.get(config.task, edit.EVERY_FOURTH))
-
-
-def _projection(config: EditConfig, files: list[Path], pictures: Pictures) -> edit.Projection | None:
-    """Onto the part of a picture that the task keeps."""
-    if config.task == "superres":
-        if pictures.height % config.patch or pictures.width % config.patch:
-            raise UsageError(f"--patch {config.patch}: does not divide the model's {pictures.height}x{pictures.width} pixels")
-        return edit.patch_means(config.patch)
-    if config.task == "inpaint":
-        assert config.mask is not None
-        return edit.inpainting(pictures.mask(config.mask, files))
-    return edit.luminance if config.task == "colorize" else None
-
-
 class Task:
     """The pictures of one `distill edit`, by their places: what goes in, where each begins, what comes out."""
 
+    indices: tuple[int, ...] = edit.EVERY_FOURTH
+    """The noise levels that it goes through unasked, as points of 40."""
+
     def __init__(self, config: EditConfig, model: Model, folder: Path) -> None:
         self.config, self.model, self.folder = config, model, folder
-        self.times = _times(config, model)
+        self.schedule = edit.check_can_edit(model, config.model)
+        usual = min(len(edit.EVERY_FOURTH), self.schedule.grid - 1)
+        self.times = self.own_times() if config.times is None else parse(config.times, self.schedule, usual)
         channels, height, width = model.shape
         if channels != 3:
             raise UsageError(f"--model {config.model}: pictures of {channels} channels", "editing is for colour pictures")
-        self.files: list[Path] = []
-        self.about = ""
-        if config.task == "interpolate":
-            ends = Draws(config.seed, range(2)).normal("prior", model.shape)
-            self.arc = edit.between(ends[0], ends[1], config.frames)
-            self.names = [f"{k:03d}" for k in range(config.frames)]
-        else:
-            self.files, self.about = find(config, folder)
-            self.names = names_of(self.files)
-            self.pictures = Pictures(height, width)
+        self.files, self.names, self.about = self.found()
+        self.pictures = Pictures(height, width)
         edit.labels_of(model, 1, config.classes)
+
+    def own_times(self) -> list[float]:
+        """Noise levels for which nobody has asked."""
+        return nearest(self.schedule, self.indices)
+
+    def found(self) -> tuple[list[Path], list[str], str]:
+        """The files that go in, the names of the results without .png, and what was read."""
+        files, about = find(self.config, self.folder)
+        return files, names_of(files), about
 
     @cached_property
     def projection(self) -> edit.Projection | None:
-        """Onto what the task keeps; raises UsageError for a mask or a patch that does not fit."""
-        return _projection(self.config, self.files, self.pictures) if self.files else None
+        """Onto what the task keeps of a picture; raises UsageError for a mask or a patch that does not fit."""
+        return None
+
+    def given(self, known: Tensor, start: Tensor) -> Tensor:
+        """(B, 3, H, W): what the student is given of the inputs, to be looked at."""
+        return known if self.projection else start.clamp(-1, 1)
 
     def check(self) -> None:
         """Raise UsageError for what does not fit, before anything is planned or made."""
@@ -165,8 +154,8 @@ class Task:
         return self.folder / f"{self.names[place]}.png"
 
     def inputs(self, part: range) -> Tensor:
-        patch = self.config.patch if self.config.task == "superres" else 1
-        return torch.stack([self.pictures.read(self.files[place], patch) for place in part])
+        """(B, 3, H, W) in [-1, 1]: the pictures that go in."""
+        return torch.stack([self.pictures.read(self.files[place]) for place in part])
 
     def begin(self, inputs: Tensor, part: range) -> tuple[Tensor, Tensor]:
         """What is known of the inputs, and where they begin."""
@@ -175,31 +164,94 @@ class Task:
 
     def edited(self, part: range) -> Tensor:
         """(B, 3, H, W) in [-1, 1]."""
-        model, config = self.model, self.config
-        if config.task == "interpolate":
-            start = self.times[0] * self.arc[part.start : part.stop]
-            labels = edit.labels_of(model, 1, config.classes).expand(len(part))
-            return edit.edit(model, start, self.times, labels, Draws(config.seed, [0] * len(part)))
         known, start = self.begin(self.inputs(part), part)
-        labels = edit.labels_of(model, len(part), config.classes, part.start)
-        return edit.edit(model, start, self.times, labels, Draws(config.seed, part), known, self.projection)
+        labels = edit.labels_of(self.model, len(part), self.config.classes, part.start)
+        return edit.edit(self.model, start, self.times, labels, Draws(self.config.seed, part), known, self.projection)
+
+    def rows(self, part: range, out: Tensor) -> list[tuple[str, Tensor]]:
+        """The rows of the picture that shows the edits `out` (B, 3, H, W), with their titles."""
+        inputs = self.inputs(part)
+        return [("input", inputs), ("what the student is given", self.given(*self.begin(inputs, part))), (self.config.task, out)]
 
     def side_by_side(self) -> Path:
         """The first pictures in rows: the inputs, what the student is given of them, and what is in the folder."""
         part = range(min(SHOWN, len(self.names)))
         _, height, width = self.model.shape
         out = torch.stack([fit(open_picture(self.file(place))[0], height, width) for place in part])
-        rows = [("from one noise to another", out)]
-        if self.config.task != "interpolate":
-            inputs = self.inputs(part)
-            known, start = self.begin(inputs, part)
-            given = known if self.projection else start.clamp(-1, 1)
-            if self.config.task == "colorize":
-                given = known.sum(1, keepdim=True).expand_as(known) / edit.WHITE
-            rows = [("input", inputs), ("what the student is given", given), (self.config.task, out)]
+        rows = [(title, to_uint8(images)) for title, images in self.rows(part, out)]
         path = self.folder / SHEET
-        save_comparison([(title, to_uint8(images)) for title, images in rows], path, len(part), self.config.scale or self.model.enlarged)
+        save_comparison(rows, path, len(part), self.config.scale or self.model.enlarged)
         return path
+
+
+class Inpaint(Task):
+    """New content where the mask is white."""
+
+    @cached_property
+    def projection(self) -> edit.Projection:
+        assert self.config.mask is not None
+        return edit.inpainting(self.pictures.mask(self.config.mask, self.files))
+
+
+class Colorize(Task):
+    """Colours for the luminance."""
+
+    @property
+    def projection(self) -> edit.Projection:
+        return edit.luminance
+
+    def given(self, known: Tensor, start: Tensor) -> Tensor:
+        return known.sum(1, keepdim=True).expand_as(known) / edit.WHITE
+
+
+class Superres(Task):
+    """Detail for the means of patches."""
+
+    @cached_property
+    def projection(self) -> edit.Projection:
+        height, width, patch = self.pictures.height, self.pictures.width, self.config.patch
+        if height % patch or width % patch:
+            raise UsageError(f"--patch {patch}: does not divide the model's {height}x{width} pixels")
+        return edit.patch_means(patch)
+
+    def inputs(self, part: range) -> Tensor:
+        return torch.stack([self.pictures.read(self.files[place], self.config.patch) for place in part])
+
+
+class SDEdit(Task):
+    """A picture from its strokes (Meng et al. 2108.01073)."""
+
+    indices = edit.STROKES
+
+
+class Interpolate(Task):
+    """Pictures from one noise to another; none go in."""
+
+    def own_times(self) -> list[float]:
+        sampler = self.model.sampler
+        return sampler.times_for(self.schedule, sampler.solver, sampler.steps).tolist()
+
+    def found(self) -> tuple[list[Path], list[str], str]:
+        return [], [f"{k:03d}" for k in range(self.config.frames)], ""
+
+    def edited(self, part: range) -> Tensor:
+        ends = Draws(self.config.seed, range(2)).normal("prior", self.model.shape)
+        start = self.times[0] * edit.between(ends[0], ends[1], self.config.frames)[part.start : part.stop]
+        labels = edit.labels_of(self.model, 1, self.config.classes).expand(len(part))
+        return edit.edit(self.model, start, self.times, labels, Draws(self.config.seed, [0] * len(part)))
+
+    def rows(self, part: range, out: Tensor) -> list[tuple[str, Tensor]]:
+        return [("from one noise to another", out)]
+
+
+TASKS: dict[str, type[Task]] = {
+    "inpaint": Inpaint, "colorize": Colorize, "superres": Superres, "sdedit": SDEdit, "interpolate": Interpolate,
+}  # fmt: skip
+
+
+def task_of(config: EditConfig, model: Model, folder: Path) -> Task:
+    """What `distill edit` is asked to do; raises UsageError where the model or the input does not fit."""
+    return TASKS[config.task](config, model, folder)
 
 
 def run(task: Task) -> dict[str, Any]:

@@ -26,7 +26,7 @@ Projection = Callable[[Tensor], Tensor]
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 WHITE = sum(LUMINANCE) ** 2 / sum(weight**2 for weight in LUMINANCE)
 """The sum over the channels of white's part along the luminance weights."""
-TIMES = {"sdedit": (20, 24, 28, 32, 36)}
+STROKES = (20, 24, 28, 32, 36)
 """From about sigma 2. The paper starts at 5.4 on 256 pixels; fewer pixels keep less of their strokes under the same noise."""
 EVERY_FOURTH = tuple(range(0, GRID, 4))
 GAMUT_ROUNDS = 1000

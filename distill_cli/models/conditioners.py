@@ -99,7 +99,7 @@ class Conditioner(ABC):
         """(B,) numbers, the same of images that are of one kind."""
         return labels
 
-    def parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, Any]:
         """Its networks, by their names in a pipeline."""
         return {}
 
@@ -287,7 +287,7 @@ class PromptConditioner(Conditioner):
         """One prompt hardly comes twice in a batch: all images are of one kind."""
         return torch.zeros_like(labels)
 
-    def parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, Any]:
         return {"text_encoder": self.encoder}
 
     def working(self) -> list[nn.Module]:

@@ -7,18 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
-from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.backbones import backbone_of
+from distill_cli.models.codec import VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.sources.hub import HUB, short_name, to_download
-from distill_cli.models.unet import UNet
 
 RATE = 150e12
 """FLOP a second that plans reckon with: about half of what an A100's data sheet promises in bf16. A guess, not a measurement."""
@@ -48,8 +47,9 @@ def sketch(name: str) -> Model:
         unet = diffusers.UNet2DConditionModel(**UNETS[name])
         vae = diffusers.AutoencoderKL(**VAE, sample_size=UNETS[name]["sample_size"] * 8)
         encoder = CLIPTextModel(CLIPTextConfig(**TEXTS[name]))
+    table = TableSchedule.from_config(STABLE_DIFFUSION)
     return Model(
-        denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(STABLE_DIFFUSION), "v" if name == "sd21" else "eps", Scales(), "t"),
+        denoiser=NetworkDenoiser(backbone_of(unet), table, "v" if name == "sd21" else "eps", Scales(), "t"),
         conditioner=PromptConditioner(SimpleNamespace(model_max_length=77), encoder),
         lineage=Lineage(name=name, licence=HUB[name].licence),
         sampler=Sampler(solver="ddim" if name == "sd21" else "pndm", steps=50, guidance_scale=7.5),
@@ -76,21 +76,12 @@ def counted(call: Any) -> int:
 
 def evaluation(model: Model) -> int:
     """FLOP of one evaluation of the network, of one image: multiplications and additions of its products of matrices."""
-    unet = model.unet
-
-    def call() -> Tensor:
-        network = UNet(type(unet).from_config(unet.config))
-        return network(torch.empty(1, *model.shape), torch.ones(1), model.conditioner.example(1, "meta"))
-
-    return counted(call)
+    return counted(lambda: model.backbone.fresh()(torch.empty(1, *model.shape), torch.ones(1), model.conditioner.example(1, "meta")))
 
 
 def decoding(model: Model) -> int:
-    """FLOP of decoding one image's latents."""
-    latent = model.latent
-    if latent is None:
-        return 0
-    return counted(lambda: type(latent.vae).from_config(latent.vae.config).decode(torch.empty(1, *model.shape)))
+    """FLOP of decoding one image."""
+    return counted(lambda: model.codec.fresh().raw(torch.empty(1, *model.shape)))
 
 
 def time_of(flop: float) -> str:

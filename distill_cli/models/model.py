@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.backbones import Backbone
+from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import Conditioner, PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.parts import plain
@@ -27,25 +27,6 @@ LARGE = 256
 """Image width from which batches are made smaller."""
 
 
-class Codec(Protocol):
-    """Between images in [-1, 1] and what the denoiser works on: IdentityCodec, or VAECodec (models/autoencoder.py)."""
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1]."""
-
-    def project(self, x: Tensor) -> Tensor:
-        """The nearest thing that `x` may be."""
-
-
-class IdentityCodec:
-    """Pixel-space models: what the denoiser works on are the images."""
-
-    def decode(self, x: Tensor) -> Tensor:
-        return x.clamp(-1, 1)
-
-    project = decode
-
-
 @dataclass
 class Model:
     """A teacher or a student."""
@@ -54,7 +35,7 @@ class Model:
     conditioner: Conditioner
     lineage: Lineage
     sampler: Sampler = Sampler()
-    codec: Codec = field(default_factory=IdentityCodec)
+    codec: Codec = field(default_factory=Codec)
     scheduler: dict[str, Any] | None = None
     """diffusers' configuration of the scheduler, where the model came with one: how its solvers space their times."""
     recipe: str = ""
@@ -65,20 +46,22 @@ class Model:
     """What was assumed when it was read."""
 
     @property
-    def unet(self) -> Any:
-        return self.denoiser.network.unet
+    def backbone(self) -> Backbone:
+        """The denoiser's network as it is called."""
+        backbone = self.denoiser.network
+        assert isinstance(backbone, Backbone)
+        return backbone
+
+    @property
+    def net(self) -> Any:
+        """The network that its folder holds."""
+        return self.backbone.net
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the denoiser works on."""
-        size = self.size or self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
-
-    @property
-    def latent(self) -> VAECodec | None:
-        """The autoencoder of a latent model."""
-        return self.codec if isinstance(self.codec, VAECodec) else None
+        shape = self.backbone.shape
+        return shape if self.size is None else (shape[0], *self.size)
 
     @property
     def text(self) -> PromptConditioner | None:
@@ -90,12 +73,9 @@ class Model:
         """How it is sampled unasked."""
         return self.sampler.settings
 
-    def parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, Any]:
         """The networks, by the names that they have in a pipeline."""
-        out: dict[str, nn.Module] = {"unet": self.unet}
-        if self.latent is not None:
-            out["vae"] = self.latent.vae
-        return out | self.conditioner.parts()
+        return {self.backbone.part: self.net, **self.codec.parts(), **self.conditioner.parts()}
 
     def to(self, device: str | torch.device) -> Model:
         for network in (self.denoiser, *self.parts().values()):
@@ -108,12 +88,11 @@ class Model:
 
     def weights_hash(self) -> str:
         """SHA-256 over the names, dtypes, shapes and bytes of the weights, in the order of their names; '' without weights (plans)."""
-        if any(value.is_meta for value in self.unet.state_dict().values()):
+        named = dict(self.net.state_dict())
+        if any(value.is_meta for value in named.values()):
             return ""
-        named = dict(self.unet.state_dict())
-        for part, network in self.parts().items():
-            if part != "unet":
-                named |= {f"{part}.{plain(name)}": value for name, value in network.state_dict().items()}
+        for part, network in {**self.codec.parts(), **self.conditioner.parts()}.items():
+            named |= {f"{part}.{plain(name)}": value for name, value in network.state_dict().items()}
         return hash_of(named)
 
     def with_times(self, spec: str, steps: int | None = None) -> Model:
@@ -137,21 +116,19 @@ class Model:
 
         Raises UsageError where its networks cannot make them.
         """
-        if self.latent is None:
+        size = self.codec.sized(pixels, self.shape, self.backbone.multiple)
+        if size is None:
             raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.picture} pixels alone")
-        factor = self.latent.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        shorter = min(self.shape[1:])
-        sides = [Fraction(pixels * side, shorter * factor) for side in self.shape[1:]]
-        if any(side.denominator > 1 for side in sides):
-            wide = "" if self.shape[1] == self.shape[2] else f", in the aspect ratio of {self.picture}"
-            raise UsageError(f"resolution {pixels}: the autoencoder and the network make multiples of {factor} pixels{wide}")
-        height, width = (int(side) * factor // self.latent.factor for side in sides)
-        return replace(self, size=(height, width))
+        return replace(self, size=size)
+
+    def at(self, shape: tuple[int, int, int]) -> Model:
+        """This model at the size of `shape` (C, H, W), where its codec takes any; else as it is."""
+        return replace(self, size=shape[1:]) if self.codec.parts() else self
 
     @property
     def pixels(self) -> int:
         """Width of its pictures."""
-        return self.shape[-1] * (self.latent.factor if self.latent is not None else 1)
+        return self.shape[-1] * self.codec.factor
 
     @property
     def picture(self) -> str:

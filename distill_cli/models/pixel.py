@@ -9,11 +9,11 @@ from distill_cli.config.base import Solver
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import UsageError
+from distill_cli.models.backbones import backbone_of
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
-from distill_cli.models.unet import UNet
 
 
 def check_resolution(resolution: int, network: NetworkConfig) -> None:
@@ -60,7 +60,7 @@ def create(
         )
     solver: Solver = "ddim" if schedule.bins else "heun"
     return Model(
-        denoiser=NetworkDenoiser(UNet(unet), schedule, parameterisation, Scales(), "t" if schedule.bins else "250 ln sigma"),
+        denoiser=NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), "t" if schedule.bins else "250 ln sigma"),
         conditioner=ClassConditioner(tuple(classes), len(classes) if classes else None),
         lineage=lineage,
         sampler=Sampler(solver=solver, steps=schedule.usual_steps),

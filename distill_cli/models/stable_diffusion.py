@@ -11,8 +11,9 @@ from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.models import schedulers
-from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.backbones import backbone_of
 from distill_cli.models.checks import check_vae
+from distill_cli.models.codec import VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -20,7 +21,6 @@ from distill_cli.models.parts import load_network
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import PREDICTION_TYPES
 from distill_cli.models.text import create_encoder, make_tokenizer
-from distill_cli.models.unet import UNet
 
 
 def create(
@@ -60,7 +60,7 @@ def create(
         )
     config = {**scheduler, "prediction_type": PREDICTION_TYPES[parameterisation]}
     return Model(
-        denoiser=NetworkDenoiser(UNet(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t"),
+        denoiser=NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t"),
         conditioner=PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed)),
         lineage=lineage,
         sampler=Sampler(solver=solver, steps=50, guidance_scale=guidance_scale),

@@ -8,20 +8,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill_cli.cli.app import run
-from distill_cli.config import CONFIGS
+from distill_cli.commands import COMMANDS, config_of
 
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-(10**12), 10**12), st.floats(), st.text(max_size=12), st.lists(st.integers(-3, 3), max_size=3),
     st.dictionaries(st.text(max_size=5), st.integers(), max_size=2), st.sampled_from(["no", "1e-4", "cuda:9", "../..", "digits", "heun"]),
 )  # fmt: skip
-COMMANDS = sorted(CONFIGS)
+COMMANDS = sorted(COMMANDS)
 
 
 @st.composite
 def recipes(draw):
     """A command and a recipe of its keys with wild values; an unknown key makes sure that it is broken."""
     command = draw(st.sampled_from(COMMANDS))
-    known = sorted(CONFIGS[command].model_fields)
+    known = sorted(config_of(command).model_fields)
     recipe = draw(st.dictionaries(st.sampled_from(known), JUNK, max_size=4))
     wrong = draw(st.text("abcdefgh_", min_size=1, max_size=8).filter(lambda key: key not in (*known, "command")))
     return command, yaml.safe_dump(recipe | {wrong: draw(JUNK)}, allow_unicode=True)

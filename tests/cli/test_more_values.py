@@ -6,8 +6,11 @@ import threading
 import pytest
 
 from distill_cli import processes, watch
-from distill_cli.config import CMConfig, DMDConfig, SampleConfig, TrainConfig
+from distill_cli.config import SampleConfig
 from distill_cli.errors import DistillError, UsageError
+from distill_cli.methods.cm.config import CMConfig
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.recipes import dump, parse_yaml, resolve
 from distill_cli.runs import Run
 from tests.cli.test_bad_input import one_line
@@ -79,7 +82,7 @@ def test_dollars_in_names(distill, tmp_path, monkeypatch):
         assert str(resolve(SampleConfig, "r.yaml").out) == "c$b"
     assert distill(*TINY, "--out", "c$$b").code == 0
     assert (tmp_path / "c$b/000000.png").exists()
-    one_line(distill(*TINY, "--out", "./~nobody-x"), 2, "~nobody-x is no user's home: give the whole path")
+    one_line(distill(*TINY, "--out", "~nobody-x"), 2, "~nobody-x is no user's home: give the whole path")
     config = resolve(SampleConfig, overrides=["out=./~nobody-x", f"model={tmp_path}/a$b"])
     (tmp_path / "r.yaml").write_text(dump(config))
     again = resolve(SampleConfig, "r.yaml")

@@ -294,12 +294,13 @@ def test_a_text_teacher_is_trained_from_captions(distill, tmp_path):
     assert distill("vae", "--data", "shapes", "--steps", 2, *small, "--out", "v").code == 0
     from distill_cli.data.shapes import Shapes
     from distill_cli.diffusion.noise import Draws
-    from distill_cli.models import autoencoder, stable_diffusion
+    from distill_cli.models import stable_diffusion
+    from distill_cli.models.codec import VAECodec
 
-    codec = autoencoder.VAECodec(stable_diffusion.load_vae(tmp_path / "v/vae"))
+    codec = VAECodec(stable_diffusion.load_vae(tmp_path / "v/vae"))
     images, _ = Shapes().batch(range(200), Draws(3, range(200)))
     with torch.no_grad():
-        mean, spread = codec.moments(images)
+        mean, spread = codec.encode(images)
     assert (mean.var() + spread.square().mean()).sqrt().item() == pytest.approx(1, abs=0.1)
     train = (
         "network.channels=[16,16]",

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from distill_cli.config import CONFIGS, CMConfig, DMDConfig, EvaluateConfig, SampleConfig
+from distill_cli.commands import COMMANDS, config_of
+from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.errors import UsageError
+from distill_cli.methods.cm.config import CMConfig
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.recipes import dump, parse_yaml, resolve
 from tests.cli.test_bad_input import one_line
 
@@ -102,7 +105,8 @@ PATHS = {"out", "teacher", "model", "data", "prompts", "classifier", "decoder", 
 
 
 @pytest.mark.parametrize(
-    ("command", "key"), [(name, key) for name, config in CONFIGS.items() for key in sorted(PATHS & {*config.model_fields})]
+    ("command", "key"),
+    [(name, key) for name, config in ((name, config_of(name)) for name in COMMANDS) for key in sorted(PATHS & {*config.model_fields})],
 )
 def test_every_path_is_expanded(command, key, monkeypatch, tmp_path):
     """In flags, after `key=` and in recipes; one that is not set is named."""
@@ -114,7 +118,7 @@ def test_every_path_is_expanded(command, key, monkeypatch, tmp_path):
         for given in ({"overrides": [f"{key}={text}"]}, {"flags": {key: text}}, {"recipe": str(recipe)}):
             value, errors = None, ""
             try:
-                value = getattr(resolve(CONFIGS[command], **given), key)
+                value = getattr(resolve(config_of(command), **given), key)
             except UsageError as error:  # of keys that need others
                 errors = error.message
             if not errors:
@@ -122,10 +126,10 @@ def test_every_path_is_expanded(command, key, monkeypatch, tmp_path):
             assert "$" not in errors
     for text in ("$NOT_THERE/x", "${NOT_THERE}", "a/${NOT_THERE}/b"):
         with pytest.raises(UsageError, match=r"\$NOT_THERE is not set"):
-            resolve(CONFIGS[command], overrides=[f"{key}={text}"])
+            resolve(config_of(command), overrides=[f"{key}={text}"])
     monkeypatch.setenv("SCRATCH", "")
     with pytest.raises(UsageError, match=r"\$SCRATCH is empty"):
-        resolve(CONFIGS[command], flags={key: "$SCRATCH/x"})
+        resolve(config_of(command), flags={key: "$SCRATCH/x"})
 
 
 @pytest.mark.parametrize(

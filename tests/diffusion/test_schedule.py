@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, zero_terminal_snr
+from distill_cli.diffusion.solvers import ddim_step
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
@@ -68,3 +69,25 @@ def test_spacings_are_those_of_diffusers():
         scheduler = DDIMScheduler(**SD, timestep_spacing=spacing, steps_offset=offset)
         scheduler.set_timesteps(steps)
         assert TableSchedule.from_config(SD).times(steps, spacing, offset).tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("schedule", [EDMSchedule(), TableSchedule.from_config(SD), FlowSchedule()], ids=["edm", "table", "flow"])
+def test_slopes_are_the_derivatives(schedule):
+    """Autograd's, inside the intervals of a table; at its last time the slope is that of the interval before."""
+    t = (torch.linspace(0.05, 0.95, 19, dtype=torch.float64) * schedule.t_max).requires_grad_()
+    for value, slope in ((schedule.alpha(t), schedule.alpha_slope(t)), (schedule.sigma(t), schedule.sigma_slope(t))):
+        expected = torch.autograd.grad(value.sum(), t, allow_unused=True)[0] if value.requires_grad else torch.zeros_like(t)
+        assert torch.allclose(slope, torch.zeros_like(t) if expected is None else expected, rtol=1e-9, atol=0)
+    last = torch.tensor([schedule.t_max], dtype=torch.float64)
+    assert schedule.sigma_slope(last) > 0
+
+
+def test_a_ddim_step_of_each_samples_own_times():
+    """Closed forms: on EDM the line to x0; at t = 999 of zero terminal SNR, where alpha is 0, the noise is x itself."""
+    x, x0 = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    t, r = torch.tensor([80.0, 3.0, 0.5]), torch.tensor([3.0, 0.5, 0.1])
+    assert torch.allclose(ddim_step(EDMSchedule(), x, x0, t, r), x0 + (r.double() / t.double()).view(3, 1, 1, 1) * (x - x0), rtol=1e-12)
+    table = TableSchedule.from_config({**SD, "rescale_betas_zero_snr": True})
+    t, r = torch.full((3,), 999.0), torch.tensor([900.0, 500.0, 0.0])
+    a, s = (value(r.double()).view(3, 1, 1, 1) for value in (table.alpha, table.sigma))
+    assert torch.allclose(ddim_step(table, x, x0, t, r), a * x0 + s * x, rtol=1e-12)

@@ -4,18 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from distill_cli.config import CMConfig
 from distill_cli.diffusion.condition import NOTHING
 from distill_cli.diffusion.consistency import ode_step
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser, Scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
-from distill_cli.methods.cm.objective import Consistency
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
-from distill_cli.models.unet import UNet
 from docs.figure3 import Plane
+from tests.options import consistency, options
 
 SCHEDULE = EDMSchedule(0.02, 10.0)
 MEANS, WEIGHTS, STD = torch.tensor([[-0.8, 0.3], [0.7, 0.6], [0.1, -0.9]]), torch.tensor([0.5, 0.3, 0.2]), 0.15
@@ -31,9 +29,9 @@ class Network(Plane):
         hidden = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(128, 2))
 
-    def forward(self, x, t, return_dict):
-        angles = t.expand(len(x))[:, None] / 250 * torch.tensor([0.3, 0.6, 1.2])
-        return (self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos()], 1))[:, :, None, None],)
+    def forward(self, x, t, condition):
+        angles = t[:, None] / 250 * torch.tensor([0.3, 0.6, 1.2])
+        return self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos()], 1))[:, :, None, None]
 
 
 class Points:
@@ -66,10 +64,10 @@ def test_distillation_reaches_the_exact_function():
     """Measured (root mean square): 0.006, 0.066, 0.083, 0.087 at sigma 0.1, 0.5, 2, 10; the teacher's own estimate of x0,
     which is what the student starts near, is 0.026, 0.135, 0.455, 0.593 away."""
     torch.manual_seed(0)
-    teacher = Model(NetworkDenoiser(UNet(Network()), SCHEDULE, scales=Scales(0.7, 0.02)), ClassConditioner(), Lineage(name="plane"))
+    teacher = Model(NetworkDenoiser(Network(), SCHEDULE, scales=Scales(0.7, 0.02)), ClassConditioner(), Lineage(name="plane"))
     steps = 3000
-    config = CMConfig(device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
-    cm = Consistency(config, teacher, Points(4096))
+    config = options("cm", device="cpu", steps=steps, batch_size=128, scales=30, metric="l2", target_decay=0.95)
+    cm = consistency(config, teacher, Points(4096))
     cm.real = MIXTURE
     student = cm.trained["student"].module
     optimizer = torch.optim.RAdam(student.parameters(), lr=3e-3)

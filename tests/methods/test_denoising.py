@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from distill_cli.config import TrainConfig
 from distill_cli.data import open_images
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import expand
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
 from tests.conditions import labels_of
 
@@ -15,14 +15,18 @@ def objective(**options):
     return Denoising(TrainConfig(device="cpu", network=NETWORK, **options), open_images("digits"))
 
 
+def drawn(train, draws):
+    return train.schedule.drawn(draws, train.config.p_mean, train.config.p_std)
+
+
 def test_edm_times_are_lognormal():
-    log = objective().times(Draws(0, range(5000))).log()
+    log = drawn(objective(), Draws(0, range(5000))).log()
     assert abs(log.mean() + 1.2) < 0.05
     assert abs(log.std() - 1.2) < 0.05
 
 
 def test_ddpm_times_are_whole_and_uniform():
-    t = objective(prediction="eps").times(Draws(0, range(5000)))
+    t = drawn(objective(prediction="eps"), Draws(0, range(5000)))
     assert torch.equal(t, t.floor())
     assert t.min() == 0
     assert 990 < t.max() <= 999
@@ -47,7 +51,7 @@ def test_one_step_by_hand():
     draws = Draws(0, range(64))
     loss = next(train.turns(0, draws)).value
     x, labels = train.images.batch([train.order[i] for i in range(64)], draws)
-    sigma = train.times(draws)
+    sigma = drawn(train, draws)
     assert torch.equal(seen["x"], x + expand(sigma, x) * draws.normal("noise", (3, 16, 16)))
     dropped = seen["labels"] == 10
     assert torch.equal(seen["labels"][~dropped], labels[~dropped])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from distill_cli.config import DMDConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, add_noise
 from distill_cli.errors import UsageError
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD, check_pairs, spread
 from distill_cli.models import pixel
 from distill_cli.models.lineage import Lineage

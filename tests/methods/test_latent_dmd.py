@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from distill_cli.config import DMDConfig, PairsConfig
+from distill_cli.config import PairsConfig
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import UsageError
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD, of_decoded
 from distill_cli.models import load
 from distill_cli.pairs.generate import generate
@@ -161,10 +162,10 @@ def test_regression_on_decoded_latents(teacher):
         seen.append((x, y))
         return (x - y).square().flatten(1).mean(1)
 
-    distance = of_decoded(metric, teacher.latent, latents, reference)
+    distance = of_decoded(metric, teacher.codec, latents, reference)
     assert distance.shape == (2,)
     assert seen[0][0].shape == (2, 3, 64, 64)
-    assert torch.allclose(seen[0][1], teacher.latent.vae.decode(reference / teacher.latent.scale).sample, atol=1e-5)
+    assert torch.allclose(seen[0][1], teacher.codec.vae.decode(reference / teacher.codec.scale).sample, atol=1e-5)
     distance.sum().backward()
     assert latents.grad.abs().max() > 0
     assert not seen[0][1].requires_grad

@@ -126,7 +126,7 @@ def test_openai_files_of_other_configurations_are_placed(changes, tmp_path):
     attended = sum("qkv" in name for name in tensors) // 2
     assert found["tensors"] == len(tensors) + 4 * attended
     assert found["classes"] == {**OPENAI, **changes}["classes"]
-    unet = load(str(tmp_path / "m")).unet
+    unet = load(str(tmp_path / "m")).net
     last = len((OPENAI | changes)["mults"]) - 1
     assert torch.equal(
         unet.up_blocks[last].resnets[0].conv1.weight,
@@ -166,7 +166,7 @@ def test_nvlabs_files_of_other_configurations_are_placed(changes, tmp_path):
     if found["classes"]:  # without labels the network is the one of the null class
         x, t = torch.randn(2, *model.shape), torch.zeros(2)
         null = torch.full((2,), found["classes"])
-        assert torch.equal(model.unet(x, t)[0], model.unet(x, t, null)[0])
+        assert torch.equal(model.net(x, t)[0], model.net(x, t, null)[0])
 
 
 def test_orders_of_attention_weights():
@@ -181,7 +181,7 @@ def test_conversion_keeps_every_bit(tmp_path):
     found = convert_file(write_nvlabs(tensors, SMALL, tmp_path / "x.pkl"), tmp_path / "m")
     assert (found["format"], found["architecture"], found["classes"]) == ("NVlabs pickle", "DDPM++", 3)
     assert "CC BY-NC-SA" in found["licence"]
-    network = load(str(tmp_path / "m")).unet
+    network = load(str(tmp_path / "m")).net
     assert isinstance(network, EDMUNet)
     assert torch.equal(network.enc["8x8_block0"].resnet.conv1.weight, tensors["model.enc.8x8_block0.conv0.weight"])
     assert torch.equal(network.conv_out.bias, tensors["model.dec.8x8_aux_conv.bias"])
@@ -245,7 +245,7 @@ def test_the_command(distill, tmp_path):
     write_nvlabs(random_tensors(SMALL), SMALL, tmp_path / "x.pkl")
     done = distill("convert", "x.pkl", "--out", "m", "--json")
     assert done.code == 0, done.err
-    assert done.json["tensors"] == len(load("m").unet.state_dict())
+    assert done.json["tensors"] == len(load("m").net.state_dict())
     assert distill("convert", "x.pkl", "--out", "m").code == 2
     assert load("m").sampling.steps == 18
     (tmp_path / "x.pkl").rename(tmp_path / "edm-ffhq-64x64-uncond-vp.pkl")

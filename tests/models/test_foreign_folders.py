@@ -114,11 +114,11 @@ def test_networks_beside_pipelines_are_held_too(tmp_path):
 def test_what_is_written_has_the_names_of_its_class(tmp_path):
     """A compiled network would be written under names that nobody reads."""
     model = load("tiny").copy()
-    model.denoiser.network.unet = torch.compile(model.unet)
+    model.denoiser.network.unet = torch.compile(model.net)
     with pytest.raises(AssertionError, match="OptimizedModule"):
         save(model, tmp_path / "compiled")
     latent = load("tiny-sd")
-    latent.unet.conv_in = torch.nn.Sequential(latent.unet.conv_in)
+    latent.net.conv_in = torch.nn.Sequential(latent.net.conv_in)
     with pytest.raises(AssertionError, match="conv_in"):
         save(latent, tmp_path / "wrapped")
     assert list(tmp_path.iterdir()) == []
@@ -148,7 +148,7 @@ def test_a_consistency_pipeline_needs_the_scheduler_of_one(tmp_path):
     refused(pixels(tmp_path / "n", DDPM, "ConsistencyModelPipeline"), "DDPMScheduler in a ConsistencyModelPipeline")
     known = {"_class_name": "CMStochasticIterativeScheduler", "sigma_max": 14.0}
     model = load(str(pixels(tmp_path / "o", known, "ConsistencyModelPipeline")))
-    assert (model.sampler.times, model.denoiser.schedule.sigma_min) == ([14.0], 0.002)
+    assert (model.sampler.times, model.denoiser.schedule.sigma_min) == ((14.0,), 0.002)
     odd = {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}
     refused(pixels(tmp_path / "p", odd), "prediction_type 'v_prediction' with EDM's scalings")
 
@@ -283,7 +283,7 @@ def test_variants_are_read(whole, tmp_path, variant, parts):
     shutil.copytree(whole, tmp_path / "m")
     weights = halved(tmp_path / "m/unet", variant, parts)
     model = load(str(tmp_path / "m"))
-    assert all(torch.equal(value, weights[name].float()) for name, value in model.unet.state_dict().items())
+    assert all(torch.equal(value, weights[name].float()) for name, value in model.net.state_dict().items())
     if parts > 1:
         next((tmp_path / "m/unet").glob("*-of-*")).unlink()
         refused(tmp_path / "m", "00001-of", "missing")

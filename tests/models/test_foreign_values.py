@@ -177,7 +177,7 @@ def test_openai_files_rehearse(tmp_path):
 
 
 def test_what_a_single_file_has_beside(beside):  # noqa: F811
-    scale = load(str(beside / "whole")).latent.vae.config["scaling_factor"]
+    scale = load(str(beside / "whole")).codec.vae.config["scaling_factor"]
     model = load(written(beside, lambda w: w | {"more.weight": torch.zeros(1), "scale_factor": torch.tensor(scale)}))
     assert any("1 tensors of no part left out, such as more.weight" in note for note in model.notes)
     network = {"model.diffusion_model.": "model.diffusion_model._orig_mod."}

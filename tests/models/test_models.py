@@ -18,9 +18,9 @@ from tests.conditions import of
 @pytest.fixture(scope="module")
 def student(tiny):
     """A one-step student as DMD saves it: the teacher's EDM parameterisation, one time."""
-    out = tiny.copy(sampler=Sampler.consistency([80.0]))
+    out = tiny.copy(sampler=Sampler.one_step(tiny.denoiser.schedule))
     with torch.no_grad():
-        out.unet.conv_out.bias.add_(0.05)
+        out.net.conv_out.bias.add_(0.05)
     return out
 
 
@@ -52,10 +52,10 @@ def test_save_and_load_are_inverse(student, tmp_path):
 def test_half_precision_on_disk(student, tmp_path):
     save(student, tmp_path / "m", torch.float16)
     size = (tmp_path / "m/unet/diffusion_pytorch_model.safetensors").stat().st_size
-    assert size < 2.3 * sum(p.numel() for p in student.unet.parameters()) + 20_000
+    assert size < 2.3 * sum(p.numel() for p in student.net.parameters()) + 20_000
     again = load(str(tmp_path / "m"))
-    assert again.unet.dtype == torch.float32
-    assert (again.unet.conv_out.bias - student.unet.conv_out.bias).abs().max() < 1e-3
+    assert again.net.dtype == torch.float32
+    assert (again.net.conv_out.bias - student.net.conv_out.bias).abs().max() < 1e-3
 
 
 def test_a_foreign_consistency_model_is_a_student(tmp_path, student):
@@ -103,7 +103,7 @@ def test_tiny_is_the_same_everywhere(tiny):
 
 def test_the_weights_hash_sees_one_bit(tiny):
     other = tiny.copy()
-    weight = other.unet.conv_in.weight.data.view(-1)
+    weight = other.net.conv_in.weight.data.view(-1)
     weight[0] = np.nextafter(weight[0].numpy(), np.float32(9), dtype=np.float32).item()
     assert other.weights_hash() != tiny.weights_hash()
 
@@ -115,7 +115,7 @@ def test_a_student_is_sampled_as_it_was_made(student):
     with pytest.raises(UsageError, match="--guidance-scale 3: a student's guidance is built in"):
         student.with_defaults(None, None, 3)
     with pytest.raises(UsageError, match="--steps 2: the student was made for at most 1"):
-        student.times("few-step", 2)
+        student.with_defaults(None, 2, None)
 
 
 def test_labels_go_round(tiny):
@@ -160,7 +160,7 @@ def broken(tmp_path, tiny):
         (lambda m: (m / "unet/diffusion_pytorch_model.safetensors").unlink(), "unet"),
         (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
         (lambda m: (m / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"})), "FluxPipeline"),
-        (lambda m: (m / "distill.json").write_text('{"format": 2}'), "format"),
+        (lambda m: (m / "distill.json").write_text('{"format": 3}'), "format"),
         (lambda m: (m / "scheduler/scheduler_config.json").unlink(), "scheduler_config.json"),
     ],
 )

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_cli.config import DMDConfig, PairsConfig
+from distill_cli.config import PairsConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
 from distill_cli.models.perceptual import FILE, Perceptual
@@ -91,19 +92,19 @@ def test_openais_program_has_average_pooling_and_leaves_large_pictures(vgg):
 
 
 def test_consistency_distillation_asks_for_it(vgg, tiny):
-    from distill_cli.config import CMConfig
     from distill_cli.data import open_images
-    from distill_cli.methods.cm.objective import Consistency
     from distill_cli.recipes import check
+    from tests.options import consistency
+    from tests.options import options as of
 
     def pooling(metric):
         return {type(layer).__name__ for layer in metric.modules() if "Pool" in type(layer).__name__}
 
     images = open_images("digits")
     options = {"teacher": "tiny", "data": "digits", "metric": "lpips", "lpips_weights": vgg}
-    theirs = Consistency(CMConfig(**options, lpips_pooling="average", lpips_resize="below-256"), tiny.copy(), images).perceptual
+    theirs = consistency(of("cm", **options, lpips_pooling="average", lpips_resize="below-256"), tiny.copy(), images).perceptual
     assert (pooling(theirs), theirs.below) == ({"AvgPool2d"}, 256)
-    papers = Consistency(CMConfig(**options), tiny.copy(), images).perceptual
+    papers = consistency(of("cm", **options), tiny.copy(), images).perceptual
     assert (pooling(papers), papers.below) == ({"MaxPool2d"}, float("inf"))
     for recipe in ("imagenet64-cd", "imagenet64-ct"):  # which name OpenAI's script
         config = check(recipe)
@@ -185,7 +186,7 @@ def test_regression_of_latents_is_lpips_of_their_pictures_as_large_as_they_are(v
     batch = PairStore(folder).batch([dmd.order[i] for i in range(2)])
     with torch.no_grad():
         made = dmd.generate(batch["noise"], dmd.of_pairs(batch["label"]))
-        pictures = [teacher.latent.vae.decode(x / teacher.latent.scale).sample for x in (made, batch["x0"])]
+        pictures = [teacher.codec.vae.decode(x / teacher.codec.scale).sample for x in (made, batch["x0"])]
         expected = 0.25 * Perceptual(vgg, below=0)(*pictures).mean()
     assert loss.value.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.value.backward()

@@ -270,7 +270,7 @@ def test_what_is_assumed_of_openais_files_is_announced(tmp_path, distill):
     assert len(done.json["assumed"]) == 3
     done = distill("convert", "x640.pt", "--out", "s", "--kind", "student", "--resolution", 16, "--head-channels", 32, "--json")
     assert (done.json["kind"], done.json["shape"], done.json["assumed"], done.err) == ("student", [3, 16, 16], [], "")
-    assert load("s").unet.mid_block.attentions[0].heads == 4
+    assert load("s").net.mid_block.attentions[0].heads == 4
     with pytest.raises(DistillError, match="attention of 128 channels has no heads of 48"):
         open_file(tmp_path / "x640.pt", head=48)
     weights["out.2.weight"], weights["out.2.bias"] = torch.zeros(6, 64, 3, 3), torch.zeros(6)

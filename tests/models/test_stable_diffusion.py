@@ -10,6 +10,7 @@ from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import autoencoder, load, schedulers, stable_diffusion
+from distill_cli.models import codec as codecs
 from distill_cli.models.formats import save
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.sampler import Sampler, Sampling
@@ -32,8 +33,8 @@ def made(prediction="eps", **scheduler):
         lineage=Lineage(name="made"),
         guidance_scale=3.0,
     )
-    model.latent.vae.register_to_config(scaling_factor=0.7)
-    model.codec = autoencoder.VAECodec(model.latent.vae)
+    model.codec.vae.register_to_config(scaling_factor=0.7)
+    model.codec = codecs.VAECodec(model.codec.vae)
     return model.with_prompts(PROMPTS)
 
 
@@ -121,7 +122,7 @@ def test_half_precision_files_are_read(folder, tmp_path):
         (tmp_path / "half" / part / f"{stem}.safetensors").rename(tmp_path / "half" / part / f"{stem}.fp16.safetensors")
     again = load(str(tmp_path / "half"))
     assert next(again.denoiser.parameters()).dtype == torch.float32
-    assert torch.equal(again.unet.conv_in.weight, model.unet.conv_in.weight.half().float())
+    assert torch.equal(again.net.conv_in.weight, model.net.conv_in.weight.half().float())
 
 
 def test_a_folder_of_diffusers_alone_is_read_as_diffusers_does(folder, tmp_path):
@@ -189,22 +190,22 @@ def test_other_resolutions(tmp_path):
 
 def test_the_codec(tmp_path):
     """Latents are scaled as diffusers scales them; parts decoded one after another are those decoded together."""
-    codec = made().latent
+    codec = made().codec
     assert codec.factor == 2
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         found = codec.vae.encode(x).latent_dist
-        mean, spread = codec.moments(x)
+        mean, spread = codec.encode(x)
         assert torch.allclose(mean, found.mean * 0.7, atol=1e-5)
         assert torch.allclose(spread, found.std * 0.7, atol=1e-5)
         z = mean + spread * torch.randn(mean.shape)
         whole = codec.raw(z)
         assert torch.allclose(whole, codec.vae.decode(z / 0.7).sample, atol=1e-5)
-        autoencoder.AT_A_TIME, before = 32 * 32, autoencoder.AT_A_TIME
+        codecs.AT_A_TIME, before = 32 * 32, codecs.AT_A_TIME
         try:
             assert torch.allclose(codec.raw(z), whole, atol=1e-5)
         finally:
-            autoencoder.AT_A_TIME = before
+            codecs.AT_A_TIME = before
 
 
 def test_a_tiny_decoder(tmp_path):
@@ -214,17 +215,17 @@ def test_a_tiny_decoder(tmp_path):
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
         latent_channels=4,
     ).save_pretrained(tmp_path / "taesd")  # fmt: skip
-    codec = autoencoder.VAECodec(autoencoder.load_decoder(str(tmp_path / "taesd"), made().latent))
+    codec = made().codec.with_decoder(str(tmp_path / "taesd"))
     z = torch.randn(2, 4, 16, 16)
     with torch.no_grad():
         assert torch.allclose(codec.raw(z), codec.vae.decode(z).sample, atol=1e-5)
     assert codec.raw(z).shape == (2, 3, 32, 32)
     with pytest.raises(DistillError, match="no such folder"):
-        autoencoder.load_decoder(str(tmp_path / "nothing"), made().latent)
+        made().codec.with_decoder(str(tmp_path / "nothing"))
     with pytest.raises(DistillError, match="HF_HUB_OFFLINE"):
-        autoencoder.load_decoder("madebyollin/taesd", made().latent)
+        made().codec.with_decoder("madebyollin/taesd")
     with pytest.raises(UsageError, match="other latents"):
-        autoencoder.load_decoder(str(tmp_path / "taesd"), load("tiny-sd").latent)
+        load("tiny-sd").codec.with_decoder(str(tmp_path / "taesd"))
 
 
 def test_hub_models_offline(monkeypatch, tmp_path):
@@ -323,9 +324,9 @@ def test_a_download_is_announced_first(monkeypatch, tmp_path, capsys):
         return str(tmp_path / "model")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert download("someone/model") == tmp_path / "model"
+    assert download("someone/model", ("StableDiffusionPipeline",)) == tmp_path / "model"
     assert "unet/diffusion_pytorch_model.safetensors" in fetched
-    assert load("someone/model").latent is not None
+    assert "vae" in load("someone/model").parts()
 
 
 def test_the_licence_is_that_of_the_card(tmp_path):

@@ -118,7 +118,7 @@ def test_other_settings_are_refused_by_name(store, tiny):
         generate(PairsConfig(**{**SETTINGS, "steps": 4, "seed": 1}), tiny.copy(), store)
     other = tiny.copy()
     with torch.no_grad():
-        other.unet.conv_in.weight.add_(1e-3)
+        other.net.conv_in.weight.add_(1e-3)
     with pytest.raises(UsageError, match="teacher_hash is"):
         generate(PairsConfig(**SETTINGS), other, store)
 
@@ -166,7 +166,7 @@ def test_an_edited_manifest_does_not_fit_its_shards(store):
 def test_images_that_are_no_numbers_are_not_stored(tmp_path, tiny):
     broken = tiny.copy()
     with torch.no_grad():
-        broken.unet.conv_out.bias.fill_(float("nan"))
+        broken.net.conv_out.bias.fill_(float("nan"))
     with pytest.raises(DistillError, match="not numbers"):
         generate(PairsConfig(**SETTINGS), broken, tmp_path / "p")
     assert not list((tmp_path / "p").glob("*.safetensors"))

@@ -14,6 +14,7 @@ from distill_cli.errors import Interrupted
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampling
 from distill_cli.sample.batch import sample
+from tests.conditions import of
 
 SETTINGS = dict(model="tiny", num=7, batch_size=2, steps=2, format="npz", seed=3, device="cpu")
 
@@ -68,11 +69,13 @@ def test_a_solvers_name_means_that_solver(tiny):
         return draws.normal("solver", tiny.shape, turn=k)
 
     expected = {
-        "heun": solvers.heun(tiny.denoiser, schedule, x, times, labels),
-        "euler": solvers.ddim(tiny.denoiser, schedule, x, times, labels),
-        "ddim": solvers.ddim(tiny.denoiser, schedule, x, times, labels),
-        "ancestral": solvers.ddim(tiny.denoiser, schedule, x, times, labels, eta=1.0, noise=noise),
-        "few-step": solvers.few_step(tiny.denoiser, schedule, x, times, labels, sigma_min=0.002, noise=noise, project=tiny.codec.decode),
+        "heun": solvers.heun(tiny.denoiser, schedule, x, times, of(labels)),
+        "euler": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels)),
+        "ddim": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels)),
+        "ancestral": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels), eta=1.0, noise=noise),
+        "few-step": solvers.few_step(
+            tiny.denoiser, schedule, x, times, of(labels), sigma_min=0.002, noise=noise, project=tiny.codec.decode
+        ),
     }
     for name, images in expected.items():
         assert torch.equal(tiny.sample(draws, labels, Sampling(solver=name, steps=4)), images.clamp(-1, 1))

@@ -242,7 +242,7 @@ def test_alpha_and_size_are_said(distill, tmp_path, student):
         (["colorize", "--input", "in", "--out", "in/o"], "--out in/o: lies in --input in", "edited next time"),
         (["interpolate", "--input", "in"], "interpolate takes no input", ""),
         (["superres", "--input", "in", "--patch", "5"], "--patch 5: does not divide the model's 16x16", ""),
-        (["colorize", "--input", "in", "--model", "dmd"], "a student by distribution matching knows pure noise alone", "distill cm"),
+        (["colorize", "--input", "in", "--model", "dmd"], "the student knows pure noise alone", "distill cm"),
         (["colorize", "--input", "in", "--model", "tiny"], "--model tiny: no consistency student", "distill cm"),
         (["colorize", "--input", "in", "--times", "index:0,40"], "40 is not between 0 and 38", ""),
         (["colorize", "--input", "in", "--times", "index:20,0"], "noise levels must decrease", "indices grow"),
@@ -264,7 +264,7 @@ def test_bad_input(arguments, says, hint, distill, tmp_path, student):
     (tmp_path / "empty").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
-    student.lineage = replace_lineage(student.lineage, method="dmd")
+    student.sampler = Sampler.one_step(student.denoiser.schedule)
     save(student, tmp_path / "dmd")
     chosen = [] if "--model" in arguments else ["--model", "student"]
     result = distill("edit", *arguments, *chosen, *([] if "--out" in arguments else ["--out", "o"]))

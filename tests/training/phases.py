@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from distill_cli.config import TrainConfig
 from distill_cli.files import folder_atomic
 from distill_cli.launch import whole
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.runs import Run
 from distill_cli.training import checkpoint
 from distill_cli.training.ema import follow

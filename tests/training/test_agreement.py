@@ -10,9 +10,10 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 
-from distill_cli.config import DMDConfig, PairsConfig, VAENetworkConfig
+from distill_cli.config import PairsConfig, VAENetworkConfig
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import sealed, unsealed
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
 from distill_cli.models import load
 from distill_cli.models.autoencoder import create
@@ -35,7 +36,7 @@ def test_another_teacher_is_refused(tmp_path, tiny, tiny_pairs):
     """Before the first checkpoint too; a run of before goes on."""
     teacher, says = tiny.copy(), "teacher tiny: its content is not what the run has begun with"
     with torch.no_grad():
-        teacher.unet.conv_in.bias += 0.25
+        teacher.net.conv_in.bias += 0.25
     made = engine_of("cm", tmp_path / "r", tiny, tiny_pairs, steps=2)
     with pytest.raises(UsageError, match=says) as error:
         engine_of("cm", tmp_path / "r", teacher, tiny_pairs, resume=True, steps=2)
@@ -65,7 +66,7 @@ def test_other_pairs_of_the_same_number_are_refused(tmp_path, tiny, tiny_pairs):
 
 
 def test_another_autoencoder_is_refused(distill, tmp_path):
-    load("tiny-sd").latent.vae.save_pretrained(tmp_path / "v")
+    load("tiny-sd").codec.vae.save_pretrained(tmp_path / "v")
     command = (
         "train", "--data", "shapes", "vae=v", "prediction=v", "variants=1", "network.channels=[8]", "network.attention=[true]",
         "network.groups=4", "network.head=8", "text.width=8", "text.layers=1", "text.heads=1",

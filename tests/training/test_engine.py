@@ -11,11 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from distill_cli.config import CMConfig, DMDConfig, TrainConfig
 from distill_cli.data import open_images
 from distill_cli.errors import DistillError, Interrupted, UsageError
-from distill_cli.methods.cm.objective import Consistency
+from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
 from distill_cli.pairs.store import PairStore
 from distill_cli.recipes import dump
@@ -24,6 +24,7 @@ from distill_cli.training import checkpoint
 from distill_cli.training.ema import EMA
 from distill_cli.training.engine import Engine
 from distill_cli.training.health import Health
+from tests.options import consistency, options
 
 SMALL = dict(batch_size=4, device="cpu", sample_every=0, log_every=3, save_every=2, keep=9)
 NETWORK = dict(channels=[8, 16], attention=[False, False], groups=4, head=8)
@@ -36,8 +37,8 @@ def engine_of(kind, folder, tiny, tiny_pairs, resume=False, **changes):
         )
         objective = DMD(config, tiny.copy(), PairStore(tiny_pairs))
     elif kind == "cm":
-        config = CMConfig(**SMALL | dict(teacher="tiny", data="digits", method="ct", ema_halflife=40, dropout=0.2) | changes)
-        objective = Consistency(config, tiny.copy(), open_images("digits"))
+        config = options("cm", **SMALL | dict(teacher="tiny", data="digits", method="ct", ema_halflife=40, dropout=0.2) | changes)
+        objective = consistency(config, tiny.copy(), open_images("digits"))
     else:
         config = TrainConfig(**SMALL | dict(network=NETWORK | {"dropout": 0.2}, ema_halflife=40) | changes)
         objective = Denoising(config, open_images("digits"))

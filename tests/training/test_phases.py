@@ -13,8 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from distill_cli.config import TrainConfig
 from distill_cli.errors import UsageError
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.training import checkpoint
 from distill_cli.training.objective import Phase, phase_at, span_at
 from distill_cli.training.optimizer import learning_rate

@@ -7,36 +7,40 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from distill_cli.config import CMConfig, DMDConfig, TrainConfig, VAEConfig
-from distill_cli.methods.cm import objective as cm
-from distill_cli.methods.dmd import objective as dmd
-from distill_cli.methods.train import objective as train
-from distill_cli.methods.vae import objective as vae
+from distill_cli.commands import method_of
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.registry import load
 from distill_cli.runs import Run
 from distill_cli.training import checkpoint
 from distill_cli.training.engine import Engine
 from distill_cli.training.job import Job
 from distill_cli.training.plan import plan
+from tests.options import options
 
 SMALL = dict(steps=1, batch_size=4, device="cpu", sample_every=0, keep=500)
 NETWORK = dict(channels=[8, 16], attention=[False, False], groups=4, head=8)
 KINDS = {
-    "dmd": (dmd, DMDConfig, dict(teacher="tiny", guidance_scale=2.0, match_pairs=True)),
-    "sd": (dmd, DMDConfig, dict(teacher="tiny-sd", prompts="shapes-held")),
-    "cm": (cm, CMConfig, dict(teacher="tiny", data="digits")),
-    "ict": (cm, CMConfig, dict(method="ict", data="digits", network=NETWORK)),
-    "train": (train, TrainConfig, dict(network=NETWORK)),
-    "vae": (vae, VAEConfig, dict(network=dict(channels=[8, 8], groups=4))),
+    "dmd": ("dmd", dict(teacher="tiny", guidance_scale=2.0, match_pairs=True)),
+    "sd": ("dmd", dict(teacher="tiny-sd", prompts="shapes-held")),
+    "cm": ("cm", dict(teacher="tiny", data="digits")),
+    "ict": ("cm", dict(method="ict", data="digits", network=NETWORK)),
+    "train": ("train", dict(network=NETWORK)),
+    "vae": ("vae", dict(network=dict(channels=[8, 8], groups=4))),
 }
+
+
+def opened(config, dry_run=False):
+    method = method_of(config)
+    return load(f"methods.{method.objective}")(config, Job(method.command, dry_run=dry_run))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_is_what_the_run_takes(kind, tmp_path, tiny_pairs):
-    room, options, keys = KINDS[kind]
-    config = options(**SMALL, **keys, out=tmp_path / "r", **({"pairs": tiny_pairs} if kind == "dmd" else {}))
-    planned = room.open(config, Job(room.__name__, dry_run=True))
+    command, keys = KINDS[kind]
+    config = options(command, **SMALL, **keys, out=tmp_path / "r", **({"pairs": tiny_pairs} if kind == "dmd" else {}))
+    planned = opened(config, True)
     assert kind not in ("dmd", "sd", "cm") or all(p.is_meta for each in planned.trained.values() for p in each.parameters())
-    objective = room.open(config, Job(room.__name__))
+    objective = opened(config)
     said = plan(objective)
     assert plan(planned) == said
     AcceleratorState._reset_state(True)
@@ -58,6 +62,6 @@ def test_the_plan_is_what_the_run_takes(kind, tmp_path, tiny_pairs):
 def test_arithmetic_by_hand(tmp_path, tiny_pairs):
     """The guided teacher's two calls and the fake score's, and three times as much for what is trained, all on both batches."""
     config = DMDConfig(**SMALL | {"steps": 10}, teacher="tiny", guidance_scale=2.0, match_pairs=True, pairs=tiny_pairs, fake_steps=2)
-    calls = dmd.open(config, Job("dmd", dry_run=True)).calls()
+    calls = opened(config, True).calls()
     assert calls.evaluations() == 8 + 8 + 8 + 3 * (8 + 2 * 8)
     assert str(calls) == "trains student on 8 images, fake on 16 images; evaluates teacher on 16 images, fake on 8 images"

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from distill_cli.config import TrainConfig
 from distill_cli.errors import UsageError
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.training import zero
 
 

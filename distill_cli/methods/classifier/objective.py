@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill_cli.config import ClassifierConfig
 from distill_cli.data import Images
 from distill_cli.data.images import split
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
+from distill_cli.methods.classifier.config import ClassifierConfig
 from distill_cli.models.classifier import Classifier, ClassifierInfo
 from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective

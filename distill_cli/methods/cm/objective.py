@@ -11,13 +11,13 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import CMConfig
 from distill_cli.data import Images
 from distill_cli.data.images import BUILTIN, split
 from distill_cli.diffusion import consistency as maths
@@ -28,11 +28,12 @@ from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
+from distill_cli.methods.cm.config import CDConfig, CMConfig, CTConfig, ECTConfig, ICTConfig, NewConfig
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
-from distill_cli.models.sampler import Sampler
+from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
 from distill_cli.processes import say
 from distill_cli.training.ema import follow
@@ -42,55 +43,27 @@ from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
 
 
-def open(config: CMConfig, job: Job) -> Objective:
-    """Read teacher and images; times, label dropout and data of the config become what they are by default."""
-    teacher = job.teacher(config.teacher, config.device) if config.teacher else None
-    # runs saved before students had their own grid counted times on 40 points
-    if job.resume is not None and config.times is not None and not config.times.startswith("sigma:"):
-        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})
-    config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set)
-    if said:
-        say(said)
-    config = config.model_copy(update={"data": images_of(config, teacher)})
-    objective = Consistency(config, teacher, images := job.images(config, teacher))
-    known = objective.start.conditioner.classes
-    if not job.dry_run and images.classes and not known:
-        say(f"the teacher knows no classes: those of {config.data} are left aside")
-    elif not job.dry_run and list(images.classes) != list(known):
-        say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
-    if not job.dry_run:
-        objective.config = config.model_copy(update={"times": spelled(objective.own_times)})
-    return objective
-
-
 class Consistency(Objective):
-    """The objective. The student starts from the teacher's weights, or (ct, ict without one) from new ones."""
+    """What the methods share. The student starts from the teacher's weights, or (ct, ict without one) from new ones."""
 
     config: CMConfig
     images: Images
+    parameterisation = "consistency"
+    """Of the network while it trains."""
 
     def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
         super().__init__(config, "student")
         self.teacher, self.images = teacher, images
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
-        start = teacher.copy() if teacher is not None else new(config, images)
-        self.schedule, self.own_times = check(config, start, images)
-        start.denoiser.schedule, self.start = self.schedule, start
-        student = start.denoiser.train().requires_grad_(True)
-        if config.method != "ect":  # which trains with EDM's scalings, whose boundary is at 0
-            student.parameterisation = "consistency"
-        for name, module in student.named_modules():
+        self.start = start = self.begin()
+        self.schedule, self.own_times = own_times(config, check(config, start, images))
+        start.denoiser.schedule = self.schedule
+        self.student = start.denoiser.train().requires_grad_(True)
+        self.student.parameterisation = self.parameterisation
+        for name, module in self.student.named_modules():
             if name.endswith(".dropout") and isinstance(module, nn.Dropout):  # of residual blocks; attention's is in a list
                 module.p = config.dropout
-        self.trained["student"] = Full(student, config.lr)
-        if config.method in ("cd", "ct"):
-            self.kept["target"] = copy.deepcopy(student).requires_grad_(False)
-        if config.method == "cd":
-            assert teacher is not None
-            self.sampling = teacher.with_defaults(None, None, config.guidance_scale)
-            self.guidance = self.sampling.guidance_scale
-            self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
-            self.real = guided(teacher.denoiser, self.guidance, teacher.conditioner.null)
+        self.trained["student"] = Full(self.student, config.lr)
         if teacher is not None:
             self.identity["teacher"] = self.teacher_hash
         self.perceptual: Perceptual | None = None
@@ -105,52 +78,36 @@ class Consistency(Objective):
         self.order = Order(config.seed, len(seen))
         self.examples = Examples(images, self.order, start.conditioner, config.label_dropout, seen)
 
-    def scales(self, step: int) -> int:
-        """N, the times of the grid, at a step."""
-        config = self.config
-        assert config.scales is not None
-        if config.method == "cd":
-            return config.scales
-        assert config.scales_end is not None
-        schedule = maths.ct_scales if config.method == "ct" else maths.ict_scales
-        return schedule(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
+    def begin(self) -> Model:
+        """The student as it begins. Raises UsageError for a model from which it cannot."""
+        assert self.teacher is not None
+        refuse_student(self.teacher, str(self.config.teacher), self.config.method)
+        return self.teacher.copy()
+
+    def target(self) -> nn.Module:
+        """The network whose estimate at the less noisy time the student's is drawn to: without gradient itself."""
+        return self.network("student")
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         """(B,) float64 pairs of times t > r."""
-        config = self.config
-        if config.method == "ect":
-            assert config.stages is not None
-            t = (config.p_mean + config.p_std * draws.normal("time").double()).exp()
-            stage = min(step, config.steps - 1) * config.stages // config.steps
-            return t, maths.ect_neighbour(t, stage, config.q, config.k, config.b)
-        intervals = self.scales(step) - 1
-        uniform = draws.uniform("time")
-        if config.method == "ict":
-            index = maths.lognormal_index(self.schedule, uniform, intervals, config.p_mean, config.p_std)
-        elif config.time_weights is not None:
-            index = maths.weighted_index(uniform, torch.tensor(config.time_weights, dtype=torch.float64))
-        else:
-            index = (uniform * intervals).long()
-        return maths.sigma_at(self.schedule, index, intervals), maths.sigma_at(self.schedule, index + 1, intervals)
+        raise NotImplementedError
+
+    def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        """x_r (B, C, H, W), the neighbour of `noisy`, x_t: by the data's own noise."""
+        return x + expand(r, x) * noise
 
     def errors(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """Weighted distance of each sample, (B,): of the student's estimate at t to the target's at r."""
         config = self.config
-        assert config.weighting is not None
         weight = maths.weight(config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
         t, r = t.to(x), r.to(x)
         noisy = x + expand(t, x) * noise
-        student = self.network("student")
-        target = self.kept.get("target", student)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # the student's call below draws the same dropout
-            if config.method == "cd":
-                nearer = maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, config.solver, config.teacher_steps)
-            else:
-                nearer = x + expand(r, x) * noise
-            reference = torch.where(expand(r, x) > 0, target(nearer, r.clamp(min=1e-6), condition), x)
+            nearer = self.nearer(x, noise, noisy, t, r, condition)
+            reference = torch.where(expand(r, x) > 0, self.target()(nearer, r.clamp(min=1e-6), condition), x)
         torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it (pytorch issue 112583)
-        estimate = student(noisy, t, condition)
+        estimate = self.network("student")(noisy, t, condition)
         if self.perceptual is not None:
             distances = self.perceptual(estimate, reference)
         else:
@@ -163,32 +120,25 @@ class Consistency(Objective):
         noise = draws.normal("noise", x.shape[1:]).to(x.device)
         yield Loss("student", self.errors(x, noise, t, r, condition).mean())
 
-    def after(self, step: int) -> None:
-        """The target's average takes the student's step."""
-        if "target" not in self.kept:
-            return
-        config = self.config
-        assert config.target_decay is not None
-        decay = config.target_decay
-        if config.method == "ct":
-            assert config.scales is not None
-            decay = maths.ct_decay(self.scales(step), config.scales, decay, config.decay_over)
-        follow(self.kept["target"], self.network("student"), 1 - decay)
-
     def compared(self, made: Model) -> Rows:
         rows = {}
         if self.teacher is not None:
-            sampling = self.sampling if self.config.method == "cd" else self.teacher.sampling
-            rows["teacher"] = (self.teacher.to(next(made.denoiser.parameters()).device), sampling)
+            rows["teacher"] = (self.teacher.to(next(made.denoiser.parameters()).device), self.sampling())
         steps = {n: made.sampling.model_copy(update={"steps": n}) for n in (1, 2)}
         return rows | {f"student, {n} step{'s' * (n > 1)}": (made, sampling) for n, sampling in steps.items()}
 
+    def sampling(self) -> Sampling:
+        """How the teacher is sampled."""
+        assert self.teacher is not None
+        return self.teacher.sampling
+
+    def asked(self) -> list[str]:
+        """The networks that a step calls without gradient."""
+        return ["student"]
+
     def calls(self) -> Calls:
-        config, target = self.config, "target" if self.kept else "student"
-        asked = config.teacher_steps * (2 if config.solver == "heun" else 1) * (1 if self.guidance in (None, 1) else 2)
-        answers = ["teacher"] * asked if config.method == "cd" else []
-        size = config.batch_size
-        return Calls([Call("student", size)], [Call(name, size) for name in (*answers, target)])
+        size = self.config.batch_size
+        return Calls([Call("student", size)], [Call(name, size) for name in self.asked()])
 
     def model(self, network: nn.Module, step: int) -> Model:
         """The student; one by ect gets the boundary scalings too (sigma_min apart from its own), which diffusers' pipeline has."""
@@ -198,6 +148,116 @@ class Consistency(Objective):
         conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # without dropout the null class is not learned
         lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.config.data or "")
         return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
+
+
+class Following(Consistency):
+    """With an average of the student as its target."""
+
+    config: CDConfig | CTConfig
+
+    def __init__(self, config: CDConfig | CTConfig, teacher: Model | None, images: Images) -> None:
+        super().__init__(config, teacher, images)
+        self.kept["target"] = copy.deepcopy(self.student).requires_grad_(False)
+
+    def target(self) -> nn.Module:
+        return self.kept["target"]
+
+    def asked(self) -> list[str]:
+        return ["target"]
+
+    def decay(self, step: int) -> float:
+        """What the target keeps of itself."""
+        return self.config.target_decay
+
+    def after(self, step: int) -> None:
+        """The target's average takes the student's step."""
+        follow(self.target(), self.network("student"), 1 - self.decay(step))
+
+
+class CD(Following):
+    """Distillation: the neighbour lies on the teacher's ODE (2303.01469, algorithm 2)."""
+
+    config: CDConfig
+
+    def __init__(self, config: CDConfig, teacher: Model, images: Images) -> None:
+        super().__init__(config, teacher, images)
+        self.guidance = self.sampling().guidance_scale
+        self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
+        self.real = guided(teacher.denoiser, self.guidance, teacher.conditioner.null)
+
+    def sampling(self) -> Sampling:
+        assert self.teacher is not None
+        return self.teacher.with_defaults(None, None, self.config.guidance_scale)
+
+    def asked(self) -> list[str]:
+        evaluations = self.config.teacher_steps * maths.ORDER[self.config.solver] * (1 if self.guidance == 1 else 2)
+        return [*["teacher"] * evaluations, *super().asked()]
+
+    def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+        intervals, weights, uniform = self.config.scales - 1, self.config.time_weights, draws.uniform("time")
+        if weights is None:
+            return maths.neighbours(self.schedule, (uniform * intervals).long(), intervals)
+        return maths.neighbours(self.schedule, maths.weighted_index(uniform, torch.tensor(weights, dtype=torch.float64)), intervals)
+
+    def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        """By the teacher's steps."""
+        return maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, self.config.solver, self.config.teacher_steps)
+
+
+class New(Consistency):
+    """On a grid that grows, from a model's weights or from new ones."""
+
+    config: NewConfig
+
+    def begin(self) -> Model:
+        return new(self.config, self.images) if self.teacher is None else self.teacher.copy()
+
+
+class CT(New, Following):
+    """Training (2303.01469, algorithm 3)."""
+
+    config: CTConfig
+
+    def scales(self, step: int) -> int:
+        """N, the times of the grid, at a step."""
+        config = self.config
+        return maths.ct_scales(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
+
+    def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+        intervals = self.scales(step) - 1
+        return maths.neighbours(self.schedule, (draws.uniform("time") * intervals).long(), intervals)
+
+    def decay(self, step: int) -> float:
+        return maths.ct_decay(self.scales(step), self.config.scales, self.config.target_decay, self.config.decay_over)
+
+
+class ICT(New):
+    """Improved training (2310.14189): the student is its own target."""
+
+    config: ICTConfig
+
+    def scales(self, step: int) -> int:
+        """N, the times of the grid, at a step."""
+        config = self.config
+        return maths.ict_scales(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
+
+    def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+        intervals = self.scales(step) - 1
+        index = maths.lognormal_index(self.schedule, draws.uniform("time"), intervals, self.config.p_mean, self.config.p_std)
+        return maths.neighbours(self.schedule, index, intervals)
+
+
+class ECT(Consistency):
+    """Easy tuning (2406.14548): it trains with EDM's scalings, whose boundary is at 0."""
+
+    config: ECTConfig
+    parameterisation = "edm"
+
+    def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        t = (config.p_mean + config.p_std * draws.normal("time").double()).exp()
+        stage = min(step, config.steps - 1) * config.stages // config.steps
+        return t, maths.ect_neighbour(t, stage, config.q, config.k, config.b)
 
 
 def images_of(config: CMConfig, teacher: Model | None) -> str:
@@ -225,7 +285,7 @@ def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[
     return config.model_copy(update={"label_dropout": 0.0}), f"label_dropout 0: {why}"
 
 
-def new(config: CMConfig, images: Images) -> Model:
+def new(config: NewConfig, images: Images) -> Model:
     """A student with random weights."""
     check_resolution(images.shape[-1], config.network)
     options: dict[str, Any] = config.network.model_dump()
@@ -241,26 +301,44 @@ def new(config: CMConfig, images: Images) -> Model:
     )
 
 
-def check(config: CMConfig, start: Model, images: Images) -> tuple[EDMSchedule, list[float]]:
-    """The student's schedule and its own times; refuses a model that cannot be trained so, and images of another kind than it makes."""
+def check(config: CMConfig, start: Model, images: Images) -> EDMSchedule:
+    """The model's schedule. Raises UsageError for one that cannot be trained so, and for images of another kind than it makes."""
     schedule = start.denoiser.schedule
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
-    check_images(config, start, images)
-    if config.method in ("cd", "ect"):
-        refuse_student(start, str(config.teacher), config.method)
-    return own_times(config, schedule)
+    if tuple(images.shape) != start.shape:
+        raise UsageError(f"--data {config.data}: images of {tuple(images.shape)}, the teacher's are {start.shape}")
+    if start.conditioner.classes and len(images.classes) != len(start.conditioner.classes):
+        raise UsageError(f"--data {config.data}: {len(images.classes)} classes, the teacher has {len(start.conditioner.classes)}")
+    return schedule
 
 
 def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, list[float]]:
     """The schedule with the grid of the times that a student will know, and its own few."""
-    schedule = replace(schedule, grid=config.scales if config.method == "cd" and config.scales else GRID)
+    schedule = replace(schedule, grid=config.grid or GRID)
     return schedule, parse(config.times, schedule, 2, "times") if config.times else nearest(schedule, PUBLISHED)
 
 
-def check_images(config: CMConfig, model: Model, images: Images) -> None:
-    """Refuse images of another shape or with other classes than the model's."""
-    if tuple(images.shape) != model.shape:
-        raise UsageError(f"--data {config.data}: images of {tuple(images.shape)}, the teacher's are {model.shape}")
-    if model.conditioner.classes and len(images.classes) != len(model.conditioner.classes):
-        raise UsageError(f"--data {config.data}: {len(images.classes)} classes, the teacher has {len(model.conditioner.classes)}")
+def opened(kind: type[Consistency], config: CMConfig, job: Job) -> Objective:
+    """Read teacher and images; times, label dropout and data of the config become what they are by default."""
+    teacher = job.teacher(config.teacher, config.device) if config.teacher else None
+    # runs saved before students had their own grid counted times on 40 points
+    if job.resume is not None and config.times is not None and not config.times.startswith("sigma:"):
+        config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})
+    config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set)
+    if said:
+        say(said)
+    config = config.model_copy(update={"data": images_of(config, teacher)})
+    objective = kind(config, teacher, images := job.images(config, teacher))
+    if job.dry_run:
+        return objective
+    known = objective.start.conditioner.classes
+    if images.classes and not known:
+        say(f"the teacher knows no classes: those of {config.data} are left aside")
+    elif list(images.classes) != list(known):
+        say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
+    objective.config = config.model_copy(update={"times": spelled(objective.own_times)})
+    return objective
+
+
+cd, ct, ict, ect = (partial(opened, kind) for kind in (CD, CT, ICT, ECT))

@@ -7,7 +7,6 @@ they were before the student's step. Dropout is off everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import DMDConfig
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
-from distill_cli.diffusion.losses import denoising_loss, denoising_weight, matching_gradient, matching_loss, regression_loss
+from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
-from distill_cli.models.autoencoder import VAECodec, load_decoder
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import Conditioner
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
@@ -84,15 +83,14 @@ class DMD(Objective):
         if config.pairs is not None:
             self.regression_weight = 0.25 if config.regression_weight is None else config.regression_weight
         if pairs is not None:
-            if teacher.latent is not None:
-                teacher = replace(teacher, size=pairs.manifest.shape[1:])
+            teacher = teacher.at(pairs.manifest.shape)
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
             self.order = Order(config.seed, len(pairs))
             self.identity["pairs"] = pairs.manifest.settings_hash
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         answering: dict[str, nn.Module] = {}
         if self.regression_weight and not planned:
-            self.distance, answering = measure(config, teacher.latent)
+            self.distance, answering = measure(config, teacher.codec)
             self.identity |= {key: digest(answering[name]) for name, key in ASKED.items() if name in answering}
         teacher, self.of_pairs = prompted(config, teacher, pairs, prompts, planned)
         self.teacher = teacher
@@ -107,9 +105,7 @@ class DMD(Objective):
         if config.matching_weight and config.fake_score:
             rates["fake"] = config.fake_lr or config.lr
         self.trained |= {name: Full(teacher.copy().denoiser.eval().requires_grad_(True), rate) for name, rate in rates.items()}
-        self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
-        if teacher.latent is not None:  # for the pictures to look at
-            self.frozen["vae"] = teacher.latent.vae
+        self.frozen |= {"teacher": teacher.denoiser.eval().requires_grad_(False), **teacher.codec.parts()}
         working = [] if planned else teacher.conditioner.working()
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
         of_prompts = planned and teacher.conditioner.takes == "prompts"  # which may not be there yet
@@ -193,7 +189,7 @@ class DMD(Objective):
         estimates = {"real": self.real(noisy, t, condition)}
         if "fake" in self.trained:
             estimates["fake"] = self.network("fake")(noisy, t, condition)
-        weight = denoising_weight(self.schedule, t, self.teacher.denoiser.scales.sigma_data)
+        weight = self.schedule.weight(t, self.teacher.denoiser.scales.sigma_data, "noise")
         errors = {f"{name}_error": (weight * (d - x).square().flatten(1).mean(1)).mean() for name, d in estimates.items()}
         return matching_gradient(x, estimates["real"], estimates.get("fake", x)), errors
 
@@ -220,7 +216,7 @@ class DMD(Objective):
         if "fake" in self.trained:
             forwards.append(Call("fake", matched))
             trainings += [Call("fake", matched)] * config.fake_steps
-        return Calls(trainings, forwards, size if paired and config.regression_loss == "lpips" and self.teacher.latent is not None else 0)
+        return Calls(trainings, forwards, size if paired and config.regression_loss == "lpips" else 0)
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
         real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
@@ -243,17 +239,15 @@ def guidance_of(config: DMDConfig, manifest: Manifest | None) -> float | None:
     return manifest.guidance_scale if config.guidance_scale is None and manifest is not None else config.guidance_scale
 
 
-def measure(config: DMDConfig, latent: VAECodec | None) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
+def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
     """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
-    if config.decoder and latent is None:
-        raise UsageError(f"--decoder {config.decoder}: for latents, and the teacher's images are pixels", "leave it out")
+    if config.decoder:
+        codec = codec.with_decoder(config.decoder)
     if config.regression_loss != "lpips":
         return partial(regression_loss, config.regression_loss), {}
-    perceptual = Perceptual(config.lpips_weights, below=math.inf if latent is None else 0)  # decoded latents are compared as they are
-    if latent is None:
-        return perceptual, {"lpips": perceptual}
-    codec = VAECodec(load_decoder(config.decoder, latent)) if config.decoder else latent
-    return partial(of_decoded, perceptual, codec), {"lpips": perceptual, ("decoder" if config.decoder else "vae"): codec.vae}
+    perceptual = Perceptual(config.lpips_weights, below=codec.lpips_below)
+    decoders = {"decoder" if config.decoder else name: part for name, part in codec.parts().items()}
+    return partial(of_decoded, perceptual, codec), {"lpips": perceptual, **decoders}
 
 
 def prompted(
@@ -281,8 +275,8 @@ def prompted(
     return replace(teacher, conditioner=own), of_pairs if pairs is not None else own
 
 
-def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: VAECodec, x: Tensor, reference: Tensor) -> Tensor:
-    """(B,) distances of latents, between the pictures that they stand for."""
+def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tensor, reference: Tensor) -> Tensor:
+    """(B,) distances between the pictures that x and its reference stand for."""
     with torch.no_grad():
         there = codec.raw(reference)
     torch.clear_autocast_cache()

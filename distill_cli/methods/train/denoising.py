@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
-from distill_cli.config import TrainConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.pixel import check_resolution, create
@@ -47,15 +46,10 @@ class Denoising(Objective):
         self.order = Order(config.seed, len(images))
         self.examples = Examples(images, self.order, self.teacher.conditioner, config.label_dropout)
 
-    def times(self, draws: Draws) -> torch.Tensor:
-        """(B,) training times: ln sigma normal for EDM, whole times uniform over the table."""
-        if isinstance(self.schedule, EDMSchedule):
-            return (self.config.p_mean + self.config.p_std * draws.normal("time")).exp()
-        return (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float()
-
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, condition = self.examples.batch(draws, self.device)
-        noise, t = draws.normal("noise", x.shape[1:]).to(x.device), self.times(draws).to(x.device)
+        noise = draws.normal("noise", x.shape[1:]).to(x.device)
+        t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
         error = "velocity" if self.config.prediction == "v" else "noise"
         yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=error).mean())
 

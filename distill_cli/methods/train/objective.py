@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill_cli.config import TrainConfig
+from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
 from distill_cli.methods.train.text_to_image import TextToImage
 from distill_cli.training.job import Job

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from distill_cli.config import TrainConfig
 from distill_cli.data.images import Captioned, Images
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
@@ -16,7 +15,8 @@ from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
-from distill_cli.models.autoencoder import VAECodec
+from distill_cli.methods.train.config import TrainConfig
+from distill_cli.models.codec import Codec, VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -45,7 +45,7 @@ class TextDenoiser(nn.Module):
 class Latents:
     """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
 
-    def __init__(self, images: Images, codec: VAECodec, variants: int, seed: int, stop: Stop) -> None:
+    def __init__(self, images: Images, codec: Codec, where: torch.device, variants: int, seed: int, stop: Stop) -> None:
         count = len(images)
         means, spreads = [], []
         for first in range(0, variants * count, ENCODED):
@@ -53,8 +53,8 @@ class Latents:
                 break
             picks = range(first, min(variants * count, first + ENCODED))
             x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
-            with torch.no_grad(), torch.autocast(next(codec.vae.parameters()).device.type, enabled=False):
-                mean, spread = codec.moments(x)
+            with torch.no_grad(), torch.autocast(where.type, enabled=False):
+                mean, spread = codec.encode(x)
             means.append(mean.cpu())
             spreads.append(spread.cpu())
         self.means, self.spreads = torch.cat(means), torch.cat(spreads)
@@ -116,9 +116,8 @@ class TextToImage(Objective):
 
     def prepare(self, where: torch.device, run: Run) -> None:
         """Encode the pictures."""
-        assert self.teacher.latent is not None
         with preparing(where, f"resume with --resume {run.folder}") as stop:
-            self.latents = Latents(self.images, self.teacher.latent, self.config.variants, self.config.seed, stop)
+            self.latents = Latents(self.images, self.teacher.codec, where, self.config.variants, self.config.seed, stop)
 
     def batch(self, draws: Draws, where: torch.device) -> tuple[Tensor, Condition]:
         """Latents (B, c, h, w) and the tokens (B, L) of their captions, some of them the empty one's."""
@@ -131,7 +130,7 @@ class TextToImage(Objective):
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, tokens = self.batch(draws, self.device)
         noise = draws.normal("noise", self.teacher.shape).to(x.device)
-        t = (draws.uniform("time") * (self.schedule.t_max + 1)).floor().float().to(x.device)
+        t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
         error = "velocity" if self.config.prediction == "v" else "noise"
         yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, tokens, error=error).mean())
 

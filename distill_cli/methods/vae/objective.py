@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from distill_cli.config import VAEConfig
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
-from distill_cli.models.autoencoder import Autoencoder, VAECodec, create
+from distill_cli.methods.vae.config import VAEConfig
+from distill_cli.models.autoencoder import Autoencoder, create
+from distill_cli.models.codec import VAECodec
 from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
@@ -59,7 +60,7 @@ class Autoencoding(Objective):
         latents = []
         for first in range(0, MEASURED, 32):
             part = positions[first : first + 32]
-            mean, spread = VAECodec(network.vae).moments(self.images.batch(part, Draws(self.config.seed, part))[0])
+            mean, spread = VAECodec(network.vae).encode(self.images.batch(part, Draws(self.config.seed, part))[0])
             latents.append((mean, spread))
         means, spreads = (torch.cat(each) for each in zip(*latents, strict=True))
         variance = means.var() + spreads.square().mean()

@@ -30,7 +30,7 @@ def reads(index: dict[str, Any]) -> bool:
 
 def fits(model: Model) -> bool:
     """Whether a model denoises pictures at the times of a table."""
-    return model.denoiser.time_input == "t" and model.latent is None
+    return model.denoiser.time_input == "t" and set(model.parts()) == {"unet"}
 
 
 def load(folder: Path, name: str) -> Model:

@@ -13,6 +13,7 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import DistillError
 from distill_cli.files import folder_atomic
+from distill_cli.models.backbones import backbone_of
 from distill_cli.models.checks import check_pixels
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.formats.card import InDiffusers, card
@@ -22,7 +23,6 @@ from distill_cli.models.model import Model
 from distill_cli.models.parts import check_named, load_network, read_json, save_network
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.hub import part_of
-from distill_cli.models.unet import UNet
 
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
 """The networks of pixel models, and where their classes stand."""
@@ -43,9 +43,9 @@ def write(model: Model, folder: Path, index: Mapping[str, Any], scheduler: Any, 
 
 def write_pixels(model: Model, folder: Path, dtype: torch.dtype, pipeline: str, scheduler: Any, there: InDiffusers) -> None:
     """Write the folder of a pixel model, its weights stored as `dtype`."""
-    kind = type(model.unet).__name__
-    index = {"_class_name": pipeline, "unet": [LIBRARIES[kind], kind]}
-    write(model, folder, index, scheduler, lambda path: save_network(model.unet, path / "unet", LIBRARIES, dtype), there)
+    kind = type(model.net).__name__
+    index = {"_class_name": pipeline, "unet": [LIBRARIES.get(kind), kind]}
+    write(model, folder, index, scheduler, lambda path: save_network(model.net, path / "unet", LIBRARIES, dtype), there)
 
 
 def scheduler_of(folder: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
@@ -95,7 +95,7 @@ def read_pixels(
     null = extra.null_label
     if extra.lineage.method == "edm" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
         null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
-    denoiser = NetworkDenoiser(UNet(unet), schedule, extra.parameterisation, scales, extra.time_input)
+    denoiser = NetworkDenoiser(backbone_of(unet), schedule, extra.parameterisation, scales, extra.time_input)
     model = Model(
         denoiser=denoiser.eval().requires_grad_(False),
         conditioner=ClassConditioner(tuple(extra.classes), null, extra.learned),

@@ -18,8 +18,9 @@ import torch
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.errors import DistillError, printable
 from distill_cli.models import lcm, schedulers
-from distill_cli.models.autoencoder import VAECodec
+from distill_cli.models.backbones import backbone_of
 from distill_cli.models.checks import check_latents, check_vae
+from distill_cli.models.codec import VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.formats import folder as shared
 from distill_cli.models.formats.card import InDiffusers
@@ -31,7 +32,6 @@ from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import table_of
 from distill_cli.models.sources.hub import PARTS as WEIGHTS
 from distill_cli.models.text import load_tokenizer, save_encoder, save_tokenizer
-from distill_cli.models.unet import UNet
 
 PIPELINES = ("StableDiffusionPipeline",)
 FEW_STEP = "LCMScheduler"
@@ -52,8 +52,8 @@ def reads(index: dict[str, Any]) -> bool:
 
 
 def fits(model: Model) -> bool:
-    """Whether a model denoises latents at the times of a table."""
-    return model.denoiser.time_input == "t" and model.latent is not None
+    """Whether a model has this pipeline's parts."""
+    return set(model.parts()) == set(PARTS)
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
@@ -66,7 +66,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     scheduler = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
     if model.size is not None:  # of a student that has learned another resolution than its teacher
         height, width = model.size
-        model.unet.register_to_config(sample_size=height if height == width else [height, width])
+        model.net.register_to_config(sample_size=height if height == width else [height, width])
     index = {
         "_class_name": PIPELINES[0],
         **{name: ["transformers" if name == "text_encoder" else "diffusers", kind] for name, kind in PARTS.items()},
@@ -140,7 +140,7 @@ def load(
         lineage=Lineage(name=name, kind="student" if few else "teacher", licence=licence_of(folder)),
     )
     foreign = few and not extra.lineage.method  # ours has learned the plain estimate
-    arguments: Any = (UNet(unet), schedule, prediction, Scales(), "t")
+    arguments: Any = (backbone_of(unet), schedule, prediction, Scales(), "t")
     denoiser = lcm.BoundedDenoiser(*arguments).with_scaling(config) if foreign else NetworkDenoiser(*arguments)
     notes = schedulers.assumed(config, str(path))
     if unet.config.sample_size is None:
@@ -156,7 +156,7 @@ def load(
         recipe=extra.recipe,
         notes=notes,
     )
-    check_latents(model, folder)
+    check_latents(model, tokenizer, folder)
     return model
 
 

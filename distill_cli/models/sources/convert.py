@@ -17,7 +17,8 @@ from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.errors import DistillError, UsageError, printable, reason
 from distill_cli.files import remove_folder
 from distill_cli.models import formats
-from distill_cli.models.checks import rehearse_pixels
+from distill_cli.models.backbones import backbone_of
+from distill_cli.models.checks import rehearse
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -26,7 +27,6 @@ from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.openai import blocks, openai_network, settle_openai
 from distill_cli.models.sources.unpickle import Record, check_operations, read
 from distill_cli.models.times import PUBLISHED, from_indices
-from distill_cli.models.unet import UNet
 from distill_cli.tensors import quantized
 
 SONG = {
@@ -218,7 +218,9 @@ def model_of(found: Found, name: str, steps: int = 18) -> Model:
     student = found.parameterisation == "consistency"
     scales = Scales(sigma_data=found.sigma_data)
     return Model(
-        NetworkDenoiser(UNet(found.network), schedule, found.parameterisation, scales, found.time_input).eval().requires_grad_(False),
+        NetworkDenoiser(backbone_of(found.network), schedule, found.parameterisation, scales, found.time_input)
+        .eval()
+        .requires_grad_(False),
         ClassConditioner(tuple(str(i) for i in range(found.classes)), found.classes if found.null_class else None),
         Lineage(name=name, kind="student" if student else "teacher", method="consistency" if student else "edm", licence=found.licence),
         Sampler.consistency(from_indices(schedule, PUBLISHED)) if student else Sampler(steps=steps),
@@ -302,7 +304,7 @@ def convert_file(
     found = open_file(path, size, head, kind)
     model = model_of(found, name or path.stem, steps)
     t, where = torch.tensor([0.02, 2.0]), f"--resolution {size}" if size else str(path)
-    rehearse_pixels(model, where)
+    rehearse(model, where)
     try:
         with torch.no_grad():
             x = t.view(2, 1, 1, 1) * torch.ones(2, *model.shape)

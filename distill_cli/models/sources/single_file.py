@@ -107,9 +107,8 @@ def _refuse_left(file: Tensors, names: Iterable[str]) -> None:
 
 def _held(file: Tensors, model: Model, folder: Path, zero: str) -> None:
     """Raise DistillError if the noise table or the scale of latents in the file differs from the configuration."""
-    assert model.latent is not None
     table = model.denoiser.schedule.alphas_cumprod.float()  # type: ignore[attr-defined]
-    scale = torch.tensor(float(model.latent.vae.config["scaling_factor"]))
+    scale = torch.tensor(float(model.parts()["vae"].config["scaling_factor"]))
     for name, part, value in (("alphas_cumprod", "scheduler", table), ("scale_factor", "vae", scale)):
         if name not in file.shapes or (zero and part == "scheduler"):  # a file for zero terminal SNR still holds the old table
             continue

@@ -1,0 +1,52 @@
+"""Every method that trains, a line each. Knows no torch and imports no method: a name is looked up when it is needed.
+
+A new method is a folder beside this file (config.py without torch, objective.py) and one line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: `distill COMMAND`, or `distill COMMAND --method NAME` where a command has several."""
+
+    name: str
+    command: str
+    summary: str
+    config: str
+    """Its options, "module:Class" inside this package."""
+    objective: str
+    """Its opener, "module:function" inside this package."""
+    flags: tuple[str, ...] = ()
+    """Keys that people change, beside COMMON: `--help` shows them, `--help-all` the rest."""
+
+
+COMMON = ("out", "steps", "batch_size", "lr", "precision", "seed", "device")
+IMAGES = ("data", "resolution")
+_DMD = ("teacher", "pairs", "prompts", "negative_prompt", "fake_lr", "fake_steps", "regression_loss", "regression_weight", "guidance_scale")
+_CM = ("method", "teacher", *IMAGES, "metric")
+
+# fmt: off
+METHODS = (
+    Method("train", "train", "Train a teacher from images.", "train.config:TrainConfig", "train.objective:open", IMAGES),
+    Method("dmd", "dmd", "Distil a one-step student by distribution matching.", "dmd.config:DMDConfig", "dmd.objective:open", _DMD),
+    Method("cd", "cm", "Distil a consistency model, a student of one or a few steps.", "cm.config:CDConfig", "cm.objective:cd",
+           (*_CM, "guidance_scale")),
+    Method("ct", "cm", "Train a consistency model from images alone.", "cm.config:CTConfig", "cm.objective:ct", _CM),
+    Method("ict", "cm", "Train a consistency model by the improved techniques.", "cm.config:ICTConfig", "cm.objective:ict", _CM),
+    Method("ect", "cm", "Tune a teacher into a consistency model.", "cm.config:ECTConfig", "cm.objective:ect", _CM),
+    Method("vae", "vae", "Train the autoencoder of a latent model.", "vae.config:VAEConfig", "vae.objective:open", IMAGES),
+    Method("classifier", "classifier", "Train the classifier in whose features `distill evaluate` measures.",
+           "classifier.config:ClassifierConfig", "classifier.objective:open", IMAGES),
+)
+# fmt: on
+
+
+def load(name: str) -> Any:
+    """What "module:attribute" inside this package names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(f"distill_cli.{module}"), attribute)

@@ -1,0 +1,134 @@
+"""Backbones: the networks of model families, each as a denoiser calls it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.diffusion.condition import Condition
+from distill_cli.errors import DistillError
+
+UNMET = {
+    "time_cond_proj_dim": "a guidance scale as a condition, as latent consistency models have it",
+    "addition_embed_type": "further conditions beside the text, such as SDXL's sizes",
+    "class_embed_type": "a class condition of another kind than labels",
+    "encoder_hid_dim_type": "text projected by a layer of another kind",
+    "class_embeddings_concat": "class conditions beside the text",
+}
+
+
+class Backbone(nn.Module):
+    """A network of one family: `backbone(x, time, condition)` is its raw prediction, (B, C, H, W) from x (B, C, H, W) and time (B,).
+
+    `time` is what the denoiser's row of TIME_INPUTS makes of t. A family that counts otherwise converts it in its own `forward`, which also
+    packs and unpacks what is no (B, C, H, W). The network is registered under `part`, so weights are called `unet.…` in checkpoints.
+    """
+
+    part: str = "unet"
+    """Its name in a diffusers pipeline."""
+    inputs: frozenset[str] = frozenset({"class_labels"})
+    """The parts of a condition that it takes."""
+    unmet: ClassVar[Mapping[str, str]] = UNMET
+    """Options of its configuration that ask for inputs which are not given here, and what each of them wants."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.add_module(self.part, net)
+
+    @property
+    def net(self) -> Any:
+        return getattr(self, self.part)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) that it was made for."""
+        size = self.net.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.net.config.in_channels, height, width
+
+    @property
+    def multiple(self) -> int:
+        """What H and W have to be multiples of."""
+        return 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        return self.net(x, time, **condition.parts, return_dict=False)[0]
+
+    def fresh(self) -> Backbone:
+        """A new network of the same configuration: on the meta device it costs nothing."""
+        return type(self)(type(self.net).from_config(self.net.config))
+
+    def check(self, where: str) -> None:
+        """Raise DistillError where its configuration asks for what is not given here, or makes what is not expected."""
+        config = self.net.config
+        for key, wanted in self.unmet.items():
+            if config.get(key):
+                raise DistillError(
+                    f"{where}: {key} is {json.dumps(config[key])}: the network wants {wanted}", "such models are not read yet"
+                )
+        size, given = config.get("sample_size"), config["in_channels"]
+        if size is None:
+            raise DistillError(
+                f"{where}: does not say its sample_size, so how large its pictures are is not known", "add it to config.json"
+            )
+        sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
+        if not all(type(side) is int and side > 0 for side in sides):
+            raise DistillError(f"{where}: sample_size is {json.dumps(size)}, a whole number above 0 or two of them are expected")
+        made = config.get("out_channels", given)
+        if made != given:
+            why = ": its variance is learned too, which is not read" if made == 2 * given else ""
+            raise DistillError(
+                f"{where}: {given} channels go in and {made} come out{why}", "the network must have as many output as input channels"
+            )
+
+
+class TimeFeatures(nn.Module):
+    """diffusers' sines and cosines of the time, computed in float64: at 250 ln sigma float32 is wrong in the fifth digit."""
+
+    def __init__(self, channels: int, flip: bool, shift: float) -> None:
+        super().__init__()
+        self.count, self.flip, self.shift = channels // 2, flip, shift
+
+    def forward(self, time: Tensor) -> Tensor:
+        steps = torch.arange(self.count, dtype=torch.float64, device=time.device)
+        angles = time.double()[:, None] * 10000 ** (-steps / (self.count - self.shift))
+        pair = (angles.cos(), angles.sin()) if self.flip else (angles.sin(), angles.cos())
+        return torch.cat(pair, 1).to(torch.promote_types(time.dtype, torch.float32))
+
+
+class UNet2D(Backbone):
+    """diffusers' UNet2DModel: pixels, with or without classes."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__(net)
+        config = net.config
+        if config.time_embedding_type == "positional" and config.block_out_channels[0] % 2 == 0:
+            net.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+
+
+class UNet2DCondition(Backbone):
+    """diffusers' UNet2DConditionModel: Stable Diffusion's, which reads text."""
+
+    inputs = frozenset({"encoder_hidden_states"})
+    unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
+
+
+class EDM(Backbone):
+    """NVlabs' networks (models/edm.py)."""
+
+    @property
+    def multiple(self) -> int:
+        return 2 ** (len(self.net.config.channel_mult) - 1)
+
+
+BACKBONES: dict[str, type[Backbone]] = {"UNet2DModel": UNet2D, "UNet2DConditionModel": UNet2DCondition, "EDMUNet": EDM}
+"""By the name of the network's class."""
+
+
+def backbone_of(net: Any) -> Backbone:
+    """The backbone of a network; raises KeyError for a class of which there is none."""
+    return BACKBONES[type(net).__name__](net)

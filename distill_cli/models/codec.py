@@ -1,0 +1,115 @@
+"""Codecs: between pictures and what a denoiser works on."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_cli.errors import DistillError, UsageError
+from distill_cli.models.parts import load_network
+from distill_cli.models.sources.hub import find
+
+AT_A_TIME = 2**20
+"""Pixels that are decoded at a time: four pictures of 512 x 512."""
+
+
+class Codec:
+    """Pictures (B, C, H, W) in [-1, 1] to what the denoiser works on, and back. This one changes nothing: it is that of pixel models."""
+
+    factor: int = 1
+    """Pixels of a picture to one of what the denoiser works on, each way."""
+    lpips_below: float = math.inf
+    """Width below which LPIPS enlarges its pictures."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations (B, c, h, w)."""
+        return images, torch.zeros_like(images)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1], on the device of the networks; differentiable."""
+        return self.raw(x).clamp(-1, 1)
+
+    def raw(self, x: Tensor) -> Tensor:
+        """As decode, but not clamped."""
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest thing that `x` may be."""
+        return x.clamp(-1, 1)
+
+    def parts(self) -> dict[str, Any]:
+        """Its networks, by their names in a pipeline."""
+        return {}
+
+    def fresh(self) -> Codec:
+        """A codec of the same configuration with new networks: on the meta device it costs nothing."""
+        return self
+
+    def with_decoder(self, spec: str) -> Codec:
+        """A codec of the same latents that decodes faster. Raises UsageError where there is nothing to decode."""
+        raise UsageError(f"--decoder {spec}: for latents, and the teacher's images are pixels", "leave it out")
+
+    def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int) -> tuple[int, int] | None:
+        """(h, w) of pictures whose shorter side has `pixels`, in the aspect ratio of `shape`; None where one size alone is made.
+
+        Raises UsageError where networks that need a `multiple` of h and w cannot make them.
+        """
+        return None
+
+
+class VAECodec(Codec):
+    """Between pictures and the latents z = (encoded - shift) * scale of an AutoencoderKL.
+
+    `vae` may also be an AutoencoderTiny, which has neither scale nor noise.
+    """
+
+    lpips_below = 0  # decoded latents are compared as they are
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        config = vae.config
+        self.scale, self.shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+        self.factor = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.vae.encode(images.to(next(self.vae.parameters()).device)).latent_dist
+        return (found.mean.float() - self.shift) * self.scale, found.std.float() * self.scale
+
+    def raw(self, x: Tensor) -> Tensor:
+        x = x.to(next(self.vae.parameters()).device) / self.scale + self.shift
+        count = max(1, AT_A_TIME // (x.shape[-1] * x.shape[-2] * self.factor**2))
+        return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in x.split(count)])
+
+    def project(self, x: Tensor) -> Tensor:
+        """Latents have no range."""
+        return x
+
+    def parts(self) -> dict[str, Any]:
+        return {"vae": self.vae}
+
+    def fresh(self) -> VAECodec:
+        return VAECodec(type(self.vae).from_config(self.vae.config))
+
+    def with_decoder(self, spec: str) -> VAECodec:
+        """With an AutoencoderTiny for the same latents, from a folder or by its hub id."""
+        import diffusers
+
+        folder = find(spec, ("config.json", "diffusion_pytorch_model.safetensors"), f"decoder {spec}")
+        tiny = VAECodec(load_network(diffusers.AutoencoderTiny, folder))
+        if (tiny.vae.config.latent_channels, tiny.factor) != (self.vae.config.latent_channels, self.factor):
+            raise UsageError(f"decoder {spec}: for other latents than the teacher's", "taesd is of Stable Diffusion 1 and 2")
+        if tiny.vae.config.out_channels != 3:
+            raise DistillError(f"decoder {spec}: pictures of {tiny.vae.config.out_channels} channels", "colour pictures are read")
+        return tiny
+
+    def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int) -> tuple[int, int]:
+        whole, (_, height, width) = self.factor * multiple, shape
+        sides = [Fraction(pixels * side, min(height, width) * whole) for side in (height, width)]
+        if any(side.denominator > 1 for side in sides):
+            ratio = "" if height == width else f", in the aspect ratio of {width * self.factor}x{height * self.factor}"
+            raise UsageError(f"resolution {pixels}: the autoencoder and the network make multiples of {whole} pixels{ratio}")
+        return int(sides[0]) * multiple, int(sides[1]) * multiple
