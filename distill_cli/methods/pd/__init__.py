@@ -1,1 +1,1 @@
-"""Progressive distillation: a student learns to take two of its teacher's steps in one."""
+"""Progressive distillation (Salimans & Ho 2202.00512)."""

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.denoiser import Condition, Denoiser
+from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import NoiseSchedule, expand
 from distill_cli.errors import UsageError
 
@@ -54,7 +55,7 @@ def coefficients(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def target(
-    teacher: Denoiser, schedule: NoiseSchedule, x: Tensor, t: Tensor, middle: Tensor, end: Tensor, condition: Condition = None
+    teacher: Denoiser, schedule: NoiseSchedule, x: Tensor, t: Tensor, middle: Tensor, end: Tensor, condition: Condition = NOTHING
 ) -> Tensor:
     """The estimate of x0 by which one DDIM step from `t` to `end` arrives where two steps of the teacher do, over `middle` (appendix G).
 
