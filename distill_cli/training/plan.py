@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from distill_cli.models.cost import decoding, evaluation, time_of
+from distill_cli.models.cost import amount, decoding, evaluation, time_of
 from distill_cli.models.model import Model
 from distill_cli.training.objective import Objective
 from distill_cli.training.rehearsal import unmeasured
@@ -35,8 +35,8 @@ def plan(objective: Objective) -> dict[str, Any]:
         "images": steps * config.batch_size,
         "parameters": ", ".join(f"{name} {number:,}" for name, number in parameters.items()),
         "each step": str(calls),
-        "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
-        "memory": f"about {memory / 1e6:.0f} MB of weights, their average, gradients and moments, and the activations",
+        "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
+        "memory": f"about {amount(memory, 'B')} of weights, their average, gradients and moments, and the activations",
     }
     model = unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
     if isinstance(model, Model):
