@@ -32,7 +32,7 @@ SETTINGS = dict(
 can be compared to rounding, where Adam's take the signs of gradients that vanish."""
 STILL = {"dropout": 0.0, "network.dropout": 0.0}
 """Without dropout."""
-UNLIKE = ("env.json", "speed.jsonl")
+UNLIKE = ("env.json", "speed.jsonl", "verified-0.json")
 """Files that tell when and where a run was."""
 
 

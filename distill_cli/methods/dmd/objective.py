@@ -206,7 +206,7 @@ class DMD(Objective):
     def compared(self, made: Model) -> Rows:
         return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         config, size = self.config, self.config.batch_size
         paired = bool(config.pairs is not None and config.regression_weight != 0)
         matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0

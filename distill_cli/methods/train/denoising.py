@@ -57,5 +57,5 @@ class Denoising(Objective):
         assert isinstance(network, NetworkDenoiser)
         return Model(network, self.teacher.conditioner, self.teacher.lineage, self.teacher.sampler)
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         return Calls([Call("teacher", self.config.batch_size)])

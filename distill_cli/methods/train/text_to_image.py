@@ -139,5 +139,5 @@ class TextToImage(Objective):
         trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
         return replace(self.teacher, denoiser=network.denoiser, conditioner=trained)
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         return Calls([Call("teacher", self.config.batch_size)])
