@@ -39,7 +39,7 @@ UNLIKE = ("env.json", "speed.jsonl", "verified-0.json")
 def options(method: Method, family: str) -> dict[str, Any]:
     """What a method is given for a family: keys that its config has, nested ones with dots; Made values are not made yet."""
     own = FAMILIES[family].options
-    asked = {**SETTINGS, **own, "pairs": Made(f"pairs-{family}", None) if FAMILIES[family].pairs is not None else None}  # type: ignore[arg-type]
+    asked = {**SETTINGS, **own, "pairs": Made(f"pairs-{family}", None) if FAMILIES[family].pairs is not None else None}
     found: dict[str, Any] = dict(method.chosen)
     for key in sorted(method.fields & asked.keys()):
         value = asked[key]
