@@ -201,8 +201,8 @@ class Objective:
         """What the command's result says of the result besides where it is: as JSON, and as a line or ''."""
         return {}, ""
 
-    def calls(self) -> Calls:
-        """What a step asks of its networks."""
+    def calls(self, step: int = 0) -> Calls:
+        """What a step asks of its networks, the same in all steps of a phase."""
         raise NotImplementedError
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
