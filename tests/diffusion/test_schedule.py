@@ -44,6 +44,20 @@ def test_zero_terminal_snr():
     assert schedule.sigma(last) == 1
 
 
+@pytest.mark.parametrize(
+    ("schedule", "t"),
+    [
+        (EDMSchedule(), [0.002, 1.7, 80.0]),
+        (TableSchedule.from_config(SD), [0.0, 20.0, 321.5, 999.0]),
+        (FlowSchedule(), [0.1, 0.5, 1.0]),
+        (TableSchedule.from_config({**SD, "rescale_betas_zero_snr": True}), [0.0, 999.0]),
+    ],
+)
+def test_time_inverts_the_noise_level(schedule, t):
+    t = torch.tensor(t, dtype=torch.float64)
+    assert (schedule.time(schedule.sigma(t) / schedule.alpha(t)) - t).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("config", [SD, {**SD, "rescale_betas_zero_snr": True}])
 def test_tables_preserve_the_variance(config):
     schedule, t = TableSchedule.from_config(config), torch.tensor([0.0, 20.0, 321.5, 999.0], dtype=torch.float64)
