@@ -60,11 +60,14 @@ class Pairs:
         self.noise = Draws(2, range(PAIRS)).normal("prior", teacher.shape)
         with torch.no_grad():
             self.x0 = solvers.heun(real, schedule, schedule.prior_std * self.noise, schedule.times(40))
-        made_by = {"teacher_hash": teacher.weights_hash(), "guidance_scale": 1.0, "settings_hash": ""}
-        self.manifest = SimpleNamespace(shape=teacher.shape, classes=[0], **made_by)
+        made_by = {"teacher_hash": teacher.weights_hash(), "guidance_scale": 1.0, "negative_prompt": "", "settings_hash": ""}
+        self.folder, self.manifest = None, SimpleNamespace(shape=teacher.shape, classes=[0], dtype="float32", **made_by)
 
     def __len__(self) -> int:
         return PAIRS
+
+    def prompts(self) -> tuple[str, ...]:
+        return ()
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
         return {"noise": self.noise[indices], "x0": self.x0[indices].float(), "label": torch.zeros(len(indices), dtype=torch.long)}
