@@ -1,4 +1,4 @@
-"""Parts of a model folder as they are read and written: files that are what they should be, tensors that are all there."""
+"""Reading and writing the parts of a model folder: files are checked, and tensors have to be complete."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 STEM = "diffusion_pytorch_model"
 POINTER = b"version https://git-lfs"
-"""What a file begins with that git-lfs has left in the place of a large one."""
+"""The first bytes of a pointer that git-lfs leaves in the place of a large file."""
 HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^(vision_model|visual_projection|text_projection|logit_scale)(\.|$)")
-"""Tensors beside a network's own that say nothing: counters, and the other half of CLIP beside a text encoder."""
+"""Extra tensors that may be ignored: counters, and the image half of CLIP beside a text encoder."""
 RAW = "non_ema"
-"""The variant that holds weights before they were averaged."""
+"""The variant with weights that are not averaged."""
 
 
 def check_file(path: Path) -> None:
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a tokenizer's words are in a folder: transformers makes an empty one of a folder without them."""
+    """Whether a folder has a tokenizer's vocabulary. Without one transformers silently makes an empty tokenizer."""
     return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
 
 
@@ -223,7 +223,7 @@ UNFILLED: ContextVar[bool] = ContextVar("unfilled", default=False)
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Have folders read and checked, and diffusers' networks left without their weights: for a look that takes no memory."""
+    """Read and check folders without loading the weights of diffusers' networks: a trial that takes no memory."""
     token = UNFILLED.set(True)
     try:
         yield
@@ -270,7 +270,7 @@ def own_names(network: Any, kinds: Collection[str]) -> None:
 
 
 def quiet() -> None:
-    """Turn off diffusers' and transformers' bars and warnings: what matters of them is held and said here."""
+    """Turn off the progress bars and warnings of diffusers and transformers; this package has its own checks."""
     import diffusers
     import transformers
 
@@ -280,5 +280,5 @@ def quiet() -> None:
 
 
 def plain(name: str) -> str:
-    """A weight's name in a CLIPTextModel without the prefix that it has in some versions of transformers."""
+    """A weight's name in a CLIPTextModel, without the prefix of some versions of transformers."""
     return name.removeprefix("text_model.")

@@ -1,4 +1,4 @@
-"""What a training run takes, before it begins: counted from its objective, which a dry run builds without weights."""
+"""The cost of a training run, before it begins: counted from its objective, which a dry run builds on the meta device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def plan(objective: Objective) -> dict[str, Any]:
-    """Steps, images, parameters, calls, disk and memory of a run; of a denoiser its arithmetic too."""
+    """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
     config, calls = objective.config, objective.calls()
     steps = sum(phase.steps for phase in objective.phases)
     main = next(iter(objective.trained.values()))
