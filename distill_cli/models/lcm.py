@@ -24,8 +24,7 @@ def _numbers(config: Mapping[str, Any], *keys: str) -> list[float]:
 
 def sampler_of(config: Mapping[str, Any]) -> Sampler:
     """The sampler of a student that knows the `original_inference_steps` times of its training; fewer steps are spread evenly over them."""
-    given = _numbers(config, "num_train_timesteps", "original_inference_steps")
-    count, original = (int(number) for number in given)
+    count, original = map(int, _numbers(config, "num_train_timesteps", "original_inference_steps"))
     if not 1 <= original <= count:
         raise DistillError(f"{SCHEDULER}: original_inference_steps is {original}, not a whole number from 1 to {count}")
     times = tuple(float(k * (count // original) - 1) for k in range(original, 0, -1))
