@@ -1,6 +1,6 @@
 """Consistency models by distillation (cd), training (ct), improved training (ict) and easy tuning (ect).
 
-One objective: the student's estimate of x0 at the noisier time is drawn to a target's estimate at the next less noisy one.
+One objective: the student's estimate of x0 at the noisier time is pulled to a target's estimate at the next less noisy one.
 The methods differ in how the pair of times is drawn, in how the second point is reached (the teacher's ODE, or the data's own
 noise), and in the target: an average of the student (cd, ct) or the student itself (ict, ect).
 """
@@ -53,7 +53,7 @@ def rounds(config: CMConfig) -> bool:
 
 
 class Consistency(Objective):
-    """What the methods share. The student starts from the teacher's weights, or (ct, ict without one) from new ones."""
+    """Shared by the methods. The student starts from the teacher's weights; ct and ict without a teacher start from new ones."""
 
     config: CMConfig
     images: Images

@@ -103,9 +103,9 @@ def load(
 ) -> Model:
     """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
 
-    Without distill.json it gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by its scheduler or else by DDIM; with
-    LCMScheduler it is a one-step student. Of a single file (models/sources/single_file.py) `given` makes the networks, of a class and a
-    part's name, and `changes` go over the scheduler's configuration: the folder is then another's.
+    Without distill.json its sampling is the default of diffusers' pipeline: guidance 7.5, 50 steps of its scheduler, or else of DDIM. With
+    LCMScheduler it is a one-step student. For a single file (models/sources/single_file.py) `given(class, part)` makes the networks, and
+    `changes` override the configuration of the scheduler, which comes from another folder.
     """
     import diffusers
     import transformers
