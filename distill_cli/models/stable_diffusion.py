@@ -64,11 +64,11 @@ def create(
     return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=50, guidance_scale=guidance_scale), codec, config)
 
 
-def load_vae(folder: Path) -> Any:
+def load_vae(folder: Path | str) -> Any:
     """The AutoencoderKL in a folder, or in a run of `distill vae`, float32, on the CPU."""
     import diffusers
 
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    folder = Path(folder, "vae") if Path(folder, "vae").is_dir() else Path(folder)
     vae = load_network(diffusers.AutoencoderKL, folder)
     check_vae(vae, str(folder))
     return vae
