@@ -31,13 +31,13 @@ def edit(
             common.dry_run(config, {"model": f"{config.model} is not there yet: --model"})
     else:
         common.begin_job()
-    from distill_cli.edit.job import run, task_of
+    from distill_cli.edit.job import TASKS, run
     from distill_cli.models import load
     from distill_cli.models.cost import sketched
 
     student = sketched(config.model, dry_run)[0] or load(config.model)
     assert config.out is not None
-    work = task_of(config, student, config.out)
+    work = TASKS[config.task](config, student, config.out)
     common.say_read("edit", student, work)
     work.check()
     if dry_run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from distill_cli.data.pictures import from_uint8
 from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest, printable
-from distill_cli.processes import rank, say_hidden
+from distill_cli.processes import say, say_hidden
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -128,9 +127,9 @@ class Folder:
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
         read, dark = zip(*self.readers.map(self._read, positions), strict=True)
-        if any(dark) and not self.said and rank() == 0:
+        if any(dark) and not self.said:
             self.said = True
-            print(printable(next(filter(None, dark))), file=sys.stderr)
+            say(printable(next(filter(None, dark))))
         images = from_uint8(np.stack(read))
         if self.flip:
             mirrored = draws.uniform("augment") < 0.5

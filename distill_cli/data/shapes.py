@@ -33,8 +33,7 @@ PLACES = {
 """Centres (x, y) in pixels; each coordinate varies by up to 2."""
 BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "pink": (250, 180, 200)}
 SIZE_OFF, PLACE_OFF, COLOUR_OFF = 0.08, 2.0, 12.0
-HELD_BACK = 0.1
-HELD_BACK_SEED = 0
+HELD_BACK, HELD_BACK_SEED = 0.1, 0
 
 
 @dataclass(frozen=True)

@@ -246,11 +246,7 @@ class Interpolate(Task):
 TASKS: dict[str, type[Task]] = {
     "inpaint": Inpaint, "colorize": Colorize, "superres": Superres, "sdedit": SDEdit, "interpolate": Interpolate,
 }  # fmt: skip
-
-
-def task_of(config: EditConfig, model: Model, folder: Path) -> Task:
-    """The task of a `distill edit`. Raises UsageError if the model or the input does not fit."""
-    return TASKS[config.task](config, model, folder)
+"""The tasks of `distill edit`. Making one raises UsageError if the model or the input does not fit."""
 
 
 def run(task: Task) -> dict[str, Any]:

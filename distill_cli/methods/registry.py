@@ -39,6 +39,8 @@ METHODS = (
     Method("ct", "cm", "Train a consistency model from images alone.", "cm.config:CTConfig", "cm.objective:ct", _CM),
     Method("ict", "cm", "Train a consistency model by the improved techniques.", "cm.config:ICTConfig", "cm.objective:ict", _CM),
     Method("ect", "cm", "Tune a teacher into a consistency model.", "cm.config:ECTConfig", "cm.objective:ect", _CM),
+    Method("pd", "pd", "Distil a student of few steps by halving them round by round.", "pd.config:PDConfig", "pd.objective:open",
+           ("teacher", *IMAGES, "first_steps", "last_steps", "guidance_scale")),
     Method("vae", "vae", "Train the autoencoder of a latent model.", "vae.config:VAEConfig", "vae.objective:open", IMAGES),
     Method("classifier", "classifier", "Train the classifier in whose features `distill evaluate` measures.",
            "classifier.config:ClassifierConfig", "classifier.objective:open", IMAGES),

@@ -92,9 +92,8 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     """Make this process's share of the missing images, in part (i, n) of the job. Returns counts and images per second."""
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     samples = Samples(folder, config, model)
-    settings = config.model_dump(
-        mode="json", exclude={"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
-    )
+    apart = {"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
+    settings = config.model_dump(mode="json", exclude=apart)
     settings |= model.conditioner.digests() | {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
     if SOLVERS[sampling.solver].few:
         settings["times"] = model.sampler.times_for(model.denoiser.schedule, sampling.solver, sampling.steps).tolist()

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from distill_cli.config import TrainingConfig
 from distill_cli.data import Images
+from distill_cli.data.images import BUILTIN
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.errors import UsageError
 from distill_cli.models.conditioners import Conditioner
+from distill_cli.models.model import Model
+
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 class Examples:
@@ -25,3 +33,36 @@ class Examples:
         x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
         conditioner, uniform = self.conditioner, draws.uniform("label_dropout")
         return x.to(where), dropped(conditioner(labels), conditioner.null, uniform, self.dropout).to(where)  # one copy, not three
+
+
+def images_of(given: str | None, name: str | None, teacher: Model | None, method: str) -> str:
+    """The set of real images: the one given, else that which the teacher called `name` has learned, where it is at hand."""
+    known = given or (name if name in BUILTIN else teacher.lineage.data if teacher is not None else "")
+    if given or (known and (known in BUILTIN or Path(known).is_dir())):
+        return str(known)
+    raise UsageError(f"--data: {method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits")
+
+
+def check_images(data: str | None, model: Model, images: Images) -> None:
+    """Refuse images of another shape or with other classes than the model's."""
+    channels, *sides = model.shape
+    expected = (channels if model.codec.factor == 1 else 3, *(side * model.codec.factor for side in sides))
+    if tuple(images.shape) != expected:
+        raise UsageError(f"--data {data}: images of {tuple(images.shape)}, the teacher's are {expected}")
+    if model.conditioner.classes and len(images.classes) != len(model.conditioner.classes):
+        raise UsageError(f"--data {data}: {len(images.classes)} classes, the teacher has {len(model.conditioner.classes)}")
+
+
+def without_null(config: ConfigT, teacher: Model | None, asked: bool, why: str = "") -> tuple[ConfigT, str]:
+    """The config without label dropout for a teacher that has classes and no null class, or `why` else, and the line that says so.
+
+    Raises UsageError where label dropout was `asked` for.
+    """
+    dropout: Any = getattr(config, "label_dropout", 0.0)
+    if not why and teacher is not None and teacher.conditioner.classes and teacher.conditioner.null is None:
+        why = f"{teacher.lineage.name} was trained without label dropout: it has no null class"
+    if not why or not dropout:
+        return config, ""
+    if asked:
+        raise UsageError(f"label_dropout {dropout:g}: {why}", "label_dropout=0, or leave it out")
+    return config.model_copy(update={"label_dropout": 0.0}), f"label_dropout 0: {why}"

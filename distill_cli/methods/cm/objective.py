@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.data import Images
-from distill_cli.data.images import BUILTIN, split
+from distill_cli.data.images import split
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
@@ -36,7 +36,7 @@ from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
 from distill_cli.processes import say
 from distill_cli.training.ema import follow
-from distill_cli.training.examples import Examples
+from distill_cli.training.examples import Examples, check_images, images_of, without_null
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
@@ -268,27 +268,6 @@ class ECT(Consistency):
         return t, maths.ect_neighbour(t, stage, config.q, config.k, config.b)
 
 
-def images_of(config: CMConfig, teacher: Model | None) -> str:
-    """The set of real images: the one given, else that which the teacher has learned, where it is at hand."""
-    if config.data:
-        return config.data
-    known = config.teacher if config.teacher in BUILTIN else teacher.lineage.data if teacher is not None else ""
-    if known and (known in BUILTIN or Path(known).is_dir()):
-        return known
-    said = f"--data: method {config.method} learns from real images, and none are given"
-    raise UsageError(said, "--data FOLDER --resolution PIXELS, or --data digits")
-
-
-def without_null(config: CMConfig, teacher: Model | None, asked: bool) -> tuple[CMConfig, str]:
-    """The config without label dropout for a teacher that has no null class, and a line that says so; refused where it was `asked` for."""
-    if teacher is None or not teacher.conditioner.classes or teacher.conditioner.null is not None or not config.label_dropout:
-        return config, ""
-    why = f"{teacher.lineage.name} was trained without label dropout: it has no null class"
-    if asked:
-        raise UsageError(f"label_dropout {config.label_dropout:g}: {why}", "label_dropout=0, or leave it out")
-    return config.model_copy(update={"label_dropout": 0.0}), f"label_dropout 0: {why}"
-
-
 def new(config: NewConfig, images: Images) -> Model:
     """A student with random weights."""
     check_resolution(images.shape[-1], config.network)
@@ -309,10 +288,7 @@ def check(config: CMConfig, start: Model, images: Images) -> EDMSchedule:
     schedule = start.denoiser.schedule
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
-    if tuple(images.shape) != start.shape:
-        raise UsageError(f"--data {config.data}: images of {tuple(images.shape)}, the teacher's are {start.shape}")
-    if start.conditioner.classes and len(images.classes) != len(start.conditioner.classes):
-        raise UsageError(f"--data {config.data}: {len(images.classes)} classes, the teacher has {len(start.conditioner.classes)}")
+    check_images(config.data, start, images)
     return schedule
 
 
@@ -331,7 +307,7 @@ def opened(kind: type[Consistency], config: CMConfig, job: Job) -> Objective:
     config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set)
     if said:
         say(said)
-    config = config.model_copy(update={"data": images_of(config, teacher)})
+    config = config.model_copy(update={"data": images_of(config.data, config.teacher, teacher, f"method {config.method}")})
     objective = kind(config, teacher, images := job.images(config, teacher))
     if job.dry_run:
         return objective

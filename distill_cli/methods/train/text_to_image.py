@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -56,9 +57,9 @@ class Latents:
                 parts.append([each.cpu() for each in codec.encode(x)])
         self.means, self.spreads = map(torch.cat, zip(*parts, strict=True))
 
-    def batch(self, positions: list[int], noise: Tensor) -> Tensor:
+    def batch(self, positions: Sequence[int], noise: Tensor) -> Tensor:
         """Latents (B, c, h, w) at positions, drawn by standard-normal `noise`."""
-        return self.means[positions] + self.spreads[positions] * noise
+        return self.means[list(positions)] + self.spreads[list(positions)] * noise
 
 
 class TextToImage(TeacherObjective):

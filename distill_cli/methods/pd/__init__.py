@@ -1,0 +1,1 @@
+"""Progressive distillation (Salimans & Ho 2202.00512)."""

@@ -1,0 +1,254 @@
+"""Progressive distillation (Salimans & Ho 2202.00512): each round's student makes in one DDIM step what its teacher makes in two.
+
+A round's student begins as its teacher, and its average is the next round's teacher, so the steps are halved from round to round.
+Students keep the teacher's parameterisation. Dropout is off everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.data import Images
+from distill_cli.data.images import Captioned, split
+from distill_cli.data.prompts import in_turn
+from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.losses import distance, regression_loss
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.schedule import add_noise
+from distill_cli.errors import UsageError
+from distill_cli.launch import preparing
+from distill_cli.methods.pd import maths
+from distill_cli.methods.pd.config import PDConfig
+from distill_cli.methods.train.text_to_image import Latents
+from distill_cli.models import load
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler, Sampling
+from distill_cli.pairs.store import MANIFEST, PairStore
+from distill_cli.processes import say
+from distill_cli.runs import Run
+from distill_cli.training.ema import follow
+from distill_cli.training.examples import Examples, check_images, images_of, without_null
+from distill_cli.training.job import Job
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Rows, phase_at, refuse_student, student_of
+
+SHOWN = 4
+"""Most steps of the students in the comparison."""
+
+
+def open(config: PDConfig, job: Job) -> Objective:
+    """Read the teacher and what noise is added to; label dropout and data of the config become what they are by default."""
+    teacher = job.teacher(config.teacher, config.device)
+    refuse_student(teacher, config.teacher, "pd")
+    sampling = teacher.with_defaults(None, None, config.guidance_scale)
+    why = f"guidance {sampling.guidance_scale:g} goes into the student, which has no null class" if sampling.guidance_scale != 1 else ""
+    config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set, why)
+    if said:
+        say(said)
+    if config.data and (Path(config.data) / MANIFEST).is_file():
+        store = PairStore(Path(config.data), config.out)
+        job.say_read(teacher, store)
+        if not job.dry_run:
+            store.verify()
+        return Progressive(config, teacher, sampling, store)
+    config = config.model_copy(update={"data": images_of(config.data, config.teacher, teacher, "pd")})
+    return Progressive(config, teacher, sampling, job.images(config, teacher))
+
+
+class Stored:
+    """The images of pairs as a set: x0 and labels, of classes or positions of prompts."""
+
+    def __init__(self, store: PairStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
+        pairs = self.store.batch(positions)
+        return pairs["x0"], pairs["label"]
+
+
+class Encoded:
+    """The latents of captioned images as a set; labels are positions of captions."""
+
+    def __init__(self, latents: Latents, count: int) -> None:
+        self.latents, self.count = latents, count
+
+    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
+        noise = draws.normal("augment", self.latents.means.shape[1:])
+        return self.latents.batch(positions, noise), torch.tensor(positions) % self.count
+
+
+class Progressive(Objective):
+    """The objective: a phase for each round, whose teacher is kept in checkpoints."""
+
+    config: PDConfig
+    order: Order
+
+    def __init__(self, config: PDConfig, teacher: Model, sampling: Sampling, source: Images | PairStore) -> None:
+        super().__init__(config, "student")
+        self.rounds = maths.rounds(config.first_steps, config.last_steps)
+        """Steps of the student of each round."""
+        last = len(self.rounds) - 1
+        parts = zip(self.rounds, shared(config, len(self.rounds)), strict=True)
+        self.phases = [Phase(count, f"student-{n}" if k < last else "student", anew=True) for k, (n, count) in enumerate(parts)]
+        self.teacher_hash = teacher.weights_hash()
+        self.identity["teacher"] = self.teacher_hash
+        self.store = source if isinstance(source, PairStore) else None
+        self.images = None if isinstance(source, PairStore) else source
+        self.captioned = self.images is not None and teacher.conditioner.takes == "prompts"
+        self.teacher = prompted(config, teacher, source)
+        folder, dtype = (config.out or Path(), "float16") if self.store is None else (self.store.folder, self.store.manifest.dtype)
+        if self.teacher_hash:  # a plan has no embeddings
+            self.identity |= self.teacher.conditioner.digests()
+            self.teacher = replace(self.teacher, conditioner=self.teacher.conditioner.stored(folder, dtype))
+        if self.store is not None:
+            self.identity["data"] = self.store.manifest.settings_hash
+        self.schedule, self.sampling, self.guidance = teacher.denoiser.schedule, sampling, sampling.guidance_scale
+        self.spacing = config.spacing or ("angle" if self.schedule.bins is None else "schedule")
+        self.grid = maths.grid(self.schedule, config.first_steps, self.spacing)
+        start = self.teacher.copy().denoiser.eval().requires_grad_(True)
+        self.trained["student"] = Full(start, config.lr)
+        self.kept["teacher"] = copy.deepcopy(start).requires_grad_(False)
+        self.frozen |= teacher.codec.parts()
+        variants = config.variants if self.captioned else 1
+        some, _ = split(source, config.holdout, config.seed)  # type: ignore[arg-type]
+        self.seen = [k * len(source) + position for k in range(variants) for position in some]
+        self.order = Order(config.seed, len(self.seen))
+
+    def prepare(self, where: torch.device, run: Run) -> None:
+        """Encode captioned images, and make the embeddings of prompts that are missing; the text encoder is on the CPU then."""
+        source: Any = self.images if self.store is None else Stored(self.store)
+        if self.store is not None:
+            self.store.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
+        with preparing(where, f"resume with --resume {run.folder}") as stop:
+            if self.images is not None and self.captioned:
+                latents = Latents(self.images, self.teacher.codec, where, self.config.variants, self.config.seed, stop)
+                source = Encoded(latents, len(self.images))
+            self.teacher.conditioner.complete(where, stop)
+        self.examples = Examples(source, self.order, self.teacher.conditioner, self.config.label_dropout, self.seen)
+
+    def times(self, number: int) -> Tensor:
+        """(2 N + 1,) float64 times of the teacher of a round, the last of them END; every second one is the student's."""
+        return self.grid[:: 2**number]
+
+    def before(self, step: int) -> None:
+        """In the first step of a round the student, which is the average of the round before, becomes its teacher."""
+        self.number = phase_at(self.phases, step)
+        if self.number and step == sum(phase.steps for phase in self.phases[: self.number]):
+            follow(self.kept["teacher"], self.network("student"), 1.0)
+
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        x, condition = self.examples.batch(draws, self.device)
+        times, count = self.times(self.number), self.rounds[self.number]
+        index = (draws.uniform("time") * count).long().clamp(max=count - 1)
+        t, middle, end = (times[2 * index + k].to(x) for k in range(3))
+        noisy = add_noise(self.schedule, x, draws.normal("noise", x.shape[1:]).to(x), t)
+        guidance = 1 if self.number else self.sampling.guidance_scale
+        teacher = guided(self.kept["teacher"], guidance, self.teacher.conditioner.null)
+        with torch.no_grad():
+            target = maths.target(teacher, self.schedule, noisy, t, middle, end, condition)
+        torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it (pytorch issue 112583)
+        estimate = self.network("student")(noisy, t, condition)
+        squared = distance("l2", estimate, target, 0.0)
+        if self.config.loss == "huber":
+            loss = regression_loss("huber", estimate, target)
+        else:
+            loss = maths.weight(self.config.loss, self.schedule, t).to(x) * squared
+        yield Loss("student", loss.mean(), {"x0_error": squared.mean(), "student_steps": squared.new_tensor(float(count))})
+
+    def model(self, network: nn.Module, step: int) -> Model:
+        """The student of the round in which the last of `step` steps was made.
+
+        One of diffusers' own times is sampled by diffusers' DDIM, which has them where its whole steps are as long as ours.
+        """
+        assert isinstance(network, NetworkDenoiser)
+        number = phase_at(self.phases, max(0, step - 1))
+        times, bins = self.times(number)[:-1:2].tolist(), self.schedule.bins
+        theirs = bins is not None and self.spacing == "schedule" and bins % len(times) == 0
+        scheduler = self.teacher.scheduler
+        if scheduler is not None:
+            scheduler = {**scheduler, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True}
+        return replace(
+            self.teacher,
+            denoiser=network,
+            conditioner=self.teacher.conditioner.taught(self.learned, null=bool(self.config.label_dropout)),
+            lineage=student_of(self.teacher.lineage, "pd", self.teacher_hash, self.config.data or "" if self.store is None else ""),
+            sampler=Sampler.walking("ddim" if theirs else "euler", times),
+            scheduler=scheduler,
+        )
+
+    @property
+    def learned(self) -> list[int] | None:
+        """The classes of pairs that are of some alone."""
+        classes = sorted(self.store.manifest.classes) if self.store is not None else []
+        return classes if 0 < len(classes) < len(self.teacher.conditioner.classes) else None
+
+    def compared(self, made: Model) -> Rows:
+        """The teacher at its steps, and the students of few steps."""
+        n = self.config.first_steps
+        teacher = replace(self.teacher, sampler=Sampler.walking("euler", self.grid[:-1].tolist()))
+        asked = Sampling(solver="euler", steps=n, guidance_scale=self.sampling.guidance_scale)
+        rows = {f"teacher, {n} steps": (teacher.to(next(made.denoiser.parameters()).device), asked)}
+        for count, phase in zip(self.rounds, self.phases, strict=True):
+            if phase is self.phases[-1] or count <= SHOWN:
+                student = made if phase is self.phases[-1] else self.student_in(phase, made)
+                rows[f"student, {count} step{'s' * (count > 1)}"] = (student, student.sampling)
+        return rows
+
+    def student_in(self, phase: Phase, like: Model) -> Model:
+        """The student that a round has left in the run's folder, where `like` is, with its other networks."""
+        assert self.config.out is not None
+        found = load(str(self.config.out / phase.result))
+        denoiser = found.denoiser.to(next(like.denoiser.parameters()).device)
+        return replace(like, denoiser=denoiser, sampler=found.sampler, scheduler=found.scheduler)
+
+    def remarks(self, made: Model) -> tuple[dict[str, Any], str]:
+        folders = {
+            str(n): str(self.config.out / phase.result) for n, phase in zip(self.rounds, self.phases, strict=True) if self.config.out
+        }
+        return {"students": folders}, f"--model {self.config.out} --steps {'|'.join(folders)} takes the student of a round"
+
+    def calls(self) -> Calls:
+        """Those of the first round, whose teacher may be guided; later ones are not."""
+        size, asked = self.config.batch_size, 2 if self.guidance == 1 else 4
+        return Calls([Call("student", size)], [Call("teacher", size)] * asked)
+
+
+def shared(config: PDConfig, count: int) -> list[int]:
+    """The optimizer steps of each of `count` rounds."""
+    shares = config.shares or [1.0] * count
+    if len(shares) != count:
+        raise UsageError(f"shares: {len(shares)} numbers for {count} rounds, from {config.first_steps} steps to {config.last_steps}")
+    ends = [round(config.steps * sum(shares[:k]) / sum(shares)) for k in range(count + 1)]
+    steps = [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    if min(steps) < 1:
+        raise UsageError(f"--steps {config.steps}: too few for {count} rounds")
+    return steps
+
+
+def prompted(config: PDConfig, teacher: Model, source: Images | PairStore) -> Model:
+    """The teacher at the size and for the prompts of what noise is added to. Raises UsageError for what it has not learned."""
+    takes = teacher.conditioner.takes == "prompts"
+    if isinstance(source, PairStore):
+        manifest = source.manifest
+        if teacher.codec.factor > 1:
+            teacher = replace(teacher, size=manifest.shape[1:])
+        if tuple(manifest.shape) != teacher.shape or bool(manifest.prompts) != takes:
+            told = "prompts" if manifest.prompts else f"{len(manifest.classes)} classes"
+            raise UsageError(f"--data {config.data}: pairs of {tuple(manifest.shape)} and {told}, the teacher's are {teacher.shape}")
+        return teacher.with_prompts(in_turn(source.prompts(), len(source)), manifest.negative_prompt) if takes else teacher
+    check_images(config.data, teacher, source)
+    if not takes:
+        return teacher
+    if not isinstance(source, Captioned):
+        raise UsageError(f"--data {config.data}: has no captions", "give a folder of `distill pairs`, which has prompts")
+    return teacher.with_prompts(source.captions(range(len(source))))
