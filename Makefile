@@ -31,7 +31,7 @@ lint: $(VENV)/tools
 	$(VENV)/bin/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadgroup
 	$(VENV)/bin/python -m pytest -m slow
 
 gpu: $(VENV)/ready

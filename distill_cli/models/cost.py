@@ -87,7 +87,8 @@ def time_of(flop: float) -> str:
     return f"{amount(flop)}, {flop / RATE / 3600:,.3g} GPU-hours at {amount(RATE)}/s (a guess at an A100 in bf16)"
 
 
-def amount(flop: float) -> str:
-    """FLOP with their unit."""
-    exponent = max(1, min(6, int(math.log10(max(flop, 1)) // 3)))
-    return f"{flop / 1000**exponent:.3g} {' kMGTPE'[exponent]}FLOP"
+def amount(number: float, unit: str = "FLOP") -> str:
+    """FLOP or bytes, three digits with their unit."""
+    number = float(f"{max(number, 1):.3g}")
+    exponent = max(1, min(6, int(math.log10(number) // 3)))
+    return f"{number / 1000**exponent:.3g} {' kMGTPE'[exponent]}{unit}"

@@ -64,11 +64,12 @@ def create(
     return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=50, guidance_scale=guidance_scale), codec, config)
 
 
-def load_vae(folder: Path | str) -> Any:
+def load_vae(name: str | Path) -> Any:
     """The AutoencoderKL in a folder, or in a run of `distill vae`, float32, on the CPU."""
     import diffusers
 
-    folder = Path(folder, "vae") if Path(folder, "vae").is_dir() else Path(folder)
+    folder = Path(name)
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
     vae = load_network(diffusers.AutoencoderKL, folder)
     check_vae(vae, str(folder))
     return vae

@@ -201,8 +201,8 @@ class Objective:
         """What the command prints about the result besides its folder: as JSON, and as a line or ''."""
         return {}, ""
 
-    def calls(self) -> Calls:
-        """The network calls of a step."""
+    def calls(self, step: int = 0) -> Calls:
+        """The network calls of a step; the same in all steps of a phase."""
         raise NotImplementedError
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:

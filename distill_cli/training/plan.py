@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
-from distill_cli.models.cost import decoding, evaluation, time_of
+from distill_cli.models.cost import amount, decoding, evaluation, time_of
 from distill_cli.models.model import Model
 from distill_cli.training.objective import Objective
 from distill_cli.training.rehearsal import unmeasured
@@ -19,8 +20,10 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 
 def plan(objective: Objective) -> dict[str, Any]:
     """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
-    config, calls = objective.config, objective.calls()
-    steps = sum(phase.steps for phase in objective.phases)
+    config, phases = objective.config, objective.phases
+    ends = list(accumulate(phase.steps for phase in phases))
+    steps, calls = ends[-1], [objective.calls(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
+    changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if later != one]
     main = next(iter(objective.trained.values()))
     networks = {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
     parameters = {name: count(network.parameters()) for name, network in networks.items()}
@@ -32,12 +35,13 @@ def plan(objective: Objective) -> dict[str, Any]:
         "steps": steps,
         "images": steps * config.batch_size,
         "parameters": ", ".join(f"{name} {parameters[name]:,}" for name in sorted(parameters, key=lambda name: name != "teacher")),
-        "each step": str(calls),
-        "disk": f"about {checkpoint * config.keep / 1e6:.0f} MB of checkpoints",
-        "memory": f"about {memory / 1e6:.0f} MB of weights, their average, gradients and moments, and the activations",
+        "each step": "; ".join([str(calls[0]), *(f"after step {step} {said}" for step, said in changes)]),
+        "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
+        "memory": f"about {amount(memory, 'B')} of weights, their average, gradients and moments, and the activations",
     }
     model = unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
     if isinstance(model, Model):
-        decoded = 3 * calls.decoded * decoding(model) if calls.decoded else 0
-        out["arithmetic"] = time_of(steps * (calls.evaluations() * evaluation(model) + decoded))
+        one, picture = evaluation(model), decoding(model) if any(each.decoded for each in calls) else 0
+        asked = [each.evaluations() * one + 3 * each.decoded * picture for each in calls]
+        out["arithmetic"] = time_of(sum(phase.steps * flop for phase, flop in zip(phases, asked, strict=True)))
     return out

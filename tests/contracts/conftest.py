@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+HERE = Path(__file__).parent
+
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the pairs marked `contracts_all`, unless -m names that mark."""
+    """Leave out the pairs marked `contracts_all`, unless -m names that mark. Tests that share a run are for one process of pytest-xdist."""
+    for item in items:
+        if item.get_closest_marker("parametrize") and item.path.parent == HERE and {"method", "family"} <= item.callspec.params.keys():
+            item.add_marker(pytest.mark.xdist_group("-".join(item.callspec.params[key] for key in ("method", "family"))))
     if "contracts_all" not in (config.option.markexpr or ""):
         left_out = [item for item in items if item.get_closest_marker("contracts_all")]
         items[:] = [item for item in items if item not in left_out]

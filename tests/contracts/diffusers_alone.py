@@ -1,8 +1,10 @@
-"""The pictures that plain diffusers makes of a folder, by its pipeline's name; what only our sampler does is left out."""
+"""The pictures that plain diffusers makes by the program that stands in a model's card."""
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,51 +12,25 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.noise import Draws
 
+def pictures(folder: Path, noise: Tensor, labels: list[int], prompts: list[str]) -> Tensor | None:
+    """(B, C, H, W) in [-1, 1], of `noise` (B, C, H, W): the card's program for several pictures; None where the card has none.
 
-def asked(model: Any) -> Any:
-    """How a model is sampled."""
-    return getattr(model, "sampler", None) or model.sampling
-
-
-def consistency(pipeline: Any, model: Any, draws: Draws, labels: Tensor) -> Tensor:
-    classes = labels.tolist() if pipeline.unet.config.num_class_embeds else None
-    made = pipeline(
-        batch_size=len(labels), class_labels=classes, num_inference_steps=asked(model).steps, latents=draws.normal("prior", model.shape),
-        output_type="pt",
-    )  # fmt: skip
-    return torch.as_tensor(made.images)
-
-
-def stable_diffusion(pipeline: Any, model: Any, draws: Draws, labels: Tensor) -> Tensor:
-    prompts = [model.text.prompts[k] for k in labels.tolist()]
-    made = pipeline(
-        prompts, latents=draws.normal("prior", model.shape), num_inference_steps=asked(model).steps,
-        guidance_scale=asked(model).guidance_scale, output_type="pt",
-    )  # fmt: skip
-    return made.images
-
-
-def ddpm(pipeline: Any, model: Any, draws: Draws, labels: Tensor) -> Tensor | None:
-    """The pipeline takes no noise, so it is given it from behind; it takes no classes at all."""
-    if pipeline.unet.config.num_class_embeds:
+    A pipeline that takes no noise is given it from behind.
+    """
+    found = re.search(r"```python\n(.*?)^pipeline\((.*)\)\.images\[0\]", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    if found is None:
         return None
-    module = import_module(type(pipeline).__module__)
-    with patch.object(module, "randn_tensor", lambda *_, **__: draws.normal("prior", model.shape)):
-        made = pipeline(batch_size=len(labels), num_inference_steps=asked(model).steps, output_type="np")
-    return torch.from_numpy(made.images).permute(0, 3, 1, 2)
-
-
-BY_PIPELINE = {"ConsistencyModelPipeline": consistency, "DDPMPipeline": ddpm, "StableDiffusionPipeline": stable_diffusion}
-
-
-def pictures(folder: Path, model: Any, draws: Draws, labels: Tensor) -> Tensor | None:
-    """(B, C, H, W) in [-1, 1], of the noise of `draws`; None where diffusers has no way to make them."""
-    import diffusers
-
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    space: dict[str, Any] = {"asked": lambda *one, **named: (one, named)}
+    exec(found[1].replace("FOLDER", str(folder)), space)
+    pipeline = space["pipeline"]
     pipeline.set_progress_bar_config(disable=True)
-    how = BY_PIPELINE.get(type(pipeline).__name__)
-    made = None if how is None else how(pipeline, model, draws, labels)
-    return None if made is None else made * 2 - 1
+    positional, named = eval(f"asked({found[2]})", space)
+    assert positional in ((), ("PROMPT",))
+    known = signature(type(pipeline).__call__).parameters
+    given = {"batch_size": len(labels), "class_labels": labels, "prompt": prompts, "latents": noise}
+    wanted = {"batch_size", "latents", *named} | ({"prompt"} if positional else set())
+    named |= {key: value for key, value in given.items() if key in known and key in wanted} | {"output_type": "np"}
+    with patch.object(import_module(type(pipeline).__module__), "randn_tensor", lambda *_, **__: noise.clone(), create=True):
+        made = pipeline(**named)
+    return torch.from_numpy(made.images).permute(0, 3, 1, 2) * 2 - 1

@@ -35,15 +35,16 @@ def pixels(prediction: str) -> Made:
 
     def make(place: Path) -> None:
         from distill_cli.diffusion.schedule import TableSchedule
-        from distill_cli.models import pixel
-        from distill_cli.models.model import Lineage
+        from distill_cli.models import formats, pixel
+        from distill_cli.models.lineage import Lineage
 
-        pixel.create(
+        model = pixel.create(
             resolution=16, channels=[8, 16], attention=[False, True], groups=4, head=8,
             classes=[str(i) for i in range(10)] if prediction == "v" else [],
             schedule=TableSchedule.from_config(BETAS[prediction]),
             parameterisation=prediction, lineage=Lineage(name=place.name, data="digits"), seed=1,
-        ).save(place)  # fmt: skip
+        )  # fmt: skip
+        formats.save(model, place)
 
     return Made(f"tiny-{prediction}", make)
 

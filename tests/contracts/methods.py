@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from pydantic import BaseModel
+
+from distill_cli.methods.registry import METHODS, load
 
 
 @dataclass(frozen=True)
@@ -26,32 +26,10 @@ class Method:
 
 def listed() -> dict[str, Method]:
     """Every method, by name; of a command that has several the key `method` names one."""
-    if find_spec("distill_cli.methods.registry") is None:
-        return stub()
-    registry = import_module("distill_cli.methods.registry")
-    commands = [method.command for method in registry.METHODS]
+    commands = [method.command for method in METHODS]
     return {
-        each.name: Method(each.name, each.command, class_of(each.config), {"method": each.name} if commands.count(each.command) > 1 else {})
-        for each in registry.METHODS
+        each.name: Method(
+            each.name, each.command, load(f"methods.{each.config}"), {"method": each.name} if commands.count(each.command) > 1 else {}
+        )
+        for each in METHODS
     }
-
-
-def class_of(spec: str) -> type[BaseModel]:
-    """The class that "room.module:Class" names, of the folder of methods."""
-    module, _, name = spec.partition(":")
-    found: type[BaseModel] = getattr(import_module(f"distill_cli.methods.{module}"), name)
-    return found
-
-
-def stub() -> dict[str, Method]:
-    """The methods of the time before there was a registry."""
-    from distill_cli import config
-
-    methods = [
-        Method("train", "train", config.TrainConfig),
-        Method("dmd", "dmd", config.DMDConfig),
-        *(Method(name, "cm", config.CMConfig, {"method": name}) for name in ("cd", "ct", "ict", "ect")),
-        Method("vae", "vae", config.VAEConfig),
-        Method("classifier", "classifier", config.ClassifierConfig),
-    ]
-    return {method.name: method for method in methods}

@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,15 +21,18 @@ from tests.contracts.methods import Method, listed
 
 METHODS = listed()
 STEPS = 5
+LOOKED = 3
+"""The step after which runs are compared inside: a method whose networks begin alike learns nothing from their difference in the first."""
 SETTINGS = dict(
-    steps=STEPS, batch_size=4, seed=3, device="cpu", lr=1e-3, log_every=2, save_every=3, sample_every=0, keep=3, ema_halflife=20,
-    warmup_steps=2, dropout=0.1, width=8,
+    steps=STEPS, batch_size=4, seed=3, device="cpu", lr=1e-3, optimizer="radam", log_every=2, save_every=2, sample_every=0,
+    keep=3, ema_halflife=20, warmup_steps=2, dropout=0.1, width=8,
     network=dict(channels=[8, 16], attention=[False, True], groups=4, head=8, latent_channels=4, dropout=0.1),
 )  # fmt: skip
-"""Values of config keys: a method gets those that its config has."""
+"""Values of config keys: a method gets those that its config has. RAdam's first steps are linear in the gradients, so that weights
+can be compared to rounding, where Adam's take the signs of gradients that vanish."""
 STILL = {"dropout": 0.0, "network.dropout": 0.0}
 """Without dropout."""
-UNLIKE = ("env.json", "speed.jsonl")
+UNLIKE = ("env.json", "speed.jsonl", "verified-0.json")
 """Files that tell when and where a run was."""
 
 
@@ -91,17 +95,18 @@ class Seen:
     steps: int = 0
     result: Any = None
     parameters: dict[str, int] = field(default_factory=dict)
-    forwards: Counter = field(default_factory=Counter)
-    """Of one step: images that went through each network, by ("name", whether with a gradient)."""
-    first: dict[str, float] = field(default_factory=dict)
-    """Metrics of the first step."""
-    result_name: str = ""
-    """The folder of the result in the run."""
-    frozen: frozenset[str] = frozenset()
+    forwards: list[Counter] = field(default_factory=list)
+    """Of each step: images that went through each network, by ("name", whether with a gradient)."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Those of step LOOKED."""
+    results: dict[str, int] = field(default_factory=dict)
+    """Folders of the results in the run, and the step at which each is made."""
     main: str = ""
     """The network whose average is the result."""
     start: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Weights before the first step."""
+    moved: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Weights after step LOOKED."""
 
 
 @contextmanager
@@ -119,39 +124,47 @@ def watched(seen: Seen, again: bool = False):
     Engine = engine_module.Engine
     step, train = Engine.train_step, Engine.train
 
-    def counted(engine: Any) -> dict[int, str]:
-        frozen = engine.objective.frozen
-        if not isinstance(frozen, dict):
-            frozen = {f"frozen {k}": network for k, network in enumerate(frozen)}
-        named = {**frozen, **engine.objective.kept, **engine.plain}
-        seen.parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in named.items()}
-        seen.main, seen.frozen = engine.main, frozenset(frozen)
-        seen.start = {name: {key: value.clone() for key, value in network.state_dict().items()} for name, network in engine.plain.items()}
-        return {id(network): name for name, network in named.items()}
+    def weights(networks: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {name: {key: value.clone() for key, value in network.state_dict().items()} for name, network in networks.items()}
+
+    def begin(engine: Any) -> None:
+        objective = engine.objective
+        prepare, networks = objective.prepare, {**objective.frozen, **objective.kept, **engine.plain}
+        seen.parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        seen.main, seen.start = engine.main, weights(engine.plain)
+
+        def prepared(*arguments: Any) -> None:
+            prepare(*arguments)
+            seen.forwards[-1].clear()  # no part of a step
+
+        objective.prepare = prepared
 
     def train_step(engine: Any) -> None:
-        hook = None
-        if seen.steps == 0:
-            names = counted(engine)
+        if not seen.steps:
+            begin(engine)
+        objective = engine.objective
+        names = {id(network): name for name, network in {**objective.frozen, **objective.kept, **engine.plain}.items()}
+        seen.forwards.append(Counter())
 
-            def count(module: Any, arguments: Any) -> None:
-                if id(module) in names:
-                    seen.forwards[names[id(module)], torch.is_grad_enabled()] += len(arguments[0])
+        def count(module: Any, arguments: Any) -> None:
+            if id(module) in names:
+                seen.forwards[-1][names[id(module)], torch.is_grad_enabled()] += len(arguments[0])
 
-            hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
         try:
             step(engine)
         finally:
-            if hook is not None:
-                hook.remove()
-        if not seen.steps:
-            seen.first = {name: float(total / count) for name, (total, count) in engine.window.items()}
+            hook.remove()
         seen.steps += 1
+        if seen.steps == LOOKED:
+            seen.metrics = {name: float(total / count) for name, (total, count) in engine.window.items()}
+            seen.moved = weights(engine.plain)
         if seen.steps == seen.stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def whole(engine: Any) -> Any:
-        seen.result_name = engine.objective.result
+        phases = engine.objective.phases
+        seen.results = dict(zip([phase.result for phase in phases], accumulate(phase.steps for phase in phases), strict=True))
         seen.result = train(engine)
         return seen.result
 
@@ -159,7 +172,7 @@ def watched(seen: Seen, again: bool = False):
         stack.enter_context(patch.object(Engine, "train_step", train_step))
         stack.enter_context(patch.object(Engine, "train", whole))
         stack.enter_context(patch.object(Model, "shown", 4))
-        if again and hasattr(engine_module, "rehearse"):
+        if again:
             stack.enter_context(patch.object(engine_module, "rehearse"))
         AcceleratorState._reset_state(True)  # accelerate keeps one precision a process
         yield
@@ -185,6 +198,17 @@ def hashes(folder: Path) -> dict[str, str]:
     """Every file's SHA-256: weights, averages, optimizers, metrics, pictures, the result."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in UNLIKE]
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def apart(one: dict[str, Any], other: dict[str, Any], start: dict[str, Any]) -> float:
+    """How far two states of a network are from each other, as a share of how far they are from where both began."""
+    import torch
+
+    assert one.keys() == other.keys()
+    floating = [key for key, value in one.items() if value.is_floating_point()]
+    between, moved = (torch.cat([(one[key] - each[key]).double().flatten() for key in floating]).norm() for each in (other, start))
+    assert moved > 0
+    return float(between / moved)
 
 
 def lines(run: Path) -> list[dict[str, float]]:

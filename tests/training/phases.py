@@ -62,7 +62,7 @@ class Halving(Objective):
     def model(self, network, step):
         return Saved(network, step)
 
-    def calls(self):
+    def calls(self, step=0):
         return Calls([Call("student", 4)], [Call("teacher", 4)])
 
 

@@ -73,5 +73,5 @@ class Classification(Objective):
         said = f"accuracy on {count} images held out: {accuracy:.4f}" if accuracy is not None else ""
         return {"accuracy": accuracy, "held_out": count}, said
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         return Calls([Call("classifier", self.config.batch_size)])

@@ -145,7 +145,7 @@ class Consistency(Objective):
         """Networks that a step calls without gradient, in order."""
         return ["student"]
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         size = self.config.batch_size
         return Calls([Call("student", size)], [Call(name, size) for name in self.asked()])
 

@@ -201,7 +201,7 @@ class DMD(Objective):
     def compared(self, made: Model) -> Rows:
         return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         config, size, paired = self.config, self.config.batch_size, bool(self.regression_weight)
         matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
         trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []

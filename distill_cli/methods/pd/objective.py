@@ -217,9 +217,9 @@ class Progressive(Objective):
         }
         return {"students": folders}, f"--model {self.config.out} --steps {'|'.join(folders)} takes the student of a round"
 
-    def calls(self) -> Calls:
-        """Those of the first round, whose teacher may be guided; later ones are not."""
-        size, asked = self.config.batch_size, 2 if self.guidance == 1 else 4
+    def calls(self, step: int = 0) -> Calls:
+        """The first round's teacher may be guided; later ones are not."""
+        size, asked = self.config.batch_size, 2 if self.guidance == 1 or phase_at(self.phases, step) else 4
         return Calls([Call("student", size)], [Call("teacher", size)] * asked)
 
 

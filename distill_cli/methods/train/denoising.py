@@ -38,7 +38,7 @@ class TeacherObjective(Objective):
         error = "velocity" if self.config.prediction == "v" else "noise"
         yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=error).mean())
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         return Calls([Call("teacher", self.config.batch_size)])
 
 

@@ -64,5 +64,5 @@ class Autoencoding(Objective):
         network.vae.register_to_config(scaling_factor=round(float(variance.rsqrt()), 5))
         return network
 
-    def calls(self) -> Calls:
+    def calls(self, step: int = 0) -> Calls:
         return Calls([Call("vae", self.config.batch_size)])
