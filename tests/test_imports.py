@@ -1,6 +1,7 @@
 """Who may import whom: floor by floor, always downwards, over the syntax trees; files stay short; no torch for --help."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,23 @@ def test_imports_go_downwards(path):
         if mine == "methods" and other == "pairs":
             assert len(parts) < 3 or parts[2] == "store", "methods know the store alone"
         assert not (mine in ("methods", "training") and other in ("sample", "edit"))
+
+
+def test_no_circle_of_files():
+    """Deferred imports are counted, those for type checkers alone are not; a package stands for its __init__.py."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    graph = {name: set() for name in names}
+    for name, path in names.items():
+        todo = [ast.parse(path.read_text())]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, ast.ImportFrom):
+                found = (f"{node.module}.{alias.name}" for alias in node.names)
+                graph[name] |= {whole if whole in names else node.module for whole in found} & names.keys()
+            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+                todo += ast.iter_child_nodes(node)
+    assert graph["distill_cli.cli.app"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

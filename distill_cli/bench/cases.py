@@ -1,9 +1,9 @@
-"""What is timed: each command against the calls of its networks alone.
+"""The timed cases: each command against the bare calls of its networks.
 
-The bare calls are those of diffusers' network, on ready tensors, with the same arithmetic and the same optimizer steps. Ours is
-everything that the command does for them: noise by index, pairs from disk, scalings, losses, clipping, averages, metrics and their
-file, checks for what is no number, images' files. Checkpoints and sample grids, which a run writes now and then, are not in it, nor
-LPIPS' network on the bare side. Memory is measured before the bare networks are made.
+The bare side calls diffusers' network on ready tensors, in the same precision, with the same optimizer steps. Our side is the whole
+command: noise by index, pairs from disk, scalings, losses, clipping, averages, metrics and their file, checks for finite values, files
+of images. Not included are checkpoints and sample grids, and on the bare side LPIPS' network. Memory is measured before the bare
+networks are made.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCHES = 3
 
 
 class Raw:
-    """Bare calls of a copy of a model's network on tensors that are ready."""
+    """Bare calls of a copy of a model's network, on ready tensors."""
 
     def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
         self.autocast = partial(launch.autocast, where, precision)
@@ -58,13 +58,13 @@ class Raw:
 
 
 def prompted(model: Model) -> Model:
-    """A model with text with some prompts: what they say costs nothing."""
+    """A text-to-image model with some prompts (their content does not change the cost); other models unchanged."""
     given = model.conditioner.chosen(PROMPT_SETS[0], "")
     return model.with_prompts(given) if given else model
 
 
 def training(command: str, config: TrainingConfig, folder: Path) -> Case:
-    """Steps of a method's objective, and the calls that it says they make."""
+    """Training steps of a method, against the calls that its objective lists."""
     if config.accumulate > 1:
         raise UsageError("bench: accumulate is 1 here", "leave it out")
     objective: Objective = opener(f"methods.{method_of(config).objective}")(with_pairs(config, folder), Job(command))
@@ -93,7 +93,7 @@ def training(command: str, config: TrainingConfig, folder: Path) -> Case:
 
 
 def with_pairs(config: TrainingConfig, folder: Path) -> TrainingConfig:
-    """The config with pairs for a regression that has none: any will do."""
+    """The config, with newly made pairs if its regression lacks them."""
     if getattr(config, "pairs", "") is not None or getattr(config, "regression_weight", None) == 0:
         return config
     options = config.model_dump(include={"teacher", "classes", "device", "precision", "batch_size"})
@@ -122,7 +122,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
 
 
 def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
-    """Against diffusers' StableDiffusionPipeline at the same prompts, steps, batch and precision, its pictures written as PNG files."""
+    """Sampling against diffusers' StableDiffusionPipeline: same prompts, steps, batch and precision, pictures written as PNG files."""
     import diffusers
 
     where = launch.device(config.device)

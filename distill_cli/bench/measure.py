@@ -1,4 +1,4 @@
-"""What distill adds to the bare network calls: both are timed in turn in one process, and the ratio is the result."""
+"""Time commands and bare network calls in turn, in one process. The result is the ratio."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from distill_cli.runs import versions
 
 WARM_UP = 2
 GPU_CALLS = 5
-"""Calls timed together on a GPU, which works ahead of what waits for it."""
+"""Calls that are timed together on a GPU, where the host runs ahead."""
 
 
 @dataclass
 class Case:
-    """Two ways to the same network calls; `images` is how many either makes or sees. `bare` makes the second when it is time."""
+    """A command and its bare network calls. `images` is the number that either makes or sees; `bare()` builds the bare calls late."""
 
     ours: Callable[[], Any]
     bare: Callable[[], Callable[[], Any]]
@@ -35,7 +35,7 @@ class Case:
 
 
 def _timed(work: Callable[[], Any], where: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
+    """Seconds of one call, including the device's work."""
     calls, wait = (GPU_CALLS, partial(torch.cuda.synchronize, where)) if where.type == "cuda" else (1, lambda: None)
     wait()
     start = time.perf_counter()
@@ -46,7 +46,7 @@ def _timed(work: Callable[[], Any], where: torch.device) -> float:
 
 
 def peak_memory(where: torch.device) -> float:
-    """Megabytes: of the GPU's memory, or of the process's."""
+    """Peak memory in megabytes: of the GPU, or of the process."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
@@ -65,7 +65,7 @@ def machine(where: torch.device) -> str:
 
 
 def measured(command: str, case: Case, repeats: int) -> dict[str, Any]:
-    """Time a case of `command` against its bare calls, in turn, `repeats` times; medians of both, and of the ratio turn by turn."""
+    """Time a case and its bare calls in turn, `repeats` times. Returns the medians of both and of the ratios."""
     for _ in range(WARM_UP):
         case.ours()
     memory = peak_memory(case.where)

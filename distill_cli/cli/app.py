@@ -69,9 +69,9 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def _fail(message: str, hint: str, code: int, what: str = "error") -> int:
-    """Print an error, once for processes that run together; `what` else than an error without that word."""
+    """Print an error, once for processes that run together. If `what` is not "error", the word is left out."""
     if processes.first_to(what):
-        shown = printable_lines(message) if code == 2 else printable(message)  # a recipe's errors are shown all at once
+        shown = printable_lines(message) if code == 2 else printable(message)  # errors of a recipe are shown together, a line each
         print(f"error: {shown}" if what == "error" else shown, file=sys.stderr)
         if hint:
             print(f"hint: {printable(hint)}", file=sys.stderr)
@@ -79,7 +79,7 @@ def _fail(message: str, hint: str, code: int, what: str = "error") -> int:
 
 
 def _usage(error: Any) -> int:
-    """A wrong command line, in one line, with the nearest command or flag."""
+    """Print an error of the command line, with the nearest command or flag."""
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)
     hint = f"{context.command_path} --help shows the options" if context else ""
@@ -96,7 +96,7 @@ def _usage(error: Any) -> int:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done or preempted, 1 the user can fix it, 2 usage, 3 a bug, 130 interrupted."""
     common.ARGUMENTS, common.RESUMES = sys.argv[1:] if arguments is None else arguments, False
-    with suppress(UsageError):  # said where a job begins: help and lists need none of it
+    with suppress(UsageError):  # a job reports it; help and lists do not need it
         processes.adopt_slurm()
         processes.share_cores()
     try:
@@ -122,7 +122,7 @@ NO_MEMORY = "a smaller batch_size, accumulate=2 or more in training, precision=b
 
 
 def _failed(error: Exception) -> int:
-    """Print an error, in one line; what none of this knows is a bug."""
+    """Print an error in one line; an unknown error is a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, DistillError):
         return _fail(error.message, error.hint, error.exit_code)
@@ -139,7 +139,7 @@ def _failed(error: Exception) -> int:
 
 
 def _lost_another(error: Exception) -> bool:
-    """Whether an error is that of a connection to another process of this run, which says itself why it ended."""
+    """Whether an error means that another process of this run has ended, which reports its own reason."""
     if not processes.several() or "torch" not in sys.modules:
         return False
     from torch.distributed import DistError
@@ -148,9 +148,9 @@ def _lost_another(error: Exception) -> bool:
 
 
 def _preempted(number: int, frame: FrameType | None) -> None:
-    """End at once with 0: complete files are kept, and the same command or --resume continues.
+    """End at once with exit code 0. Complete files are kept, and the same command or --resume continues.
 
-    Of processes that another one has started that one says so: it knows whether the signal was sent to it, or one of them has failed.
+    Processes that another one started say nothing: that one knows whether it got the signal, or one of them failed.
     """
     if not common.RESUMES:
         signal.signal(number, signal.SIG_DFL)

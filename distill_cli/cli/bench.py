@@ -12,10 +12,10 @@ from distill_cli.errors import UsageError, nearest
 
 
 def bench(
-    command: Annotated[str, typer.Argument(metavar="train|dmd|cm|pairs|sample", help="What is timed.")],
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="A command that trains a denoiser, pairs, or sample.")],
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns of both; medians are printed.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="How often both sides are timed, in turn; medians are printed.")] = 20,
     json: common.Json = False,
 ) -> None:
     """Time a command against the bare network calls and optimizer steps, in one run."""

@@ -1,4 +1,4 @@
-"""What subcommands share: how options are spelled, resolved and shown."""
+"""Shared by commands: options, their resolution, and results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def expand(param: typer.CallbackParam, value: Any) -> Any:
-    """Put `~` and $VAR into the paths of an argument that is a Path or no key of a recipe."""
+    """Expand `~` and $VAR in an argument that is no key of a recipe."""
     if isinstance(value, list | tuple):
         return [expand(param, each) for each in value]
     if not value:
@@ -35,29 +35,29 @@ def expand(param: typer.CallbackParam, value: Any) -> Any:
         raise UsageError(f"{param.opts[0] if param.param_type_name == 'option' else value}: {error}") from error
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe; --help-all shows all.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any option; COMMAND --help-all shows all.")]
 Recipe = Annotated[str | None, typer.Option(help="A recipe's name or file.", metavar="NAME|FILE", callback=expand)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan, then stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Resume = Annotated[Path | None, typer.Option(help="Continue a run from its folder.", metavar="RUN", callback=expand)]
-Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start so many processes on this machine.", metavar="N")]
-Shards = Annotated[str | None, typer.Option(help="Make part I of N alone, 0/N to N-1/N: an array job.", metavar="I/N")]
+Processes = Annotated[int | None, typer.Option("--num-processes", min=1, help="Start N processes on this machine.", metavar="N")]
+Shards = Annotated[str | None, typer.Option(help="Make only part I of N, from 0/N to N-1/N: an array job.", metavar="I/N")]
 ARGUMENTS: list[str] = []
-"""The command line, for the processes that it starts."""
+"""The command line, passed on to the processes that this one starts."""
 RESUMES = False
-"""Whether the command goes on, started again, from what it has made until it was stopped."""
+"""Whether the same command, started again, continues from what is complete."""
 
 
 def begin_job() -> None:
-    """From here on the same command, started again, goes on from what this one has made."""
+    """From here on the same command, started again, continues from what is complete."""
     global RESUMES
     RESUMES = True
 
 
 def start_processes(count: int | None, prompts: str | None = None) -> None:
-    """Where `count` processes are wanted and this is not one of them, start them, wait, and end with their exit code.
+    """If `count` processes are wanted and this is not one of them, start them, wait, and end with their exit code.
 
-    `prompts` that come through a pipe are read here, for all of them.
+    `prompts` from a pipe are read here, for all processes.
     """
     begin_job()
     already = processes.world_size()
@@ -68,7 +68,7 @@ def start_processes(count: int | None, prompts: str | None = None) -> None:
         raise UsageError(said, "leave it out: whoever started them decides")
     from distill_cli.data.reading import is_pipe, kept_for_others
 
-    locks.release()  # the first of them takes it
+    locks.release()  # the first of the new processes takes it
     with kept_for_others(prompts) if prompts is not None and is_pipe(prompts) else nullcontext():
         raise typer.Exit(processes.start(count, ARGUMENTS))
 
@@ -79,13 +79,13 @@ def result(data: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 def shared_result(data: dict[str, Any], text: str, as_json: bool, unit: str) -> None:
-    """The result of a job whose processes do not talk to each other: the last one says it, a part of a job what is missing still.
+    """The result of a job whose processes do not talk to each other: the last one prints it, with what is missing in other parts.
 
-    `data["left"]` counts what other processes of this command have still to make, `data["missing"]` what is missing of the whole.
+    `data["left"]` is what other processes of this command still have to make, `data["missing"]` what is missing of the whole job.
     """
     if data.pop("left"):
         return
-    if processes.world_size() > 1:  # what the last one alone has made says nothing
+    if processes.world_size() > 1:  # counts of the last process alone mean nothing
         data = {key: value for key, value in data.items() if key not in ("made", "kept", "images_per_second")}
         text = text.partition(" (")[0]
     if data["missing"]:
@@ -158,9 +158,9 @@ def open_run(context: typer.Context, recipe: str | None, overrides: list[str] | 
     if resume is None:
         config = asked(context, recipe, overrides, command)
         data = getattr(config, "data", None)
-        if data is not None and data not in BUILTIN_SETS and Path(data).is_dir():  # models and classifiers remember it
+        if data is not None and data not in BUILTIN_SETS and Path(data).is_dir():  # it is stored in models and classifiers
             config = config.model_copy(update={"data": str(Path(data).resolve())})
-        if not dry_run and processes.rank() == 0:  # which makes the folder
+        if not dry_run and processes.rank() == 0:  # process 0 makes the folder
             if any(config.out.glob(f"{locks.NAME}*")):
                 locks.hold(config.out)
             Run(config.out).must_be_new(command)
@@ -171,7 +171,7 @@ def open_run(context: typer.Context, recipe: str | None, overrides: list[str] | 
     stored = Run(resume).recipe
     if not stored.is_file():
         raise UsageError(f"--resume {resume}: no run: it has no recipe.yaml")
-    if not dry_run and processes.world_size() == 1:  # of several processes the first takes it where it can tell the others
+    if not dry_run and processes.world_size() == 1:  # several processes: process 0 takes it later, when it can tell the others
         locks.hold(resume)
     return resolve(commands.config_of(command), str(stored), [], {"steps": flags.get("steps")}).model_copy(update={"out": resume})
 
@@ -191,7 +191,7 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
     engine = Engine(objective.config, objective)
     job.begin(engine)
     made = engine.train()
-    if made is None:  # process 0 alone has it
+    if made is None:  # only process 0 has the result
         return
     folder, name = engine.run.folder, objective.result
     picture, text, (data, remark) = folder / "comparison.png", f"{name}: {folder / name}", objective.remarks(made)
@@ -204,7 +204,7 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
 
 
 def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, path: Path, classes: list[int] | None = None) -> None:
-    """Models below one another, from the same noise, which is in no store of pairs."""
+    """Write a picture with a row for each model, from the same noise, which is in no store of pairs."""
     from distill_cli.data.pictures import save_comparison, to_uint8
     from distill_cli.launch import autocast, device
 

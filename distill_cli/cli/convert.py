@@ -14,11 +14,11 @@ from distill_cli.files import is_empty
 
 def convert(
     file: Annotated[Path, typer.Argument(help="NVlabs' .pkl, OpenAI's .pt, or Stable Diffusion's .safetensors.", callback=common.expand)],
-    out: Annotated[Path, typer.Option(help="Folder of the model.", callback=common.expand)],
-    kind: Annotated[str | None, typer.Option(help="OpenAI: teacher or student; default by edm_, cd_, ct_ of its name.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="OpenAI: pixels; default the number in its name, else 64.")] = None,
-    head_channels: Annotated[int | None, typer.Option(help="OpenAI: channels of an attention head; default 64.")] = None,
-    prediction: Annotated[str | None, typer.Option(help="Stable Diffusion: eps or v, where the file does not say.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the model.", callback=common.expand)],
+    kind: Annotated[str | None, typer.Option(help="OpenAI: teacher or student; default by edm_, cd_, ct_ in the name.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="OpenAI: image width; default the number in the name, else 64.")] = None,
+    head_channels: Annotated[int | None, typer.Option(help="OpenAI: channels in an attention head; default 64.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="Stable Diffusion: eps or v, if the file does not say.")] = None,
     json: common.Json = False,
 ) -> None:
     """Convert a published checkpoint into a model's folder. Nothing inside the file is run."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def edit(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(metavar="inpaint|colorize|superres|sdedit|interpolate", help="What is done.")],
+    task: Annotated[str, typer.Argument(metavar="inpaint|colorize|superres|sdedit|interpolate", help="The kind of edit.")],
     overrides: common.Overrides = None,
     recipe: common.Recipe = None,
     dry_run: common.DryRun = False,

@@ -13,7 +13,7 @@ REINSTALL = "install both from one place: pip install --force-reinstall torch to
 
 
 def torchvision_trouble(torch_version: str, error: str) -> str:
-    """What a failed import of torchvision means, or '' where it is another matter.
+    """What a failed import of torchvision means; '' if it is another problem.
 
     The CPU build of torch (a version like 2.13.0+cpu) with torchvision from PyPI, made for the CUDA build, fails with
     "operator torchvision::nms does not exist"; lpips, transformers and diffusers then fail to import as well.
@@ -25,7 +25,7 @@ def torchvision_trouble(torch_version: str, error: str) -> str:
 
 
 def gather() -> dict[str, Any]:
-    """Versions, devices and troubles of this machine."""
+    """Versions, devices and problems of this machine."""
     from distill_cli.runs import versions
 
     trouble: list[str] = []
@@ -45,7 +45,7 @@ def gather() -> dict[str, Any]:
 
 
 def env(json: common.Json = False) -> None:
-    """Show versions, devices, and what is wrong with the installation."""
+    """Show versions, devices, and problems of the installation."""
     data = gather()
     lines = [f"{name:13} {version}" for name, version in data["versions"].items()]
     lines += [f"platform      {data['platform']}", *(f"device        {device}" for device in data["devices"])]

@@ -32,7 +32,7 @@ def show(
     from distill_cli.models.sources.registry import REGISTRY
 
     download = published.to_download(name) or (hub.to_download(name) if hub.short_name(name) else "")
-    if download:  # showing it is no reason to fetch gigabytes
+    if download:  # showing a model is no reason to download gigabytes
         entry = REGISTRY.get(hub.short_name(name) or name)
         said = {"summary": entry.summary, "licence": entry.licence} if entry is not None else {}
         known = {"name": name, **said, "download": download}

@@ -1,4 +1,4 @@
-"""Options made of a command's config: every key is a flag, whose help is its field's description, unit and default."""
+"""Options made from a command's config: every key is a flag, whose help is the field's description and default."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ GROUPS = {
     "Output": ("out", "log_every", "sample_every", "save_every", "keep", "keep_best", "tracker", "format", "dtype", "shard_size", "grid",
                "scale"),
 }  # fmt: skip
-"""Heading of `--help` -> its keys."""
+"""Headings of `--help` -> keys below them."""
 
 
 def _group(command: str, key: str) -> str:
-    """The heading of a key: where a command trains, the engine's keys stand under Training and its own under Method."""
+    """The heading of a key. For a training command, keys that all methods share are under Training, others under Method."""
     from distill_cli.config import TrainingConfig
 
     if named := next((group for group, keys in GROUPS.items() if key in keys), ""):
@@ -35,7 +35,7 @@ def _group(command: str, key: str) -> str:
 
 
 def _metavar(field: FieldInfo) -> str:
-    """What stands for a value: the choices, or its kind."""
+    """The placeholder of a value: its choices, or its type."""
     from distill_cli.recipes import choices, plain_kinds
 
     if chosen := choices(field.annotation):
@@ -43,11 +43,11 @@ def _metavar(field: FieldInfo) -> str:
     kinds = plain_kinds(field.annotation)
     names = {list: "A,B,...", tuple: "A,B", Path: "PATH", float: "NUMBER", int: "N"}
     name = next((name for kind, name in names.items() if kind in kinds), "TEXT")
-    return "N|TIME" if kinds >= {int, str} else name
+    return "N|TIME" if kinds >= {int, str} else "TEXT" if kinds >= {list, str} else name
 
 
 def _default(field: FieldInfo) -> str:
-    """The default as a flag would say it; '' where the description tells it."""
+    """The default in the form of a flag's value; '' for None, whose meaning the description tells."""
     value = field.get_default(call_default_factory=True)
     if value is None or value == "" or field.is_required():
         return ""
@@ -57,7 +57,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _help(fields: dict[str, FieldInfo], every: int) -> str:
-    """Description and default of a key; where it is not the same in all of `every` methods, those that have it so."""
+    """Description and default of a key. If they differ between the `every` methods, each is preceded by its methods."""
     texts: dict[str, list[str]] = {}
     for method, field in fields.items():
         default = _default(field)
@@ -67,7 +67,7 @@ def _help(fields: dict[str, FieldInfo], every: int) -> str:
 
 @cache
 def _made(command: str, method: str) -> tuple[list[Any], dict[str, str]]:
-    """The options of a command's keys, of one method of several where `method` is named; and the name of each option -> its key."""
+    """Options for a command's keys (only of `method`, if given), and a map from the options' names to keys."""
     from distill_cli.recipes import field_of, keys, plain_kinds
 
     kinds = commands.kinds(command)
@@ -75,13 +75,13 @@ def _made(command: str, method: str) -> tuple[list[Any], dict[str, str]]:
     names, parameters = {}, []
     for key in dict.fromkeys(key for kind in kinds.values() for key in keys(kind)):
         fields = {method: field_of(kind, key) for method, kind in kinds.items() if key in keys(kind)}
-        if key == "method":  # the choice itself
+        if key == "method":  # the key that chooses the method
             fields = {"": commands.config_of(command).model_fields[key]}
         field = next(iter(fields.values()))
         name, flag = key.replace(".", "__"), f"--{key.replace('_', '-')}"
         names[name] = key
         held = plain_kinds(field.annotation)
-        many = {list, str} <= held  # given again for each
+        many = {list, str} <= held  # may be given several times
         kind: Any = bool if bool in held and list not in held else list[str] if many else str
         flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
         option = typer.Option(*flags, help=_help(fields, len(fields) if key == "method" else len(kinds)), show_default=False,
@@ -108,7 +108,7 @@ ALL, METHOD = "distill.all", "distill.method"
 
 
 class Job(typer.core.TyperCommand):
-    """A command whose processes share work."""
+    """A command whose work several processes can share."""
 
     def invoke(self, ctx: Any) -> Any:
         processes.check_launcher()
@@ -116,12 +116,12 @@ class Job(typer.core.TyperCommand):
 
 
 class Configured(Job):
-    """A job that has the keys of its config as options: `context.obj` is what was given of them, by key."""
+    """A job with the keys of its config as options. `context.obj` has the given values, by key."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         given = [text.partition("method=")[2] for text in args if text.startswith(("--method=", "method="))]
         given += [value for flag, value in zip(args, args[1:], strict=False) if flag == "--method"]
-        ctx.meta[METHOD] = given[-1] if given and {"--help", "-h", "--help-all"} & {*args} else ""  # all keys are known, some are shown
+        ctx.meta[METHOD] = given[-1] if given and {"--help", "-h", "--help-all"} & {*args} else ""  # for help: its keys alone
         return super().parse_args(ctx, args)
 
     def _keys(self, ctx: Any) -> tuple[list[Any], dict[str, str]]:
@@ -130,12 +130,12 @@ class Configured(Job):
         return [option for option in options if option.name not in own], {name: key for name, key in names.items() if name not in own}
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its own parameters, one for each key, and help."""
+        """Its own parameters, one parameter for each key, and --help."""
         *own, help_option = super().get_params(ctx)
         return [*own, *self._keys(ctx)[0], help_option]
 
     def given(self, ctx: Any) -> dict[str, Any]:
-        """Take the flags of keys out of a context's parameters, by key; None for one that is not given."""
+        """Move the flags of keys out of a context's parameters: key -> value, None if not given."""
         values = {key: ctx.params.pop(name) for name, key in self._keys(ctx)[1].items()}
         return {key: None if value in ((), []) else value for key, value in values.items()}
 
@@ -144,7 +144,7 @@ class Configured(Job):
         return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """In groups; without --help-all only what people change."""
+        """Write the options in groups; without --help-all only those that people change."""
         options, names = self._keys(ctx)
         shown = commands.shown(str(self.name))
         groups: dict[str, list[Any]] = {title: [] for title in ("Arguments", "Options", "Method", "Data", "Training", "Output", "Command")}

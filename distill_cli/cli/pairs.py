@@ -78,7 +78,7 @@ def _merge(folders: list[Path], given: str | None, as_json: bool) -> None:
 def _check(folder: Path, as_json: bool) -> None:
     from distill_cli.pairs.store import check_all, read_manifest
 
-    if rank() > 0:  # the first uses all cores
+    if rank() > 0:  # process 0 uses all cores
         return
     manifest = read_manifest(folder)
     wrong = check_all(folder, manifest)

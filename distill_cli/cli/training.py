@@ -1,4 +1,4 @@
-"""The commands that train, made of METHODS: one function for all of them."""
+"""One function for all commands that train; METHODS has the differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def summary(command: str) -> tuple[str, str]:
-    """What a command does in a line, and in full: of several methods what each does."""
+    """Help of a command: in one line, and in full, with a line for each of several methods."""
     methods = commands.methods(command)
     if len(methods) == 1:
         return methods[0].summary, methods[0].summary

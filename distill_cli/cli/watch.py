@@ -13,10 +13,10 @@ from distill_cli.cli import common
 def watch(
     run: Annotated[Path, typer.Argument(help="A run's folder, live or finished.", metavar="RUN", callback=common.expand)],
     out: Annotated[
-        Path | None, typer.Option(help="Default report.html in the run's folder.", metavar="FILE", callback=common.expand)
+        Path | None, typer.Option(help="File of the page; default report.html in the run's folder.", metavar="FILE", callback=common.expand)
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Write it again and again until the run is done or ^C.")] = False,
-    every: Annotated[int, typer.Option(min=1, help="--follow: seconds from one page to the next.")] = 10,
+    follow: Annotated[bool, typer.Option("--follow", help="Write the page again and again until the run is done, or ^C.")] = False,
+    every: Annotated[int, typer.Option(min=1, help="--follow: seconds between two pages.")] = 10,
     json: common.Json = False,
 ) -> None:
     """Draw a run's losses, pictures and throughput as one page that needs no network."""

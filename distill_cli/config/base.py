@@ -124,9 +124,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    out: Place | None = Field(None, description="folder for the results; default runs/NAME")
+    out: Place | None = Field(None, description="folder of the results; default runs/ and the name of the recipe or command")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random: noise, order, times")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run; auto: on a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run; auto: a GPU if there is one")
 
     def changed(self, *keys: str) -> list[str]:
         """Those of some keys whose values are not their defaults."""

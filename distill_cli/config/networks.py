@@ -20,7 +20,7 @@ class NetworkConfig(BaseModel):
     attention: Annotated[list[bool], Numbers] = Field([False, True, False], description="self-attention at each resolution, finest first")
     layers: Positive = Field(1, description="residual blocks at each resolution")
     groups: Positive = Field(16, description="groups of the group normalisation")
-    head: Positive = Field(32, description="channels of an attention head")
+    head: Positive = Field(32, description="channels in an attention head")
     dropout: Fraction = Field(0.0, description="dropout during training; off everywhere else")
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class TextConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    width: Positive = Field(96, description="channels of an embedding")
+    width: Positive = Field(96, description="channels of a token's embedding")
     layers: Positive = Field(2, description="transformer layers")
     heads: Positive = Field(4, description="attention heads")
     length: Annotated[int, Field(ge=3)] = Field(16, description="tokens of a caption, including start and end")

@@ -12,38 +12,38 @@ from distill_cli.config.base import Classes, Config, Name, Place, Positive, Prec
 class GenerateConfig(Config):
     """How images are made with a model; shared by pairs and sample."""
 
-    num: Positive = Field(1000, description="images to make; default with prompts: images_per_prompt for each")
+    num: Positive = Field(1000, description="number of images; default with prompts: one for each, or images_per_prompt")
     prompts: Name | None = Field(None, description="text-to-image: a file (lines, JSON or a table), - (standard input), or a built-in set")
-    negative_prompt: Text = Field("", description="text-to-image: text that guidance leads away from")
-    resolution: Positive | None = Field(None, description="image width in pixels, for latent models; default the model's own")
-    classes: Classes = Field(None, description="labels in turn, such as 0-9 or 3,5; default all, balanced")
+    negative_prompt: Text = Field("", description="text-to-image: negative prompt, from which guidance leads away")
+    resolution: Positive | None = Field(None, description="latent models: pixels of the images' shorter side; default the model's own")
+    classes: Classes = Field(None, description="classes of the images in turn, such as 0-9 or 3,5; default all, balanced")
     solver: Solver | None = Field(None, description="ODE solver; default the model's own")
     steps: Positive | None = Field(None, description="solver steps (Heun: 2N - 1 network evaluations); default the model's own")
-    guidance_scale: Rate | None = Field(None, description="guidance: uncond + scale (cond - uncond); default the model's own")
+    guidance_scale: Rate | None = Field(None, description="scale s of guidance: uncond + s (cond - uncond); default the model's own")
     guidance_calls: Literal[1, 2] = Field(1, description="guidance: 1 call with twice the batch, or 2 calls with half the memory")
-    batch_size: Positive = Field(100, description="images in a batch; default 8 from 256 pixels on")
-    precision: Precision = Field("no", description="arithmetic of the network")
+    batch_size: Positive = Field(100, description="images in a batch; 8, unless set, from 256 pixels on")
+    precision: Precision = Field("no", description="number type of the network's arithmetic; no: float32")
 
 
 class PairsConfig(GenerateConfig):
     """distill pairs"""
 
-    teacher: Name = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
-    shard_size: Positive = Field(500, description="pairs in a file")
-    dtype: Literal["float32", "float16"] = Field("float16", description="type of the stored images or latents, and of text embeddings")
+    teacher: Name = Field("digits", description="the model: a name of `distill models ls`, a folder, a run, or a hub id")
+    shard_size: Positive = Field(500, description="pairs in a shard, which is a file")
+    dtype: Literal["float32", "float16"] = Field("float16", description="number type of stored images, latents and text embeddings")
 
 
 class SampleConfig(GenerateConfig):
     """distill sample"""
 
-    model: Name = Field("digits", description="a name of `distill models ls`, a folder, a run, or a hub id")
+    model: Name = Field("digits", description="the model: a name of `distill models ls`, a folder, a run, or a hub id")
     images_per_prompt: Positive = Field(1, description="images for each prompt, one after another")
     format: Literal["png", "npz"] = Field("png", description="a PNG for each image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels)")
     times: Text | None = Field(None, description="few-step students: index:0,22 (points of the grid), sigma:80,1.4, even; default its own")
-    search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="find a few-step student's best times for this many steps")
-    classifier: Name = Field("digits", description="search_times: classifier in whose features the Fréchet distance is measured")
-    grid: bool = Field(False, description="also write grid.png, the first 100 images")
-    scale: Positive | None = Field(None, description="enlargement of pictures in grid.png; default to 64 pixels or more, 256 with captions")
+    search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="only find a consistency student's best times for N steps")
+    classifier: Name = Field("digits", description="search_times: the classifier in whose features the Fréchet distance is measured")
+    grid: bool = Field(False, description="also write grid.png, a picture of the first 100 images")
+    scale: Positive | None = Field(None, description="enlargement of images in grid.png; default to 64 pixels or more, 256 with captions")
 
     @model_validator(mode="after")
     def _one_thing(self) -> SampleConfig:
@@ -60,22 +60,22 @@ class EvaluateConfig(Config):
     """distill evaluate"""
 
     model: Annotated[list[Name], BeforeValidator(lambda one: [one] if isinstance(one, str) else one), Field(min_length=1)] = Field(
-        ["digits"], description="models as for sample (NAME@STEPS samples in that many steps), or .npz files of images"
+        ["digits"], description="models as for sample (NAME@STEPS: in that many steps), or .npz files; one flag for each"
     )
     data: Name = Field("digits", description="the real images: a built-in set or a folder")
     resolution: Positive | None = Field(None, description="image width in pixels; a folder needs it, a built-in set has its own")
-    classifier: Name = Field("digits", description="whose features are measured: built in, or a folder of `distill classifier`")
-    prompts: Name | None = Field(None, description="text-to-image: prompts as for sample; these models are measured by clip alone")
+    classifier: Name = Field("digits", description="classifier whose features are used: built in, or of `distill classifier`")
+    prompts: Name | None = Field(None, description="text-to-image: prompts as for sample; the models are measured by clip alone")
     images_per_prompt: Positive = Field(1, description="images for each prompt, one after another")
-    negative_prompt: Text = Field("", description="text-to-image: text that guidance leads away from")
-    guidance_scale: Rate | None = Field(None, description="text-to-image: guidance scale of the teachers; default their own")
+    negative_prompt: Text = Field("", description="text-to-image: negative prompt, from which guidance leads away")
+    guidance_scale: Rate | None = Field(None, description="text-to-image: guidance scale of teachers; default each one's own")
     clip: Name | None = Field(None, description="text-to-image: the CLIP model (folder or hub id) that gives the score")
     num: Positive = Field(2000, description="images of each model")
     seed: int = Field(7, ge=0, lt=2**63, description="seed of the noise; not that of the pairs, whose noise a student has seen")
-    classes: Classes = Field(None, description="labels in turn; default all, balanced")
-    neighbours: Positive = Field(3, description="precision and recall: k of the k-th nearest neighbour")
-    batch_size: Positive | None = Field(None, description="images in a batch; default 100, with text 8 from 256 pixels on")
-    precision: Precision = Field("no", description="arithmetic of the models")
+    classes: Classes = Field(None, description="classes of the images in turn; default all, balanced")
+    neighbours: Positive = Field(3, description="precision and recall: number k of nearest neighbours")
+    batch_size: Positive | None = Field(None, description="images in a batch; default 100, or 8 for text-to-image from 256 pixels on")
+    precision: Precision = Field("no", description="number type of the models' arithmetic; no: float32")
 
     @model_validator(mode="after")
     def _of_prompts(self) -> EvaluateConfig:
@@ -97,14 +97,14 @@ class EditConfig(Config):
     model: Name = Field("runs/cm", description="a consistency student: a folder, a run, or a hub id")
     input: Place | None = Field(None, description="a picture or a folder of pictures; interpolate takes none")
     mask: Place | None = Field(None, description="inpaint: a picture of the input's size, white where new content goes")
-    patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: the enlargement, in each direction")
+    patch: Annotated[int, Field(ge=2)] = Field(4, description="superres: factor of enlargement, in each direction")
     times: Text | None = Field(
-        None, description="as for sample; default every fourth of 40 points (sdedit: from the 20th on), for interpolate the model's own"
+        None, description="times as for sample; default every fourth of 40 points (sdedit: from the 20th on; interpolate: the model's own)"
     )
-    classes: Classes = Field(None, description="labels of the pictures in turn; default: without, if the model allows")
-    frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: pictures from one noise to the next")
+    classes: Classes = Field(None, description="classes of the pictures in turn; default the null class, if the student has learned one")
+    frames: Annotated[int, Field(ge=2)] = Field(10, description="interpolate: number of pictures, from one noise to another")
     batch_size: Positive = Field(100, description="pictures in a batch")
-    scale: Positive | None = Field(None, description="enlargement of the side-by-side picture; default to 64 pixels a picture or more")
+    scale: Positive | None = Field(None, description="enlargement of side-by-side.png; default to 64 pixels a picture or more")
 
     @model_validator(mode="after")
     def _needed(self) -> EditConfig:

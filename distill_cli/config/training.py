@@ -15,7 +15,7 @@ OPTIMIZERS = "radam: rectified Adam, needs no warm-up; muon: orthogonalised step
 class TrainingConfig(Config):
     """Options that every training method shares."""
 
-    steps: Positive = Field(1000, description="optimizer steps of the trained model")
+    steps: Positive = Field(1000, description="optimizer steps; of the student, where several networks are trained")
     batch_size: Positive = Field(32, description="images in a step, summed over processes and accumulation")
     accumulate: Positive = Field(1, description="gradient accumulation: parts that a batch is split into")
     lr: Rate = Field(1e-4, description="learning rate")
@@ -27,15 +27,15 @@ class TrainingConfig(Config):
     warmup_steps: Count = Field(0, description="steps of linear learning-rate warm-up")
     clip_norm: Rate = Field(10.0, description="largest gradient norm of a network; larger gradients are scaled down")
     ema_halflife: Count = Field(0, description="half-life of the weights' average, in images; 0: no average")
-    precision: Precision = Field("no", description="arithmetic of the networks; weights stay float32")
+    precision: Precision = Field("no", description="number type of the networks' arithmetic, no: float32; weights stay float32")
     deterministic: bool = Field(False, description="the same run, again or resumed, gives the same bits on one GPU too; slower")
     log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
     save_every: Every = Field(500, description="steps between checkpoints, or a time such as 30s, 10m, 2h")
-    keep: Positive = Field(2, description="newest checkpoints kept")
-    keep_best: Count = Field(0, description="older checkpoints kept besides: those with the lowest loss since the one before")
+    keep: Positive = Field(2, description="newest checkpoints to keep")
+    keep_best: Count = Field(0, description="older checkpoints to keep besides: those with the lowest loss since the one before")
     on_nan: Literal["stop", "skip"] = Field("stop", description="at a gradient that is not finite: end the run, or leave the step out")
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field("none", description="besides metrics.jsonl; wandb runs offline")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field("none", description="tracker beside metrics.jsonl; wandb offline")
 
     @model_validator(mode="after")
     def _parts(self) -> TrainingConfig:

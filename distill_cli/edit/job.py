@@ -1,4 +1,4 @@
-"""Pictures in, edited pictures out: what `distill edit` does with files."""
+"""The files of `distill edit`: pictures in, edited pictures out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN = 20
 
 
 def find(config: EditConfig, folder: Path) -> tuple[list[Path], str]:
-    """The pictures that `--input` names, in the order of their names, without the mask; and what was read and left out."""
+    """Pictures that `--input` names, sorted by name, without the mask, and a line on what was read and left out."""
     path = config.input
     assert path is not None
     if not path.exists():
@@ -55,7 +55,7 @@ def names_of(files: list[Path]) -> list[str]:
 
 
 class Pictures:
-    """Reads files as the model wants them, and says once for each kind what had to be done to one."""
+    """Reads files in the model's size and colours. Each kind of conversion is reported once."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -67,7 +67,7 @@ class Pictures:
             self.said.add(kind)
 
     def read(self, file: Path, patch: int = 1) -> Tensor:
-        """(3, height, width) in [-1, 1]; a picture that is smaller by `patch` each way has each pixel repeated."""
+        """(3, height, width) in [-1, 1]. In a picture that is `patch` times smaller each pixel is repeated."""
         picture, transparent, dark = open_picture(file)
         if dark:
             self._say("depth", dark)
@@ -83,7 +83,7 @@ class Pictures:
         return fit(picture, self.height, self.width)
 
     def mask(self, path: Path, files: list[Path]) -> Tensor:
-        """(1, 1, height, width): 1 where the picture stays (the mask is black), 0 where it is painted anew (white)."""
+        """(1, 1, height, width): 1 where the picture stays (black in the mask), 0 where it is repainted (white)."""
         if not path.is_file():
             raise UsageError(f"--mask {path}: no such file")
         mask, transparent, dark = open_picture(path)
@@ -103,10 +103,10 @@ class Pictures:
 
 
 class Task:
-    """The pictures of one `distill edit`, by their places: what goes in, where each begins, what comes out."""
+    """The pictures of one `distill edit`, by position: inputs, starting points, results."""
 
     indices: tuple[int, ...] = edit.EVERY_FOURTH
-    """The noise levels that it goes through unasked, as points of 40."""
+    """Default noise levels, as points of the grid of 40."""
 
     def __init__(self, config: EditConfig, model: Model, folder: Path) -> None:
         self.config, self.model, self.folder = config, model, folder
@@ -121,29 +121,29 @@ class Task:
         edit.labels_of(model, 1, config.classes)
 
     def own_times(self) -> list[float]:
-        """Noise levels for which nobody has asked."""
+        """Default noise levels."""
         return nearest(self.schedule, self.indices)
 
     def found(self) -> tuple[list[Path], list[str], str]:
-        """The files that go in, the names of the results without .png, and what was read."""
+        """The input files, the names of the results without .png, and a line on what was read."""
         files, about = find(self.config, self.folder)
         return files, names_of(files), about
 
     @cached_property
     def projection(self) -> edit.Projection | None:
-        """Onto what the task keeps of a picture; raises UsageError for a mask or a patch that does not fit."""
+        """The projection onto the part of a picture that the task keeps. Raises UsageError for a mask or patch that does not fit."""
         return None
 
     def given(self, known: Tensor, start: Tensor) -> Tensor:
-        """(B, 3, H, W): what the student is given of the inputs, to be looked at."""
+        """(B, 3, H, W): the known part of the inputs, to look at."""
         return known if self.projection else start.clamp(-1, 1)
 
     def check(self) -> None:
-        """Raise UsageError for what does not fit, before anything is planned or made."""
+        """Raise UsageError for options or files that do not fit, before anything is planned or made."""
         _ = self.projection
 
     def digest(self) -> str:
-        """Of the files that go in; raises DistillError for a picture that cannot be read, before any is edited."""
+        """SHA-256 of the input files. Raises DistillError for a picture that cannot be read, before any is edited."""
         files = [*self.files, *([self.config.mask] if self.config.mask else [])]
         for file in files:
             open_picture(file)
@@ -153,11 +153,11 @@ class Task:
         return self.folder / f"{self.names[place]}.png"
 
     def inputs(self, part: range) -> Tensor:
-        """(B, 3, H, W) in [-1, 1]: the pictures that go in."""
+        """(B, 3, H, W) in [-1, 1]: the input pictures."""
         return torch.stack([self.pictures.read(self.files[place]) for place in part])
 
     def begin(self, inputs: Tensor, part: range) -> tuple[Tensor, Tensor]:
-        """What is known of the inputs, and where they begin."""
+        """The known part of the inputs, and the starting points."""
         known = inputs if self.projection is None else self.projection(inputs)
         return known, known + self.times[0] * Draws(self.config.seed, part).normal("prior", self.model.shape)
 
@@ -173,7 +173,7 @@ class Task:
         return [("input", inputs), ("what the student is given", self.given(*self.begin(inputs, part))), (self.config.task, out)]
 
     def side_by_side(self) -> Path:
-        """The first pictures in rows: the inputs, what the student is given of them, and what is in the folder."""
+        """Rows of the first pictures: inputs, their known part, and the results in the folder."""
         part = range(min(SHOWN, len(self.names)))
         _, height, width = self.model.shape
         out = torch.stack([fit(open_picture(self.file(place))[0], height, width) for place in part])
@@ -184,7 +184,7 @@ class Task:
 
 
 class Inpaint(Task):
-    """New content where the mask is white."""
+    """Inpainting: new content where the mask is white."""
 
     @cached_property
     def projection(self) -> edit.Projection:
@@ -193,7 +193,7 @@ class Inpaint(Task):
 
 
 class Colorize(Task):
-    """Colours for the luminance."""
+    """Colouring: new colours for a given luminance."""
 
     @property
     def projection(self) -> edit.Projection:
@@ -204,7 +204,7 @@ class Colorize(Task):
 
 
 class Superres(Task):
-    """Detail for the means of patches."""
+    """Superresolution: new detail for given means of patches."""
 
     @cached_property
     def projection(self) -> edit.Projection:
@@ -218,13 +218,13 @@ class Superres(Task):
 
 
 class SDEdit(Task):
-    """A picture from its strokes (Meng et al. 2108.01073)."""
+    """SDEdit (Meng et al. 2108.01073): a picture from coloured strokes."""
 
     indices = edit.STROKES
 
 
 class Interpolate(Task):
-    """Pictures from one noise to another; none go in."""
+    """Interpolation: pictures from one noise to another, without input."""
 
     def own_times(self) -> list[float]:
         sampler = self.model.sampler
@@ -246,11 +246,11 @@ class Interpolate(Task):
 TASKS: dict[str, type[Task]] = {
     "inpaint": Inpaint, "colorize": Colorize, "superres": Superres, "sdedit": SDEdit, "interpolate": Interpolate,
 }  # fmt: skip
-"""Each raises UsageError where the model or the input does not fit."""
+"""The tasks of `distill edit`. Making one raises UsageError if the model or the input does not fit."""
 
 
 def run(task: Task) -> dict[str, Any]:
-    """Do a task: a picture for each and side-by-side.png in its folder. Called again it makes only what is missing."""
+    """Run a task: a result for each picture, and side-by-side.png. A second call makes only what is missing."""
     config, model, folder = task.config, task.model, task.folder
     digest = task.digest()
     settings = config.model_dump(mode="json", exclude={"out", "device", "scale", "model", "times", "input", "mask"})

@@ -1,7 +1,7 @@
 """Zero-shot editing with consistency students (Song et al. 2303.01469, section 6.3 and appendix D).
 
-What is known of a picture is its part in a subspace; each estimate of the student gets that part put back before noise is
-added again. The subspaces: pixels outside a mask, the luminance of each pixel, the mean of each patch.
+The known part of a picture is its projection onto a subspace: pixels outside a mask, the luminance of each pixel, or the
+mean of each patch. It is put back into each of the student's estimates before noise is added again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from distill_cli.errors import UsageError
 from distill_cli.models.model import Model
 
 Projection = Callable[[Tensor], Tensor]
-"""(B, C, H, W) -> its part in the known subspace; twice is once, and it never makes a picture longer."""
+"""An orthogonal projection (B, C, H, W) -> (B, C, H, W) onto the known subspace."""
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 WHITE = sum(LUMINANCE) ** 2 / sum(weight**2 for weight in LUMINANCE)
-"""The sum over the channels of white's part along the luminance weights."""
+"""The luminance weights in the projection of white, summed over the channels."""
 STROKES = (20, 24, 28, 32, 36)
 """From about sigma 2. The paper starts at 5.4 on 256 pixels; fewer pixels keep less of their strokes under the same noise."""
 EVERY_FOURTH = tuple(range(0, GRID, 4))
@@ -50,7 +50,7 @@ def patch_means(patch: int) -> Projection:
 
 
 def replacing(known: Tensor, projection: Projection) -> Projection:
-    """x clamped to [-1, 1], with `known`, the projection of a picture, in the place of its own."""
+    """x clamped to [-1, 1], with its projection replaced by `known`, the projection of a picture."""
 
     def replace(x: Tensor) -> Tensor:
         x = x.clamp(-1, 1)
@@ -62,8 +62,8 @@ def replacing(known: Tensor, projection: Projection) -> Projection:
 def into_gamut(x: Tensor, known: Tensor, projection: Projection) -> Tensor:
     """The picture in [-1, 1] nearest to x whose known part is `known`.
 
-    Putting a luminance back can leave the range of colours, and cutting it off would lose the luminance again. The nearest
-    picture is clamp(x + m) with a multiplier m in the known subspace, found by accelerated gradient ascent (Nesterov 1983).
+    Replacing the luminance can leave the range of colours, and clamping would change the luminance again. The nearest picture
+    is clamp(x + m) with a multiplier m in the known subspace, found by accelerated gradient ascent (Nesterov 1983).
     """
     multiplier = ahead = torch.zeros_like(x)
     for k in range(GAMUT_ROUNDS):
@@ -76,7 +76,7 @@ def into_gamut(x: Tensor, known: Tensor, projection: Projection) -> Tensor:
 
 
 def check_can_edit(model: Model, name: str) -> NoiseSchedule:
-    """The student's schedule; raises UsageError for a model that cannot edit, with what can."""
+    """The student's schedule. Raises UsageError for a model that cannot edit."""
     if model.sampler.knows == "pure noise":
         knows = f"--model {name}: the student knows pure noise alone, an edit needs every noise level"
         raise UsageError(knows, "use a consistency student: distill cm --teacher ... makes one")
@@ -86,7 +86,7 @@ def check_can_edit(model: Model, name: str) -> NoiseSchedule:
 
 
 def labels_of(model: Model, count: int, classes: list[int] | None, start: int = 0) -> Tensor:
-    """(count,) labels: those asked for in turn, or the null label."""
+    """(count,) labels: the given ones in turn, or else the null label."""
     if classes is not None or not model.conditioner.classes:
         return model.conditioner.labels(count, classes, start)
     if model.conditioner.null_label is None:
@@ -104,7 +104,7 @@ def edit(
     known: Tensor | None = None,
     projection: Projection | None = None,
 ) -> Tensor:
-    """Pictures (B, C, H, W) in [-1, 1] from x at noise level times[0]; with a projection their known part is `known`."""
+    """Pictures (B, C, H, W) in [-1, 1] from x at noise level times[0]. With a projection their known part is `known`."""
     device = next(model.denoiser.parameters()).device
     run = partial(
         solvers.few_step,

@@ -1,4 +1,4 @@
-"""Every method that trains, a line each. Knows no torch and imports no method: a name is looked up when it is needed.
+"""All training methods, one line each. Imports no torch and no method: names are resolved when they are needed.
 
 A new method is a folder beside this file (config.py without torch, objective.py) and one line here.
 """
@@ -12,17 +12,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Method:
-    """One method: `distill COMMAND`, or `distill COMMAND --method NAME` where a command has several."""
+    """A method: `distill COMMAND`, or `distill COMMAND --method NAME` for a command of several methods."""
 
     name: str
     command: str
     summary: str
     config: str
-    """Its options, "module:Class" inside this package."""
+    """The class of its options, as "module:Class" inside this package."""
     objective: str
-    """Its opener, "module:function" inside this package."""
+    """The function that opens it, as "module:function" inside this package."""
     flags: tuple[str, ...] = ()
-    """Keys that people change, beside COMMON: `--help` shows them, `--help-all` the rest."""
+    """Keys that `--help` shows besides COMMON; `--help-all` shows all."""
 
 
 COMMON = ("out", "steps", "batch_size", "lr", "precision", "seed", "device")
@@ -49,6 +49,6 @@ METHODS = (
 
 
 def load(name: str) -> Any:
-    """What "module:attribute" inside this package names."""
+    """The object that "module:attribute" names inside this package."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(f"distill_cli.{module}"), attribute)

@@ -1,4 +1,4 @@
-"""Backbones: the networks of model families, each as a denoiser calls it."""
+"""Backbones: one adapter for each class of networks, called alike by denoisers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ UNMET = {
 class Backbone(nn.Module):
     """A network of one family: `backbone(x, time, condition)` is its raw prediction, (B, C, H, W) from x (B, C, H, W) and time (B,).
 
-    `time` is what the denoiser's row of TIME_INPUTS makes of t. A family that counts otherwise converts it in its own `forward`, which also
-    packs and unpacks what is no (B, C, H, W). The network is registered under `part`, so weights are called `unet.…` in checkpoints.
+    `time` is t as the denoiser's row of TIME_INPUTS gives it. A family with another scale or sign of time converts it in `forward`, where
+    it also packs and unpacks data that are not (B, C, H, W). The network is registered under `part`: checkpoints have `unet.…`.
     """
 
     part: str = "unet"
     """Its name in a diffusers pipeline."""
     inputs: frozenset[str] = frozenset({"class_labels"})
-    """The parts of a condition that it takes."""
+    """The parts of a condition that the network takes."""
     unmet: ClassVar[Mapping[str, str]] = UNMET
-    """Options of its configuration that ask for inputs which are not given here, and what each of them wants."""
+    """Options of a network's configuration that ask for inputs which are not supported, and what each wants."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class Backbone(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) that it was made for."""
+        """(C, H, W) for which the network was made."""
         size = self.net.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.net.config.in_channels, height, width
 
     @property
     def multiple(self) -> int:
-        """What H and W have to be multiples of."""
+        """H and W have to be multiples of this."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         return type(self)(type(self.net).from_config(self.net.config))
 
     def check(self, where: str) -> None:
-        """Raise DistillError where its configuration asks for what is not given here, or makes what is not expected."""
+        """Raise DistillError if the configuration asks for unsupported inputs, or gives outputs of another shape."""
         config = self.net.config
         for key, wanted in self.unmet.items():
             if config.get(key):
@@ -108,7 +108,7 @@ class UNet2D(Backbone):
 
 
 class UNet2DCondition(Backbone):
-    """diffusers' UNet2DConditionModel: Stable Diffusion's, which reads text."""
+    """diffusers' UNet2DConditionModel, the text-conditioned network of Stable Diffusion."""
 
     inputs = frozenset({"encoder_hidden_states"})
     unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
@@ -123,9 +123,9 @@ class EDM(Backbone):
 
 
 BACKBONES: dict[str, type[Backbone]] = {"UNet2DModel": UNet2D, "UNet2DConditionModel": UNet2DCondition, "EDMUNet": EDM}
-"""By the name of the network's class."""
+"""The backbones, by the name of the network's class."""
 
 
 def backbone_of(net: Any) -> Backbone:
-    """The backbone of a network; raises KeyError for a class of which there is none."""
+    """The backbone of a network. Raises KeyError for an unknown class."""
     return BACKBONES[type(net).__name__](net)

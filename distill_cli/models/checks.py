@@ -1,4 +1,4 @@
-"""What a network wants, held against what the rest of its folder gives; and one call without weights or arithmetic."""
+"""Checks of a model folder: whether its parts fit together, and one call of each network without weights or arithmetic."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _call(where: str, shape: tuple[int, ...], expected: tuple[int, ...], call: C
     try:
         with torch.device("meta"), torch.no_grad():
             out = call(torch.empty(2, *shape))
-    except Exception as error:  # a network raises anything for what does not fit it
+    except Exception as error:  # networks raise errors of any class for inputs that do not fit
         raise DistillError(f"{where}: the network does not take {shape} ({reason(error)})", hint) from error
     if tuple(out.shape) != (2, *expected):
         raise DistillError(f"{where}: the network makes {tuple(out.shape[1:])} of {shape}, {expected} is expected", hint)
 
 
 def rehearse(model: Model, where: str) -> None:
-    """Raise DistillError where the model's network does not take what a denoiser gives it."""
+    """Raise DistillError if the model's network does not take the inputs that a denoiser gives it."""
     condition = model.conditioner.example(2, "meta")
     beside = sorted(set(condition.parts) - model.backbone.inputs)
     if beside:
@@ -38,7 +38,7 @@ def rehearse(model: Model, where: str) -> None:
 
 
 def check_pixels(model: Model, folder: Path) -> None:
-    """Raise DistillError where a pixel model wants what it would not get, or makes what is no picture."""
+    """Raise DistillError if a pixel model needs unsupported inputs, or does not make pictures."""
     where, config, count = f"{folder / model.backbone.part}", model.net.config, len(model.conditioner.classes)
     model.backbone.check(where)
     if config["in_channels"] not in (1, 3):
@@ -51,7 +51,7 @@ def check_pixels(model: Model, folder: Path) -> None:
 
 
 def check_vae(vae: Any, where: str) -> None:
-    """Raise DistillError where latents are more than a multiple of what is encoded, or pictures are not in colour."""
+    """Raise DistillError if latents are shifted as well as scaled, or pictures are not in colour."""
     config = vae.config
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(key):
@@ -65,7 +65,7 @@ def check_vae(vae: Any, where: str) -> None:
 
 
 def check_latents(model: Model, tokenizer: Any, folder: Path) -> None:
-    """Raise DistillError where the parts of a latent text-to-image model do not fit together."""
+    """Raise DistillError if the parts of a latent text-to-image model do not fit together."""
     where, parts = f"{folder / model.backbone.part}", model.parts()
     config, encoder, vae = model.net.config, parts["text_encoder"].config, parts["vae"].config
     words = tokenizer.get_vocab()

@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class ClassifierInfo:
-    """What a classifier is: image shape (C, H, W), class names, width, the set it has learned, its accuracy on images held out."""
+    """What config.json says: image shape (C, H, W), class names, width, training set, accuracy on held-out images."""
 
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
@@ -34,7 +34,7 @@ class ClassifierInfo:
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 4 pixels or fewer; the mean over those is the features."""
+    """Convolutions down to at most 4 pixels a side; the features are the mean over these pixels."""
 
     def __init__(self, info: ClassifierInfo) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Classifier:
-    """A built-in classifier by the name of its set, or that in a folder (or a run). Float32, frozen, on the CPU."""
+    """A built-in classifier, by the name of its set, or the one in a folder or run. Float32, frozen, on the CPU."""
     folder = BUILTIN / f"{name}{SUFFIX}" if name in names() else Path(name)
     if name in names():
         say_hidden("classifier", name, "the built-in one")

@@ -1,4 +1,4 @@
-"""Codecs: between pictures and what a denoiser works on."""
+"""Codecs: pictures to the data that a denoiser works on (pixels or latents), and back."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from distill_cli.models.parts import load_network
 from distill_cli.models.sources.hub import find
 
 AT_A_TIME = 2**20
-"""Pixels that are decoded at a time: four pictures of 512 x 512."""
+"""Pixels that are decoded together: four pictures of 512 x 512."""
 
 
 class Codec:
-    """Pictures (B, C, H, W) in [-1, 1] to what the denoiser works on, and back. This one changes nothing: it is that of pixel models."""
+    """The interface of codecs, and the identity, which is the codec of pixel models. Pictures are (B, C, H, W) in [-1, 1]."""
 
     factor: int = 1
-    """Pixels of a picture to one of what the denoiser works on, each way."""
+    """Width of a picture over the width of its latents."""
     lpips_below: float = math.inf
-    """Width below which LPIPS enlarges its pictures."""
+    """LPIPS enlarges pictures that are narrower than this."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations (B, c, h, w)."""
+        """Means and standard deviations (B, c, h, w) of the latents of images."""
         return images, torch.zeros_like(images)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -34,11 +34,11 @@ class Codec:
         return self.raw(x).clamp(-1, 1)
 
     def raw(self, x: Tensor) -> Tensor:
-        """As decode, but not clamped."""
+        """As `decode`, without clamping."""
         return x
 
     def project(self, x: Tensor) -> Tensor:
-        """The nearest thing that `x` may be."""
+        """The valid data nearest to `x`: pixels are clamped to [-1, 1], latents have no range."""
         return x.clamp(-1, 1)
 
     def parts(self) -> dict[str, Any]:
@@ -46,23 +46,23 @@ class Codec:
         return {}
 
     def fresh(self) -> Codec:
-        """A codec of the same configuration with new networks: on the meta device it costs nothing."""
+        """A codec of the same configuration with new networks; on the meta device it takes no memory."""
         return self
 
     def with_decoder(self, spec: str) -> Codec:
-        """A codec of the same latents that decodes faster. Raises UsageError where there is nothing to decode."""
+        """A codec for the same latents that decodes faster. Raises UsageError if there are no latents."""
         raise UsageError(f"--decoder {spec}: for latents, and the teacher's images are pixels", "leave it out")
 
     def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int) -> tuple[int, int] | None:
-        """(h, w) of pictures whose shorter side has `pixels`, in the aspect ratio of `shape`; None where one size alone is made.
+        """(h, w) of latents for pictures whose shorter side is `pixels`, at the aspect ratio of `shape`; None if only one size is possible.
 
-        Raises UsageError where networks that need a `multiple` of h and w cannot make them.
+        h and w have to be multiples of `multiple`, which the network needs. Raises UsageError if they are not.
         """
         return None
 
 
 class VAECodec(Codec):
-    """Pictures to latents z = (encoded - shift) * scale of an AutoencoderKL, or an AutoencoderTiny, which has neither scale nor noise."""
+    """Latents z = (encoded - shift) * scale of an AutoencoderKL, or of an AutoencoderTiny, which has no scale and no noise."""
 
     lpips_below = 0  # decoded latents are compared as they are
 
@@ -92,7 +92,7 @@ class VAECodec(Codec):
         return VAECodec(type(self.vae).from_config(self.vae.config))
 
     def with_decoder(self, spec: str) -> VAECodec:
-        """With an AutoencoderTiny for the same latents, from a folder or by its hub id."""
+        """A codec with the AutoencoderTiny in a folder, or of a hub id."""
         import diffusers
 
         folder = find(spec, ("config.json", "diffusion_pytorch_model.safetensors"), f"decoder {spec}")

@@ -1,4 +1,4 @@
-"""Conditioners: between the labels of a job's images and what the denoiser is told."""
+"""Conditioners: from the labels of a job's images to the conditions of the denoiser."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from distill_cli.models.embeddings import Embeddings
 
 
 class Conditioner(ABC):
-    """What a model is told of an image, by the image's label: a class, or the position of a prompt.
+    """The condition of an image, by its label. A label is a class, or the position of a prompt.
 
-    What a kind of condition does not know has an answer here that changes nothing, so that nobody asks which kind it is.
+    Methods that make no sense for a kind of condition change nothing, so callers need not know the kind.
     """
 
     takes: Literal["nothing", "classes", "prompts"]
@@ -34,21 +34,21 @@ class Conditioner(ABC):
     prompts: Sequence[str] = ()
     negative: str = ""
     embedding: int = 0
-    """How many numbers the embedding of a prompt has."""
+    """Numbers in the embedding of a prompt; 0 without text."""
 
     @property
     def null(self) -> Condition | None:
-        """The null condition of one sample; None where the model knows none."""
+        """The null condition of one sample; None if the model has none."""
         return None if self.null_label is None else self(torch.tensor([self.null_label]))
 
     @property
     def has_null(self) -> bool:
-        """Whether there is a null condition; computes nothing."""
+        """Whether there is a null condition, without computing it."""
         return self.null_label is not None
 
     @property
     def summary(self) -> str:
-        """What it takes, in words."""
+        """The kind of condition, in words."""
         return f"{len(self.classes) or 'no'} classes"
 
     @abstractmethod
@@ -56,47 +56,47 @@ class Conditioner(ABC):
         """(count,) labels in turn, from position `start` of the job. Raises UsageError for classes that the model does not know."""
 
     def every(self, classes: list[int] | None = None) -> Tensor:
-        """(N,) the labels that training draws from, each once."""
+        """(N,) all labels that training draws from, each once."""
         return self.labels(len(self.prompts or self.drawn(classes)) or 1, classes)
 
     def drawn(self, classes: list[int] | None = None) -> list[int]:
-        """The classes that a job has in turn; none of prompts."""
+        """The classes that a job goes through in turn; [] for prompts."""
         return []
 
     def spread(self, count: int, classes: list[int] | None = None) -> Tensor:
-        """(count,) labels that differ, of pictures to look at."""
+        """(count,) labels for pictures to look at, as different as possible."""
         return self.labels(count, classes)
 
     @abstractmethod
     def __call__(self, labels: Tensor) -> Condition:
-        """What the denoiser is told for labels (B,), on their device."""
+        """The condition of labels (B,), on their device."""
 
     def example(self, count: int, device: str | torch.device) -> Condition:
-        """A condition of `count` samples of the right shapes, for trials and timings."""
+        """A condition of `count` samples with the right shapes, for trial calls and timings."""
         return self(torch.zeros(count, dtype=torch.long, device=device))
 
     def chosen(self, name: str | None, data: str) -> Sequence[str]:
-        """The prompts that an option names, by default those of `data`, the set that the model has learned; () for a model without text."""
+        """The prompts that an option names; default: those of the training set `data`. () for a model without text."""
         return ()
 
     def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1, name: str = "the model") -> Conditioner:
-        """The conditioner for these prompts, each `repeat` times in turn. Raises UsageError where the model has no text."""
+        """The conditioner for these prompts, each `repeat` times in turn. Raises UsageError if the model has no text."""
         asked = f"images_per_prompt {repeat}" if repeat > 1 else "--negative-prompt" if negative else "--prompts"
         raise UsageError(f"{asked}: {name} has no text", f"it has {len(self.classes) or 'no'} classes")
 
     def stored(self, folder: Path | None, dtype: str, count: int | None = None) -> Conditioner:
-        """The conditioner with its embeddings on disk, those of the first `count` images' prompts alone; as it is where there are none."""
+        """The conditioner with its embeddings on disk, for the first `count` images only; unchanged if it has no embeddings."""
         return self
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:  # noqa: B027
-        """Make the stored embeddings that are missing, of several processes each its share, until a signal comes."""
+        """Make missing embeddings, until a signal comes; several processes share the work."""
 
     def taught(self, learned: Sequence[int] | None = None, null: bool = True) -> Conditioner:
-        """That of a student distilled on the labels `learned` alone, with or without the null condition."""
+        """The conditioner of a student that was distilled on the labels `learned`, with or without the null condition."""
         return self
 
     def alike(self, labels: Tensor) -> Tensor:
-        """(B,) numbers, the same of images that are of one kind."""
+        """(B,) numbers that are equal for images of one kind (one class)."""
         return labels
 
     def parts(self) -> dict[str, Any]:
@@ -108,18 +108,18 @@ class Conditioner(ABC):
         return []
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of what the labels are positions of, by the option that gives it: part of a job's settings."""
+        """SHA-256 of the list of prompts, by the option that names it: part of a job's settings."""
         return {"prompts": digest_of(self.prompts)} if self.prompts else {}
 
     def say_cut(self, positions: Iterable[int]) -> None:  # noqa: B027
-        """Say how many of the prompts at these positions of a job are longer than the model reads."""
+        """Print how many prompts at these positions of a job are truncated by the model."""
 
     def named(self, label: int) -> dict[str, Any]:
-        """What a list of samples says of an image with this label."""
+        """Class or prompt of a label, for samples.jsonl."""
         return {}
 
     def captions(self, labels: Sequence[int]) -> list[str] | None:
-        """Texts to write below pictures with these labels."""
+        """Captions of pictures with these labels; None without prompts."""
         return [self.prompts[label] for label in labels] if self.prompts else None
 
     def shown(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Conditioner(ABC):
 
 @dataclass(frozen=True)
 class ClassConditioner(Conditioner):
-    """Labels 0 .. len(classes)-1, and the null label after them where the model knows one; without classes it tells nothing."""
+    """Labels 0 .. len(classes)-1, then the null label if the model has one. Without classes the condition is empty."""
 
     classes: tuple[str, ...] = ()
     null_label: int | None = None
@@ -167,7 +167,7 @@ class ClassConditioner(Conditioner):
 class PromptConditioner(Conditioner):
     """Prompts by their position in `prompts`, which is the label of an image; `negative` is the null condition.
 
-    Position i of a job has prompt i // repeat, in turn. Embeddings are computed when asked for, or come from `table`.
+    Image i of a job has prompt i // repeat, in turn. Embeddings are computed on demand, or read from `table`.
     """
 
     takes: Literal["prompts"] = "prompts"
@@ -203,11 +203,11 @@ class PromptConditioner(Conditioner):
         return torch.arange(start, start + count) // self.repeat % len(self.prompts)
 
     def spread(self, count: int, classes: list[int] | None = None) -> Tensor:
-        """Prompts that follow one another may be alike: these are taken from the whole list."""
+        """Spread over the whole list, because neighbours in a list may be alike."""
         return self.labels(count, classes) * max(1, len(self.prompts) // count) % len(self.prompts)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L) tokens, cut or filled to the encoder's length."""
+        """(B, L) tokens, truncated or padded to the encoder's length."""
         made = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         return made.input_ids
 
@@ -239,7 +239,7 @@ class PromptConditioner(Conditioner):
         return Condition({self.part: self._null})
 
     def __call__(self, labels: Tensor) -> Condition:
-        """Embeddings (B, L, D) of the prompts at positions (B,), on the device of these; equal prompts are encoded once."""
+        """Embeddings (B, L, D) of the prompts at positions (B,), on their device; equal prompts are encoded once."""
         if self.table is not None:
             return Condition({self.part: self.table(labels)})
         texts = [self.prompts[position] for position in labels.tolist()]
@@ -258,12 +258,12 @@ class PromptConditioner(Conditioner):
         return out
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
-        """Once they are made the encoder is on the CPU."""
+        """Afterwards the encoder is on the CPU."""
         if self.table is not None:
             self.table.complete(device, stop)
 
     def alike(self, labels: Tensor) -> Tensor:
-        """One prompt hardly comes twice in a batch: all images are of one kind."""
+        """A prompt is hardly ever twice in a batch, so all images count as one kind."""
         return torch.zeros_like(labels)
 
     def parts(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model costs before it is run: its networks without weights, and the arithmetic of one evaluation."""
+"""The cost of a model before it runs: its networks without weights, and the arithmetic of one evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distill_cli.models.schedulers import STABLE_DIFFUSION
 from distill_cli.models.sources.hub import HUB, short_name, to_download
 
 RATE = 150e12
-"""FLOP a second that plans reckon with: about half of what an A100's data sheet promises in bf16. A guess, not a measurement."""
+"""FLOP/s that plans assume: about half of an A100's data sheet in bf16. A guess, not a measurement."""
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
@@ -30,7 +30,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "sd21": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512),
 }
 SAMPLED = {"sd15": ("eps", "pndm"), "sd21": ("v", "ddim")}
-"""What the networks predict, and their schedulers' solvers."""
+"""Prediction of each network, and the solver of its scheduler."""
 VAE: dict[str, Any] = dict(
     block_out_channels=(128, 256, 512, 512),
     layers_per_block=2,
@@ -41,7 +41,7 @@ VAE: dict[str, Any] = dict(
 
 
 def sketch(name: str) -> Model:
-    """A model of the hub as plans need it: the published architecture on the meta device, without weights or vocabulary."""
+    """A hub model for plans: its published architecture on the meta device, without weights or vocabulary."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -57,7 +57,7 @@ def sketch(name: str) -> Model:
 
 
 def sketched(name: str, wanted: bool) -> tuple[Model | None, dict[str, str]]:
-    """Where a sketch is `wanted` and a hub model is not here yet: its sketch, and what a plan says of the download."""
+    """The sketch of a hub model that is not downloaded yet, if `wanted`, and the plan's line about the download."""
     known = short_name(name) if wanted else ""
     download = to_download(name) if known else ""
     return (sketch(known), {"download": download}) if download else (None, {})
@@ -73,7 +73,7 @@ def counted(call: Any) -> int:
 
 
 def evaluation(model: Model) -> int:
-    """FLOP of one evaluation of the network, of one image: multiplications and additions of its products of matrices."""
+    """FLOP of one network evaluation for one image: multiplications and additions in matrix products."""
     return counted(lambda: model.backbone.fresh()(torch.empty(1, *model.shape), torch.ones(1), model.conditioner.example(1, "meta")))
 
 
@@ -83,7 +83,7 @@ def decoding(model: Model) -> int:
 
 
 def time_of(flop: float) -> str:
-    """Arithmetic as plans say it."""
+    """FLOP in the words of a plan."""
     return f"{amount(flop)}, {flop / RATE / 3600:,.3g} GPU-hours at {amount(RATE)}/s (a guess at an A100 in bf16)"
 
 

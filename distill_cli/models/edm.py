@@ -1,4 +1,4 @@
-"""The networks of the published EDM checkpoints, of diffusers' own blocks.
+"""The networks of the published EDM checkpoints, built from diffusers' blocks.
 
 One class covers the three architectures of Karras et al. 2022 (2206.00364, appendix F.6): DDPM++ and NCSN++ (Song et
 al. 2011.13456) and ADM (Dhariwal & Nichol 2105.05233). It is an ordinary diffusers model: from_pretrained,

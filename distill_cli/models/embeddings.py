@@ -1,9 +1,9 @@
-"""Embeddings of prompts on disk: computed once, equal prompts once for all, shard by shard as they are asked for.
+"""Embeddings of prompts on disk: shards are computed when they are first needed, equal prompts once.
 
     FOLDER/text-KEY/shard-000000.safetensors      text (N, L, D) of the next N prompts that differ
 
-KEY is of the text encoder, the prompts and the negative prompt. A shard is made whole by whichever process first needs it, so
-its bytes do not depend on how many share the work.
+KEY is a hash of the text encoder, the prompts and the negative prompt. The process that first needs a shard makes all of it, so
+its bytes do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AGAIN = "delete it and run the same command again: only missing embeddings are m
 
 
 def unique(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the different prompts each is (N,), and where each different one stands first (U,), in their order."""
+    """For each prompt the number of its text among the unique ones (N,), and the first position of each unique text (U,)."""
     halves = np.empty((len(prompts), 2), dtype=np.uint64)
     for k, text in enumerate(prompts):
         halves[k] = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), dtype=np.uint64)
@@ -45,7 +45,7 @@ def unique(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Encoder(Protocol):
-    """What makes embeddings of prompts: a PromptConditioner."""
+    """The interface of a text encoder: PromptConditioner has it."""
 
     prompts: Sequence[str]
     negative: str
@@ -57,7 +57,7 @@ class Encoder(Protocol):
 
 
 class Embeddings:
-    """(L, D) embeddings of a conditioner's prompts by their position, kept in `folder` as `dtype`."""
+    """Embeddings (L, D) of a conditioner's prompts, by their position, stored in `folder` as `dtype`."""
 
     def __init__(self, conditioner: Encoder, folder: Path, dtype: str) -> None:
         self.conditioner, self.dtype = conditioner, shards.DTYPES[dtype]
@@ -101,7 +101,7 @@ class Embeddings:
             shards.write(self.null_path, {"text": self.null[None].to(self.dtype)}, {"key": self.key})
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
-        """Make what is missing on `device`, of several processes each its share, until a signal comes; the encoder is on the CPU then."""
+        """Make missing shards on `device` until a signal comes; processes share the work. Afterwards the encoder is on the CPU."""
         mine = processes.mine(self.shards)
         paths = [self.path(shard) for shard in mine if self.path(shard).exists()]
         for error in self.verified.verify(map(self._check, paths)):

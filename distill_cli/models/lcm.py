@@ -1,4 +1,4 @@
-"""Latent consistency models of others (Luo et al. 2310.04378): the times and the boundary of diffusers' LCMScheduler."""
+"""Published latent consistency models (Luo et al. 2310.04378): the times and the boundary of diffusers' LCMScheduler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _numbers(config: Mapping[str, Any], *keys: str) -> list[float]:
 
 
 def sampler_of(config: Mapping[str, Any]) -> Sampler:
-    """A student that knows the `original_inference_steps` times of its training, evenly over which its steps are spread."""
+    """The sampler of a student that knows the `original_inference_steps` times of its training; fewer steps are spread evenly over them."""
     count, original = map(int, _numbers(config, "num_train_timesteps", "original_inference_steps"))
     if not 1 <= original <= count:
         raise DistillError(f"{SCHEDULER}: original_inference_steps is {original}, not a whole number from 1 to {count}")
@@ -39,12 +39,12 @@ def boundary(t: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 class BoundedDenoiser(NetworkDenoiser):
-    """The consistency function c_skip x_t + c_out D(x_t, t) of a denoiser D, which at no noise is x_t itself."""
+    """The consistency function c_skip x_t + c_out D(x_t, t) of a denoiser D; without noise it is x_t itself."""
 
     scaling = 10.0
 
     def with_scaling(self, config: Mapping[str, Any]) -> BoundedDenoiser:
-        """With the timestep_scaling of a scheduler's configuration."""
+        """Take the timestep_scaling of a scheduler's configuration. Raises DistillError if it is no number."""
         (self.scaling,) = _numbers(config, "timestep_scaling")
         return self
 

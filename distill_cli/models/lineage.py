@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from distill_cli.errors import printable
 
 Text = Annotated[str, AfterValidator(lambda text: printable(text))]
-"""Text of a model that may be someone else's: shown on terminals, in cards and in JSON."""
+"""Text from a model folder, which may be foreign: control characters are escaped for terminals, cards and JSON."""
 
 
 class Lineage(BaseModel):

@@ -1,4 +1,4 @@
-"""What a model folder holds: a denoiser, how its condition is given, how it is sampled, and where it came from."""
+"""The container of a model: denoiser, conditioner, codec, sampler, lineage."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from distill_cli.models.times import parse
 from distill_cli.tensors import hash_of
 
 LARGE = 256
-"""Image width from which batches are made smaller."""
+"""Image width in pixels from which batches are smaller by default."""
 
 
 @dataclass
 class Model:
-    """A teacher or a student."""
+    """A model, teacher or student."""
 
     denoiser: NetworkDenoiser
     conditioner: Conditioner
@@ -37,44 +37,44 @@ class Model:
     sampler: Sampler = Sampler()
     codec: Codec = field(default_factory=Codec)
     scheduler: dict[str, Any] | None = None
-    """diffusers' configuration of the scheduler, where the model came with one: how its solvers space their times."""
+    """Configuration of diffusers' scheduler, if the model has one: solvers take their spacing of times from it."""
     recipe: str = ""
     """The resolved recipe that made it."""
     size: tuple[int, int] | None = None
-    """(H, W) of what the denoiser works on, where it is not the network's own."""
+    """(H, W) of the denoiser's data, if not the network's own."""
     notes: tuple[str, ...] = ()
-    """What was assumed when it was read."""
+    """Assumptions that were made when the model was read."""
 
     @property
     def backbone(self) -> Backbone:
-        """The denoiser's network as it is called."""
+        """The adapter around the denoiser's network."""
         backbone = self.denoiser.network
         assert isinstance(backbone, Backbone)
         return backbone
 
     @property
     def net(self) -> Any:
-        """The network that its folder holds."""
+        """diffusers' network inside the backbone."""
         return self.backbone.net
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the denoiser works on."""
+        """(C, H, W) of the denoiser's data: pixels or latents."""
         shape = self.backbone.shape
         return shape if self.size is None else (shape[0], *self.size)
 
     @property
     def text(self) -> PromptConditioner | None:
-        """The conditioner of a model that makes pictures of prompts."""
+        """The conditioner of a text-to-image model; None for other models."""
         return self.conditioner if isinstance(self.conditioner, PromptConditioner) else None
 
     @property
     def sampling(self) -> Sampling:
-        """How it is sampled unasked."""
+        """The default sampling settings."""
         return self.sampler.settings
 
     def parts(self) -> dict[str, Any]:
-        """The networks, by the names that they have in a pipeline."""
+        """The networks, by their names in a diffusers pipeline."""
         return {self.backbone.part: self.net, **self.codec.parts(), **self.conditioner.parts()}
 
     def to(self, device: str | torch.device) -> Model:
@@ -83,11 +83,11 @@ class Model:
         return self
 
     def copy(self, **changes: Any) -> Model:
-        """The same model with networks of its own."""
+        """The same model with its own copy of the denoiser."""
         return replace(self, denoiser=copy.deepcopy(self.denoiser), **changes)
 
     def weights_hash(self) -> str:
-        """SHA-256 over the names, dtypes, shapes and bytes of the weights, in the order of their names; '' without weights (plans)."""
+        """SHA-256 over names, dtypes, shapes and bytes of the weights, sorted by name; '' without weights (in plans)."""
         named = dict(self.net.state_dict())
         if any(value.is_meta for value in named.values()):
             return ""
@@ -96,7 +96,7 @@ class Model:
         return hash_of(named)
 
     def with_times(self, spec: str, steps: int | None = None) -> Model:
-        """This student sampled at the times that `spec` says (models/times.py), which are then its own."""
+        """The student with the times that `spec` says (models/times.py) as its own."""
         if not self.sampler.edits:
             raise UsageError(f"--times {spec}: for consistency students (distill cm) alone")
         times = parse(spec, self.denoiser.schedule, steps or self.sampler.steps)
@@ -105,41 +105,41 @@ class Model:
         return replace(self, sampler=self.sampler.with_times(times))
 
     def with_prompts(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> Model:
-        """This model for prompts, each `repeat` times in turn, away from the negative one; raises UsageError for one without text."""
+        """The model for these prompts, each `repeat` times in turn, and a negative prompt. Raises UsageError if it has no text."""
         conditioner = self.conditioner.given(prompts, negative, repeat, self.lineage.name)
         if negative and self.sampler.guidance == "inside":
             raise UsageError("--negative-prompt: a student's guidance is built in", "give it to distill pairs and distill dmd")
         return replace(self, conditioner=conditioner)
 
     def with_resolution(self, pixels: int) -> Model:
-        """This latent model at its aspect ratio, the shorter side `pixels`; raises UsageError where its networks cannot make that."""
+        """The latent model with a shorter side of `pixels`, at its aspect ratio. Raises UsageError if its networks cannot do it."""
         size = self.codec.sized(pixels, self.shape, self.backbone.multiple)
         if size is None:
             raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.picture} pixels alone")
         return replace(self, size=size)
 
     def at(self, shape: tuple[int, int, int]) -> Model:
-        """This model at the size of `shape` (C, H, W), where its codec takes any; else as it is."""
+        """The model at the size of `shape` (C, H, W) if it is latent; a pixel model is returned unchanged."""
         return replace(self, size=shape[1:]) if self.codec.parts() else self
 
     @property
     def pixels(self) -> int:
-        """Width of its pictures."""
+        """Width of the model's pictures."""
         return self.shape[-1] * self.codec.factor
 
     @property
     def picture(self) -> str:
-        """The size of its pictures in words: one number of a square, else WIDTHxHEIGHT."""
+        """Size of the model's pictures in words: one number for a square, else WIDTHxHEIGHT."""
         width, height = self.pixels, self.pixels * self.shape[1] // self.shape[2]
         return str(width) if width == height else f"{width}x{height}"
 
     @property
     def about(self) -> str:
-        """What it is and what was assumed of it, for the first line of a job."""
+        """Kind, name and assumptions, for the first line of a job."""
         return "; ".join((f"{self.lineage.kind} {self.lineage.name}", *self.notes))
 
     def with_defaults(self, solver: str | None, steps: int | None, scale: float | None, calls: Literal[1, 2] = 1) -> Sampling:
-        """The sampling settings that result from what the user gave; raises UsageError where the model cannot be sampled so."""
+        """The sampling settings for a user's options. Raises UsageError if the model cannot be sampled that way."""
         schedule = self.denoiser.schedule
         out = self.sampler.asked(schedule, solver, steps, scale, calls)
         if self.scheduler is not None and schedule.bins is not None and out.steps >= schedule.bins:
@@ -150,16 +150,16 @@ class Model:
 
     @property
     def shown(self) -> int:
-        """How many of its pictures are looked at together."""
+        """Number of pictures in a grid or a comparison."""
         return 40 if self.pixels < LARGE else 8
 
     @property
     def enlarged(self) -> int:
-        """How many times its pictures are enlarged to be looked at."""
+        """Factor by which pictures are enlarged in grids and comparisons."""
         return max(1, 64 // self.pixels)
 
     def examples(self, seed: int, count: int, sampling: Sampling | None = None, classes: list[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Images (count, C, H, W) of noises that no job reaches by counting, and their labels: to look at while training."""
+        """Images (count, C, H, W), to look at while training, and their labels. Their noise is outside the range of any job."""
         labels = self.conditioner.spread(count, classes)
         return self.sample(Draws(seed, range(2**40, 2**40 + count)), labels, sampling), labels
 
@@ -170,7 +170,7 @@ class Model:
 
     @torch.no_grad()
     def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
-        """As `sample`, but what the denoiser works on, on its device: the images of a pixel model, latents (B, c, h, w)."""
+        """As `sample`, but the denoiser's data on its device: pixels, or latents (B, c, h, w)."""
         sampling = sampling or self.sampling
         device, schedule = next(self.denoiser.parameters()).device, self.denoiser.schedule
         null = self.conditioner.null if sampling.guidance_scale != 1 else None

@@ -1,4 +1,4 @@
-"""Parts of a model folder as they are read and written: files that are what they should be, tensors that are all there."""
+"""Reading and writing the parts of a model folder: files are checked, and tensors have to be complete."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 STEM = "diffusion_pytorch_model"
 POINTER = b"version https://git-lfs"
-"""What a file begins with that git-lfs has left in the place of a large one."""
+"""The first bytes of a pointer that git-lfs leaves in the place of a large file."""
 HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^(vision_model|visual_projection|text_projection|logit_scale)(\.|$)")
-"""Tensors beside a network's own that say nothing: counters, and the other half of CLIP beside a text encoder."""
+"""Extra tensors that may be ignored: counters, and the image half of CLIP beside a text encoder."""
 RAW = "non_ema"
-"""The variant that holds weights before they were averaged."""
+"""The variant with weights that are not averaged."""
 
 
 def check_file(path: Path) -> None:
-    """Raise DistillError for a file that is empty, or that only points to the real one."""
+    """Raise DistillError for an empty file, or a pointer of git-lfs."""
     if not path.is_file():
         return
     if path.stat().st_size == 0:
@@ -40,7 +40,7 @@ def check_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises DistillError that says what the system or the parser said."""
+    """The object in a JSON file. Raises DistillError with the message of the system or the parser."""
     try:
         check_file(path)
         out = json.loads(path.read_text(encoding="utf-8"))
@@ -54,12 +54,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a tokenizer's words are in a folder: transformers makes an empty one of a folder without them."""
+    """Whether a folder has a tokenizer's vocabulary. Without one transformers silently makes an empty tokenizer."""
     return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
 
 
 def check_named(index: Mapping[str, Any], part: str, found: Any, where: Path) -> None:
-    """Raise DistillError where a pipeline's index names another class for a part than is `found` in its folder."""
+    """Raise DistillError if a pipeline's index names another class for a part than the one `found` in its folder."""
     entry = index.get(part)
     named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     if named is not None and named != found:
@@ -90,7 +90,7 @@ def best_variant(known: Iterable[str]) -> str:
 
 
 def _variant(folder: Path, stem: str) -> tuple[str, list[Path]]:
-    """The variant in which a network's weights are read, and its files; raises DistillError where some are missing or quantized."""
+    """The variant of a network's weights that is read, and its files. Raises DistillError if files are missing or quantized."""
     if not folder.is_dir():
         raise DistillError(f"{folder}: no such folder", "is the model complete?")
     names = [path.name for path in folder.iterdir()]
@@ -119,7 +119,7 @@ def _variant(folder: Path, stem: str) -> tuple[str, list[Path]]:
 
 
 def _files(folder: Path, names: Collection[str]) -> list[Path]:
-    """The files of a variant, a whole one before those that an index names; raises DistillError where they are not all there."""
+    """The files of a variant: one whole file, else the parts that an index names. Raises DistillError if parts are missing."""
     whole = [folder / name for name in names if not name.endswith(".json") and not re.search(r"-\d+-of-\d+", name)]
     index = next((folder / name for name in names if name.endswith(".json")), None)
     if whole:
@@ -139,7 +139,7 @@ def _files(folder: Path, names: Collection[str]) -> list[Path]:
 
 
 def _refuse_integers(file: Path) -> None:
-    """Raise DistillError where a tensor of weights is kept in whole numbers, whose scale stands elsewhere."""
+    """Raise DistillError if weights are stored as integers (quantized), whose scale is stored elsewhere."""
     from safetensors import SafetensorError
 
     from distill_cli.tensors import Tensors, quantized
@@ -156,11 +156,11 @@ def _refuse_integers(file: Path) -> None:
 
 
 def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
-    """The network of class `kind` in a folder of a pipeline: float32, on the CPU, evaluation mode, without gradients.
+    """The network of class `kind` in a folder of a pipeline: float32, on the CPU, in evaluation mode, without gradients.
 
-    Safetensors alone are read, of the highest precision where there are several variants. diffusers and transformers fill in random numbers
-    for tensors that they do not find, and only warn: here each tensor of the network has to be in the files, in its shape, and no other may
-    be there but those of `HARMLESS`. Raises DistillError that names the first. Inside `unfilled` it stays without weights.
+    Only safetensors are read; of several variants the one with the highest precision. diffusers and transformers fill missing tensors with
+    random numbers, and only warn. Here the files must have every tensor of the network, in its shape, and no others but `HARMLESS`. Raises
+    DistillError, which names the first wrong one. Inside `unfilled` the network stays without weights.
     """
     import torch
 
@@ -174,7 +174,7 @@ def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
         network, found = _filled(kind, folder, files) or kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True, **options
         )
-    except Exception as error:  # diffusers and transformers raise many kinds for a missing, truncated or foreign file
+    except Exception as error:  # both raise errors of many classes for missing, truncated or foreign files
         raise DistillError(f"{folder}: no readable network ({reason(error)})", "is the folder complete?") from error
     left_over = [name for name in found["unexpected_keys"] if not HARMLESS.search(name)]
     mismatched = [name if isinstance(name, str) else name[0] for name in found.get("mismatched_keys", ())]
@@ -185,7 +185,7 @@ def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
 
 
 def empty(kind: Any, folder: Path) -> Any:
-    """A network of class `kind` as the configuration in `folder` says, which takes no memory yet."""
+    """A network of class `kind`, from the configuration in `folder`, on the meta device."""
     import torch
 
     with torch.device("meta"):
@@ -195,7 +195,7 @@ def empty(kind: Any, folder: Path) -> Any:
 
 
 def _filled(kind: Any, folder: Path, files: Iterable[Path]) -> tuple[Any, dict[str, list[str]]] | None:
-    """A network of diffusers' filled tensor by tensor (diffusers itself would map the files), and what did not fit; None for others'."""
+    """A network of diffusers, filled tensor by tensor (diffusers itself maps the files), and what did not fit; None for other libraries."""
     from distill_cli.tensors import Tensors
 
     if not hasattr(kind, "load_config"):
@@ -205,7 +205,7 @@ def _filled(kind: Any, folder: Path, files: Iterable[Path]) -> tuple[Any, dict[s
     if {name for name, _ in network.named_buffers()} - wanted.keys():
         return None
     places: dict[str, Any] = {name: (file, name) for file in map(Tensors, files) for name in file.shapes}
-    if hasattr(network, "_fix_state_dict_keys_on_load"):  # names of 2022
+    if hasattr(network, "_fix_state_dict_keys_on_load"):  # tensors of 2022 have other names
         network._fix_state_dict_keys_on_load(places)
     fits = [name for name in wanted if name in places and places[name][0].shapes[places[name][1]] == wanted[name].shape]
     found = {
@@ -223,7 +223,7 @@ UNFILLED: ContextVar[bool] = ContextVar("unfilled", default=False)
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Have folders read and checked, and diffusers' networks left without their weights: for a look that takes no memory."""
+    """Read and check folders without loading the weights of diffusers' networks: a trial that takes no memory."""
     token = UNFILLED.set(True)
     try:
         yield
@@ -244,7 +244,7 @@ def save_network(network: Any, folder: Path, kinds: Collection[str], dtype: torc
 
 
 def hold(where: str, missing: Iterable[str], left_over: Iterable[str], mismatched: Iterable[str] = ()) -> None:
-    """Raise DistillError, with the first name of each kind, where tensors are missing, left over or of another shape."""
+    """Raise DistillError, with the first name of each kind, if tensors are missing, left over or of another shape."""
     kinds = (("{} is missing", missing), ("{} has no place in the network", left_over), ("{} is of another shape", mismatched))
     wrong = [(said.format(names[0]), len(names)) for said, found in kinds if (names := sorted(found))]
     if wrong:
@@ -255,9 +255,9 @@ def hold(where: str, missing: Iterable[str], left_over: Iterable[str], mismatche
 
 
 def own_names(network: Any, kinds: Collection[str]) -> None:
-    """Assert that a network to be written is of one of these classes and has the tensors of its class, under their names.
+    """Assert that a network to be written is of one of these classes, and has its tensors under the class's names.
 
-    A compiled or wrapped network has others; who reads it would get random numbers in their place.
+    A compiled or wrapped network has other names; a reader would get random numbers for the right ones.
     """
     import torch
 
@@ -270,7 +270,7 @@ def own_names(network: Any, kinds: Collection[str]) -> None:
 
 
 def quiet() -> None:
-    """Turn off diffusers' and transformers' bars and warnings: what matters of them is held and said here."""
+    """Turn off the progress bars and warnings of diffusers and transformers; this package has its own checks."""
     import diffusers
     import transformers
 
@@ -280,5 +280,5 @@ def quiet() -> None:
 
 
 def plain(name: str) -> str:
-    """A weight's name in a CLIPTextModel without the prefix that it has in some versions of transformers."""
+    """A weight's name in a CLIPTextModel, without the prefix of some versions of transformers."""
     return name.removeprefix("text_model.")

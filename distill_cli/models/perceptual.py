@@ -24,7 +24,7 @@ PIXELS = 224
 
 
 def find_weights(given: Path | None) -> Path:
-    """The file of VGG-16's weights: the one given, or that in torchvision's cache. Nothing is downloaded."""
+    """The file of VGG-16's weights: the given one, or the one in torchvision's cache. Nothing is downloaded."""
     path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if not path.is_file():
         message = f"lpips_weights {path}: no such file" if given else f"lpips: VGG's weights are not in {path}"
@@ -45,7 +45,7 @@ class Perceptual(nn.Module):
         import lpips
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips asks torchvision in a way that it has left behind
+            warnings.simplefilter("ignore")  # lpips uses a deprecated argument of torchvision
             self.metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -57,7 +57,7 @@ class Perceptual(nn.Module):
                         setattr(part, place, nn.AvgPool2d(2))
         except OSError as error:
             raise unreadable(path, error) from error
-        except Exception as error:  # torch raises many kinds for a file that is not one of weights
+        except Exception as error:  # torch raises errors of many classes for other files
             what = f"{type(error).__name__}: {printable(error, 120)}"
             raise DistillError(f"{path}: not torchvision's VGG-16 ({what})", f"fetch {URL}") from error
         self.eval().requires_grad_(False)

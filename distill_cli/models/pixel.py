@@ -1,4 +1,4 @@
-"""Pixel models made anew, on diffusers' UNet2DModel."""
+"""New pixel models, with diffusers' UNet2DModel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill_cli.models.sampler import Sampler
 
 
 def check_resolution(resolution: int, network: NetworkConfig) -> None:
-    """Refuse pictures that the network's levels cannot halve evenly."""
+    """Raise UsageError if the network's levels cannot halve pictures of this width evenly."""
     parts = 2 ** (len(network.channels) - 1)
     if resolution % parts:
         raise UsageError(f"resolution {resolution}: {len(network.channels)} network.channels need a multiple of {parts}")
@@ -38,7 +38,7 @@ def create(
     lineage: Lineage,
     seed: int = 0,
 ) -> Model:
-    """A model with random weights of `seed`; with classes, the null label is the one after them."""
+    """A model with random weights from `seed`. With classes, the null label is the one after them."""
     import diffusers
 
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""How a model is sampled, and what a student of it knows: one value, asked by solvers, plans, edits, cards and folders."""
+"""How a model is sampled and what it knows: one value that solvers, plans, edits, cards and folders ask."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from distill_cli.models.times import parse
 
 @dataclass(frozen=True)
 class Task:
-    """What a solver is given: x (B, C, H, W) of standard-normal noise, decreasing `times` (N,), and whom to ask."""
+    """The arguments of a solver: standard-normal noise x (B, C, H, W), decreasing `times` (N,), and the denoiser."""
 
     denoiser: Denoiser
     network: NetworkDenoiser
-    """The same without guidance."""
+    """The denoiser without guidance."""
     x: Tensor
     times: Tensor
     condition: Condition
     noise: solvers.Noise
     project: Callable[[Tensor], Tensor]
     scheduler: dict[str, Any] | None
-    """diffusers' configuration that the model came with."""
+    """Configuration of diffusers' scheduler, if the model has one."""
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -55,12 +55,12 @@ def _euler(task: Task, noise: solvers.Noise | None = None) -> Tensor:
 
 
 def _ddim(task: Task) -> Tensor:
-    """diffusers' own where the model came with a scheduler, which spaces the times."""
+    """diffusers' DDIM if the model has a scheduler, which spaces the times; else ours."""
     return _euler(task) if task.scheduler is None else _diffusers(task, "ddim")
 
 
 def _few_step(task: Task) -> Tensor:
-    """Estimates are clamped where they are pictures, as diffusers' pipeline has it."""
+    """Estimates in pixels are clamped, as in diffusers' pipeline."""
     schedule, x = task.schedule, task.schedule.prior(task.times[0].item()) * task.x
     options: dict[str, Any] = {"sigma_min": schedule.floor, "noise": task.noise, "project": task.project}
     return solvers.few_step(task.denoiser, schedule, x, task.times, task.condition, **options)
@@ -73,7 +73,7 @@ def _diffusers(task: Task, name: str) -> Tensor:
 
 
 def _above_zero(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """On a table of times: even ones, whose last has a noise level that does not vanish."""
+    """Times for solvers that need noise at the last time: on a table, evenly spaced times that end above 0."""
     if schedule.bins is None:
         return schedule.times(steps)
     return torch.linspace(schedule.t_max, schedule.t_max / steps / 2, steps, dtype=torch.float64)
@@ -81,17 +81,17 @@ def _above_zero(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A solver: how it runs, what N steps of it cost in evaluations, and what it needs."""
+    """A solver: its function, the network evaluations of N steps, and its needs."""
 
     run: Callable[[Task], Tensor]
     evaluations: Callable[[int], int] = lambda steps: steps
     times: Callable[[NoiseSchedule, int], Tensor] = lambda schedule, steps: schedule.times(steps)
     table: bool = False
-    """It takes the times of a table alone."""
+    """Works only on a table of times."""
     signal: bool = False
-    """It divides by alpha: some signal must be left at the largest time."""
+    """Divides by alpha, so alpha must be above 0 at the largest time."""
     few: bool = False
-    """It asks for the end of the ODE, once a step, and makes noise anew between the steps."""
+    """Needs estimates of the ODE's end, and adds new noise between the steps."""
 
 
 SOLVERS: dict[str, Algorithm] = {
@@ -106,7 +106,7 @@ SOLVERS: dict[str, Algorithm] = {
 
 
 class Sampling(BaseModel):
-    """One way to sample a model."""
+    """Settings of one sampling."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,54 +117,54 @@ class Sampling(BaseModel):
 
     @property
     def evaluations(self) -> int:
-        """Calls of the network that a sample costs; guidance counts twice."""
+        """Network evaluations for an image; guidance doubles them."""
         return SOLVERS[self.solver].evaluations(self.steps) * (1 if self.guidance_scale == 1 else 2)
 
 
 class Sampler(Sampling):
-    """How a model is sampled unasked, and how else it can be. Teachers know every level and answer with the mean."""
+    """The default sampling of a model, and what else it can do. Teachers know every level and answer with the mean."""
 
     knows: Literal["every level", "own times", "pure noise"] = "every level"
-    """The noise levels at which it may be asked; `times` where they are its own."""
+    """The noise levels at which the model was trained; a student with times of its own has them in `times`."""
     answers: Literal["mean", "endpoint"] = "mean"
-    """E[x0 | x_t], from which solvers go step by step; or the end of the ODE, from which one may start anew at any known level."""
+    """What the denoiser estimates: E[x0 | x_t], for ODE solvers, or the end of the ODE, to which new noise may be added."""
     guidance: Literal["outside", "inside"] = "outside"
-    """By two answers of the network; or learned, with the conditions."""
+    """Outside: from a conditional and an unconditional evaluation. Inside: learned by the student."""
     times: tuple[float, ...] = ()
-    """A student's own, decreasing."""
+    """A student's own times, decreasing; () for teachers."""
 
     @classmethod
     def one_step(cls, schedule: NoiseSchedule) -> Sampler:
-        """Of a student that makes x0 of pure noise, as distribution matching trains it."""
+        """The sampler of a one-step student, trained at pure noise only, as by distribution matching."""
         return cls(solver="few-step", steps=1, knows="pure noise", answers="endpoint", guidance="inside", times=(schedule.t_max,))
 
     @classmethod
     def consistency(cls, times: Sequence[float]) -> Sampler:
-        """Of a consistency model, which makes x0 from every level; `times` are those of its several steps."""
+        """The sampler of a consistency model, which estimates x0 from every level; `times` are for sampling in several steps."""
         return cls(solver="few-step", steps=1, answers="endpoint", guidance="inside", times=tuple(times))
 
     @classmethod
     def walking(cls, solver: Solver, times: Sequence[float]) -> Sampler:
-        """Of a student that goes through its own times one after another, as progressive distillation trains it."""
+        """The sampler of a student that goes through all of its own times in order, as by progressive distillation."""
         return cls(solver=solver, steps=len(times), knows="own times", guidance="inside", times=tuple(times))
 
     @property
     def settings(self) -> Sampling:
-        """How it is sampled unasked."""
+        """The default sampling settings."""
         return Sampling(**self.model_dump(include=set(Sampling.model_fields)))
 
     @property
     def teaches(self) -> bool:
-        """Whether it estimates the mean at every level, as a teacher must."""
+        """Whether it can be a teacher: it estimates the mean at every level."""
         return self.knows == "every level" and self.answers == "mean"
 
     @property
     def edits(self) -> bool:
-        """Whether it makes x0 from every level, as edits and other times than its own need."""
+        """Whether it estimates x0 from every level, as edits and `--times` need."""
         return self.knows == "every level" and self.answers == "endpoint"
 
     def times_for(self, schedule: NoiseSchedule, solver: str, steps: int) -> Tensor:
-        """(steps,) decreasing times of a solver; raises UsageError where the student does not know so many."""
+        """(steps,) decreasing times for a solver. Raises UsageError if a student cannot take so many steps."""
         own = torch.tensor(self.times, dtype=torch.float64)
         if not self.times:
             return SOLVERS[solver].times(schedule, steps)
@@ -184,11 +184,11 @@ class Sampler(Sampling):
         return torch.tensor(parse("even", schedule, steps), dtype=torch.float64)
 
     def with_times(self, times: Sequence[float]) -> Sampler:
-        """The same with other times of its own, as many as it is sampled with from then on."""
+        """The same sampler with other times; it then takes as many steps by default."""
         return self.model_copy(update={"times": tuple(times), "steps": len(times)})
 
     def asked(self, schedule: NoiseSchedule, solver: str | None, steps: int | None, scale: float | None, calls: Literal[1, 2]) -> Sampling:
-        """The settings that result from what a user gave; raises UsageError where the model cannot be sampled so."""
+        """The sampling settings for a user's options. Raises UsageError if the model cannot be sampled that way."""
         if self.times and solver not in (None, self.solver):
             raise UsageError(f"--solver {solver}: a student is sampled by {self.solver} alone", "leave --solver out")
         if self.guidance == "inside" and scale not in (None, 1):

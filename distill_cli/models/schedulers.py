@@ -1,4 +1,4 @@
-"""Sampling by diffusers' own schedulers, with the table of times that a model came with."""
+"""Sampling by diffusers' schedulers, on the table of betas of the model's own scheduler."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": {"skip_prk_steps": True},
     "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "solver_order": 2},
 }
-"""What else makes our solvers of them, whatever the model's own scheduler was."""
+"""Options of these schedulers that our solvers fix, whatever the model's own scheduler says."""
 MOST_TIMES = 100_000
 SPACINGS = ("leading", "linspace", "trailing")
 TAKEN = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type",
     "timestep_spacing", "steps_offset", "set_alpha_to_one",
 )  # fmt: skip
-"""What a scheduler of ours takes from the configuration that a model came with: the table and the spacing of times."""
+"""What our solvers take from the configuration of a model's scheduler: the table and the spacing of times."""
 PIXEL_SCHEDULERS = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
@@ -42,14 +42,14 @@ LATENT_SCHEDULERS = (
     *PIXEL_SCHEDULERS, "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSinglestepScheduler",
     "DPMSolverSDEScheduler", "LCMScheduler",
 )  # fmt: skip
-"""Those of StableDiffusionPipeline."""
+"""Schedulers that a StableDiffusionPipeline folder may have."""
 
 STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-"""The table of betas of Stable Diffusion (Rombach et al. 2112.10752), in diffusers' words."""
+"""The table of betas of Stable Diffusion (Rombach et al. 2112.10752), as a scheduler configuration."""
 
 
 def class_of(config: Mapping[str, Any], source: str) -> Any:
-    """diffusers' class of a scheduler configuration; raises DistillError where it names none that is installed."""
+    """diffusers' class for a scheduler configuration. Raises DistillError if it names no installed class."""
     import diffusers
 
     name = config.get("_class_name")
@@ -60,13 +60,13 @@ def class_of(config: Mapping[str, Any], source: str) -> Any:
 
 
 def completed(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The configuration with its class's own defaults for what it does not say."""
+    """The configuration, completed by the defaults of its class."""
     known = inspect.signature(class_of(config, source).__init__).parameters
     return {name: p.default for name, p in known.items() if p.default is not inspect.Parameter.empty} | dict(config)
 
 
 def numbers_of(config: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, float]:
-    """The numbers under `keys`, its class's own where it does not say them; raises DistillError for what is none."""
+    """The numbers under `keys`, or the defaults of the class. Raises DistillError for a value that is no number."""
     known, whole = inspect.signature(class_of(config, source).__init__).parameters, completed(config, source)
     for key in keys:
         value, counts = whole.get(key), key in known and isinstance(known[key].default, int)
@@ -76,9 +76,9 @@ def numbers_of(config: Mapping[str, Any], keys: Sequence[str], source: str) -> d
 
 
 def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = PIXEL_SCHEDULERS) -> tuple[TableSchedule, str]:
-    """The schedule and the parameterisation of a diffusers scheduler configuration of one of these classes, which have a table of betas.
+    """The schedule and the parameterisation of a diffusers scheduler configuration of one of `classes`, which have a table of betas.
 
-    What the configuration does not say is the class's own default. Raises DistillError for what the mathematics here does not know.
+    Missing keys get the defaults of the class. Raises DistillError for settings that are not supported.
     """
     name, kinds = class_of(config, source).__name__, {value: key for key, value in PREDICTION_TYPES.items()}
     whole = completed(config, source)
@@ -126,19 +126,19 @@ def table_of(config: Mapping[str, Any], source: str, classes: Container[str] = P
 
 
 def make(config: Mapping[str, Any], kind: str) -> Any:
-    """diffusers' scheduler of class `kind` with the table and the spacing of times of `config`, and nothing else of it."""
+    """diffusers' scheduler of class `kind`, with the table and the spacing of times from `config` and nothing else."""
     taken = {key: config[key] for key in TAKEN if key in config}
     return own({"_class_name": kind, "clip_sample": False, **taken, **OPTIONS.get(kind, {})})  # latents have no range
 
 
 def own(config: Mapping[str, Any]) -> Any:
-    """diffusers' scheduler that a configuration describes, as a whole."""
+    """diffusers' scheduler with all of a configuration."""
     kind = class_of(config, "scheduler")
     return kind.from_config({key: value for key, value in config.items() if key in inspect.signature(kind.__init__).parameters})
 
 
 def assumed(config: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    """What of the table of betas a configuration does not say, and what its class then means, for the line of what was read."""
+    """A note on keys of the table that a configuration leaves to its class's defaults; () if there are none."""
     table = () if config.get("trained_betas") is not None else ("beta_schedule", "beta_start", "beta_end")
     missing = [key for key in ("num_train_timesteps", *table, "prediction_type") if key not in config]
     whole = completed(config, source)
@@ -161,12 +161,12 @@ def run(
 
 @torch.no_grad()
 def config_of(schedule: TableSchedule, parameterisation: str) -> dict[str, Any]:
-    """The configuration of a model without one of its own."""
+    """A scheduler configuration for a model that came without one."""
     betas = 1 - schedule.alphas_cumprod / torch.cat([torch.ones(1).double(), schedule.alphas_cumprod[:-1]])
     return {
         "num_train_timesteps": len(betas),
         "trained_betas": betas.tolist(),
         "prediction_type": PREDICTION_TYPES[parameterisation],
-        "timestep_spacing": "trailing",  # one step is then t = 999, as ours
+        "timestep_spacing": "trailing",  # one step is then at t = 999, as in our solvers
         "clip_sample": False,
     }

@@ -1,4 +1,4 @@
-"""Latent text-to-image models made anew: Stable Diffusion's parts with random weights (Rombach et al. 2112.10752)."""
+"""New latent text-to-image models: Stable Diffusion's parts with random weights (Rombach et al. 2112.10752)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def create(
     solver: str = "ddim",
     seed: int = 0,
 ) -> Model:
-    """A latent text-to-image model with random weights of `seed` on this autoencoder; `scheduler` is diffusers' configuration."""
+    """A latent text-to-image model with random weights from `seed`, for this autoencoder and diffusers `scheduler` configuration."""
     import diffusers
 
     codec = VAECodec(vae)
@@ -54,7 +54,7 @@ def create(
             down_block_types=tuple("CrossAttnDownBlock2D" if on else "DownBlock2D" for on in network.attention),
             up_block_types=tuple("CrossAttnUpBlock2D" if on else "UpBlock2D" for on in reversed(network.attention)),
             norm_num_groups=network.groups,
-            attention_head_dim=tuple(max(1, width // network.head) for width in channels),  # which diffusers reads as their number
+            attention_head_dim=tuple(max(1, width // network.head) for width in channels),  # diffusers takes it as the number of heads
             cross_attention_dim=text.width,
             dropout=network.dropout,
         )

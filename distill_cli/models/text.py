@@ -1,4 +1,4 @@
-"""A CLIP tokenizer and text encoder (Radford et al. 2103.00020), as Stable Diffusion has them, in files."""
+"""Reading and writing Stable Diffusion's CLIP tokenizer and text encoder (Radford et al. 2103.00020)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from distill_cli.tensors import write
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
-"""How versions of transformers call CLIP's tokenizer."""
+"""Names of CLIP's tokenizer class in versions of transformers."""
 
 
 def make_tokenizer(captions: Iterable[str], length: int) -> Any:
-    """CLIP's tokenizer with a vocabulary of its own: every word of `captions` is one token, any other text is spelt."""
+    """CLIP's tokenizer with a new vocabulary: every word of `captions` is one token, other text is spelt by letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -60,7 +60,7 @@ def byte_letters() -> list[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder of a pipeline; raises DistillError where it lacks words or does not say how many tokens it makes."""
+    """The tokenizer in a pipeline's folder. Raises DistillError if it has no vocabulary or no maximum length."""
     from transformers import CLIPTokenizer
 
     if not folder.is_dir():
@@ -76,7 +76,7 @@ def load_tokenizer(folder: Path) -> Any:
     quiet()
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a missing or broken file
+    except Exception as error:  # transformers raises errors of many classes for broken files
         raise DistillError(f"{folder}: no readable tokenizer ({reason(error)})", "is the folder complete?") from error
     words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     lacking = [word for word in (tokenizer.bos_token, tokenizer.eos_token, *byte_letters()) if word not in words]
@@ -89,7 +89,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer so that transformers of any version reads it: newer ones alone do without the two files of CLIP."""
+    """Write a tokenizer for any version of transformers: older ones need CLIP's vocab.json and merges.txt."""
     tokenizer.save_pretrained(folder)
     if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -119,7 +119,7 @@ def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
 
 
 def save_encoder(encoder: Any, folder: Path) -> None:
-    """Write a CLIPTextModel with the names of published files, which transformers of any version reads; newer ones write others."""
+    """Write a CLIPTextModel under the names of published files, which any version of transformers reads."""
     named = encoder.state_dict().items()
     weights = {f"text_model.{plain(name)}": value for name, value in named if not name.endswith("position_ids")}
     encoder.config.architectures = ["CLIPTextModel"]

@@ -1,4 +1,4 @@
-"""The times at which a student of few steps is sampled, as people write them.
+"""How people write the times of a few-step student.
 
 index:0,22     points of the student's grid: those it was distilled on (cd's key scales), else the 40 of OpenAI's samplers
                and diffusers (0 is sigma_max, the last sigma_min, even in sigma^(1/rho)); ConsistencyModelPipeline takes
@@ -20,7 +20,7 @@ from distill_cli.diffusion.schedule import GRID, NoiseSchedule
 from distill_cli.errors import UsageError
 
 PUBLISHED = (0, 22)
-"""ImageNet-64's two times by consistency distillation on 40 (Song et al. 2303.01469, appendix C; OpenAI's scripts)."""
+"""The two times of ImageNet-64, as points of 40 (consistency distillation; Song et al. 2303.01469, appendix C; OpenAI's scripts)."""
 
 
 def from_indices(schedule: NoiseSchedule, indices: Sequence[int]) -> list[float]:
@@ -29,18 +29,18 @@ def from_indices(schedule: NoiseSchedule, indices: Sequence[int]) -> list[float]
 
 
 def nearest(schedule: NoiseSchedule, indices: Sequence[int]) -> list[float]:
-    """Noise levels of the student's own grid next to those that `indices` name on 40 points (GRID), each once, above sigma_min."""
+    """Noise levels on the student's grid, nearest to points `indices` of 40 (GRID), without repeats, above sigma_min."""
     last = schedule.grid - 1
     return from_indices(schedule, sorted({min(round(index * last / (GRID - 1)), last - 1) for index in indices}))
 
 
 def spelled(times: Sequence[float]) -> str:
-    """Noise levels as `parse` reads them, to the last digit."""
+    """Noise levels in the form that `parse` reads, exactly."""
     return "sigma:" + ",".join(map(repr, times))
 
 
 def parse(spec: str, schedule: NoiseSchedule, steps: int, name: str = "--times") -> list[float]:
-    """Decreasing noise levels above sigma_min, at most sigma_max; raises UsageError, which calls the option `name`, for anything else."""
+    """Decreasing noise levels above sigma_min, at most sigma_max. Raises UsageError, naming the option `name`, for anything else."""
     kind, _, rest = spec.partition(":")
     if spec == "even":
         if steps > schedule.grid:

@@ -1,4 +1,4 @@
-"""Many images from a model, as files; a job that stops goes on where it was."""
+"""Images of a model as files. A job that was stopped continues where it was."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distill_cli.runs import settle
 SETTINGS = "sampling.json"
 GRID = 100
 CAPTIONED = 256
-"""Pixels that a picture needs to have a caption below it."""
+"""Width of a picture, in pixels, that has room for a caption."""
 
 
 class Samples:
@@ -61,7 +61,7 @@ class Samples:
             try:
                 parts = [read_npz(self.part(batch))[0] for batch in self.batches]
             except DistillError:
-                if self.npz.exists():  # another process has joined them
+                if self.npz.exists():  # another process has joined the parts
                     return
                 raise
             write_npz(self.npz, np.concatenate(parts), self.labels)
@@ -75,7 +75,7 @@ class Samples:
             write_atomic(self.folder / "grid.png", png(grid(images, min(10, len(images)), self.config.scale or readable, captions)))
 
     def line(self, i: int) -> str:
-        """What samples.jsonl says of image i."""
+        """The line of samples.jsonl for image i."""
         place = {"file": self.png(i).name} if self.config.format == "png" else {}
         return json.dumps({"index": i, **place, "seed": self.config.seed, **self.conditioner.named(int(self.labels[i]))}) + "\n"
 
@@ -89,7 +89,7 @@ class Samples:
 
 
 def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
-    """Make the missing images of `config` that fall to this process of part (i, n) of the job; returns counts and images per second."""
+    """Make this process's share of the missing images, in part (i, n) of the job. Returns counts and images per second."""
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     samples = Samples(folder, config, model)
     apart = {"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
@@ -103,7 +103,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     model.to(where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
     missing = [batch for batch in mine if not samples.done(batch)]
-    if processes.rank() == 0:  # which speaks for all of this part
+    if processes.rank() == 0:  # one message for all processes of this part
         absent = [batch for batch in samples.batches[part[0] :: part[1]] if not samples.done(batch)]
         model.conditioner.say_cut(image for batch in absent for image in batch)
     progress = launch.Progress(sum(map(len, missing)), "sample", "images")

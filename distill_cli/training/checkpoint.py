@@ -24,7 +24,7 @@ Networks = Mapping[str, nn.Module]
 
 def steps(folder: Path) -> list[int]:
     """The steps that have a checkpoint, in order."""
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []  # glob would leave out a folder that may not be read
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []  # glob silently skips a folder without read permission
     numbers = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal()]
     return sorted(number for number in numbers if path_of(folder, number).name in names)
 
@@ -38,7 +38,7 @@ def save(
 ) -> None:
     """Write checkpoint `step`, then delete all but the newest `keep` and the `best` of lowest state["score"]. `state` is JSON.
 
-    Whatever processes share, process 0 writes it whole, so that any number of them can resume; all of them have to call.
+    All processes have to call. Process 0 writes whole tensors, so any number of processes can resume.
     """
     weights = {name: _kept(network.state_dict()) for name, network in networks.items()}
     moments = {name: _kept(optimizer.state_dict()) for name, optimizer in optimizers.items()}
@@ -50,7 +50,7 @@ def save(
         with open(temporary / "optimizers.pt", "wb") as handle:
             try:
                 torch.save(moments, handle)
-            except RuntimeError as error:  # torch ends its archive all the same, and complains of that
+            except RuntimeError as error:  # torch tries to finish the archive after an error, and reports that instead
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(sealed({"step": step, "sha256": sums, "state": state}))
@@ -65,7 +65,7 @@ def prune(folder: Path, keep: int, best: int) -> None:
 
 
 def _kept(state: Any) -> Any:
-    """A state with every tensor that FSDP has spread whole on process 0, in the CPU's memory, one after another; gone elsewhere."""
+    """A state with FSDP's tensors gathered, one at a time: whole on process 0 in the CPU's memory, None on the others."""
     if isinstance(state, dict):
         return {key: _kept(value) for key, value in state.items()}
     if not isinstance(state, DTensor):
@@ -75,7 +75,7 @@ def _kept(state: Any) -> Any:
 
 
 def _score(folder: Path, step: int) -> float:
-    """What a checkpoint's loss was; infinite where that is not known."""
+    """The loss of a checkpoint; infinite if it is not known."""
     try:
         score = unsealed(read_plain(path_of(folder, step) / STATE))["state"]["score"]
         return score if isinstance(score, float) and math.isfinite(score) else math.inf
@@ -88,7 +88,7 @@ def load(
 ) -> dict[str, Any]:
     """Fill networks and optimizers (whose settings stay theirs) from checkpoint `step` and return its state.
 
-    Before anything is filled, every file is verified, and `check` may refuse the state.
+    Every file is verified, and `check` may refuse the state, before anything is filled.
     """
     path = path_of(folder, step)
     if not path.is_dir():
@@ -113,7 +113,7 @@ def load(
         there, weights = network.state_dict(), load_file(path / f"{name}.safetensors")
         network.load_state_dict({key: like(value, there[key]) if key in there else value for key, value in weights.items()})
     apart = any(parameter.device.type != "cpu" for network in networks.values() for parameter in network.parameters())
-    # mapped, they pass through the host's memory on their way to a GPU; on the CPU those that are read are the ones that are kept
+    # mapped for a GPU, so that they need not be in the host's memory at once; on the CPU the tensors that are read are kept
     saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True, mmap=apart)
     for name, optimizer in optimizers.items():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

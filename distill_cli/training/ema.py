@@ -16,7 +16,7 @@ RAMP = 0.05
 
 @torch.no_grad()
 def follow(average: nn.Module | None, network: nn.Module, weight: float) -> None:
-    """Move an average by `weight` towards a network; None takes part in gathering what FSDP has spread, one tensor at a time."""
+    """Move an average by `weight` towards a network. With None a process only takes part in gathering FSDP's tensors, one at a time."""
     now = [p.detach() for p in network.parameters()]
     before: list[Tensor] = [] if average is None else list(average.parameters())
     if isinstance(now[0], DTensor):
@@ -30,7 +30,7 @@ def follow(average: nn.Module | None, network: nn.Module, weight: float) -> None
 
 @torch.no_grad()
 def hand_on(average: nn.Module | None, network: nn.Module) -> None:
-    """Give a network the weights of process 0's average, spread as its own are; all processes have to call."""
+    """Copy the weights of process 0's average into a network, sharded as the network is. All processes have to call."""
     theirs = {} if average is None else average.state_dict()
     for name, own in network.state_dict().items():
         value = theirs[name].contiguous() if theirs else torch.empty(own.shape, dtype=own.dtype, device=own.device)
@@ -42,7 +42,7 @@ def hand_on(average: nn.Module | None, network: nn.Module) -> None:
 class EMA:
     """Averages with a half-life in images, shortened at the start to 5% of the images seen (as EDM's training does).
 
-    A half-life of 0 follows the network itself. Of several processes the first alone keeps it, whole: one copy serves all.
+    With a half-life of 0 the average equals the network. Only process 0 keeps it, whole: one copy serves all processes.
     """
 
     def __init__(self, network: nn.Module, halflife: int) -> None:
@@ -56,7 +56,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, seen: int, batch: int) -> None:
-        """Take in the network as it is now; where FSDP has spread it, all processes have to call."""
+        """Move towards the network. With FSDP all processes have to call."""
         follow(self.network, network, 1 - self.decay(seen, batch))
         if self.network is None:
             return

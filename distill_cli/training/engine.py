@@ -52,7 +52,7 @@ from distill_cli.training.optimizer import learning_rate, make_optimizer
 from distill_cli.training.rehearsal import check_space, rehearse, save
 
 SKIPPED_AT_MOST = 50
-"""Steps in a row without a finite gradient, after which leaving them out is no help."""
+"""After so many steps in a row without a finite gradient the run stops."""
 
 
 class Engine:
@@ -98,12 +98,12 @@ class Engine:
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
         self.skipped = {name: torch.zeros(2, dtype=torch.int64, device=where) for name in self.plain}
-        """Updates of each network that were left out: in a row until now, and in all."""
+        """Skipped updates of each network: in a row until now, and in all."""
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
         self.started = time.monotonic()
         several = world_size() > 1
-        self.talk: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None  # for which no GPU waits
+        self.talk: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None  # gloo: no GPU waits for it
 
     def draws(self, step: int) -> list[Draws]:
         """This process's samples of a step, in the parts of gradient accumulation."""
@@ -112,7 +112,7 @@ class Engine:
         return [Draws(self.config.seed, part[rank() :: world_size()]) for part in parts]
 
     def train_step(self) -> None:
-        """One step: every turn of the objective, each over all parts of the batch."""
+        """One step: all turns of the objective, each over all parts of the batch."""
         if not self.ready:
             self.objective.prepare(self.accelerator.device, self.run)
             self.ready = True
@@ -120,7 +120,7 @@ class Engine:
         if phase.anew and self.step in self.borders:
             self._begin_anew()
         self.objective.before(self.step)
-        torch.manual_seed(hash((self.config.seed, self.step, rank())) % 2**63)  # dropout alone uses torch's generator
+        torch.manual_seed(hash((self.config.seed, self.step, rank())) % 2**63)  # only dropout uses torch's generator
         turns = [self.objective.turns(self.step, part) for part in self.draws(self.step)]
         with naming_the_undetermined():
             while name := self._turn(turns):
@@ -131,14 +131,14 @@ class Engine:
         self.ema.update(self.plain[self.main], (self.step - first) * self.config.batch_size, self.config.batch_size)
 
     def _begin_anew(self) -> None:
-        """The main network takes the average's weights, and every network new moments."""
+        """Begin a phase anew: the main network takes the average's weights, and all moments are forgotten."""
         hand_on(self.ema.network, self.plain[self.main])
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
         self.health.running.clear()
 
     def _turn(self, turns: list[Iterator[Loss]]) -> str:
-        """The gradients of the next turn; returns the network that they are for, '' after the last turn."""
+        """Compute the gradients of the next turn, and return the name of its network; '' after the last turn."""
         seen: list[dict[str, Tensor]] = []
         for k, turn in enumerate(turns):
             with ExitStack() as apart:
@@ -160,14 +160,14 @@ class Engine:
         return name
 
     def _mean(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The means of scalars over the parts of a batch and over all processes."""
+        """Means of scalars over the parts of a batch and all processes."""
         values = torch.stack([torch.stack([part[name].detach().float() for name in parts[0]]) for part in parts]).mean(0)
         if world_size() > 1:
             values = self.accelerator.reduce(values, "mean")
         return dict(zip(parts[0], values, strict=True))
 
     def _update(self, name: str) -> None:
-        """Step a network, and take note of its loss."""
+        """Step a network's optimizer, and record its loss."""
         optimizer, scaler, trained = self.optimizers[name], self.accelerator.scaler, self.objective.trained[name]
         first, steps = span_at(self.objective.phases, self.step)
         for group in optimizer.param_groups:
@@ -178,7 +178,7 @@ class Engine:
             norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(trained.parameters(), self.config.clip_norm)))
         loss = self.turn[f"{name}_loss"]
         skips = self.config.on_nan == "skip" and not scaler
-        if skips or scaler:  # a scaler leaves out such steps itself
+        if skips or scaler:  # a scaler skips such steps itself
             bad = (~(loss.isfinite() & norm.isfinite())).to(self.skipped[name])
             row, total = self.skipped[name]
             self.skipped[name] = torch.stack([(row + bad) * bad, total + bad])
@@ -199,7 +199,7 @@ class Engine:
         optimizer.zero_grad(set_to_none=True)
 
     def advance(self) -> dict[str, float]:
-        """One step, and its line in metrics.jsonl where one is due: the means that it holds, else nothing."""
+        """One step. Returns the means of the line that it wrote to metrics.jsonl; {} if no line was due."""
         self.train_step()
         if self.step % self.config.log_every and self.step not in self.borders:
             return {}
@@ -207,7 +207,7 @@ class Engine:
         return self._log()
 
     def _log(self) -> dict[str, float]:
-        """Write the means since the last line, which are those of all processes, and, apart, how fast it went."""
+        """Write the means since the last line to metrics.jsonl, and the speed to speed.jsonl. Returns the means."""
         means = {name: (total / count).item() for name, (total, count) in self.window.items()}
         self.window = {}
         counts = {"spikes": int(self.health.spikes.item())}
@@ -274,11 +274,11 @@ class Engine:
             run.forget_after(self.step)
             if self.config.tracker != "none":
                 settings = {key: str(value) for key, value in self.config.model_dump(mode="json").items()}
-                os.environ.setdefault("WANDB_MODE", "offline")  # nothing leaves the machine unasked
+                os.environ.setdefault("WANDB_MODE", "offline")  # nothing leaves the machine by default
                 spared(self.config.tracker, self.accelerator.init_trackers, "distill", settings)
 
     def sample_grid(self) -> None:
-        """Write the average's images for some noises that are in no store of pairs."""
+        """Write a grid of the average's images, from noise that is in no store of pairs."""
         if self.ema.network is None:
             return
         model = self._model(self.ema.network)
@@ -287,18 +287,18 @@ class Engine:
             save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
 
     def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
-        """The signal that came to any process, and whether process 0's clock says to save: the same to all after the same step."""
+        """The signal that any process got, and whether process 0's clock says to save: agreed by all processes after the same step."""
         asked = torch.tensor([number, due])
         if self.talk is not None:
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.talk)
         return int(asked[0]), bool(asked[1])
 
     def _model(self, state: nn.Module) -> Any:
-        """What the main network's weights are as a result now."""
+        """The result made of `state`, weights of the main network."""
         return self.objective.model(self.objective.trained[self.main].merged(state), self.step)
 
     def train(self) -> Any:
-        """Train to the last step, save the result and return it (on process 0 alone); a signal leaves a run that resumes."""
+        """Train to the last step, save the result and return it (None except on process 0). After a signal the run can be resumed."""
         images = self.objective.images
         with noting(self.run.folder, images.root, images.files) if isinstance(images, Folder) else nullcontext():
             return self._train()
@@ -335,7 +335,7 @@ class Engine:
                 if ends and not last:
                     self._result(made=True)
                 if stopped and not last:
-                    self._agreed(0, False)  # process 0 has written it
+                    self._agreed(0, False)  # wait until process 0 has written the checkpoint
                     said = f"stopped at step {self.step} of {self.steps}"
                     raise stop.interrupted(stopped, said, f"resume with --resume {self.run.folder}")
         progress.close()
@@ -344,9 +344,9 @@ class Engine:
         return self._result(made)
 
     def _result(self, made: bool) -> Any:
-        """Save, and return, the average at the end of a phase, whose checkpoint stands (on process 0 alone).
+        """Save and return the average at the end of a phase, once its checkpoint is written (None except on process 0).
 
-        Unless it was `made` just now, what has been written into it since stays.
+        A result that was not `made` just now is kept, with whatever was written into its folder since.
         """
         if self.ema.network is None:
             return None
@@ -361,7 +361,7 @@ class Engine:
         return model
 
     def release(self) -> None:
-        """Give back the memory of training, before the result is looked at."""
+        """Free the memory of training before the result is sampled."""
         self.optimizers, self.zero, self.ema.network = {}, None, None
         self.accelerator.free_memory()
         for name, each in self.objective.trained.items():
@@ -376,8 +376,8 @@ class Engine:
         return f"{good}lower lr in {self.run.recipe}, then --resume {self.run.folder}"
 
     def _check_skipped(self, step: int) -> None:
-        """Stop where too many updates up to `step` were left out in a row."""
-        if self.config.on_nan != "skip" and not self.accelerator.scaler:  # nothing is left out, and asking would wait for the device
+        """Stop the run if too many updates up to `step` were skipped in a row."""
+        if self.config.on_nan != "skip" and not self.accelerator.scaler:  # nothing is skipped; reading would wait for the device
             return
         for name, (row, _) in self.skipped.items():
             if row >= SKIPPED_AT_MOST:
@@ -385,7 +385,7 @@ class Engine:
                 raise DistillError(f"{int(row)} steps in a row up to {step} had no finite gradient of {name}", hint)
 
     def _check_finite(self) -> None:
-        """Stop at the last good checkpoint, and never keep one with a loss or weights that are no numbers."""
+        """Stop the run if a loss or a weight is not finite, so no checkpoint ever has one."""
         bad = self.health.first_bad()
         if bad:
             raise DistillError(f"{bad[0]} is not a number at step {bad[1]}", self._hint())

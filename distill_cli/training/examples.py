@@ -1,4 +1,4 @@
-"""What a method learns from: pictures and their conditions, some of them replaced by the null one."""
+"""Training data: pictures and their conditions, a share of which is replaced by the null condition."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 class Examples:
-    """Pictures in an order of the positions `seen` (default all) and their classes' conditions, a share `dropout` of them the null one."""
+    """Pictures in the order of `order` over the positions `seen` (default: all), with class conditions; a share `dropout` is null."""
 
     def __init__(self, images: Images, order: Order, conditioner: Conditioner, dropout: float, seen: Sequence[int] | None = None) -> None:
         self.images, self.order, self.conditioner, self.dropout = images, order, conditioner, dropout
         self.seen = range(len(images)) if seen is None else seen
 
     def batch(self, draws: Draws, where: torch.device) -> tuple[Tensor, Condition]:
-        """x0 (B, C, H, W) and its condition, on a device, of the samples of `draws`."""
+        """x0 (B, C, H, W) and the condition of the samples of `draws`, on a device."""
         x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
         conditioner, uniform = self.conditioner, draws.uniform("label_dropout")
         return x.to(where), dropped(conditioner(labels), conditioner.null, uniform, self.dropout).to(where)  # one copy, not three

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, kept on the device so that it makes no step wait for a GPU: losses that are no numbers, spikes."""
+"""Losses that are not finite, and spikes, recorded on the device, so that no step waits for a GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 NEVER = 2**62
 """A step that no run reaches."""
 MEMORY, SPIKE, SETTLED = 0.98, 6.0, 20
-"""What running statistics keep a step; standard deviations that make a spike; steps before any is called one."""
+"""Decay of the running statistics; a spike, in standard deviations; steps before spikes are counted."""
 
 
 class Health:
-    """Of each loss: the first step at which it was no number, its running mean and variance, and how often it leapt above them."""
+    """For each loss: the first step at which it was not finite, its running mean and variance, and the number of spikes."""
 
     def __init__(self) -> None:
         self.bad: dict[str, Tensor] = {}
@@ -22,19 +22,19 @@ class Health:
         self.spikes: Tensor = torch.zeros(())
 
     def watch(self, name: str, value: Tensor, step: int) -> None:
-        """Keep the first step at which `value` (a scalar) is no number."""
+        """Record the first step at which `value` (a scalar) is not finite."""
         never = torch.full_like(value, NEVER, dtype=torch.int64, requires_grad=False)
         now = torch.where(value.detach().isfinite(), never, step)
         self.bad[name] = torch.minimum(self.bad.get(name, never), now)
 
     def first_bad(self) -> tuple[str, int] | None:
-        """The earliest of what was no number, and its step."""
+        """Name and step of the earliest value that was not finite."""
         first = {name: int(step.item()) for name, step in self.bad.items()}
         name = min(first, key=lambda key: first[key], default="")
         return (name, first[name]) if name and first[name] != NEVER else None
 
     def count(self, name: str, loss: Tensor) -> None:
-        """Count a loss (a scalar) that lies `SPIKE` standard deviations above its running mean; it enters that mean cut off there."""
+        """Count a loss (a scalar) more than `SPIKE` standard deviations above its running mean, into which it enters clipped."""
         loss = loss.detach().float()
         seen, mean, variance = self.running.get(name, torch.zeros(3, device=loss.device))
         highest = mean + SPIKE * variance.sqrt()
@@ -48,7 +48,7 @@ class Health:
         self.running[name] = torch.where(finite, new, torch.stack([seen, mean, variance]))
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON, exactly."""
+        """The state as exact JSON."""
         return {"spikes": self.spikes.item(), "running": {name: values.tolist() for name, values in self.running.items()}}
 
     def load_state_dict(self, state: dict[str, Any], where: torch.device) -> None:

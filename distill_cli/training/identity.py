@@ -1,4 +1,4 @@
-"""What a run has begun with: it is taken up with the same, and by all of its processes alike."""
+"""What a run began with. A resume, and every process, has to have the same."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ FREE = {
     "deterministic", "log_every", "sample_every", "save_every", "keep", "keep_best",
     "teacher", "data", "pairs", "prompts", "vae", "decoder", "lpips_weights", "guidance_scale", "optimizer", "times",
 }  # fmt: skip
-"""Keys of a recipe that may be another one when a run is taken up: how it is trained and logged, and what is held by its content."""
+"""Keys of a recipe that may change at a resume: how a run is trained and logged, and inputs that are compared by their content."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types of whole numbers, by their bytes."""
 
 
 def begun(config: TrainingConfig, objective: Objective) -> dict[str, Any]:
-    """What has to be as it was when a run is taken up again: moments fit one optimizer, an order one number of items."""
+    """What a resume must find unchanged. Moments fit one optimizer only, an order one number of items."""
     images = objective.images
     return {
         "optimizer": config.optimizer,
@@ -59,7 +59,7 @@ def digest(network: nn.Module) -> str:
 
 
 def refuse(config: TrainingConfig, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """Raise UsageError where a run is taken up with something else. A key that `then` lacks (runs of older versions) is not compared."""
+    """Raise UsageError if a run is resumed with other inputs. A key that `then` lacks (runs of older versions) is not compared."""
     for what, value in now.items():
         old = then.get(what, value)
         if old == value:
@@ -89,13 +89,13 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, now: Mapping[str, Any]) -> None:
-    """Have a run's folder say what the run has begun with, unless it does."""
+    """Write begun.json into a run's folder, unless it is there."""
     if not (folder / BEGUN).exists():
         write_atomic(folder / BEGUN, sealed(dict(now), indent=2))
 
 
 def check_shapes(path: Path, networks: Networks) -> None:
-    """Raise UsageError where the tensors of a checkpoint are not those of the networks."""
+    """Raise UsageError if the tensors of a checkpoint do not have the names and shapes of the networks'."""
     for name, network in networks.items():
         with safe_open(path / f"{name}.safetensors", "pt") as stored:
             then = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
@@ -115,14 +115,14 @@ def everyone(mine: Any, talk: Any) -> list[Any]:
 
 
 def first_error(error: DistillError | None, talk: Any) -> None:
-    """Raise, on every process, what the first of them has to raise; all have to call."""
+    """Raise the first process's error on every process. All have to call."""
     for found in everyone(error, talk):
         if found is not None:
             raise found
 
 
 def newest(folder: Path, talk: Any) -> int | None:
-    """The newest step that has a checkpoint, as process 0 sees it; the others wait until they see it too. None where there is none."""
+    """The newest step with a checkpoint, as process 0 sees it; the others wait until they see it too. None if there is none."""
     found = checkpoint.steps(folder)
     step = found[-1] if found else -1
     if talk is not None:
@@ -138,7 +138,7 @@ def newest(folder: Path, talk: Any) -> int | None:
 def take_up(
     folder: Path, step: int, networks: Networks, optimizers: Mapping[str, Any], check: Callable[[dict[str, Any]], None], talk: Any
 ) -> dict[str, Any]:
-    """As checkpoint.load, by all processes or none: where one raises all do. `check` may refuse what the run has begun with."""
+    """As checkpoint.load, but if one process raises, all do. `check` may refuse what the run began with."""
     agreed = False
     path = checkpoint.path_of(folder, step)
 
@@ -162,7 +162,7 @@ def take_up(
 
 @torch.no_grad()
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the sums of tensors' bits, which every device computes in no time and exactly; what FSDP has spread is left out."""
+    """SHA-256 over the sums of tensors' bits, which are exact and fast on every device. FSDP's sharded tensors are left out."""
     whole = {name: value.detach() for name, value in tensors.items() if not isinstance(value, DTensor)}
     sums = [value.contiguous().view(INTEGERS[value.element_size()]).sum(dtype=torch.int64).cpu() for value in whole.values()]
     said = "".join(f"{name} {value.dtype} {tuple(value.shape)}\n" for name, value in whole.items())
@@ -171,7 +171,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def shared(begun: Mapping[str, Any], images: Images | None, networks: Networks, optimizers: Mapping[str, Any]) -> dict[str, Any]:
-    """What all processes have alike before they train on: what the run has begun with, its pictures, weights and moments."""
+    """What all processes must share before they train: what the run began with, its pictures, weights and moments."""
     out = {**begun, "data": images.digest if isinstance(images, Folder) else ""}
     for name, network in networks.items():
         out[f"weights of {name}"] = fingerprint(network.state_dict())
@@ -182,7 +182,7 @@ def shared(begun: Mapping[str, Any], images: Images | None, networks: Networks, 
 
 
 def check_same(mine: Mapping[str, Any], talk: Any) -> None:
-    """Raise DistillError, on every process, where one has something else than process 0; all have to call."""
+    """Raise DistillError on every process if one differs from process 0. All have to call."""
     theirs = everyone(dict(mine), talk)
     for number, other in enumerate(theirs):
         if differs := [what for what, value in other.items() if value != theirs[0].get(what)]:

@@ -1,4 +1,4 @@
-"""One training command: what its method reads while it opens, and the run that it begins."""
+"""A training command: what its method reads when it is opened, and the run that it begins."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from distill_cli.training.engine import Engine
 
 @dataclass
 class Job:
-    """A command that trains; `resume` is the folder of the run that it continues. A dry run reads no weights that it has to download."""
+    """A training command. `resume` is the folder of the run that it continues. A dry run downloads nothing."""
 
     command: str
     resume: Path | None = None
     dry_run: bool = False
     prompts: Sequence[str] = ()
-    """Those that were read, of a teacher with text."""
+    """The prompts that were read, for a teacher with text."""
     plan: dict[str, Any] = field(default_factory=dict)
-    """What the plan says before all else: what would be downloaded."""
+    """Lines of the plan that come first: downloads."""
 
     def teacher(self, name: str, device: str) -> Model:
-        """The model where copies of it are trained; in a dry run without weights, and its architecture alone where it is not here yet."""
+        """The teacher, on the training device. In a dry run it is on the meta device; a hub model that is not here is a sketch."""
         model, download = sketched(name, self.dry_run)
         self.plan |= download
         if model is None:
@@ -48,7 +48,7 @@ class Job:
         return model
 
     def say_read(self, *things: Any) -> None:
-        """Say in the command's first line what was read."""
+        """Print what was read, as the command's first line."""
         say_read(self.command, *things)
 
     def images(self, config: Any, *read: Any) -> Images:
@@ -80,7 +80,7 @@ class Job:
                     keep_prompts(config.out, self.prompts)
             except DistillError as error:
                 trouble = error
-        identity.first_error(trouble, engine.talk)  # the others would wait for it
+        identity.first_error(trouble, engine.talk)  # else the other processes would wait for it
         engine.open(run)
         images = engine.objective.images
         if rank() == 0 and isinstance(images, Folder):

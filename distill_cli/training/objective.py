@@ -21,12 +21,12 @@ from distill_cli.models.sampler import Sampling
 from distill_cli.runs import Run
 
 Rows = dict[str, tuple[Model, Sampling]]
-"""Models by what they are called in a comparison, and how each is sampled."""
+"""Rows of a comparison: title -> model, and how it is sampled."""
 
 
 @dataclass
 class Loss:
-    """A loss whose gradient steps `network`; `metrics` are scalars to log besides it."""
+    """A loss that is minimised over `network`. `metrics` are further scalars to log."""
 
     network: str
     value: Tensor
@@ -37,12 +37,12 @@ class Trained(Protocol):
     """A network that is trained, whole (Full) or through adapters on a frozen base."""
 
     module: nn.Module
-    """What the objective calls. The engine puts its wrapper for several processes here."""
+    """The module that the objective calls. The engine puts its wrapper for several processes here."""
     rate: float
     """The learning rate."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """The weights that are stepped."""
+        """The weights that the optimizer steps."""
 
     def state(self) -> nn.Module:
         """The module whose weights are averaged and saved in checkpoints: the network itself, or its adapters alone."""
@@ -68,7 +68,7 @@ class Full:
 
 
 class Phase(NamedTuple):
-    """A part of a run: its optimizer steps, and the folder of its result, which is the average at its end."""
+    """A part of a run: its optimizer steps, and the folder of its result, the average at its end."""
 
     steps: int
     result: str
@@ -77,13 +77,13 @@ class Phase(NamedTuple):
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> int:
-    """The number of the phase in which step 0, 1, ... is made; past the end the last one."""
+    """The number of the phase that step 0, 1, ... belongs to; past the end the last phase."""
     ends = [*accumulate(phase.steps for phase in phases)]
     return min(bisect_right(ends, step), len(phases) - 1)
 
 
 def span_at(phases: Sequence[Phase], step: int) -> tuple[int, int]:
-    """The first step, and the number of steps, of the part around `step` over which the learning rate and the average run."""
+    """First step and number of steps of the part around `step` over which learning rate and average run: phases up to the next `anew`."""
     first, steps, number = 0, 0, phase_at(phases, step)
     for k, phase in enumerate(phases):
         if phase.anew and k > number:
@@ -95,7 +95,7 @@ def span_at(phases: Sequence[Phase], step: int) -> tuple[int, int]:
 
 
 class Call(NamedTuple):
-    """One call of a network on so many images."""
+    """One call of a network, on a number of images."""
 
     network: str
     images: int
@@ -103,14 +103,14 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Calls:
-    """What one step asks of its networks: the plan, its arithmetic and `distill bench` are made of this."""
+    """The network calls of one step, from which plans and `distill bench` are made."""
 
     trainings: Sequence[Call]
-    """Forward, backward and optimizer step, in order."""
+    """Calls with a backward pass and an optimizer step, in order."""
     forwards: Sequence[Call] = ()
-    """Without gradient."""
+    """Calls without gradient."""
     decoded: int = 0
-    """Images decoded with gradient, each beside a reference decoded without."""
+    """Images that are decoded with gradient; for each one a reference is decoded without."""
 
     def evaluations(self) -> int:
         """Network evaluations; a backward pass counts as two."""
@@ -125,37 +125,37 @@ class Calls:
 
 
 def refuse_student(model: Model, name: str, method: str) -> None:
-    """Raise UsageError where the teacher that a method follows is a student."""
+    """Raise UsageError if the teacher of a method is a student."""
     if not model.sampler.teaches:
         raise UsageError(f"--teacher {name}: a student", f"{method} needs a model that denoises: its own teacher")
 
 
 def student_of(start: Lineage, method: str, teacher_hash: str, data: str = "") -> Lineage:
-    """Where a student comes from that began with a model's weights; without `teacher_hash` they were new."""
+    """Lineage of a student that started from a model's weights; without `teacher_hash` from new ones."""
     own = {"name": f"{start.name}-{method}", "kind": "student", "method": method, "teacher": start.name if teacher_hash else ""}
     return Lineage(**{**start.model_dump(), **own, "teacher_hash": teacher_hash, "data": data or start.data})
 
 
 class Objective:
-    """A training method; what it does not need is as here. Steps are counted from 0.
+    """A training method. Its defaults are for a method with one phase and no hooks. Steps are counted from 0.
 
-    A step of the engine is `before`, then for each turn of `turns` a backward pass and an optimizer step, then `after`.
+    The engine calls `before`, makes a backward pass and an optimizer step for each loss of `turns`, and calls `after`.
     """
 
     config: TrainingConfig
     trained: dict[str, Trained]
-    """The average of the first one is the result."""
+    """The trained networks, by name. The average of the first one is the result."""
     frozen: dict[str, nn.Module]
-    """Moved to the device, never trained or saved."""
+    """Frozen networks: moved to the device, never trained or saved."""
     kept: dict[str, nn.Module]
-    """Changed by the objective itself: they go into checkpoints."""
+    """Networks that the objective changes itself: saved in checkpoints."""
     phases: Sequence[Phase]
     identity: dict[str, Any]
     """Digests of what a resumed run must find again, by the option that gives it: teacher, pairs, ..."""
     images: Images | None = None
-    """The set that the run learns from."""
+    """The training images, if they are a set of images."""
     order: Order | None = None
-    """In which its items, images or pairs, are drawn."""
+    """The order in which images or pairs are drawn."""
     guidance: float | None = None
     """The teacher's guidance scale."""
 
@@ -169,7 +169,7 @@ class Objective:
 
     @property
     def result(self) -> str:
-        """The folder of the last phase's result."""
+        """The folder of the result of the last phase."""
         return self.phases[-1].result
 
     @property
@@ -177,34 +177,34 @@ class Objective:
         return next(iter(next(iter(self.trained.values())).parameters())).device
 
     def prepare(self, where: torch.device, run: Run) -> None:
-        """Do what takes long, once before the first step of this process: the networks are on `where`, and the run has its folder."""
+        """Called once, before this process's first step, for what takes long: networks are on `where`, and the run has its folder."""
 
     def before(self, step: int) -> None:
-        """Get ready for a step. At the first one of a phase that begins anew the main network has the average's weights everywhere."""
+        """Called before a step. In the first step of a phase that begins anew the main network already has the average's weights."""
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        """The losses of a step on the samples of `draws`; after each the engine steps that network, then asks on."""
+        """Yield the losses of a step on the samples of `draws`. After each loss the engine steps its network, then continues."""
         raise NotImplementedError
 
     def after(self, step: int) -> None:
-        """Follow the networks once all of them have made a step, before the average does."""
+        """Called after a step, once all networks are stepped and before the average is updated."""
 
     def model(self, network: nn.Module, step: int) -> Any:
         """The result after `step` steps, made of `network` (the average, or its copy): a Model, or another thing with `save(folder)`."""
         raise NotImplementedError
 
     def compared(self, made: Any) -> Rows:
-        """What comparison.png shows of the result below one another: models, and how they are sampled."""
+        """The rows of comparison.png: models, and how they are sampled."""
         return {}
 
     def remarks(self, made: Any) -> tuple[dict[str, Any], str]:
-        """What the command's result says of the result besides where it is: as JSON, and as a line or ''."""
+        """What the command prints about the result besides its folder: as JSON, and as a line or ''."""
         return {}, ""
 
     def calls(self, step: int = 0) -> Calls:
-        """What a step asks of its networks, the same in all steps of a phase."""
+        """The network calls of a step; the same in all steps of a phase."""
         raise NotImplementedError
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
-        """A warning about the run's state as these averages show it at the share `done` of all steps, or ''."""
+        """A warning that follows from the mean metrics when the share `done` of all steps is made, or ''."""
         return ""

@@ -13,7 +13,7 @@ from distill_cli.config import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, rate: float, step: int, steps: int) -> float:
-    """The rate of step 0, 1, ... of `steps`: linear warm-up, then constant or a cosine down to lr_end of it."""
+    """Learning rate of step 0, 1, ... of `steps`: linear warm-up, then constant, or a cosine down to the share lr_end."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "constant":
         return rate * warm
@@ -22,7 +22,7 @@ def learning_rate(config: TrainingConfig, rate: float, step: int, steps: int) ->
 
 
 def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """The optimizer of parameters, with decoupled decay.
+    """The optimizer for parameters, with decoupled weight decay.
 
     AdamW (Loshchilov & Hutter 1711.05101); RAdam (Liu et al. 1908.03265); or Muon (Jordan et al. 2024, "Muon: an optimizer for hidden
     layers"): matrices, and convolutions as matrices, step by their orthogonalised momentum, as long as AdamW's steps (Liu et al.

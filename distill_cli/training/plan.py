@@ -1,4 +1,4 @@
-"""What a training run takes, before it begins: counted from its objective, which a dry run builds without weights."""
+"""The cost of a training run, before it begins: counted from its objective, which a dry run builds on the meta device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def plan(objective: Objective) -> dict[str, Any]:
-    """Steps, images, parameters, calls, disk and memory of a run; of a denoiser its arithmetic too."""
+    """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
     config, phases = objective.config, objective.phases
     ends = list(accumulate(phase.steps for phase in phases))
     steps, calls = ends[-1], [objective.calls(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]

@@ -1,4 +1,4 @@
-"""A result is saved and read again before anything is trained, so that no run finds at its end that it cannot be saved."""
+"""Before the first step a result is saved and read back, so that no run finds at its end that it cannot be saved."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from distill_cli.models.parts import unfilled
 from distill_cli.models.stable_diffusion import load_vae
 
 READERS: dict[type, Callable[[Any], Any]] = {Model: load, Autoencoder: load_vae, Classifier: classifier.load}
-"""The ordinary loader of each kind of result, from its folder."""
+"""The loader of each kind of result."""
 
 
 def save(result: Any, folder: Path) -> None:
-    """Write what a run has made: a model as its format has it, anything else as it saves itself."""
+    """Write a run's result: a model by its format, anything else by its own `save`."""
     if isinstance(result, Model):
         formats.save(result, folder)
     else:
@@ -32,18 +32,18 @@ def save(result: Any, folder: Path) -> None:
 
 
 def check_space(folder: Path, networks: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
-    """Raise DistillError where a checkpoint of these networks, with two moments of the trained ones, has no room in `folder`."""
+    """Raise DistillError if the disk of `folder` has no room for a checkpoint: these networks, and two moments of the trained ones."""
     kept = sum(value.numel() * value.element_size() for network in networks for value in network.state_dict().values())
     needed = kept + sum(2 * p.numel() * p.element_size() for network in trained for p in network.parameters())
     with os_errors(folder):
         room = shutil.disk_usage(folder)
-    if room.total and room.free < needed:  # some file systems do not know
+    if room.total and room.free < needed:  # some file systems report 0
         said = f"{folder}: {room.free / 1e6:.1f} MB are free, a checkpoint takes {needed / 1e6:.1f}"
         raise DistillError(said, f"free some space, then --resume {folder}")
 
 
 def unmeasured(model: Callable[[nn.Module], Any], network: nn.Module) -> Any:
-    """What `model` makes of a network; autoencoders and classifiers without what is measured on their pictures."""
+    """The result that `model` makes of a network; for autoencoders and classifiers without measurements on pictures."""
     return network if isinstance(network, (Autoencoder, Classifier)) else model(network)
 
 
@@ -62,7 +62,7 @@ def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str,
                 reader(str(folder))
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # diffusers, transformers, safetensors and json raise many kinds
+    except Exception as error:  # diffusers, transformers, safetensors and json raise errors of many classes
         said, hint = (error.message, error.hint) if isinstance(error, DistillError) else (reason(error), "")
         then = f"{hint or 'fix this'}; then --resume {place.parent}"
         raise DistillError(f"{place}: could not be saved and read again ({said})", then) from error

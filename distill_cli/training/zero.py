@@ -1,7 +1,7 @@
-"""What accelerate's configuration may ask for: above all DeepSpeed's ZeRO of stages 1 and 2, for a single network.
+"""What accelerate's configuration may turn on: FSDP, and DeepSpeed's ZeRO of stages 1 and 2 for a single network.
 
-Gradients and moments are spread over the processes (Rajbhandari et al. 1910.02054). The weights stay float32 and whole on each, so
-averages, checkpoints and results are those of any other run: a checkpoint resumes with ZeRO or without.
+ZeRO shards gradients and moments over the processes (Rajbhandari et al. 1910.02054). The weights stay float32 and whole on each
+process, so averages, checkpoints and results are as in any other run, and a checkpoint resumes with ZeRO or without.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from distill_cli.processes import rank, world_size
 
 WANTED = "ACCELERATE_USE_DEEPSPEED"
 RECIPES = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16"}
-"""Keys of DeepSpeed's configuration whose values the recipe gives."""
+"""Keys of DeepSpeed's configuration that the recipe overrides."""
 IDLE = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"}
 TUNING = ("allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter")
-"""Keys of zero_optimization that change how fast it is, not what is trained."""
+"""Keys of zero_optimization that change the speed, not what is trained."""
 BUCKET = 500_000_000
 
 
@@ -50,9 +50,9 @@ def accelerator(config: TrainingConfig, spread: Any | None, where: torch.device)
 
 
 def plugin(config: TrainingConfig, networks: Sequence[nn.Module], device: torch.device) -> Any | None:
-    """accelerate's DeepSpeed settings for this run, where its configuration asks for them; raises UsageError for those that it cannot have.
+    """accelerate's DeepSpeed settings for this run; None if not asked for. Raises UsageError for settings that are not supported.
 
-    One process alone has nothing to spread: accelerate is told that DeepSpeed is not wanted.
+    A single process has nothing to shard: DeepSpeed is turned off.
     """
     if world_size() == 1:
         os.environ.pop(WANTED, None)
@@ -61,7 +61,7 @@ def plugin(config: TrainingConfig, networks: Sequence[nn.Module], device: torch.
     check(config, len(networks))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with redirect_stdout(sys.stderr):  # its messages are no results
+    with redirect_stdout(sys.stderr):  # stdout is for results
         try:
             import deepspeed  # noqa: F401
             from accelerate import DeepSpeedPlugin
@@ -78,7 +78,7 @@ def plugin(config: TrainingConfig, networks: Sequence[nn.Module], device: torch.
 
 
 def check(config: TrainingConfig, networks: int) -> None:
-    """Raise UsageError where this run cannot have DeepSpeed."""
+    """Raise UsageError if this run cannot use DeepSpeed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UsageError("DeepSpeed is wanted by accelerate's configuration and not installed", "pip install 'distill-cli[deepspeed]'")
     if networks > 1:
@@ -92,7 +92,7 @@ def check(config: TrainingConfig, networks: int) -> None:
 
 
 def settings_of(theirs: dict[str, Any], config: TrainingConfig, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's settings for a run of a network with so many parameters; raises UsageError for those that train something else."""
+    """DeepSpeed's settings for a network of `parameters` weights. Raises UsageError for settings that change what is trained."""
     zero = theirs.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2):
         hint = "stage 1 or 2; FSDP (fsdp_version 2) shards the weights too, and without DeepSpeed nothing is sharded"
@@ -109,16 +109,16 @@ def settings_of(theirs: dict[str, Any], config: TrainingConfig, parameters: int)
     out = {
         "train_micro_batch_size_per_gpu": micro,
         "train_batch_size": micro * world_size(),
-        "gradient_accumulation_steps": 1,  # the engine divides the parts' losses itself
+        "gradient_accumulation_steps": 1,  # the engine accumulates itself
         "gradient_clipping": config.clip_norm,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": math.inf,
-        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU at every call
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every call
         "zero_optimization": {
             "reduce_bucket_size": min(BUCKET, parameters),
             **{key: zero[key] for key in TUNING if zero.get(key, "auto") != "auto"},
             "stage": zero["stage"],
-            "round_robin_gradients": False,  # moments are put together in the order of the parameters
+            "round_robin_gradients": False,  # state_dict needs the moments in the order of the parameters
         },
     }
     if config.precision == "bf16":  # float32 weights and sums of gradients, as without DeepSpeed
@@ -127,7 +127,7 @@ def settings_of(theirs: dict[str, Any], config: TrainingConfig, parameters: int)
 
 
 def tracker_of(config: TrainingConfig) -> str | None:
-    """The tracker that is wanted beside metrics.jsonl; raises UsageError where its package is not installed."""
+    """The tracker besides metrics.jsonl, or None. Raises UsageError if its package is not installed."""
     if config.tracker == "none":
         return None
     if importlib.util.find_spec(config.tracker) is None:
@@ -137,7 +137,7 @@ def tracker_of(config: TrainingConfig) -> str | None:
 
 
 def honour_fsdp(accelerator: Any) -> None:
-    """Have accelerate's FSDP wanted by its configuration work on the CPU too, where it leaves it out although torch can.
+    """Turn on FSDP on the CPU, if accelerate's configuration asks for it: accelerate ignores it there, although torch can do it.
 
     The plugin is what GPUs get. Raises UsageError for what FSDP cannot have here.
     """
@@ -158,30 +158,30 @@ def honour_fsdp(accelerator: Any) -> None:
 
 
 class Zero:
-    """A network and its optimizer under DeepSpeed: to the engine an optimizer, whose state is whole and in torch's form."""
+    """A network and its optimizer under DeepSpeed, with an optimizer's interface: its state is whole and in torch's form."""
 
     def __init__(self, accelerator: Any, made: Any, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """`accelerator` was given the plugin `made`; `optimizer` is of `network`."""
         from accelerate.utils import DistributedType
 
-        if accelerator.distributed_type != DistributedType.DEEPSPEED:  # accelerate leaves it out on the CPU
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:  # accelerate ignores DeepSpeed on the CPU
             accelerator.state.distributed_type, accelerator.state.deepspeed_plugins = DistributedType.DEEPSPEED, made
             made.select(_from_accelerator_state=True)
             made.set_mixed_precision("no")
         with redirect_stdout(sys.stderr):
             self.engine, _ = accelerator.prepare(network, optimizer)
         self.inner: torch.optim.Optimizer = self.engine.optimizer.optimizer
-        """The optimizer of the flat share that this process has of the weights."""
+        """The optimizer of this process's flat share of the weights."""
         self.parameters = list(network.parameters())
         self.param_groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": optimizer.defaults["lr"]}]
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add a part's gradients; with the last part's processes exchange them."""
+        """Add the gradients of a part of the batch; after the last part the processes exchange them."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
     def step(self) -> Tensor:
-        """Clip, step and clear the gradients; returns their norm before it was clipped, NaN where it was no number."""
+        """Clip, step and clear the gradients. Returns their norm before clipping; NaN if it was not finite."""
         for group in self.inner.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
         self.engine.step()
@@ -189,15 +189,15 @@ class Zero:
         return torch.as_tensor(math.nan if self.engine.optimizer.overflow or norm < 0 else norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """DeepSpeed clears them as it steps."""
+        """Nothing: DeepSpeed clears gradients in `step`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As of a torch optimizer of the whole network, on process 0; all of them have to call."""
+        """The state of a torch optimizer of the whole network, on process 0. All processes have to call."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         settings = {key: value for key, value in self.inner.param_groups[0].items() if key != "params"}
         state: dict[int, dict[str, Tensor]] = {}
-        for share in self.inner.state.values():  # one, or before the first step none
+        for share in self.inner.state.values():  # one share; none before the first step
             for k, parameter in enumerate(self.parameters):
                 moments = {key: safe_get_full_optimizer_state(parameter, key) for key, value in share.items() if value.ndim}
                 if rank() == 0:
@@ -205,12 +205,12 @@ class Zero:
         return {"state": state, "param_groups": [{**settings, "params": list(range(len(self.parameters)))}]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up the whole moments of an optimizer (its settings are the recipe's), and the weights that the network has by now."""
+        """Load the moments of a whole network (settings are the recipe's), and take over the network's present weights."""
         self.engine.optimizer.refresh_fp32_params()
         (share,) = self.engine.optimizer.single_partition_of_fp32_groups
         if not saved["state"]:
             return
-        where = share.device if self.inner.param_groups[0].get("fused") else "cpu"  # of the count of steps
+        where = share.device if self.inner.param_groups[0].get("fused") else "cpu"  # device of the step count
         first = saved["state"][0].items()
         moments = {key: torch.zeros_like(share) if value.ndim else value.to(where, copy=True) for key, value in first}
         for k, parameter in enumerate(self.parameters):

@@ -18,7 +18,7 @@ from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MEASURED = 500
-"""Images that are in memory at once when the accuracy is measured."""
+"""Images in memory at once while the accuracy is measured."""
 
 
 def open(config: ClassifierConfig, job: Job) -> Objective:
@@ -26,7 +26,7 @@ def open(config: ClassifierConfig, job: Job) -> Objective:
 
 
 class Classification(Objective):
-    """Cross-entropy on all images but those held out, moved by up to a pixel, and whose colours the set draws anew each time."""
+    """Cross-entropy on all images that are not held out. They are shifted by up to a pixel, and sets with random colours redraw them."""
 
     config: ClassifierConfig
     images: Images
@@ -68,7 +68,7 @@ class Classification(Objective):
         return network.with_accuracy(right / len(self.held_out))
 
     def remarks(self, made: Classifier) -> tuple[dict[str, Any], str]:
-        """Its accuracy, and on how many images."""
+        """The accuracy, and the number of images that gave it."""
         count, accuracy = len(self.held_out), made.info.accuracy
         said = f"accuracy on {count} images held out: {accuracy:.4f}" if accuracy is not None else ""
         return {"accuracy": accuracy, "held_out": count}, said

@@ -1,4 +1,4 @@
-"""Options of `distill cm`: what the four methods share, and each one's own keys with its paper's defaults."""
+"""Options of `distill cm`: those that the four methods share, and those of each method, with its paper's defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill_cli.config.training import OPTIMIZERS, Optimizer
 
 Scales = Annotated[int, Field(ge=2)]
 Weighting = Literal["uniform", "karras", "snr+1", "inverse-step"]
-WEIGHTING = "weight of the loss over times"
+WEIGHTING = "how the loss is weighted over times"
 TIME_WEIGHTS = "how often each of the grid's N - 1 intervals is drawn, noisiest first; default all alike"
 
 
@@ -41,11 +41,11 @@ class CMConfig(TrainingConfig):
 
     @property
     def grid(self) -> int | None:
-        """Points on which a student's times are counted, where they are its own."""
+        """Number of points on the student's own grid; None if it uses diffusers' 40."""
         return None
 
     def wrong(self) -> dict[str, bool]:
-        """What may be wrong between keys, and whether it is."""
+        """Possible conflicts between keys: message -> whether there is one."""
         return {
             f"{key} is for metric={metric}": self.metric != metric
             for metric, own in (("huber", ["huber_c"]), ("lpips", ["lpips_weights", "lpips_pooling", "lpips_resize"]))

@@ -1,6 +1,6 @@
 """Consistency models by distillation (cd), training (ct), improved training (ict) and easy tuning (ect).
 
-One objective: the student's estimate of x0 at the noisier time is drawn to a target's estimate at the next less noisy one.
+One objective: the student's estimate of x0 at the noisier time is pulled to a target's estimate at the next less noisy one.
 The methods differ in how the pair of times is drawn, in how the second point is reached (the teacher's ODE, or the data's own
 noise), and in the target: an average of the student (cd, ct) or the student itself (ict, ect).
 """
@@ -53,12 +53,12 @@ def rounds(config: CMConfig) -> bool:
 
 
 class Consistency(Objective):
-    """What the methods share. The student starts from the teacher's weights, or (ct, ict without one) from new ones."""
+    """Shared by the methods. The student starts from the teacher's weights; ct and ict without a teacher start from new ones."""
 
     config: CMConfig
     images: Images
     parameterisation = "consistency"
-    """Of the network while it trains."""
+    """Parameterisation of the network during training."""
 
     def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
         super().__init__(config, "student")
@@ -72,13 +72,13 @@ class Consistency(Objective):
         self.student = start.denoiser.train().requires_grad_(True)
         self.student.parameterisation = self.parameterisation
         for name, module in self.student.named_modules():
-            if name.endswith(".dropout") and isinstance(module, nn.Dropout):  # of residual blocks; attention's is in a list
+            if name.endswith(".dropout") and isinstance(module, nn.Dropout):  # only in residual blocks; attention has its dropout in a list
                 module.p = config.dropout
         self.trained["student"] = Full(self.student, config.lr)
         if teacher is not None:
             self.identity["teacher"] = self.teacher_hash
         self.perceptual: Perceptual | None = None
-        if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # which a plan leaves out
+        if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # a plan has no weights_hash, and needs no LPIPS
             below = math.inf if config.lpips_resize == "always" else 256
             self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
             self.frozen["lpips"] = self.perceptual
@@ -90,13 +90,13 @@ class Consistency(Objective):
         self.examples = Examples(images, self.order, start.conditioner, config.label_dropout, seen)
 
     def begin(self) -> Model:
-        """The student as it begins. Raises UsageError for a model from which it cannot."""
+        """The student before training. Raises UsageError if the teacher cannot be its start."""
         assert self.teacher is not None
         refuse_student(self.teacher, str(self.config.teacher), self.config.method)
         return self.teacher.copy()
 
     def target(self) -> nn.Module:
-        """The network whose estimate at the less noisy time the student's is drawn to: without gradient itself."""
+        """The network whose estimate at the less noisy time is the student's target; it gets no gradient."""
         return self.network("student")
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
@@ -104,11 +104,11 @@ class Consistency(Objective):
         raise NotImplementedError
 
     def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        """x_r (B, C, H, W), the neighbour of `noisy`, x_t: by the data's own noise."""
+        """x_r (B, C, H, W), the less noisy neighbour of x_t = `noisy`; here x with the same noise."""
         return x + expand(r, x) * noise
 
     def errors(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        """Weighted distance of each sample, (B,): of the student's estimate at t to the target's at r."""
+        """(B,) weighted distances between the student's estimate at t and the target's at r."""
         config = self.config
         weight = maths.weight(config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
         t, r = t.to(x), r.to(x)
@@ -142,7 +142,7 @@ class Consistency(Objective):
         return self.teacher.sampling
 
     def asked(self) -> list[str]:
-        """The networks that a step calls without gradient."""
+        """Networks that a step calls without gradient, in order."""
         return ["student"]
 
     def calls(self, step: int = 0) -> Calls:
@@ -150,17 +150,17 @@ class Consistency(Objective):
         return Calls([Call("student", size)], [Call(name, size) for name in self.asked()])
 
     def model(self, network: nn.Module, step: int) -> Model:
-        """The student; one by ect gets the boundary scalings too (sigma_min apart from its own), which diffusers' pipeline has."""
+        """The student. After ect it gets the boundary scalings of diffusers' pipeline, which differ from EDM's by about sigma_min."""
         assert isinstance(network, NetworkDenoiser)
         network = copy.copy(network)
         network.parameterisation = "consistency"
-        conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # without dropout the null class is not learned
+        conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # no dropout, no trained null class
         lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.config.data or "")
         return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
 
 
 class Following(Consistency):
-    """With an average of the student as its target."""
+    """Methods whose target is an average of the student."""
 
     config: CDConfig | CTConfig
 
@@ -175,11 +175,11 @@ class Following(Consistency):
         return ["target"]
 
     def decay(self, step: int) -> float:
-        """What the target keeps of itself."""
+        """Decay of the target's average."""
         return self.config.target_decay
 
     def after(self, step: int) -> None:
-        """The target's average takes the student's step."""
+        """Update the target's average."""
         follow(self.target(), self.network("student"), 1 - self.decay(step))
 
 
@@ -209,19 +209,19 @@ class CD(Following):
         return maths.neighbours(self.schedule, maths.weighted_index(uniform, torch.tensor(weights, dtype=torch.float64)), intervals)
 
     def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        """By the teacher's steps."""
+        """By steps of the teacher's ODE."""
         return maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, self.config.solver, self.config.teacher_steps)
 
 
 class New(Consistency):
-    """On a grid that grows, from a model's weights or from new ones."""
+    """Methods on a grid that grows, from a teacher's weights or new ones."""
 
     config: NewConfig
     growth: Callable[[int, int, int, int], int]
     """The curriculum: the grid's times at a step, by step, steps, scales and scales_end."""
 
     def scales(self, step: int) -> int:
-        """N, the times of the grid, at a step."""
+        """N, the number of times on the grid at a step."""
         config = self.config
         return self.growth(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
 
@@ -284,7 +284,7 @@ def new(config: NewConfig, images: Images) -> Model:
 
 
 def check(config: CMConfig, start: Model, images: Images) -> EDMSchedule:
-    """The model's schedule. Raises UsageError for one that cannot be trained so, and for images of another kind than it makes."""
+    """The model's schedule. Raises UsageError for a model without sigma as its time, and for images of another kind."""
     schedule = start.denoiser.schedule
     if not isinstance(schedule, EDMSchedule):
         raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
@@ -293,13 +293,13 @@ def check(config: CMConfig, start: Model, images: Images) -> EDMSchedule:
 
 
 def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, list[float]]:
-    """The schedule with the grid of the times that a student will know, and its own few."""
+    """The schedule with the student's grid, and the student's own times for several steps."""
     schedule = replace(schedule, grid=config.grid or GRID)
     return schedule, parse(config.times, schedule, 2, "times") if config.times else nearest(schedule, PUBLISHED)
 
 
 def opened(kind: type[Consistency], config: CMConfig, job: Job) -> Objective:
-    """Read teacher and images; times, label dropout and data of the config become what they are by default."""
+    """Read teacher and images. The config's times, label dropout and data get their resolved values."""
     teacher = job.teacher(config.teacher, config.device) if config.teacher else None
     # runs saved before students had their own grid counted times on 40 points
     if job.resume is not None and config.times is not None and not config.times.startswith("sigma:"):

@@ -14,7 +14,7 @@ class DMDConfig(TrainingConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
     teacher: Name = Field("digits", description="the model to distil: a name of `distill models ls`, a folder, or a hub id")
-    pairs: Place | None = Field(None, description="a folder of `distill pairs`, batch_size of them a step; default no regression loss")
+    pairs: Place | None = Field(None, description="a folder of `distill pairs`, batch_size pairs a step; default no regression")
     classes: Classes = Field(None, description="classes that the student learns; default all")
     prompts: Name | None = Field(None, description="text-to-image: prompts as for distill pairs; default the pairs' own")
     negative_prompt: Text | None = Field(None, description="text-to-image: the teacher's negative prompt; default the pairs' own")
@@ -24,7 +24,7 @@ class DMDConfig(TrainingConfig):
     fake_steps: Positive = Field(1, description="fake-score steps for each student step")
     warmup_steps: Count = Field(500, description="steps of linear learning-rate warm-up, for student and fake score")
     matching_weight: Weight = Field(1.0, description="weight of the distribution-matching loss")
-    fake_score: bool = Field(True, description="subtract the fake score; false is the paper's ablation, which collapses")
+    fake_score: bool = Field(True, description="train a fake score; without it students collapse (the paper's ablation)")
     regression_loss: Literal["l2", "huber", "lpips"] = Field("l2", description="distance of the regression loss")
     lpips_weights: Place | None = Field(None, description="lpips: torchvision's file of VGG-16; default the one in its cache")
     decoder: Name | None = Field(None, description="lpips of latents: an AutoencoderTiny that decodes them; default the teacher's VAE")

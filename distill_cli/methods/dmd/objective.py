@@ -1,8 +1,8 @@
 """Distribution matching distillation (Yin et al. 2311.18828): a one-step student from a teacher and its pairs.
 
-One step: the student's images get the difference of two denoisers as their gradient, the teacher (which alone is
-guided) and the fake score, plus a regression on pairs; then the fake score learns to denoise those same images, as
-they were before the student's step. Dropout is off everywhere.
+In one step the gradient at the student's images is the difference of two denoisers, the teacher (guided) and the fake
+score (not guided), plus that of a regression on pairs. Then the fake score learns to denoise the same images, made
+before the student's step. Dropout is off everywhere.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
-"""Options by the frozen networks that they give."""
+"""Frozen networks -> the option that names each."""
 FAKE_BEHIND = 1.15
 SPREAD_LOST = 0.7
 
 
 def open(config: DMDConfig, job: Job) -> Objective:
-    """Read teacher, pairs (a plan does without) and prompts."""
+    """Read teacher, pairs and prompts; a plan does not need the pairs."""
     teacher = job.teacher(config.teacher, config.device)
     there = config.pairs is not None and (not job.dry_run or (config.pairs / MANIFEST).is_file())
     store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
@@ -64,7 +64,7 @@ def open(config: DMDConfig, job: Job) -> Objective:
 
 
 class DMD(Objective):
-    """The objective; its student and fake score start as copies of the teacher."""
+    """The objective. Student and fake score start as copies of the teacher."""
 
     config: DMDConfig
     order: Order
@@ -107,25 +107,25 @@ class DMD(Objective):
         working = [] if planned else teacher.conditioner.working()
         self.frozen |= {"teacher": teacher.denoiser.eval().requires_grad_(False), **teacher.codec.parts()}
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
-        of_prompts = planned and teacher.conditioner.takes == "prompts"  # which may not be there yet
+        of_prompts = planned and teacher.conditioner.takes == "prompts"  # the prompts may not be there yet
         self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
-        """(B,) times between shares `low` and `high` of the range, both included: of a table's times, else of t_bins."""
+        """(B,) times between the shares `low` and `high` of the range, both included: whole times of a table, or one of t_bins."""
         bins = self.schedule.bins or self.config.t_bins
         first, last = round(low * bins), min(bins - 1, round(high * bins))
         place = (first + uniform * (last - first + 1)).floor()
         return self.schedule.at(place / max(1, bins - 1)).float()
 
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
-        """The student's images (B, C, H, W) from standard-normal noise: sigma_max * noise for EDM, pure noise else."""
+        """The student's images (B, C, H, W) from standard-normal noise, scaled to the schedule's largest time."""
         t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
         return self.network("student")(self.schedule.prior_std * noise, t, condition)
 
     def prepare(self, where: torch.device, run: Run) -> None:
-        """Make the embeddings that are missing, of several processes each its share; the text encoder is on the CPU then."""
+        """Make missing embeddings; processes share the work. Afterwards the text encoder is on the CPU."""
         if self.pairs is not None:
-            self.pairs.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
+            self.pairs.verified.save(elsewhere=True)  # for a read-only store in the run's folder
         with preparing(where, f"resume with --resume {run.folder}") as stop:
             for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
                 conditioner.complete(where, stop)
@@ -149,7 +149,7 @@ class DMD(Objective):
         x, condition = images[:count], condition[:count]
 
         def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
-            """A draw for each image that is matched, those of pairs with turns of their own."""
+            """A draw for each image that is matched; images of pairs have turns of their own."""
             turns = [turn, turn + self.config.fake_steps] if count > len(draws) else [turn]
             return torch.cat([draw(*what, turn=k) for k in turns]).to(where)
 
@@ -179,9 +179,9 @@ class DMD(Objective):
 
     @torch.no_grad()
     def _match(self, x: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient at the student's images x, and how well each denoiser knows them.
+        """The gradient at the student's images x, and the error of each denoiser on them.
 
-        Without a fake score x stands in for its estimate, which leaves the real score's part alone (in the mean over the noise).
+        Without a fake score x takes the place of its estimate: in the mean over the noise the real score alone remains.
         """
         x = x.detach() if x.dtype == torch.float64 else x.detach().float()
         noisy = add_noise(self.schedule, x, noise, t)
@@ -224,7 +224,7 @@ class DMD(Objective):
 
 
 def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
-    """The regression's distance, (B, C, H, W) twice -> (B,), and the networks that it asks."""
+    """The distance of the regression, two (B, C, H, W) -> (B,), and the networks that it calls."""
     if config.decoder:
         codec = codec.with_decoder(config.decoder)
     if config.regression_loss != "lpips":
@@ -237,9 +237,9 @@ def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor],
 def prompted(
     config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = (), planned: bool = False
 ) -> tuple[Model, Conditioner]:
-    """The teacher for the prompts of a run, opened here unless given, and what makes conditions of its pairs' labels.
+    """The teacher with the prompts of a run, read here unless given, and the conditioner for the pairs' labels.
 
-    The embeddings of all prompts stand beside the pairs, or in the run's folder: training needs no text encoder. A plan has none.
+    Embeddings are stored beside the pairs, or in the run's folder, so training needs no text encoder. A plan stores none.
     """
     stored = pairs.manifest.negative_prompt if pairs is not None else ""
     negative = stored if config.negative_prompt is None else config.negative_prompt
@@ -259,7 +259,7 @@ def prompted(
 
 
 def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tensor, reference: Tensor) -> Tensor:
-    """(B,) distances between the pictures that x and its reference stand for."""
+    """(B,) distances between the decoded pictures of x and its reference."""
     with torch.no_grad():
         there = codec.raw(reference)
     torch.clear_autocast_cache()
@@ -267,7 +267,7 @@ def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tens
 
 
 def spread(images: Tensor, labels: Tensor) -> Tensor:
-    """How much images (B, C, H, W) of one class (B,) differ: the standard deviation of each value inside a class, averaged."""
+    """How much images (B, C, H, W) differ inside their classes (B,): the mean standard deviation of a value."""
     x = images.detach().float().flatten(1)
     same = (labels[:, None] == labels[None]).to(x)
     means = same @ x / same.sum(1, keepdim=True)
@@ -275,7 +275,7 @@ def spread(images: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str, classes: list[int] | None = None) -> None:
-    """Refuse pairs of another teacher, of another resolution, or of classes that are not asked for."""
+    """Raise UsageError for pairs of another teacher, of another resolution, or of classes that the student does not learn."""
     manifest = pairs.manifest
     if tuple(manifest.shape) != shape:
         raise UsageError(f"--pairs {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")

@@ -16,7 +16,7 @@ class TrainConfig(TrainingConfig):
     data: Name = Field("digits", description="a built-in set, or a folder of images (its subfolders are the classes)")
     resolution: Positive | None = Field(None, description="image width in pixels; a folder needs it, a built-in set has its own")
     flip: bool = Field(False, description="mirror images at random")
-    prediction: Literal["edm", "eps", "v"] = Field("edm", description="edm: preconditioned, log-normal sigma; eps, v: on DDPM's table")
+    prediction: Literal["edm", "eps", "v"] = Field("edm", description="edm: log-normal sigma; eps (noise), v (velocity): DDPM's table")
     p_mean: float = Field(-1.2, description="edm: mean of ln sigma in training")
     p_std: Rate = Field(1.2, description="edm: standard deviation of ln sigma in training")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("linear", description="eps, v: schedule of 1000 betas")

@@ -22,7 +22,7 @@ from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 
 class TeacherObjective(Objective):
-    """E[x0 | x_t] by weighted least squares; conditions are dropped now and then so that the null one is learned."""
+    """E[x0 | x_t] by weighted least squares; a share of the conditions is dropped, so that the null condition is learned."""
 
     config: TrainConfig
     schedule: NoiseSchedule

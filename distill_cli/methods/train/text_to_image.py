@@ -1,4 +1,4 @@
-"""Trains a latent text-to-image teacher from captioned pictures (Rombach et al. 2112.10752), its text encoder with it."""
+"""Trains a latent text-to-image teacher and its text encoder from captioned pictures (Rombach et al. 2112.10752)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from distill_cli.training.identity import digest
 from distill_cli.training.objective import Full
 
 ENCODED = 64
-"""Pictures encoded at a time."""
+"""Pictures that are encoded together."""
 
 
 class TextDenoiser(nn.Module):
-    """A denoiser that is told tokens, `input_ids` (B, L), and encodes them itself: what is trained."""
+    """The network that is trained: a denoiser with its text encoder. Its condition is tokens, `input_ids` (B, L)."""
 
     def __init__(self, denoiser: NetworkDenoiser, encoder: nn.Module) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class TextDenoiser(nn.Module):
 
 
 class Latents:
-    """Means and deviations of the latents of a set's pictures, `variants` random ones of each, encoded once."""
+    """Means and standard deviations of latents, encoded once: `variants` random versions of each picture."""
 
     def __init__(self, images: Images, codec: Codec, where: torch.device, variants: int, seed: int, stop: Stop) -> None:
         count = len(images)
         parts = []
         for first in range(0, variants * count, ENCODED):
-            if stop.requested:  # what is there is left
+            if stop.requested:  # the engine stops before the first step
                 break
             picks = range(first, min(variants * count, first + ENCODED))
             x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
@@ -63,7 +63,7 @@ class Latents:
 
 
 class TextToImage(TeacherObjective):
-    """Of latents under their captions."""
+    """Denoising of latents under captions."""
 
     images: Captioned
     order: Order
@@ -105,12 +105,12 @@ class TextToImage(TeacherObjective):
         self.order = Order(config.seed, config.variants * len(images))
 
     def prepare(self, where: torch.device, run: Run) -> None:
-        """Encode the pictures."""
+        """Encode all pictures."""
         with preparing(where, f"resume with --resume {run.folder}") as stop:
             self.latents = Latents(self.images, self.teacher.codec, where, self.config.variants, self.config.seed, stop)
 
     def batch(self, draws: Draws) -> tuple[Tensor, Condition]:
-        """Latents (B, c, h, w) and the tokens (B, L) of their captions, some of them the empty one's."""
+        """Latents (B, c, h, w) and the tokens (B, L) of their captions; a share of the captions is empty."""
         assert self.latents is not None
         positions = [self.order[i] for i in draws.indices]
         tokens = Condition({"input_ids": self.tokens[[position % len(self.images) for position in positions]]})

@@ -1,4 +1,4 @@
-"""Trains the autoencoder of a latent model: squared error, and the divergence of its latents from a standard normal."""
+"""Trains the autoencoder of a latent model: squared error, and the KL divergence of its latents from a standard normal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MEASURED = 512
-"""Pictures whose latents give the scale that makes their standard deviation 1."""
+"""Number of pictures from whose latents the scale is measured."""
 
 
 def open(config: VAEConfig, job: Job) -> Objective:

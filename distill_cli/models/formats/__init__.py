@@ -1,4 +1,4 @@
-"""diffusers' pipeline folders that models are read from and written to: one file a pipeline, one line in FORMATS."""
+"""Formats: diffusers' pipeline folders, which models are read from and written to. One file and one line in FORMATS for each."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from distill_cli.models.parts import read_json
 
 
 class Format(Protocol):
-    """A module of this room."""
+    """The interface of a module of this package."""
 
     @property
     def PIPELINES(self) -> tuple[str, ...]:  # noqa: N802 - a constant of a module
-        """The classes that model_index.json may name."""
+        """Pipeline classes that model_index.json may name."""
 
     def reads(self, index: dict[str, Any]) -> bool:
-        """Whether it reads the folder with this model_index.json."""
+        """Whether the format reads a folder with this model_index.json."""
 
     def load(self, folder: Path, name: str) -> Model:
-        """The model in a folder: float32, evaluation mode, on the CPU. Raises DistillError for what it cannot be sure of."""
+        """The model in a folder: float32, evaluation mode, on the CPU. Raises DistillError for anything unexpected."""
 
     def fits(self, model: Model) -> bool:
-        """Whether it writes this model."""
+        """Whether the format can hold this model."""
 
     def save(self, model: Model, folder: Path, dtype: torch.dtype) -> None:
         """Write the folder, complete or absent."""
 
     def in_diffusers(self, model: Model) -> InDiffusers:
-        """How plain diffusers samples the folder, and whether as we do."""
+        """How plain diffusers samples the folder, and whether it makes the same pictures."""
 
 
 FORMATS: tuple[Format, ...] = (consistency, edm, ddpm, stable_diffusion)
@@ -64,7 +64,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
 
 
 def save_sampler(model: Model, folder: Path) -> None:
-    """Write how a model is sampled into its folder's distill.json, and into its card if that is ours."""
+    """Write a model's sampler into its folder's distill.json, and into the card if this package wrote it."""
     ours = (folder / EXTRA).exists()
     write_atomic(folder / EXTRA, extra_of(model).model_dump_json(indent=2) + "\n")
     if ours:

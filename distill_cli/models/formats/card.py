@@ -12,13 +12,13 @@ class InDiffusers:
     """How plain diffusers samples a folder."""
 
     snippet: str = ""
-    """Python that makes a picture with the folder, called FOLDER; '' where no pipeline does."""
+    """Python that makes a picture from FOLDER; '' if no pipeline can."""
     differs: str = ""
-    """Why the picture is not the one that `distill sample` makes of the same noise; '' where it is."""
+    """Why the picture differs from `distill sample`'s for the same noise; '' if it does not."""
 
     @property
     def said(self) -> str:
-        """In a line."""
+        """The comparison in one line."""
         return f"not as distill samples it: {self.differs}" if self.differs else "as distill samples it"
 
 
@@ -42,6 +42,6 @@ def card(model: Model, there: InDiffusers) -> str:
     table = "\n".join(f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows.items() if value)
     how = f"Sample with `distill sample --model FOLDER{' --prompts FILE' * (conditioner.takes == 'prompts')}`"
     how += f", or in diffusers:\n\n```python\n{there.snippet}```" if there.snippet else "."
-    shown = model.recipe.replace("```", "'''")  # another's text stays in its block
+    shown = model.recipe.replace("```", "'''")  # foreign text cannot end the block
     recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{shown}```" if model.recipe else ""
     return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"

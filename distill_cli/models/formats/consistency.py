@@ -1,6 +1,6 @@
 """EDM models as ConsistencyModelPipeline: a UNet2DModel whose time input is 250 ln sigma, with CMStochasticIterativeScheduler.
 
-A student gives in plain diffusers the picture that it gives here. A teacher's folder opens there too, but that pipeline does not
+A consistency student makes the same picture in plain diffusers. A teacher's folder opens there too, but the pipeline does not
 sample teachers.
 """
 
@@ -36,12 +36,12 @@ def reads(index: dict[str, Any]) -> bool:
 
 
 def fits(model: Model) -> bool:
-    """Whether a model's network takes this pipeline's times."""
+    """Whether the model's network takes 250 ln sigma as its time."""
     return model.denoiser.time_input == TIME_INPUT
 
 
 def edm_of(config: dict[str, Any], path: Path, silent_grid: int | None = None) -> tuple[EDMSchedule, Scales]:
-    """The schedule and the scales of an EDM scheduler's configuration; a grid of `silent_grid` points says nothing."""
+    """Schedule and scales from an EDM scheduler's configuration. A grid of `silent_grid` points counts as not given."""
     given = numbers_of(config, ("sigma_min", "sigma_max", "sigma_data", "rho", "num_train_timesteps"), str(path))
     low, high, grid = given["sigma_min"], given["sigma_max"], int(given["num_train_timesteps"])
     grid = GRID if grid == silent_grid else grid
@@ -51,7 +51,7 @@ def edm_of(config: dict[str, Any], path: Path, silent_grid: int | None = None) -
 
 
 def numbers(model: Model) -> dict[str, Any]:
-    """What the schedulers of EDM models are given."""
+    """Arguments of diffusers' scheduler for an EDM model."""
     schedule: Any = model.denoiser.schedule
     given = {name: getattr(schedule, name) for name in ("sigma_min", "sigma_max", "rho")}
     return given | {"num_train_timesteps": schedule.grid, "sigma_data": model.denoiser.scales.sigma_data}
@@ -73,7 +73,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
 
 
 def in_diffusers(model: Model) -> InDiffusers:
-    """Students that answer with the end of the ODE are sampled by the pipeline as here, others are not."""
+    """The pipeline samples students that answer with the end of the ODE as here, and no others."""
     sampler = model.sampler
     if sampler.answers != "endpoint":
         return InDiffusers(differs="ConsistencyModelPipeline samples consistency students alone")

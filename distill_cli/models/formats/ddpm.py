@@ -29,12 +29,12 @@ def reads(index: dict[str, Any]) -> bool:
 
 
 def fits(model: Model) -> bool:
-    """Whether a model denoises pictures at the times of a table."""
+    """Whether the model works on pixels, at the times of a table."""
     return model.denoiser.time_input == "t" and set(model.parts()) == {"unet"}
 
 
 def load(folder: Path, name: str) -> Model:
-    """The model in a folder. Without distill.json it is a teacher that is sampled by 50 steps of DDIM."""
+    """The model in a folder. Without distill.json it is a teacher, sampled by 50 steps of DDIM."""
     config, path = shared.scheduler_of(folder, PIXEL_SCHEDULERS)
     schedule, prediction = table_of(config, str(path))
     notes = schedulers.assumed(config, str(path))
@@ -49,7 +49,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
 
 
 def in_diffusers(model: Model) -> InDiffusers:
-    """The pipeline goes DDPM's ancestral steps, of which one alone is the student's, and tells the network no class."""
+    """The pipeline takes DDPM's ancestral steps, which only for one step are the student's, and passes no classes."""
     if model.conditioner.classes:
         return InDiffusers(differs="DDPMPipeline tells the network no class")
     snippet = SNIPPET.format(steps=model.sampler.steps)

@@ -1,4 +1,4 @@
-"""EDM networks of NVlabs' kind: an EDMUNet whose time input is ln(sigma) / 4, with EDMEulerScheduler, whose times those are.
+"""NVlabs' EDM networks: an EDMUNet whose time input is ln(sigma) / 4, with EDMEulerScheduler, which has the same times.
 
 No pipeline of diffusers puts the two together; the folder calls itself DDPMPipeline because an index must name one.
 docs/published-teachers.md has the loop that samples it.
@@ -22,7 +22,7 @@ PIPELINES = ("DDPMPipeline",)
 SCHEDULER = "EDMEulerScheduler"
 TIME_INPUT = "ln sigma / 4"
 DEFAULT_GRID = 1000
-"""EDMEulerScheduler's own, which says nothing."""
+"""EDMEulerScheduler's default, which counts as not given."""
 
 
 def reads(index: dict[str, Any]) -> bool:
@@ -31,7 +31,7 @@ def reads(index: dict[str, Any]) -> bool:
 
 
 def fits(model: Model) -> bool:
-    """Whether a model's network takes this scheduler's times."""
+    """Whether the model's network takes ln(sigma) / 4 as its time."""
     return model.denoiser.time_input == TIME_INPUT
 
 
@@ -53,5 +53,5 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
 
 
 def in_diffusers(model: Model) -> InDiffusers:
-    """No pipeline samples it."""
+    """No pipeline of diffusers samples an EDMUNet."""
     return InDiffusers(differs="no pipeline samples an EDMUNet; docs/published-teachers.md has the loop that does")

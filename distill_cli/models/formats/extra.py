@@ -1,4 +1,4 @@
-"""distill.json: what only this package needs to know of a pipeline folder."""
+"""distill.json: what diffusers has no place for in a pipeline folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTRA = "distill.json"
 
 
 def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 of what stood in format 1: students were told by their few-step times, their method and their parameterisation."""
+    """Format 2 of data in format 1, which had no sampler: it follows from few-step times, method and parameterisation."""
     data = {**data, "format": 2}
     sampler, times = {**(data.pop("sampling", None) or {})}, data.pop("few_step_times", None)
     if times is not None:
@@ -53,7 +53,7 @@ class Extra(BaseModel):
 
 
 def extra_of(model: Model) -> Extra:
-    """What the distill.json of a model says."""
+    """The content of a model's distill.json."""
     return Extra(
         parameterisation=model.denoiser.parameterisation,
         time_input=model.denoiser.time_input,
@@ -67,7 +67,7 @@ def extra_of(model: Model) -> Extra:
 
 
 def read_extra(folder: Path, schedule: NoiseSchedule, predictions: tuple[str, ...], time_inputs: tuple[str, ...]) -> Extra | None:
-    """What distill.json says, held against what its format knows of the folder; None where there is none."""
+    """The content of distill.json, checked against the rest of the folder; None if there is no such file."""
     path = folder / EXTRA
     if not path.exists():
         return None

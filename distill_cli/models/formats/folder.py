@@ -1,4 +1,4 @@
-"""What the folders of all formats share: how they are written, and how the networks of pixel models are read from them."""
+"""Shared by all formats: writing a folder, and reading pixel models."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.hub import part_of
 
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
-"""The networks of pixel models, and where their classes stand."""
+"""Network classes of pixel models, and the library of each."""
 
 
 def write(model: Model, folder: Path, index: Mapping[str, Any], scheduler: Any, parts: Callable[[Path], None], there: InDiffusers) -> None:
-    """Write a folder, complete or absent: model_index.json, the scheduler, `parts` by the format, distill.json, the card."""
+    """Write a folder, complete or absent: model_index.json, scheduler, distill.json, card, and the networks by `parts`."""
     import diffusers
 
     with folder_atomic(folder) as temporary:
@@ -50,7 +50,7 @@ def write_pixels(model: Model, folder: Path, dtype: torch.dtype, pipeline: str, 
 
 
 def scheduler_of(folder: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
-    """The configuration of the folder's scheduler, and its file; raises DistillError for a class that the format does not read."""
+    """Configuration of the folder's scheduler, and its path. Raises DistillError for a class that is not in `known`."""
     path = part_of(folder, "scheduler") / "scheduler_config.json"
     config, index = read_json(path), read_json(folder / "model_index.json")
     kind = config.get("_class_name")
@@ -71,7 +71,7 @@ def read_pixels(
     sampler: Sampler,
     notes: tuple[str, ...] = (),
 ) -> Model:
-    """The pixel model in a folder; without distill.json it has the first of the predictions and of the time inputs, and `sampler`."""
+    """The pixel model in a folder. Without distill.json it has the first prediction, the first time input, and `sampler`."""
     named = read_json(folder / "model_index.json").get("unet")
     kind = next((kind for kind, library in LIBRARIES.items() if named == [library, kind]), None)
     if kind is None:
@@ -81,13 +81,13 @@ def read_pixels(
     extra = read_extra(folder, schedule, predictions, time_inputs) or Extra(
         parameterisation=predictions[0],
         time_input=time_inputs[0],
-        classes=[str(k) for k in range(known - (kind == "EDMUNet") if known else 0)],  # EDMUNet: the null row is none
+        classes=[str(k) for k in range(known - (kind == "EDMUNet") if known else 0)],  # EDMUNet counts the null label too
         sampler=sampler,
         lineage=Lineage(name=name, kind="student" if sampler.guidance == "inside" else "teacher"),
     )
     null = extra.null_label
     if extra.lineage.kind == "teacher" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
-        null = None  # NVlabs' networks have learned no null class, though folders converted by earlier versions name one
+        null = None  # NVlabs' networks have no trained null class; folders of earlier versions name one
     denoiser = NetworkDenoiser(backbone_of(unet), schedule, extra.parameterisation, scales, extra.time_input)
     conditioner = ClassConditioner(tuple(extra.classes), null, extra.learned)
     model = Model(denoiser.eval().requires_grad_(False), conditioner, extra.lineage, extra.sampler, recipe=extra.recipe, notes=notes)

@@ -1,7 +1,7 @@
 """Stable Diffusion 1 and 2 as StableDiffusionPipeline: a UNet on latents that reads text, an autoencoder, a CLIP text encoder.
 
-A one-step student has LCMScheduler, so that `num_inference_steps=1, guidance_scale=1` gives in plain diffusers the picture that it
-gives here. A folder of others with LCMScheduler (Luo et al. 2310.04378) is a student of up to `original_inference_steps` steps.
+A one-step student has LCMScheduler, so plain diffusers makes the same picture with `num_inference_steps=1, guidance_scale=1`. A
+foreign folder with LCMScheduler (Luo et al. 2310.04378) is a student of up to `original_inference_steps` steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from distill_cli.models.text import load_tokenizer, save_encoder, save_tokenizer
 PIPELINES = ("StableDiffusionPipeline",)
 SOLVER_OF = {kind: solver for solver, kind in schedulers.SOLVERS.items()}
 DEFAULT_SIZE = 64
-"""What diffusers' pipeline makes of a network that does not say its sample_size."""
+"""Width of latents in diffusers' pipeline for a network without sample_size."""
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 SNIPPET = """from diffusers import StableDiffusionPipeline
 
@@ -63,7 +63,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     assert config is not None
     kind = lcm.SCHEDULER if model.sampler.answers == "endpoint" else config["_class_name"]
     scheduler = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
-    if model.size is not None:  # of a student that has learned another resolution than its teacher
+    if model.size is not None:  # a student may have another resolution than its teacher
         height, width = model.size
         model.net.register_to_config(sample_size=height if height == width else [height, width])
     index = {
@@ -88,7 +88,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
 
 
 def in_diffusers(model: Model) -> InDiffusers:
-    """The pipeline runs the scheduler of the folder."""
+    """The pipeline uses the folder's scheduler."""
     sampler = model.sampler
     height, width = (side * model.pixels // model.shape[2] for side in model.shape[1:])
     size = "" if height == width else f"height={height}, width={width}, "
@@ -103,9 +103,9 @@ def load(
 ) -> Model:
     """The model in a StableDiffusionPipeline folder, in float32, evaluation mode, on the CPU.
 
-    Without distill.json it gets what diffusers' pipeline does unasked, guidance 7.5 and 50 steps, by its scheduler or else by DDIM; with
-    LCMScheduler it is a one-step student. Of a single file (models/sources/single_file.py) `given` makes the networks, of a class and a
-    part's name, and `changes` go over the scheduler's configuration: the folder is then another's.
+    Without distill.json its sampling is the default of diffusers' pipeline: guidance 7.5, 50 steps of its scheduler, or else of DDIM. With
+    LCMScheduler it is a one-step student. For a single file (models/sources/single_file.py) `given(class, part)` makes the networks, and
+    `changes` override the configuration of the scheduler, which comes from another folder.
     """
     import diffusers
     import transformers
@@ -119,14 +119,14 @@ def load(
             raise DistillError(f"{folder}: its {part} is {found}, not {kind}", "Stable Diffusion 1 and 2 are read")
     path = folder / "scheduler" / "scheduler_config.json"
     stored = read_json(path)
-    config = {**stored, **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline insists
+    config = {**stored, **changes, "clip_sample": False, "steps_offset": 1}  # as diffusers' pipeline does
     schedule, prediction = table_of(config, str(path), schedulers.LATENT_SCHEDULERS)
     check_named(index, "scheduler", stored["_class_name"], path)
     if index.get("tokenizer") != ["transformers", "CLIPTokenizerFast"]:
         check_named(index, "tokenizer", "CLIPTokenizer", folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     made = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
-    encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, when nothing else is read
+    encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, to keep the peak of memory low
     check_vae(vae, str(folder / "vae"))
     few = config["_class_name"] == lcm.SCHEDULER
     solver = SOLVER_OF.get(config["_class_name"], "ddim")
@@ -136,7 +136,7 @@ def load(
         sampler=lcm.sampler_of(config) if few else Sampler(solver=solver, steps=50, guidance_scale=7.5),
         lineage=Lineage(name=name, kind="student" if few else "teacher", licence=licence_of(folder)),
     )
-    foreign = few and not extra.lineage.method  # ours has learned the plain estimate
+    foreign = few and not extra.lineage.method  # our students have no boundary
     arguments: Any = (backbone_of(unet), schedule, prediction, Scales(), "t")
     denoiser = lcm.BoundedDenoiser(*arguments).with_scaling(config) if foreign else NetworkDenoiser(*arguments)
     notes = schedulers.assumed(config, str(path))
@@ -151,7 +151,7 @@ def load(
 
 
 def licence_of(folder: Path) -> str:
-    """What the header of a model's README.md says, '' where it says nothing."""
+    """The licence in the header of a model's README.md; '' if there is none."""
     try:
         text = (folder / "README.md").read_text()
     except (OSError, UnicodeDecodeError):
