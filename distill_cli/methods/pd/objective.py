@@ -104,8 +104,8 @@ class Progressive(Objective):
         self.identity["teacher"] = self.teacher_hash
         self.store = source if isinstance(source, PairStore) else None
         self.images = None if isinstance(source, PairStore) else source
-        self.captioned = self.images is not None and teacher.conditioner.takes == "prompts"
         self.teacher = prompted(config, teacher, source)
+        self.captioned = self.images is not None and bool(self.teacher.conditioner.prompts)
         folder, dtype = (config.out or Path(), "float16") if self.store is None else (self.store.folder, self.store.manifest.dtype)
         if self.teacher_hash:  # a plan has no embeddings
             self.identity |= self.teacher.conditioner.digests()

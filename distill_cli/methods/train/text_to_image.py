@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +93,9 @@ class TextToImage(TeacherObjective):
             guidance_scale=config.guidance_scale,
             seed=config.seed,
         )
-        assert self.teacher.text is not None
-        self.conditioner, self.schedule = self.teacher.text, self.teacher.denoiser.schedule
+        made: Any = self.teacher.conditioner
+        self.conditioner: PromptConditioner = made
+        self.schedule = self.teacher.denoiser.schedule
         self.images = images
         self.latents: Latents | None = None
         self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
