@@ -1,8 +1,8 @@
-"""DMD, CD, CT and ECT on the built-in digits: quality against network evaluations and training cost, in one picture.
+"""DMD, PD, CD, CT and ECT on the built-in digits: quality against network evaluations and training cost, in one picture.
 
     python -m docs.methods runs/methods        # everything anew: 2 hours on 2 cores, after deleting docs/methods.json
 
-Each recipe's student in one, two and four steps (DMD's in one), by tests/judge.py; prints the table and writes docs/methods.png.
+Each recipe's student in one, two and four steps (DMD's in one, PD's in eight too), by tests/judge.py; prints the table and writes docs/methods.png.
 What was measured stands in docs/methods.json beside the settings' hash: a recipe is trained and judged again when its settings
 change, and a run of the same settings that lies in the folder already is not trained again. Cost counts network evaluations in
 training, a backward pass as two; pairs are included.
@@ -25,11 +25,12 @@ RESULTS = Path(__file__).with_name("methods.json")
 RUNS = {
     # recipe: (what it is, evaluations of an image of a step, other evaluations, steps it is sampled in)
     "digits-dmd": ("DMD", 11, PAIRS, (1,)),  # student on noise and pairs (3 each), teacher, fake score (1 + 3)
+    "digits-pd": ("PD", 5, 0, (1, 2, 4, 8)),  # two steps of the teacher, student
     "digits-cd": ("CD", 8, 0, (1, 2, 4)),  # two Heun steps of the teacher, target, student
     "digits-ect": ("ECT", 4, 0, (1, 2, 4)),
     "digits-ct": ("CT (improved)", 4, 0, (1, 2, 4)),
 }
-COLOURS = {"teacher": "#222222", "DMD": "#cc2222", "CD": "#2255cc", "ECT": "#228833", "CT (improved)": "#cc8800"}
+COLOURS = {"teacher": "#222222", "DMD": "#cc2222", "PD": "#8833aa", "CD": "#2255cc", "ECT": "#228833", "CT (improved)": "#cc8800"}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -81,7 +82,7 @@ def measured(recipe: str, folder: Path) -> list[dict[str, Any]]:
         if method == "DMD":
             distill("pairs", "--recipe", "digits-pairs", "--out", str(folder / "pairs"))
             extra = ["--pairs", str(folder / "pairs")]
-        trained("dmd" if method == "DMD" else "cm", run, "--recipe", recipe, *extra)
+        trained(str(read(find(recipe))["command"]), run, "--recipe", recipe, *extra)
         rows = [{"evaluations": count, **judged(run, run / f"images-{count}", count)} for count in steps]
         known[recipe] = {"settings": digest, "rows": rows}
         RESULTS.write_text(json.dumps(known, indent=2) + "\n")
