@@ -2,7 +2,8 @@
 
     python -m docs.methods runs/methods        # everything anew: 2 hours on 2 cores, after deleting docs/methods.json
 
-Each recipe's student in one, two and four steps (DMD's in one, PD's in eight too), by tests/judge.py; prints the table and writes docs/methods.png.
+Each recipe's student in one, two and four steps (DMD's in one, PD's in eight too), by tests/judge.py; prints the table and writes
+docs/methods.png.
 What was measured stands in docs/methods.json beside the settings' hash: a recipe is trained and judged again when its settings
 change, and a run of the same settings that lies in the folder already is not trained again. Cost counts network evaluations in
 training, a backward pass as two; pairs are included.
