@@ -90,6 +90,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer so that transformers of any version reads it: newer ones alone do without the two files of CLIP."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # which keeps how it was called last: the file would tell whether prompts were embedded in this process
+        backend.no_truncation()
+        backend.no_padding()
     tokenizer.save_pretrained(folder)
     if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
