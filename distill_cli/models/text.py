@@ -90,6 +90,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer for any version of transformers: older ones need CLIP's vocab.json and merges.txt."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # it keeps how it was called last, and the file would depend on whether prompts were embedded
+        backend.no_truncation()
+        backend.no_padding()
     tokenizer.save_pretrained(folder)
     if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         model = json.loads((folder / "tokenizer.json").read_text())["model"]

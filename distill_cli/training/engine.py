@@ -175,7 +175,8 @@ class Engine:
         if self.zero is not None:
             norm = self.zero.step()
         else:
-            norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(trained.parameters(), self.config.clip_norm)))
+            self.accelerator.unscale_gradients()  # its own clipping compares networks by their tensors, which FSDP's do not allow
+            norm = whole(nn.utils.clip_grad_norm_(list(trained.parameters()), self.config.clip_norm))
         loss = self.turn[f"{name}_loss"]
         skips = self.config.on_nan == "skip" and not scaler
         if skips or scaler:  # a scaler skips such steps itself
