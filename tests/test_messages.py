@@ -156,8 +156,8 @@ def test_preemption_before_the_first_step_ends_at_once(name, tmp_path):
         import os, signal, sys
         from distill_cli.cli import app, common
         begin = common.start_processes
-        def preempted(count):
-            begin(count)
+        def preempted(*given):
+            begin(*given)
             os.kill(os.getpid(), signal.{name})
             print("went on")
         common.start_processes = preempted

@@ -70,7 +70,7 @@ def test_all_errors_at_once(tmp_path):
     assert "r.yaml: lr: input should be a valid number" in text
     assert "(got 'fast')" in text
     assert "batch_size" in text
-    assert "precision: input should be 'no', 'bf16' or 'fp16' (got 'fp8')" in text
+    assert "precision: input should be 'no', 'tf32', 'bf16' or 'fp16' (got 'fp8')" in text
     assert text.count("seed: given twice") == 2
 
 

@@ -117,7 +117,7 @@ def test_the_metric_the_decoder_and_the_prompts_are_held(monkeypatch):
             def prompts(self):
                 return ["a", "b", texts[len(found)]]
 
-        monkeypatch.setattr(module, "Embeddings", lambda *_: None)
+        monkeypatch.setattr("distill_cli.models.conditioners.Embeddings", lambda *_: None)
         config = DMDConfig(teacher="tiny-sd", pairs="p", regression_loss="lpips", decoder="d")
         found.append(DMD(config, load("tiny-sd"), Pairs()).identity)
         with torch.no_grad():
