@@ -163,6 +163,15 @@ class Sampler(Sampling):
         """Whether it makes x0 from every level, as edits and other times than its own need."""
         return self.knows == "every level" and self.answers == "endpoint"
 
+    @property
+    def coherent(self) -> bool:
+        """Whether its parts fit: a teacher has no times of its own; a student has them, and a solver and steps that go with its answers."""
+        if not self.times:
+            return self.teaches and self.guidance == "outside"
+        few, own = SOLVERS[self.solver].few, len(self.times)
+        fits = few and (self.edits or self.steps <= own) if self.answers == "endpoint" else not few and self.steps == own
+        return fits and self.guidance == "inside" and not self.teaches
+
     def times_for(self, schedule: NoiseSchedule, solver: str, steps: int) -> Tensor:
         """(steps,) decreasing times of a solver; raises UsageError where the student does not know so many."""
         own = torch.tensor(self.times, dtype=torch.float64)
