@@ -11,6 +11,7 @@ import typer
 import typer.core
 
 from distill_cli import commands, processes
+from distill_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -67,7 +68,10 @@ def _help(fields: dict[str, FieldInfo], every: int) -> str:
 
 @cache
 def _made(command: str, method: str) -> tuple[list[Any], dict[str, str]]:
-    """Options for a command's keys (only of `method`, if given), and a map from the options' names to keys."""
+    """Options for a command's keys (only of `method`, if given), and a map from the options' names to keys.
+
+    All but switches take several values, so that one which is given twice is seen.
+    """
     from distill_cli.recipes import field_of, keys, plain_kinds
 
     kinds = commands.kinds(command)
@@ -81,8 +85,7 @@ def _made(command: str, method: str) -> tuple[list[Any], dict[str, str]]:
         name, flag = key.replace(".", "__"), f"--{key.replace('_', '-')}"
         names[name] = key
         held = plain_kinds(field.annotation)
-        many = {list, str} <= held  # may be given several times
-        kind: Any = bool if bool in held and list not in held else list[str] if many else str
+        kind: Any = bool if bool in held and list not in held else list[str]
         flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
         option = typer.Option(*flags, help=_help(fields, len(fields) if key == "method" else len(kinds)), show_default=False,
                               metavar=None if kind is bool else _metavar(field))  # fmt: skip
@@ -135,9 +138,21 @@ class Configured(Job):
         return [*own, *self._keys(ctx)[0], help_option]
 
     def given(self, ctx: Any) -> dict[str, Any]:
-        """Move the flags of keys out of a context's parameters: key -> value, None if not given."""
+        """Move the flags of keys out of a context's parameters: key -> value, None if not given.
+
+        Raises UsageError for one that is given twice, but for lists of texts, which are given again for each.
+        """
+        from distill_cli.recipes import field_of, flag_of, keys, plain_kinds
+
         values = {key: ctx.params.pop(name) for name, key in self._keys(ctx)[1].items()}
-        return {key: None if value in ((), []) else value for key, value in values.items()}
+        for key, value in values.items():
+            if isinstance(value, list | tuple):
+                kind = next(kind for kind in commands.kinds(str(self.name)).values() if key in keys(kind))
+                many = {list, str} <= plain_kinds(field_of(kind, key).annotation)
+                if len(value) > 1 and not many:
+                    raise UsageError(f"{flag_of(key)}: given twice")
+                values[key] = (list(value) if many else value[0]) if value else None
+        return values
 
     def invoke(self, ctx: Any) -> Any:
         ctx.obj = self.given(ctx)

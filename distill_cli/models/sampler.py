@@ -163,6 +163,15 @@ class Sampler(Sampling):
         """Whether it estimates x0 from every level, as edits and `--times` need."""
         return self.knows == "every level" and self.answers == "endpoint"
 
+    @property
+    def coherent(self) -> bool:
+        """Whether its parts fit: a teacher has no times of its own; a student has them, and a solver and steps that go with its answers."""
+        if not self.times:
+            return self.teaches and self.guidance == "outside"
+        few, own = SOLVERS[self.solver].few, len(self.times)
+        fits = few and (self.edits or self.steps <= own) if self.answers == "endpoint" else not few and self.steps == own
+        return fits and self.guidance == "inside" and not self.teaches
+
     def times_for(self, schedule: NoiseSchedule, solver: str, steps: int) -> Tensor:
         """(steps,) decreasing times for a solver. Raises UsageError if a student cannot take so many steps."""
         own = torch.tensor(self.times, dtype=torch.float64)

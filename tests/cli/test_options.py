@@ -95,6 +95,8 @@ def test_help_knows_the_method(distill):
         (("cm", "--method", "ect", "--scales", "3"), "--scales: not a key of method ect (did you mean stages?)"),
         (("cm", "p_mean=1"), "p_mean: not a key of method cd"),
         (("train", "--save-evry", "10m"), "--save-evry: no such option"),
+        (("train", "--seed", "1", "--seed", "2"), "--seed: given twice"),
+        (("cm", "--method", "cd", "--method", "ct"), "--method: given twice"),
         (("dmd", "--betas", "0.9"), "--betas: "),
         (("dmd", "--seed", ""), "--seed: is empty (leave it out for the default)"),
         (("train", "--network.layers", "x"), "--network.layers: input should be a valid integer"),

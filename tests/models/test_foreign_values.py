@@ -15,6 +15,7 @@ from tests.models.test_foreign_folders import DDPM, UNET, configure, pixels, ref
 from tests.models.test_single_file import beside, written  # noqa: F401
 
 SCHEDULER, TOKENIZER, NETWORK = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "unet/config.json"
+STUDENT = {"solver": "few-step", "steps": 1, "knows": "every level", "answers": "endpoint", "guidance": "inside", "times": [80.0, 1.4]}
 VALUES = [
     *((TOKENIZER, {"model_max_length": value}, "model_max_length") for value in (0, -1, "77", 1, 7.5)),
     (TOKENIZER, {"tokenizer_class": "T5Tokenizer"}, "tokenizer_class"),
@@ -85,6 +86,13 @@ def test_a_text_encoder_of_another_shape(whole, tmp_path):  # noqa: F811
         *(("null_label", label) for label in (3, -1, 11)),
         ("time_input", "t"),
         *(("parameterisation", name) for name in ("eps", "v", "x0", "flow")),
+        ("sampler", []),
+        ("sampler", {"answers": "endpoint"}),
+        ("sampler", STUDENT | {"guidance": "outside"}),
+        ("sampler", STUDENT | {"solver": "heun"}),
+        ("sampler", STUDENT | {"answers": "mean"}),
+        ("sampler", STUDENT | {"knows": "pure noise", "steps": 3}),
+        ("sampler", STUDENT | {"knows": "own times", "answers": "mean", "solver": "euler", "steps": 3}),
     ],
     ids=str,
 )
@@ -98,6 +106,31 @@ def test_what_distill_json_may_say(tmp_path_factory, key, value):
         refused(folder, f"distill.json: {key}")
     finally:
         (folder / "distill.json").write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*(("sampling", value) for value in ([1], "abc", None, 0)), *(("lineage", value) for value in ("x", [1], None))],
+    ids=str,
+)
+@pytest.mark.parametrize("times", [None, [80.0]], ids=str)
+def test_what_distill_json_of_format_1_may_say(key, value, times, tmp_path):
+    save(load("tiny"), tmp_path / "m")
+    path = tmp_path / "m/distill.json"
+    stored = json.loads(path.read_text())
+    sampling = {"solver": "heun" if times is None else "few-step", "steps": 1}
+    old = {name: stored[name] for name in stored if name != "sampler"} | {"format": 1, "sampling": sampling, "few_step_times": times}
+    path.write_text(json.dumps(old))
+    assert load(str(tmp_path / "m")).sampler.teaches == (times is None)
+    path.write_text(json.dumps(old | {key: value}))
+    refused(tmp_path / "m", f"distill.json: {'sampler' if key == 'sampling' else key}")
+
+
+def test_no_student_of_every_level_is_of_a_table(tmp_path):
+    """Its other times are points of a grid, which a table has not."""
+    save(load("tiny-sd"), tmp_path / "m")
+    configure(tmp_path / "m/distill.json", sampler=STUDENT | {"times": [999.0]})
+    refused(tmp_path / "m", "distill.json: sampler")
 
 
 def test_distill_json_of_another_prediction(tmp_path):

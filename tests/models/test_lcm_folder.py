@@ -7,9 +7,11 @@ import torch
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import lcm, load
 from distill_cli.models.formats import save
+from distill_cli.models.formats.stable_diffusion import in_diffusers
 from distill_cli.models.sampler import Sampler, Sampling
 from tests.models.test_stable_diffusion import PROMPTS, edit_json, made
 
@@ -109,3 +111,44 @@ def test_a_student_of_ours_stays_as_it_is(tmp_path):
     assert torch.equal(again.generate(draws, torch.tensor([0, 1])), estimate)
     with pytest.raises(UsageError, match="was made for at most 1"):
         again.with_defaults(None, 2, None)
+
+
+def test_another_ones_is_read_by_its_scheduler_also_with_our_file(tmp_path):
+    """Which versions with format 1 wrote beside it, with one time."""
+    model = load(str(foreign(tmp_path / "lcm")))
+    save(model, tmp_path / "again")
+    stored = json.loads((tmp_path / "again/distill.json").read_text())
+    old = {key: value for key, value in stored.items() if key != "sampler"} | {"format": 1, "few_step_times": [999.0]}
+    (tmp_path / "again/distill.json").write_text(json.dumps(old | {"sampling": {"solver": "few-step", "steps": 1}}))
+    assert load(str(tmp_path / "again")).sampler == model.sampler
+
+
+@pytest.mark.parametrize(
+    ("solver", "change", "says"),
+    [
+        ("pndm", {}, ""),
+        ("ddim", {}, "the folder's scheduler is PNDMScheduler, and here it is sampled by ddim"),
+        ("dpm++", {"_class_name": "DPMSolverMultistepScheduler"}, ""),
+        (
+            "dpm++",
+            {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+            "has use_karras_sigmas True, and here it is False",
+        ),
+        ("ddim", {"_class_name": "DDIMScheduler", "thresholding": True}, "has thresholding True, and here it is False"),
+    ],
+)
+def test_how_diffusers_samples_a_teacher(solver, change, says):
+    model = load("tiny-sd")
+    model.scheduler = {**model.scheduler, **change}
+    model.sampler = Sampler(solver=solver, steps=10)
+    assert says in in_diffusers(model).differs
+    assert bool(says) == bool(in_diffusers(model).differs)
+
+
+@pytest.mark.parametrize("bins", [1000, 1030, 20])
+def test_one_step_begins_where_the_scheduler_does(bins):
+    model = load("tiny-sd")
+    model.scheduler = {**model.scheduler, "num_train_timesteps": bins}
+    model.denoiser.schedule = TableSchedule.from_config(model.scheduler)
+    model.sampler = Sampler.one_step(model.denoiser.schedule)
+    assert in_diffusers(model).differs == ("" if bins == 1000 else "the folder's scheduler is LCMScheduler, which takes other times")

@@ -67,6 +67,12 @@ def test_wrong_times(spec, says):
         parse(spec, EDMSchedule(), 1)
 
 
+@pytest.mark.parametrize("times", ["index:5", "index:5,22", "sigma:80,1.4"])
+def test_other_times_are_not_those_of_plain_diffusers(times, student, tmp_path):
+    save(student.with_times(times), tmp_path / "m")
+    assert "| not as distill samples it: the pipeline begins at sigma 80" in (tmp_path / "m/README.md").read_text()
+
+
 def times_of(model, steps):
     return model.sampler.times_for(model.denoiser.schedule, "few-step", steps)
 
@@ -111,6 +117,9 @@ def test_students_open_in_plain_diffusers(steps, grid, strength, student, tmp_pa
     student.denoiser.schedule = EDMSchedule(grid=grid)
     student = student.with_times("index:" + ",".join(map(str, indices)))
     save(student, tmp_path / "m")
+    card = (tmp_path / "m/README.md").read_text()
+    assert "| as distill samples it |" in card
+    assert ("num_inference_steps=1)" if steps == 1 else f"num_inference_steps=None, timesteps={indices[::-1]})") in card
     pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "m")
     pipeline.set_progress_bar_config(disable=True)
     draws, labels = Draws(3, range(2)), torch.tensor([4, 7])

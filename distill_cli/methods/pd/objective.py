@@ -53,6 +53,7 @@ def open(config: PDConfig, job: Job) -> Objective:
     if said:
         say(said)
     if config.data and (Path(config.data) / MANIFEST).is_file():
+        unused(config, "flip", "resolution", "variants", why=f"--data {config.data} holds pairs")
         store = PairStore(Path(config.data), config.out)
         job.say_read(teacher, store)
         if not job.dry_run:
@@ -60,6 +61,12 @@ def open(config: PDConfig, job: Job) -> Objective:
         return Progressive(config, teacher, sampling, store)
     config = config.model_copy(update={"data": images_of(config.data, config.teacher, teacher, "pd")})
     return Progressive(config, teacher, sampling, job.images(config, teacher))
+
+
+def unused(config: PDConfig, *keys: str, why: str) -> None:
+    """Raise UsageError where one of the keys is given, though it changes nothing."""
+    if given := config.changed(*keys):
+        raise UsageError(f"{given[0]} has no use here: {why}", "leave it out")
 
 
 class Stored:
@@ -106,6 +113,8 @@ class Progressive(Objective):
         self.images = None if isinstance(source, PairStore) else source
         self.teacher = prompted(config, teacher, source)
         self.captioned = self.images is not None and bool(self.teacher.conditioner.prompts)
+        if not self.captioned and self.store is None:
+            unused(config, "variants", why=f"{config.teacher} works on pixels")
         folder, dtype = (config.out or Path(), "float16") if self.store is None else (self.store.folder, self.store.manifest.dtype)
         if self.teacher_hash:  # a plan has no embeddings
             self.identity |= self.teacher.conditioner.digests()

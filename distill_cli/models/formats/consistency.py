@@ -19,6 +19,7 @@ from distill_cli.models.formats.card import InDiffusers
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.schedulers import numbers_of
+from distill_cli.models.times import from_indices
 
 PIPELINES = ("ConsistencyModelPipeline",)
 SCHEDULER = "CMStochasticIterativeScheduler"
@@ -73,9 +74,15 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
 
 
 def in_diffusers(model: Model) -> InDiffusers:
-    """The pipeline samples students that answer with the end of the ODE as here, and no others."""
-    sampler = model.sampler
+    """The pipeline samples students that answer with the end of the ODE as here, at times of its grid that begin with the first."""
+    sampler, schedule = model.sampler, model.denoiser.schedule
     if sampler.answers != "endpoint":
         return InDiffusers(differs="ConsistencyModelPipeline samples consistency students alone")
     call = "class_labels=0, " if model.conditioner.classes else ""
-    return InDiffusers(SNIPPET.format(call=f"{call}num_inference_steps=1"))
+    own = sampler.times_for(schedule, sampler.solver, sampler.steps)
+    points = torch.tensor(from_indices(schedule, range(schedule.grid - 1)), dtype=torch.float64)
+    places = (points[:, None] - own).abs().argmin(0)
+    if places[0] or not torch.allclose(points[places], own, rtol=1e-4):
+        return InDiffusers(differs=f"the pipeline begins at sigma {schedule.t_max:g}, and goes through points of the grid alone")
+    steps = "num_inference_steps=1" if len(own) == 1 else f"num_inference_steps=None, timesteps={places.tolist()[::-1]}"
+    return InDiffusers(SNIPPET.format(call=f"{call}{steps}"))

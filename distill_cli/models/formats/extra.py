@@ -22,12 +22,12 @@ EXTRA = "distill.json"
 def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
     """Format 2 of data in format 1, which had no sampler: it follows from few-step times, method and parameterisation."""
     data = {**data, "format": 2}
-    sampler, times = {**(data.pop("sampling", None) or {})}, data.pop("few_step_times", None)
-    if times is not None:
-        method = (data.get("lineage") or {}).get("method")
+    sampler, times, lineage = data.pop("sampling", {}), data.pop("few_step_times", None), data.get("lineage")
+    if times is not None and isinstance(sampler, dict) and isinstance(lineage, dict):  # what is not is refused
+        method = lineage.get("method")
         every = method in ("cd", "ct", "ict", "ect") or (data.get("parameterisation") == "consistency" and method != "dmd")
         knows = "every level" if every else "pure noise"
-        sampler |= {"knows": knows, "answers": "endpoint", "guidance": "inside", "times": times}
+        sampler = {**sampler, "knows": knows, "answers": "endpoint", "guidance": "inside", "times": times}
     return {**data, "sampler": sampler}
 
 
@@ -80,13 +80,14 @@ def read_extra(folder: Path, schedule: NoiseSchedule, predictions: tuple[str, ..
     sampler, count = extra.sampler, len(extra.classes)
     beyond = -1 if schedule.bins is not None else 0  # a table's last time is 0
     falling = all(here > there for here, there in pairwise([*sampler.times, beyond]))
-    student = sampler.guidance == "inside"
+    reached = not sampler.times or sampler.times[0] <= schedule.t_max * (1 + 1e-6)
+    counted = bool(schedule.grid) or not sampler.edits  # times at which it may be asked besides its own
     held = {
         "parameterisation": extra.parameterisation in predictions,
         "time_input": extra.time_input in time_inputs,
         "null_label": extra.null_label in (None, count) and (bool(count) or extra.null_label is None),
         "learned": extra.learned is None or (bool(extra.learned) and set(extra.learned) <= set(range(count))),
-        "sampler": bool(sampler.times) == student and falling and (not student or sampler.times[0] <= schedule.t_max * (1 + 1e-6)),
+        "sampler": sampler.coherent and falling and reached and counted,
     }
     wrong = next((key for key, fits in held.items() if not fits), None)
     if wrong:

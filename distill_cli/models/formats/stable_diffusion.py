@@ -59,10 +59,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
     quiet()
     conditioner: Any = model.conditioner
-    config = model.scheduler
-    assert config is not None
-    kind = lcm.SCHEDULER if model.sampler.answers == "endpoint" else config["_class_name"]
-    scheduler = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
+    scheduler = scheduler_of(model)
     if model.size is not None:  # a student may have another resolution than its teacher
         height, width = model.size
         model.net.register_to_config(sample_size=height if height == width else [height, width])
@@ -87,15 +84,40 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     shared.write(model, folder, index, scheduler, parts, in_diffusers(model))
 
 
+def scheduler_of(model: Model) -> Any:
+    """The scheduler that the folder gets."""
+    config = model.scheduler
+    assert config is not None
+    kind = lcm.SCHEDULER if model.sampler.answers == "endpoint" else config["_class_name"]
+    return schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
+
+
+def differs(model: Model) -> str:
+    """Why the scheduler of the folder does not sample the model as it is sampled here; '' where it does."""
+    sampler, scheduler = model.sampler, scheduler_of(model)
+    named = type(scheduler).__name__
+    if sampler.answers == "endpoint":
+        here = sampler.times_for(model.denoiser.schedule, sampler.solver, sampler.steps).tolist()
+        try:
+            scheduler.set_timesteps(sampler.steps)
+            there = scheduler.timesteps.tolist()
+        except ValueError:  # fewer times than LCMScheduler reckons with
+            there = []
+        return "" if there == here else f"the folder's scheduler is {named}, which takes other times"
+    if SOLVER_OF.get(named) != sampler.solver:
+        return f"the folder's scheduler is {named}, and here it is sampled by {sampler.solver}"
+    ours = schedulers.make(model.scheduler or {}, named).config
+    other = next((key for key, value in ours.items() if not key.startswith("_") and scheduler.config.get(key) != value), None)
+    return f"the folder's scheduler has {other} {scheduler.config.get(other)}, and here it is {ours[other]}" if other else ""
+
+
 def in_diffusers(model: Model) -> InDiffusers:
     """The pipeline uses the folder's scheduler."""
     sampler = model.sampler
     height, width = (side * model.pixels // model.shape[2] for side in model.shape[1:])
     size = "" if height == width else f"height={height}, width={width}, "
     snippet = SNIPPET.format(size=size, steps=sampler.steps, guidance_scale=sampler.guidance_scale)
-    named = (model.scheduler or {}).get("_class_name")
-    same = sampler.answers == "endpoint" or SOLVER_OF.get(str(named)) == sampler.solver
-    return InDiffusers(snippet, "" if same else f"the folder's scheduler is {named}, and here it is sampled by {sampler.solver}")
+    return InDiffusers(snippet, differs(model))
 
 
 def load(
@@ -137,6 +159,8 @@ def load(
         lineage=Lineage(name=name, kind="student" if few else "teacher", licence=licence_of(folder)),
     )
     foreign = few and not extra.lineage.method  # our students have no boundary
+    if foreign:  # its scheduler says its times, also where an earlier version has written distill.json
+        extra.sampler = lcm.sampler_of(config).model_copy(update={"steps": extra.sampler.steps})
     arguments: Any = (backbone_of(unet), schedule, prediction, Scales(), "t")
     denoiser = lcm.BoundedDenoiser(*arguments).with_scaling(config) if foreign else NetworkDenoiser(*arguments)
     notes = schedulers.assumed(config, str(path))
