@@ -21,7 +21,7 @@ SETTINGS = dict(teacher="tiny", num=12, shard_size=5, batch_size=4, steps=3)
 
 @pytest.fixture
 def store(tiny_pairs, tmp_path):
-    return shutil.copytree(tiny_pairs, tmp_path / "store")
+    return shutil.copytree(tiny_pairs, tmp_path / "store", ignore=shutil.ignore_patterns("verified-*"))
 
 
 def sums(folder):
