@@ -1,5 +1,4 @@
 """The sections of docs/gpu.sh: python docs/gpu.py SECTION. Each adds figures to $OUT/figures.jsonl; `table` prints them all.
-
 Only the command line is used, `load` and `Model.sample`, and diffusers for what is compared with.
 """
 
@@ -18,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 OUT, WORK = Path(os.environ.get("OUT", "runs/gpu")).resolve(), Path(os.environ.get("WORK", "runs/gpu-work")).resolve()
-FULL = WORK / "sd15"
-"""Stable Diffusion 1.5's architecture with random weights."""
+FULL = WORK / "sd15"  # Stable Diffusion 1.5's architecture with random weights
 PROMPT = "a small red circle in the centre of a white background"
-FIRST = Path(__file__).with_name("gpu-first.jsonl")
-"""The first figures of a card (one H200, torch 2.11, commit f4ea377), and what is wanted."""
+FIRST = Path(__file__).with_name("gpu-first.jsonl")  # of a card (one H200, torch 2.11, commit f4ea377), and what is wanted
 
 
 def figure(name: str, value: Any, number: float | None = None) -> None:
@@ -33,8 +30,7 @@ def figure(name: str, value: Any, number: float | None = None) -> None:
 
 
 def figures() -> list[dict[str, Any]]:
-    path = OUT / "figures.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in (OUT / "figures.jsonl").read_text().splitlines()] if (OUT / "figures.jsonl").exists() else []
 
 
 def known(name: str) -> float:
@@ -394,8 +390,8 @@ def main(section: str, *rest: str) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     if section == "failed":
         figure(f"section {rest[0]}", f"failed: {rest[1]}")
-    elif found := re.fullmatch(r"dmd-(\d+)", section):
-        dmd(int(found[1]))
+    elif section.startswith("dmd-"):
+        dmd(int(section[4:]))
     else:
         SECTIONS[section]()
 
