@@ -258,7 +258,7 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
                 copied += 1
         if manifest.prompts and not (out / PROMPTS).exists():
             keep_prompts(out, PairStore.prompts_in(folder, manifest))
-        for path in sorted(folder.glob("text-*/shard-*.safetensors")):  # missing ones are made when needed
+        for path in sorted(folder.glob("text-*/*.safetensors")):  # missing ones are made when needed
             target = out / path.relative_to(folder)
             if not target.exists():
                 shards.check(path, "delete it: it is made again when it is asked for")
@@ -280,7 +280,7 @@ def checks(folder: Path, manifest: Manifest, which: Iterable[int], noise: bool =
 def text_checks(folder: Path) -> list[Check]:
     """A check for each file of embeddings in a store."""
     again = "delete it: it is made again when it is asked for"
-    return [Check(path, "", partial(shards.check, path, again)) for path in sorted(folder.glob("text-*/shard-*.safetensors"))]
+    return [Check(path, "", partial(shards.check, path, again)) for path in sorted(folder.glob("text-*/*.safetensors"))]
 
 
 def check_all(folder: Path, manifest: Manifest) -> list[DistillError]:
