@@ -41,6 +41,12 @@ def mixture(schedule):
     return MixtureDenoiser(means, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 0.3, schedule)
 
 
+def test_a_table_has_only_so_many_times():
+    """Two steps at one time would divide nothing by nothing."""
+    with pytest.raises(UsageError, match="first_steps 512: the schedule has not so many times by spacing angle"):
+        maths.grid(SCHEDULES["table"], 512, "angle")
+
+
 def noises(count=4):
     return Draws(1, range(count)).normal("prior", SHAPE).double()
 

@@ -15,23 +15,27 @@ class PDConfig(TrainingConfig):
 
     teacher: Name = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")
     data: Name | None = Field(
-        None, description="what noise is added to: a built-in set, a folder of images or of `distill pairs`; default the teacher's own set"
+        None,
+        description="images to which noise is added: a built-in set, or a folder of images or `distill pairs`; default the teacher's set",
     )
-    resolution: Positive | None = Field(None, description="pixels; default the set's own; a folder of images needs it")
+    resolution: Positive | None = Field(None, description="width of the images in pixels; default the set's own; image folders need it")
     flip: bool = Field(False, description="mirror images at random")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the images that are never trained on")
-    variants: Positive = Field(1, description="latents of images: random versions of each, encoded once")
+    variants: Positive = Field(1, description="for a latent teacher: random versions of each image, encoded once")
     first_steps: Positive = Field(32, description="DDIM steps of the teacher, halved in each round")
     last_steps: Positive = Field(4, description="steps of the student of the last round")
     shares: Annotated[list[Rate], Numbers] | None = Field(
-        None, description="how the steps are shared by the rounds, a number for each; default all alike"
+        None, description="share of the steps that each round gets, a number for each round; default equal shares"
     )
     spacing: Literal["angle", "schedule"] | None = Field(
-        None, description="times even in arctan(sigma / alpha), or the schedule's own; default schedule over a table of times, else angle"
+        None, description="angle: times even in arctan(sigma / alpha); schedule: its own; default schedule for a table of times, else angle"
     )
     loss: Literal["truncated-snr", "snr+1", "huber"] = Field(
-        "truncated-snr", description="squared error of x0 with the paper's weights, or pseudo-Huber's distance, all times alike"
+        "truncated-snr",
+        description="truncated-snr, snr+1: squared error of x0, weighted as in the paper; huber: pseudo-Huber distance, unweighted",
     )
-    guidance_scale: Rate | None = Field(None, description="of the teacher, which goes into the student; default the teacher's own")
-    label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class; 0 of a guided teacher")
-    lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="after the warm-up, in each round")
+    guidance_scale: Rate | None = Field(
+        None, description="guidance scale of the teacher, which the first student learns; default the teacher's own"
+    )
+    label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class; a guided teacher needs 0")
+    lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up, in each round")

@@ -35,6 +35,7 @@ def grid(schedule: NoiseSchedule, steps: int, spacing: str) -> Tensor:
 
     `schedule`: the schedule's own. `angle`: even in arctan(sigma / alpha), which is the paper's cosine schedule; whole times where the
     schedule has whole times alone. Every second time is nearly the grid of half the steps, and is what the student of a round gets.
+    Raises UsageError where the schedule has not so many times.
     """
     if spacing == "schedule":
         times = schedule.times(steps).double()
@@ -44,7 +45,10 @@ def grid(schedule: NoiseSchedule, steps: int, spacing: str) -> Tensor:
         times = schedule.time((widest * torch.arange(steps, 0, -1, dtype=torch.float64) / steps).tan())
         times = times if schedule.bins is None else times.round()
         times[0] = start
-    return torch.cat([times, torch.tensor([END], dtype=torch.float64)])
+    times = torch.cat([times, torch.tensor([END], dtype=torch.float64)])
+    if not (times[1:] < times[:-1]).all():
+        raise UsageError(f"first_steps {steps}: the schedule has not so many times by spacing {spacing}", "fewer first_steps")
+    return times
 
 
 def coefficients(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
