@@ -43,8 +43,9 @@ def mixture(schedule):
 
 def test_a_table_has_only_so_many_times():
     """Two steps at one time would divide nothing by nothing."""
-    with pytest.raises(UsageError, match="first_steps 512: the schedule has not so many times by spacing angle"):
-        maths.grid(SCHEDULES["table"], 512, "angle")
+    maths.check_falling(maths.grid(SCHEDULES["table"], 32, "angle"), "angle")
+    with pytest.raises(UsageError, match="first_steps 512: the table has too few times for spacing angle"):
+        maths.check_falling(maths.grid(SCHEDULES["table"], 512, "angle"), "angle")
 
 
 def noises(count=4):

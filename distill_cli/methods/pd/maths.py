@@ -35,7 +35,6 @@ def grid(schedule: NoiseSchedule, steps: int, spacing: str) -> Tensor:
 
     `schedule`: the schedule's own. `angle`: even in arctan(sigma / alpha), which is the paper's cosine schedule; whole times where the
     schedule has whole times alone. Every second time is nearly the grid of half the steps, and is what the student of a round gets.
-    Raises UsageError where the schedule has not so many times.
     """
     if spacing == "schedule":
         times = schedule.times(steps).double()
@@ -45,10 +44,13 @@ def grid(schedule: NoiseSchedule, steps: int, spacing: str) -> Tensor:
         times = schedule.time((widest * torch.arange(steps, 0, -1, dtype=torch.float64) / steps).tan())
         times = times if schedule.bins is None else times.round()
         times[0] = start
-    times = torch.cat([times, torch.tensor([END], dtype=torch.float64)])
+    return torch.cat([times, torch.tensor([END], dtype=torch.float64)])
+
+
+def check_falling(times: Tensor, spacing: str) -> None:
+    """Raise UsageError where two times of a grid are the same: a table has only so many."""
     if not (times[1:] < times[:-1]).all():
-        raise UsageError(f"first_steps {steps}: the schedule has not so many times by spacing {spacing}", "fewer first_steps")
-    return times
+        raise UsageError(f"first_steps {len(times) - 1}: the table has too few times for spacing {spacing}", "fewer first_steps")
 
 
 def coefficients(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,7 @@ class Progressive(Objective):
         self.schedule, self.sampling, self.guidance = teacher.denoiser.schedule, sampling, sampling.guidance_scale
         self.spacing = config.spacing or ("angle" if self.schedule.bins is None else "schedule")
         self.grid = maths.grid(self.schedule, config.first_steps, self.spacing)
+        maths.check_falling(self.grid, self.spacing)
         start = self.teacher.copy().denoiser.eval().requires_grad_(True)
         self.trained["student"] = Full(start, config.lr)
         self.kept["teacher"] = copy.deepcopy(start).requires_grad_(False)
