@@ -210,7 +210,7 @@ def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, p
 
     rows = []
     for name, (model, sampling) in models.items():
-        with autocast(device(config.device), config.precision):
+        with autocast(device(config.device), config.precision if model.codec.factor > 1 else "no"):  # pictures of pixel models cost little
             images, _ = model.examples(config.seed, model.shown, sampling, classes)
         calls = sampling.evaluations
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
