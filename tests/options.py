@@ -1,6 +1,11 @@
 """Options of a command made in Python, of the method that they name."""
 
+from pathlib import Path
+
+import torch
+
 from distill_cli.commands import kinds
+from distill_cli.runs import Run
 
 
 def options(command, **values):
@@ -10,7 +15,9 @@ def options(command, **values):
 
 
 def consistency(config, teacher, images):
-    """The objective of one of cm's methods."""
+    """The objective of one of cm's methods, prepared."""
     from distill_cli.methods.cm import objective
 
-    return getattr(objective, config.method.upper())(config, teacher, images)
+    made = getattr(objective, config.method.upper())(config, teacher, images)
+    made.prepare(torch.device("cpu"), Run(Path("nowhere")))
+    return made

@@ -40,16 +40,16 @@ class Raw:
 
     def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
         self.autocast = partial(launch.autocast, where, precision)
-        self.network: Any = model.copy().net.to(where).eval().requires_grad_(trained is not None)
+        self.network: Any = model.copy().backbone.to(where).eval().requires_grad_(trained is not None)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
-        self.condition = model.conditioner.example(size, where)
+        self.condition = model.example(size, where)
         if trained is not None:
             self.optimizer = make_optimizer(trained, self.network.parameters(), 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad), self.autocast():
-            return self.network(self.x, self.t, **self.condition.parts, return_dict=False)[0]
+            return self.network(self.x, self.t, self.condition)
 
     def step(self) -> None:
         self.call(grad=True).float().square().mean().backward()

@@ -35,11 +35,11 @@ def _group(command: str, key: str) -> str:
     return "Training" if key in TrainingConfig.model_fields else "Method"
 
 
-def _metavar(field: FieldInfo) -> str:
+def _metavar(command: str, key: str, field: FieldInfo) -> str:
     """The placeholder of a value: its choices, or its type."""
     from distill_cli.recipes import choices, plain_kinds
 
-    if chosen := choices(field.annotation):
+    if chosen := [*commands.kinds(command)] if key == "method" else choices(field.annotation):
         return "|".join(chosen)
     kinds = plain_kinds(field.annotation)
     names = {list: "A,B,...", tuple: "A,B", Path: "PATH", float: "NUMBER", int: "N"}
@@ -88,7 +88,7 @@ def _made(command: str, method: str) -> tuple[list[Any], dict[str, str]]:
         kind: Any = bool if bool in held and list not in held else list[str]
         flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
         option = typer.Option(*flags, help=_help(fields, len(fields) if key == "method" else len(kinds)), show_default=False,
-                              metavar=None if kind is bool else _metavar(field))  # fmt: skip
+                              metavar=None if kind is bool else _metavar(command, key, field))  # fmt: skip
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]))
 
     def made(**values: Any) -> None: ...

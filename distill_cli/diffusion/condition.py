@@ -31,6 +31,14 @@ class Condition:
         """The condition of some of the samples: a slice, or positions."""
         return self.map(lambda part: part[rows])
 
+    def plus(self, name: str, part: Tensor) -> Condition:
+        """The condition with one more part (B, ...)."""
+        return Condition({**self.parts, name: part})
+
+    def parted(self, name: str) -> tuple[Tensor, Condition]:
+        """One part, and the condition without it."""
+        return self.parts[name], Condition({key: part for key, part in self.parts.items() if key != name})
+
     def to(self, device: str | torch.device) -> Condition:
         return self.map(lambda part: part.to(device))
 
@@ -58,6 +66,8 @@ class Condition:
         return Condition({name: torch.cat([condition.parts[name] for condition in conditions]) for name in first.parts})
 
 
+GUIDANCE_SCALE = "guidance_scale"
+"""The part (B,) that tells a network the guidance scale s, of uncond + s (cond - uncond)."""
 NOTHING = Condition()
 """No condition."""
 

@@ -1,7 +1,7 @@
 """Consistency models' mathematics: discretisations, the step between neighbouring times, weights.
 
 Sources: Song et al. 2303.01469 (cd, ct), Song & Dhariwal 2310.14189 (ict), Geng et al. 2406.14548 (ect). Noise levels are
-EDM's sigma (alpha = 1); of a pair of times t is the noisier one and r < t the other.
+sigma / alpha, which is EDM's time; of a pair of times t is the noisier one and r < t the other.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import Denoiser
-from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, expand
+from distill_cli.diffusion.schedule import NoiseSchedule, expand
+from distill_cli.diffusion.solvers import ddim_step
 
 ORDER = {"euler": 1, "heun": 2}
 """Evaluations that a step of a solver of the ODE costs."""
 
 
-def sigma_at(schedule: NoiseSchedule, index: Tensor, intervals: int) -> Tensor:
-    """Noise level of grid points `index` (any shape): 0 is sigma_max, `intervals` sigma_min, even in sigma^(1/rho)."""
-    return schedule.at(1 - index.double() / intervals)
+def level(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """(B,) noise levels sigma / alpha at times t (B,)."""
+    return schedule.sigma(t) / schedule.alpha(t)
 
 
 def neighbours(schedule: NoiseSchedule, index: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
-    """Noise levels of grid points `index` (B,) and of their less noisy neighbours."""
-    return sigma_at(schedule, index, intervals), sigma_at(schedule, index + 1, intervals)
+    """Times of grid points `index` (B,) and of their less noisy neighbours."""
+    return schedule.point(index, intervals), schedule.point(index + 1, intervals)
 
 
 def ct_scales(step: int, steps: int, start: int, end: int) -> int:
@@ -45,9 +46,9 @@ def ict_scales(step: int, steps: int, start: int, end: int) -> int:
     return min(start * 2 ** (step // period), end) + 1
 
 
-def lognormal_index(schedule: EDMSchedule, uniform: Tensor, intervals: int, p_mean: float, p_std: float) -> Tensor:
+def lognormal_index(schedule: NoiseSchedule, uniform: Tensor, intervals: int, p_mean: float, p_std: float) -> Tensor:
     """(B,) indices of the noisier end, drawn so that ln sigma of the pair is normal (2310.14189, eq. 11), from uniforms (B,)."""
-    levels = sigma_at(schedule, torch.arange(intervals + 1), intervals).log()
+    levels = level(schedule, schedule.point(torch.arange(intervals + 1), intervals)).log()
     mass = torch.special.erf((levels - p_mean) / (2**0.5 * p_std))
     return weighted_index(uniform, mass[:-1] - mass[1:])
 
@@ -63,29 +64,32 @@ def ect_neighbour(t: Tensor, stage: int, q: float, k: float, b: float) -> Tensor
     return (t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t)))).clamp(min=0)
 
 
-def ode_step(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, condition: Condition, solver: str) -> Tensor:
-    """From x at times t (B,) to times r (B,) along the probability-flow ODE, by one `heun` or `euler` step of each sample."""
-    wide_t, wide_r = expand(t, x), expand(r, x)
-    slope = (x - denoiser(x, t, condition)) / wide_t
-    ahead = x + (wide_r - wide_t) * slope
+def ode_step(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, t: Tensor, r: Tensor, condition: Condition, solver: str) -> Tensor:
+    """From x at times t (B,) to times r (B,) along the probability-flow ODE, by one `heun` or `euler` step of each sample.
+
+    Both are steps of x / alpha over sigma / alpha; Euler's is DDIM's, and fine where alpha(t) = 0.
+    """
     if solver == "euler":
-        return ahead
-    return x + (wide_r - wide_t) * 0.5 * (slope + (ahead - denoiser(ahead, r, condition)) / wide_r)
+        return ddim_step(schedule, x, denoiser(x, t, condition), t, r)
+    a, a_next, here, there = (expand(each, x) for each in (schedule.alpha(t), schedule.alpha(r), level(schedule, t), level(schedule, r)))
+    y = x / a
+    slope = (y - denoiser(x, t, condition)) / here
+    ahead = y + (there - here) * slope
+    return a_next * (y + (there - here) * 0.5 * (slope + (ahead - denoiser(a_next * ahead, r, condition)) / there))
 
 
 def ode_steps(
-    denoiser: Denoiser, schedule: EDMSchedule, x: Tensor, t: Tensor, r: Tensor, condition: Condition, solver: str, steps: int
+    denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, t: Tensor, r: Tensor, condition: Condition, solver: str, steps: int
 ) -> Tensor:
-    """As `ode_step`, in `steps` steps, even in sigma^(1/rho) between t and r (B,)."""
-    high, low = t ** (1 / schedule.rho), r ** (1 / schedule.rho)
-    times = [t, *((high + (low - high) * k / steps) ** schedule.rho for k in range(1, steps)), r]
+    """As `ode_step`, in `steps` steps between t and r (B,), spaced as the schedule's grid."""
+    times = [t, *(schedule.between(t, r, k / steps) for k in range(1, steps)), r]
     for here, there in zip(times, times[1:]):
-        x = ode_step(denoiser, x, here, there, condition, solver)
+        x = ode_step(denoiser, schedule, x, here, there, condition, solver)
     return x
 
 
 def weight(kind: str, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
-    """(B,) weights of the distance between the estimates at t and r."""
+    """(B,) weights of the distance between the estimates at noise levels t and r (B,)."""
     if kind == "uniform":
         return torch.ones_like(t)
     if kind == "snr+1":
@@ -93,5 +97,5 @@ def weight(kind: str, t: Tensor, r: Tensor, sigma_data: float) -> Tensor:
     if kind == "karras":
         return t**-2 + sigma_data**-2
     if kind == "inverse-step":
-        return 1 / (t - r)
+        return torch.where(t > r, 1 / (t - r), 0)  # both may lie below the smallest level of a table
     raise ValueError(f"weighting {kind!r} is none of uniform, snr+1, karras, inverse-step")

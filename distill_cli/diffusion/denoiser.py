@@ -75,11 +75,23 @@ TIME_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+LCM = 10.0
+"""The usual scale of time in the boundary of latent consistency models: LCMScheduler's timestep_scaling."""
+
+
+def boundary(t: Tensor, scaling: float, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out (B,), float64, of latent consistency models at times t (B,) (Luo et al. 2310.04378, their public program)."""
+    scaled = t.double() * scaling
+    norm = scaled.square() + sigma_data**2
+    return sigma_data**2 / norm, scaled / norm.sqrt()
+
+
 class NetworkDenoiser(nn.Module):
     """A network with a row of the table is a denoiser.
 
     `network(x, time, condition)` returns the raw prediction, (B, C, H, W). It may run in half precision; the
     combination with x_t is computed in float32, or in x's precision where that is better.
+    With a `boundary`, the scale of time, it is the consistency function c_skip x_t + c_out D(x_t, t), which is x_t at t = 0.
     """
 
     def __init__(
@@ -89,10 +101,11 @@ class NetworkDenoiser(nn.Module):
         parameterisation: str = "edm",
         scales: Scales = Scales(),
         time_input: str = "250 ln sigma",
+        boundary: float | None = None,
     ) -> None:
         super().__init__()
         self.network, self.schedule, self.scales = network, schedule, scales
-        self.parameterisation, self.time_input = parameterisation, time_input
+        self.parameterisation, self.time_input, self.boundary = parameterisation, time_input, boundary
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         x = x if x.dtype == torch.float64 else x.float()
@@ -100,7 +113,11 @@ class NetworkDenoiser(nn.Module):
         a, s = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
         c_in, c_skip, c_out = PARAMETERISATIONS[self.parameterisation](a, s, self.scales)
         output = self.network(c_in * x, TIME_INPUTS[self.time_input](t), condition)
-        return c_skip * x + c_out * output.to(x.dtype)
+        estimate = c_skip * x + c_out * output.to(x.dtype)
+        if self.boundary is None:
+            return estimate
+        skip, out = boundary(t, self.boundary)
+        return expand(skip, x) * x + expand(out, x) * estimate
 
     def prediction(self, x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """What the network would have predicted at x_t = `x` where the estimate is `x0`: the table's row solved for it."""

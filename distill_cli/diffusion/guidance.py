@@ -5,22 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.condition import GUIDANCE_SCALE, NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
+from distill_cli.diffusion.schedule import expand
 
 
 class Guided:
     """Classifier-free guidance (Ho & Salimans 2207.12598): uncond + scale (cond - uncond).
 
-    Where a paper's weight is w = scale - 1, convert before. `null` is the null condition of one sample.
+    Where a paper's weight is w = scale - 1, convert before. `null` is the null condition of one sample. Without a `scale`, each sample's
+    own is the part GUIDANCE_SCALE of the condition.
     Both come from one call of twice the batch, or from two `calls` of half the memory.
     The same combination of noise predictions gives the same x0, so it does not matter which of them is combined.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, null: Condition, calls: int = 1) -> None:
+    def __init__(self, denoiser: Denoiser, scale: float | None, null: Condition, calls: int = 1) -> None:
         self.denoiser, self.scale, self.null, self.calls = denoiser, scale, null, calls
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+        scale: float | Tensor | None = self.scale
+        if scale is None:
+            told, condition = condition.parted(GUIDANCE_SCALE)
+            scale = expand(told, x)
         if not condition:
             raise ValueError("guidance needs a condition")
         self.null = self.null.to(x.device)  # copied once
@@ -29,10 +35,10 @@ class Guided:
             cond, uncond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([condition, null])).chunk(2)
         else:
             cond, uncond = self.denoiser(x, t, condition), self.denoiser(x, t, null)
-        return uncond + self.scale * (cond - uncond)
+        return uncond + scale * (cond - uncond)
 
 
-def guided(denoiser: Denoiser, scale: float, null: Condition | None, calls: int = 1) -> Denoiser:
+def guided(denoiser: Denoiser, scale: float | None, null: Condition | None, calls: int = 1) -> Denoiser:
     """`denoiser` under guidance; the denoiser itself where scale is 1 (no second evaluation)."""
     if scale == 1 or null is None:
         return denoiser

@@ -78,6 +78,19 @@ class NoiseSchedule(Protocol):
     def at(self, fraction: Tensor) -> Tensor:
         """Times at fractions of the range: 0 is the smallest, 1 the largest, spaced as in training."""
 
+    def point(self, index: Tensor, intervals: int) -> Tensor:
+        """Times of points `index` (any shape) of a consistency model's grid: 0 is the largest time, `intervals` the smallest."""
+        return self.at(1 - index.double() / intervals)
+
+    def between(self, t: Tensor, r: Tensor, share: float) -> Tensor:
+        """The times (B,) on the way from t to r (B,), at a share of it."""
+        return t + (r - t) * share
+
+    @property
+    def signal(self) -> bool:
+        """Whether there is signal left at the largest time (alpha above 0)."""
+        return bool(self.alpha(torch.tensor(self.t_max, dtype=torch.float64)) > 0)
+
     def times(self, steps: int) -> Tensor:
         """(steps,) decreasing times for a solver, starting at t_max."""
 
@@ -153,6 +166,11 @@ class EDMSchedule(NoiseSchedule):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + fraction * (high - low)) ** self.rho
 
+    def between(self, t: Tensor, r: Tensor, share: float) -> Tensor:
+        """Evenly in sigma^(1/rho)."""
+        high, low = t ** (1 / self.rho), r ** (1 / self.rho)
+        return (high + (low - high) * share) ** self.rho
+
     def times(self, steps: int) -> Tensor:
         """(steps,) decreasing times from sigma_max to sigma_min (eq. 5; the final 0 is left out)."""
         if steps == 1:
@@ -224,6 +242,10 @@ class TableSchedule(NoiseSchedule):
     def at(self, fraction: Tensor) -> Tensor:
         """Whole times at fractions of the range: 0 is t = 0, 1 is t = N - 1."""
         return (fraction * self.t_max).round()
+
+    def point(self, index: Tensor, intervals: int) -> Tensor:
+        """By "trailing" spacing and then 0: latent consistency models' times where `intervals` divide N, else not whole."""
+        return (self.bins - self.bins * index.double() / intervals - 1).clamp(min=0)
 
     def times(self, steps: int) -> Tensor:
         """(steps,) decreasing whole times from N - 1, by "trailing" spacing (Lin et al. 2305.08891, table 2)."""

@@ -95,7 +95,7 @@ def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple
     """A model with the prompts, its steps and guidance scale. A student has guidance and negative prompt built in: its scale is None."""
     name, steps = split(spec)
     model = load(name, steps)
-    student = model.sampler.guidance == "inside"
+    student = model.sampler.guidance != "outside"
     model = model.with_prompts(prompts, "" if student else config.negative_prompt, config.images_per_prompt)
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill_cli.diffusion.condition import Condition
-from distill_cli.errors import DistillError
+from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
+from distill_cli.errors import DistillError, UsageError
 
 UNMET = {
-    "time_cond_proj_dim": "a guidance scale as a condition, as latent consistency models have it",
     "addition_embed_type": "further conditions beside the text, such as SDXL's sizes",
     "class_embed_type": "a class condition of another kind than labels",
     "encoder_hid_dim_type": "text projected by a layer of another kind",
@@ -58,9 +57,15 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.net(x, time, **condition.parts, return_dict=False)[0]
 
-    def fresh(self) -> Backbone:
-        """A new network of the same configuration: on the meta device it costs nothing."""
-        return type(self)(type(self.net).from_config(self.net.config))
+    def fresh(self, **changes: Any) -> Backbone:
+        """A new network of the same configuration, but for `changes`: on the meta device it costs nothing."""
+        return type(self)(type(self.net).from_config(self.net.config, **changes))
+
+    def told(self) -> Backbone:
+        """The network with a guidance scale as a further input, not heeded yet. Raises UsageError for networks without a place for it."""
+        raise UsageError(
+            f"guidance_range: a {type(self.net).__name__} cannot be told a guidance scale", "guidance_scale=S fixes one inside"
+        )
 
     def check(self, where: str) -> None:
         """Raise DistillError if the configuration asks for unsupported inputs, or gives outputs of another shape."""
@@ -107,11 +112,40 @@ class UNet2D(Backbone):
             net.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
 
 
-class UNet2DCondition(Backbone):
-    """diffusers' UNet2DConditionModel, the text-conditioned network of Stable Diffusion."""
+def embedded(scale: Tensor, width: int) -> Tensor:
+    """(B, width) sines and cosines of 1000 w, as latent consistency models are told w = scale - 1 (Luo et al. 2310.04378), in float64."""
+    steps = torch.arange(width // 2, dtype=torch.float64, device=scale.device)
+    angles = 1000 * (scale.double()[:, None] - 1) * 10000 ** (-steps / (width // 2 - 1))
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
-    inputs = frozenset({"encoder_hidden_states"})
+
+class UNet2DCondition(Backbone):
+    """diffusers' UNet2DConditionModel, the text-conditioned network of Stable Diffusion. With `time_cond_proj_dim` it is told a scale."""
+
+    WIDTH = 256
+    """The width of the scale's embedding in published latent consistency models."""
     unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
+
+    def __init__(self, net: Any) -> None:
+        super().__init__(net)
+        self.inputs = frozenset({"encoder_hidden_states", *([GUIDANCE_SCALE] if net.config.time_cond_proj_dim else [])})
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        parts, width = dict(condition.parts), self.net.config.time_cond_proj_dim
+        if width:
+            parts["timestep_cond"] = embedded(parts.pop(GUIDANCE_SCALE), width).to(x.dtype)
+        return self.net(x, time, **parts, return_dict=False)[0]
+
+    def told(self) -> Backbone:
+        """Its weights of the embedding begin at zero."""
+        if self.net.config.time_cond_proj_dim:
+            return self
+        with torch.device(next(self.parameters()).device), torch.random.fork_rng(devices=[]):
+            out = self.fresh(time_cond_proj_dim=self.WIDTH)
+        new = out.net.time_embedding.cond_proj.weight
+        nn.init.zeros_(new)
+        out.load_state_dict({**self.state_dict(), f"{self.part}.time_embedding.cond_proj.weight": new})
+        return out
 
 
 class EDM(Backbone):

@@ -30,7 +30,7 @@ def _call(where: str, shape: tuple[int, ...], expected: tuple[int, ...], call: C
 
 def rehearse(model: Model, where: str) -> None:
     """Raise DistillError if the model's network does not take the inputs that a denoiser gives it."""
-    condition = model.conditioner.example(2, "meta")
+    condition = model.example(2, "meta")
     beside = sorted(set(condition.parts) - model.backbone.inputs)
     if beside:
         raise DistillError(f"{where}: the network takes no {beside[0]}, which the model's {model.conditioner.summary} come as")

@@ -74,7 +74,7 @@ def counted(call: Any) -> int:
 
 def evaluation(model: Model) -> int:
     """FLOP of one network evaluation for one image: multiplications and additions in matrix products."""
-    return counted(lambda: model.backbone.fresh()(torch.empty(1, *model.shape), torch.ones(1), model.conditioner.example(1, "meta")))
+    return counted(lambda: model.backbone.fresh()(torch.empty(1, *model.shape), torch.ones(1), model.example(1, "meta")))
 
 
 def decoding(model: Model) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
@@ -73,6 +74,10 @@ class Model:
         """The default sampling settings."""
         return self.sampler.settings
 
+    def example(self, count: int, device: str | torch.device) -> Condition:
+        """A condition of `count` samples with all that the network takes, for trial calls and timings."""
+        return self.sampler.telling(self.conditioner.example(count, device))
+
     def parts(self) -> dict[str, Any]:
         """The networks, by their names in a diffusers pipeline."""
         return {self.backbone.part: self.net, **self.codec.parts(), **self.conditioner.parts()}
@@ -107,7 +112,7 @@ class Model:
     def with_prompts(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> Model:
         """The model for these prompts, each `repeat` times in turn, and a negative prompt. Raises UsageError if it has no text."""
         conditioner = self.conditioner.given(prompts, negative, repeat, self.lineage.name)
-        if negative and self.sampler.guidance == "inside":
+        if negative and self.sampler.guidance != "outside":
             raise UsageError("--negative-prompt: a student's guidance is built in", "give it to distill pairs and distill dmd")
         return replace(self, conditioner=conditioner)
 
@@ -144,7 +149,7 @@ class Model:
         out = self.sampler.asked(schedule, solver, steps, scale, calls)
         if self.scheduler is not None and schedule.bins is not None and out.steps >= schedule.bins:
             raise UsageError(f"--steps {out.steps}: the model has {schedule.bins} times", "a few dozen steps are plenty")
-        if out.guidance_scale != 1 and not self.conditioner.has_null:
+        if out.combines and not self.conditioner.has_null:
             raise UsageError(f"--guidance-scale {out.guidance_scale}: the model knows no null class", "use 1")
         return out
 
@@ -173,13 +178,13 @@ class Model:
         """As `sample`, but the denoiser's data on its device: pixels, or latents (B, c, h, w)."""
         sampling = sampling or self.sampling
         device, schedule = next(self.denoiser.parameters()).device, self.denoiser.schedule
-        null = self.conditioner.null if sampling.guidance_scale != 1 else None
+        null = self.conditioner.null if sampling.combines else None
         task = Task(
             denoiser=guided(self.denoiser, sampling.guidance_scale, null, sampling.guidance_calls),
             network=self.denoiser,
             x=draws.normal("prior", self.shape).to(device),
             times=self.sampler.times_for(schedule, sampling.solver, sampling.steps),
-            condition=self.conditioner(labels.to(device)),
+            condition=self.sampler.telling(self.conditioner(labels.to(device)), sampling.guidance_scale),
             noise=lambda k: draws.normal("solver", self.shape, turn=k).to(device),
             project=self.codec.project,
             scheduler=self.scheduler,

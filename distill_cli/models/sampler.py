@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_cli.config.base import Positive, Solver
 from distill_cli.diffusion import solvers
-from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
 from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import UsageError
@@ -113,12 +113,18 @@ class Sampling(BaseModel):
     solver: Solver = "heun"
     steps: Positive = 18
     guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
-    guidance_calls: Literal[1, 2] = 1
+    guidance_calls: Literal[0, 1, 2] = 1
+    """Calls for guidance: 1 of twice the batch, or 2; 0 where the network is told the scale."""
+
+    @property
+    def combines(self) -> bool:
+        """Whether guidance combines a conditional and an unconditional evaluation."""
+        return self.guidance_scale != 1 and self.guidance_calls > 0
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for an image; guidance doubles them."""
-        return SOLVERS[self.solver].evaluations(self.steps) * (1 if self.guidance_scale == 1 else 2)
+        """Network evaluations for an image; guidance that combines two doubles them."""
+        return SOLVERS[self.solver].evaluations(self.steps) * (2 if self.combines else 1)
 
 
 class Sampler(Sampling):
@@ -128,8 +134,10 @@ class Sampler(Sampling):
     """The noise levels at which the model was trained; a student with times of its own has them in `times`."""
     answers: Literal["mean", "endpoint"] = "mean"
     """What the denoiser estimates: E[x0 | x_t], for ODE solvers, or the end of the ODE, to which new noise may be added."""
-    guidance: Literal["outside", "inside"] = "outside"
-    """Outside: from a conditional and an unconditional evaluation. Inside: learned by the student."""
+    guidance: Literal["outside", "inside", "told"] = "outside"
+    """Outside: from a conditional and an unconditional evaluation. Inside: learned by the student. Told: the network is told the scale."""
+    told: tuple[float, float] | None = None
+    """The smallest and the largest scale that a told student has learned, where they are known."""
     times: tuple[float, ...] = ()
     """A student's own times, decreasing; () for teachers."""
 
@@ -144,6 +152,12 @@ class Sampler(Sampling):
         return cls(solver="few-step", steps=1, answers="endpoint", guidance="inside", times=tuple(times))
 
     @classmethod
+    def renoising(cls, times: Sequence[float], steps: int = 1) -> Sampler:
+        """The sampler of a student that estimates x0 from its own times alone, as latent consistency models do."""
+        own = tuple(times)
+        return cls(solver="few-step", steps=steps, knows="own times", answers="endpoint", guidance="inside", times=own)
+
+    @classmethod
     def walking(cls, solver: Solver, times: Sequence[float]) -> Sampler:
         """The sampler of a student that goes through all of its own times in order, as by progressive distillation."""
         return cls(solver=solver, steps=len(times), knows="own times", guidance="inside", times=tuple(times))
@@ -152,6 +166,18 @@ class Sampler(Sampling):
     def settings(self) -> Sampling:
         """The default sampling settings."""
         return Sampling(**self.model_dump(include=set(Sampling.model_fields)))
+
+    def with_told(self, scale: float, learned: tuple[float, float] | None) -> Sampler:
+        """The sampler of a network that is told the guidance scale, by default `scale`."""
+        return self.model_copy(update={"guidance": "told", "told": learned, "guidance_scale": scale, "guidance_calls": 0})
+
+    def telling(self, condition: Condition, scale: float | Tensor | None = None) -> Condition:
+        """The condition with the guidance scale, one or (B,), which a told student's network takes as a part of it; default its own."""
+        if self.guidance != "told":
+            return condition
+        like = next(iter(condition.parts.values()))
+        scale = self.guidance_scale if scale is None else scale
+        return condition.plus(GUIDANCE_SCALE, torch.as_tensor(scale, dtype=torch.float32, device=like.device).expand(len(like)))
 
     @property
     def teaches(self) -> bool:
@@ -170,7 +196,10 @@ class Sampler(Sampling):
             return self.teaches and self.guidance == "outside"
         few, own = SOLVERS[self.solver].few, len(self.times)
         fits = few and (self.edits or self.steps <= own) if self.answers == "endpoint" else not few and self.steps == own
-        return fits and self.guidance == "inside" and not self.teaches
+        low, high = self.told or (1.0, self.guidance_scale)
+        scaled = low <= self.guidance_scale <= high if self.guidance == "told" else self.told is None
+        combined = (self.guidance_calls > 0) == (self.guidance != "told")
+        return fits and self.guidance != "outside" and scaled and combined and not self.teaches
 
     def times_for(self, schedule: NoiseSchedule, solver: str, steps: int) -> Tensor:
         """(steps,) decreasing times for a solver. Raises UsageError if a student cannot take so many steps."""
@@ -202,15 +231,18 @@ class Sampler(Sampling):
             raise UsageError(f"--solver {solver}: a student is sampled by {self.solver} alone", "leave --solver out")
         if self.guidance == "inside" and scale not in (None, 1):
             raise UsageError(f"--guidance-scale {scale}: a student's guidance is built in", "leave --guidance-scale out")
+        if self.told and scale is not None and not self.told[0] <= scale <= self.told[1]:
+            raise UsageError(f"--guidance-scale {scale:g}: this student has learned scales from {self.told[0]:g} to {self.told[1]:g}")
         name = solver or self.solver
         usual = self.steps if name == self.solver else 1 if SOLVERS[name].few else schedule.usual_steps
         scale = self.guidance_scale if scale is None else scale
-        out = Sampling(solver=name, steps=steps or usual, guidance_scale=scale, guidance_calls=calls)
+        combined: Literal[0, 1, 2] = 0 if self.guidance == "told" else calls
+        out = Sampling(solver=name, steps=steps or usual, guidance_scale=scale, guidance_calls=combined)
         if scale < 1:
             raise UsageError(f"--guidance-scale {scale:g}: below 1 it leads away from the condition", "1 is without guidance")
         if SOLVERS[name].table and schedule.bins is None:
             raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's", "use heun or ddim")
-        if SOLVERS[name].signal and not schedule.alpha(torch.tensor(schedule.t_max, dtype=torch.float64)) > 0:
+        if SOLVERS[name].signal and not schedule.signal:
             raise UsageError(f"--solver {name}: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
         self.times_for(schedule, name, out.steps)
         return out

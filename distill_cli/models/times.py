@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 
-from distill_cli.diffusion.consistency import sigma_at
 from distill_cli.diffusion.schedule import GRID, NoiseSchedule
 from distill_cli.errors import UsageError
 
@@ -25,7 +24,7 @@ PUBLISHED = (0, 22)
 
 def from_indices(schedule: NoiseSchedule, indices: Sequence[int]) -> list[float]:
     """Noise levels of grid points."""
-    return sigma_at(schedule, torch.tensor(list(indices)), schedule.grid - 1).clamp(max=schedule.t_max).tolist()
+    return schedule.point(torch.tensor(list(indices)), schedule.grid - 1).clamp(max=schedule.t_max).tolist()
 
 
 def nearest(schedule: NoiseSchedule, indices: Sequence[int]) -> list[float]:

@@ -61,7 +61,7 @@ class Manifest(BaseModel):
     dtype: Literal["float32", "float16"]
     shard_size: int
     batch_size: int
-    guidance_calls: Literal[1, 2] = 1
+    guidance_calls: Literal[0, 1, 2] = 1
     prompts: str = ""
     """SHA-256 of the prompts in prompts.jsonl; labels are positions in it."""
     negative_prompt: str = ""

@@ -57,7 +57,7 @@ def test_golden_consistency(method, metric, weighting, golden, tiny):
         NetworkDenoiser(Raw(g[f"{n}.weight"], g[f"{n}.bias"]), schedule, "consistency", scales) for n in ("student", "target")
     )
     cm.trained["student"].module, cm.kept["target"], cm.real = student, target, g.mixture("teacher")
-    t, r = (maths.sigma_at(schedule, g["index"] + k, h["num_scales"] - 1) for k in (0, 1))
+    t, r = (schedule.point(g["index"] + k, h["num_scales"] - 1) for k in (0, 1))
     with torch.no_grad():
         close(cm.errors(g["x"], g["noise"], t, r, None), g[f"{method}.{metric}.{weighting}"], 1e-4)
 
@@ -79,7 +79,7 @@ def test_golden_ect(stage, c, golden, tiny):
 
 
 def test_the_grid_of_18():
-    grid = maths.sigma_at(EDMSchedule(), torch.arange(18), 17)
+    grid = EDMSchedule().point(torch.arange(18), 17)
     assert torch.allclose(grid, EDMSchedule().times(18))
     assert grid[0].item() == pytest.approx(80)
     assert grid[-1].item() == pytest.approx(0.002)
@@ -105,7 +105,7 @@ def test_times_of_improved_training_are_lognormal():
     """The share of each interval is the normal mass of ln sigma between its ends."""
     schedule, intervals = EDMSchedule(), 20
     index = maths.lognormal_index(schedule, torch.linspace(0, 1 - 1e-9, 200_001, dtype=torch.float64), intervals, -1.1, 2.0)
-    ends = maths.sigma_at(schedule, torch.arange(intervals + 1), intervals).log()
+    ends = schedule.point(torch.arange(intervals + 1), intervals).log()
     normal = torch.distributions.Normal(torch.tensor(-1.1).double(), torch.tensor(2.0).double()).cdf(ends)
     expected = (normal[:-1] - normal[1:]) / (normal[0] - normal[-1])
     assert torch.allclose(torch.bincount(index, minlength=intervals).double() / 200_001, expected, atol=1e-4)
@@ -115,7 +115,7 @@ def test_times_are_drawn_as_often_as_their_weights_say(tiny):
     """The noisiest interval first; an interval of weight 0 never."""
     cm = objective(tiny, scales=4, time_weights=[3.0, 0.0, 1.0])
     t, r = cm.times(Draws(0, range(4000)), 0)
-    grid = maths.sigma_at(cm.schedule, torch.arange(4), 3)
+    grid = cm.schedule.point(torch.arange(4), 3)
     drawn = [((t == grid[k]) & (r == grid[k + 1])).sum().item() for k in range(3)]
     assert drawn[1] == 0
     assert drawn[0] + drawn[2] == 4000
@@ -135,10 +135,10 @@ def test_the_students_own_times(tiny):
 def test_a_student_by_distillation_counts_its_times_on_the_grid_it_was_distilled_on(tiny, tmp_path):
     cm = objective(tiny, scales=10, times="index:0,4")
     student = cm.model(cm.trained["student"].module, 0)
-    assert list(student.sampler.times) == maths.sigma_at(EDMSchedule(), torch.tensor([0, 4]), 9).tolist()
+    assert list(student.sampler.times) == EDMSchedule().point(torch.tensor([0, 4]), 9).tolist()
     save(student, tmp_path / "m")
     again = load(str(tmp_path / "m"))
-    even = maths.sigma_at(EDMSchedule(), torch.tensor([0, 3, 6]), 9)
+    even = EDMSchedule().point(torch.tensor([0, 3, 6]), 9)
     assert torch.equal(again.sampler.times_for(again.denoiser.schedule, "few-step", 3), even)
     assert tiny.denoiser.schedule.grid == 40
     eased = objective(tiny, method="ect")
@@ -154,7 +154,7 @@ def test_steps_of_the_teacher():
             return x - expand(s, x) * expand(s, x) ** power  # so that dx / dsigma is sigma^power
 
         true = x + expand((r ** (power + 1) - t ** (power + 1)) / (power + 1), x)
-        near = [(maths.ode_step(denoiser, x, t, r, None, solver) - true).abs().max() < 1e-12 for solver in ("heun", "euler")]
+        near = [(maths.ode_step(denoiser, EDMSchedule(), x, t, r, None, solver) - true).abs().max() < 1e-12 for solver in ("heun", "euler")]
         assert near == expected
 
 
@@ -186,7 +186,7 @@ def test_huber_is_between_the_norms():
 def test_pairs_of_times_are_neighbours_on_the_grid(method, pairs, tiny):
     cm = objective(tiny, method=method, steps=100)
     t, r = cm.times(Draws(0, range(500)), 0)
-    grid = maths.sigma_at(EDMSchedule(), torch.arange(pairs + 1), pairs)
+    grid = EDMSchedule().point(torch.arange(pairs + 1), pairs)
     place = torch.searchsorted(-grid, -t, right=False)
     assert torch.equal(grid[place], t)
     assert torch.equal(grid[place + 1], r)

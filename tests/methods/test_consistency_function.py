@@ -55,7 +55,7 @@ def exact(x, sigma):
     """f(x, sigma): where 300 steps of Heun's method take x, from sigma to sigma_min."""
     x, times = x.double(), EDMSchedule(SCHEDULE.sigma_min, sigma).times(300)
     for t, r in zip(times[:-1], times[1:]):
-        x = ode_step(MIXTURE, x, t.expand(len(x)), r.expand(len(x)), NOTHING, "heun")
+        x = ode_step(MIXTURE, EDMSchedule(), x, t.expand(len(x)), r.expand(len(x)), NOTHING, "heun")
     return x
 
 
@@ -98,7 +98,7 @@ def test_the_exact_function_is_right():
     times = EDMSchedule(0.02, 2.0).times(300)
     y = x
     for t, r in zip(times[:-1], times[1:]):
-        y = ode_step(single, y, t.expand(2), r.expand(2), None, "heun")
+        y = ode_step(single, EDMSchedule(), y, t.expand(2), r.expand(2), None, "heun")
     mean = MEANS[0].view(1, 2, 1, 1).double()
     expected = mean + (x - mean) * ((STD**2 + 0.02**2) / (STD**2 + 4)) ** 0.5
     assert (y - expected).abs().max() < 1e-4
@@ -111,7 +111,7 @@ def test_an_euler_step_is_first_order():
     errors = {}
     for solver in ("euler", "heun"):
         for step in (0.1, 0.05):
-            y = ode_step(single, x, torch.tensor([1.0]).double(), torch.tensor([1 - step]).double(), None, solver)
+            y = ode_step(single, EDMSchedule(), x, torch.tensor([1.0]).double(), torch.tensor([1 - step]).double(), None, solver)
             there = mean + (x - mean) * ((STD**2 + (1 - step) ** 2) / (STD**2 + 1)) ** 0.5
             errors[solver, step] = (y - there).abs().max().item()
     assert errors["euler", 0.1] / errors["euler", 0.05] == pytest.approx(4, rel=0.1)  # local errors: h^2 and h^3

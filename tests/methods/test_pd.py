@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 
 from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.condition import Condition
-from distill_cli.diffusion.consistency import sigma_at
 from distill_cli.diffusion.denoiser import PARAMETERISATIONS, MixtureDenoiser, NetworkDenoiser, Scales
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
@@ -82,7 +81,7 @@ def test_golden(metric, golden):
         return scales.sigma_data**2 / norm * x + t * scales.sigma_data / norm**0.5 * network(1 / norm**0.5 * x, 250 * theirs[0].log(), None)
 
     assert (errors(theirs, single) / g[f"pd.{metric}.uniform"] - 1).abs().max() < 1e-8
-    ours = [sigma_at(schedule, g["index"] + k, h["num_scales"]) for k in (0, 0.5, 1)]
+    ours = [schedule.point(g["index"] + k, h["num_scales"]) for k in (0, 0.5, 1)]
     found = errors(ours, lambda x: NetworkDenoiser(network, schedule, "edm", scales)(x, ours[0]))
     assert (maths.weight("snr+1", schedule, ours[0]) * found / g[f"pd.{metric}.snr+1"] - 1).abs().max() < 1e-4
 
@@ -336,7 +335,7 @@ def test_pairs_are_what_noise_is_added_to(tmp_path, tiny_pairs):
     pd = objective(tmp_path, data=str(tiny_pairs))
     draws = Draws(0, range(4))
     x, condition = pd.examples.batch(draws, torch.device("cpu"))
-    stored = PairStore(tiny_pairs).batch([pd.seen[pd.order[i]] for i in range(4)])
+    stored = PairStore(tiny_pairs).batch([pd.source.seen[pd.order[i]] for i in range(4)])
     assert torch.equal(x, stored["x0"])
     assert torch.equal(condition.parts["class_labels"], stored["label"])
 
@@ -347,7 +346,7 @@ def test_latents_of_captioned_pictures(tmp_path):
     pd = objective(tmp_path, teacher="tiny-sd", data="shapes", guidance_scale=1.0)
     draws = Draws(0, range(2))
     x, condition = pd.examples.batch(draws, torch.device("cpu"))
-    positions = [pd.seen[pd.order[i]] for i in range(2)]
+    positions = [pd.source.seen[pd.order[i]] for i in range(2)]
     mean, spread = pd.teacher.codec.encode(images.batch(positions, Draws(0, positions))[0])
     assert (x - (mean + spread * draws.normal("augment", pd.teacher.shape))).abs().max() < 1e-4
     said = pd.teacher.conditioner.encode(images.captions(positions))

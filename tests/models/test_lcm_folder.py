@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.denoiser import boundary
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import DistillError, UsageError
@@ -78,7 +78,7 @@ def test_the_form_at_the_boundary_is_the_schedulers():
 
     scheduler = diffusers.LCMScheduler(timestep_scaling=2.5)
     t = torch.tensor([0, 1, 19, 500, 999])
-    skips, outs = lcm.boundary(t.double(), 2.5)
+    skips, outs = boundary(t.double(), 2.5)
     for skip_t, out_t, time in zip(skips.tolist(), outs.tolist(), t.tolist(), strict=True):
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(time)
         assert (skip_t, out_t) == pytest.approx((skip, out), rel=1e-12)
@@ -93,7 +93,7 @@ def test_what_the_scheduler_cannot_do_is_said(tmp_path):
         with pytest.raises(DistillError, match="original_inference_steps"):
             lcm.sampler_of({"original_inference_steps": wrong})
     with pytest.raises(DistillError, match="timestep_scaling"):
-        model.denoiser.with_scaling({"timestep_scaling": "10"})
+        lcm.scaling_of({"timestep_scaling": "10"})
 
 
 def test_a_student_of_ours_stays_as_it_is(tmp_path):
@@ -104,7 +104,7 @@ def test_a_student_of_ours_stays_as_it_is(tmp_path):
     save(model, tmp_path / "ours")
     again = load(str(tmp_path / "ours")).with_prompts(PROMPTS)
     assert json.loads((tmp_path / "ours/scheduler/scheduler_config.json").read_text())["_class_name"] == "LCMScheduler"
-    assert type(again.denoiser) is NetworkDenoiser
+    assert again.denoiser.boundary is None
     draws = Draws(3, range(2))
     x = draws.normal("prior", again.shape)
     estimate = again.denoiser(x, torch.full((2,), 999.0), again.conditioner(torch.tensor([0, 1])))

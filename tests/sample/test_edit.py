@@ -7,7 +7,6 @@ from PIL import Image
 
 from distill_cli.data.pictures import to_uint8
 from distill_cli.diffusion import solvers
-from distill_cli.diffusion.consistency import sigma_at
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.edit import zero_shot as edit
@@ -40,7 +39,7 @@ def test_golden_sampling_and_edits(golden):
     g = golden("consistency_sampling")
     h = g.header
     schedule = EDMSchedule(h["sigma_min"], h["sigma_max"], h["rho"])
-    times = sigma_at(schedule, torch.tensor(h["ts"]), h["steps"] - 1)
+    times = schedule.point(torch.tensor(h["ts"]), h["steps"] - 1)
     student = g.mixture("denoiser")
     # the reference adds noise after its last estimate too: at sigma_min that is none
     assert times[-1].item() == pytest.approx(h["sigma_min"])

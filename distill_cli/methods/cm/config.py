@@ -19,12 +19,15 @@ TIME_WEIGHTS = "how often each of the grid's N - 1 intervals is drawn, noisiest 
 class CMConfig(TrainingConfig):
     """distill cm: consistency models (Song et al. 2303.01469 and successors)"""
 
-    method: Literal["cd", "ct", "ict", "ect"] = Field("cd", description="distillation, training, improved training, easy tuning")
+    method: str = Field("cd", description="the method; --help has a line for each")
     teacher: Name | None = Field(None, description="model to start from: a name of `distill models ls`, a folder or a hub id")
-    data: Name | None = Field(None, description="real images: a built-in set or a folder; default the teacher's own set")
+    data: Name | None = Field(
+        None, description="images: a built-in set, or a folder of images or of `distill pairs`; default the teacher's own set"
+    )
     resolution: Positive | None = Field(None, description="image width in pixels; a folder needs it, a built-in set has its own")
     flip: bool = Field(False, description="mirror images at random")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the images that are never trained on")
+    variants: Positive = Field(1, description="for a latent teacher: random versions of each image, encoded once")
     lr: Rate = Field(4e-4, description="learning rate")
     optimizer: Optimizer = Field("radam", description=OPTIMIZERS)
     weight_decay: Weight = Field(0.0, description="decoupled weight decay")
@@ -35,13 +38,13 @@ class CMConfig(TrainingConfig):
     lpips_pooling: Literal["max", "average"] = Field("max", description="lpips: pooling in VGG; average is OpenAI's program's")
     lpips_resize: Literal["always", "below-256"] = Field("always", description="lpips: pictures resized to 224 pixels; OpenAI: below-256")
     weighting: Weighting = Field("uniform", description=WEIGHTING)
-    times: Text | None = Field(None, description="the student's times, written as for distill sample; default the paper's two")
+    times: Text | None = Field(None, description="EDM: the student's times, written as for distill sample; default the paper's two")
     label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class, so that edits need no class")
     dropout: Fraction = Field(0.0, description="dropout during training, with the same mask in student and target")
 
     @property
     def grid(self) -> int | None:
-        """Number of points on the student's own grid; None if it uses diffusers' 40."""
+        """Number of points on the student's own grid; None if it uses the usual one of its schedule."""
         return None
 
     def wrong(self) -> dict[str, bool]:
@@ -67,7 +70,9 @@ class CDConfig(CMConfig):
     scales: Scales = Field(18, description="number N of times on the grid")
     target_decay: Momentum = Field(0.95, description="decay of the target's average at each step")
     time_weights: Annotated[list[Weight], Numbers] | None = Field(None, description=TIME_WEIGHTS)
-    solver: Literal["heun", "euler"] = Field("heun", description="the teacher's ODE solver")
+    solver: Literal["heun", "euler"] | None = Field(
+        None, description="the teacher's ODE solver; default heun, or euler for a schedule that ends without signal"
+    )
     teacher_steps: Positive = Field(1, description="solver steps between neighbouring times of the grid")
     guidance_scale: Rate | None = Field(None, description="guidance scale of the teacher; default its own")
 

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.data import Images
-from distill_cli.data.images import split
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.condition import Condition
-from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.denoiser import LCM, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
+from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, add_noise, expand
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.config import CDConfig, CMConfig, CTConfig, ECTConfig, ICTConfig, NewConfig
 from distill_cli.models.lineage import Lineage
@@ -34,13 +33,18 @@ from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.pixel import check_resolution, create
 from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
+from distill_cli.pairs.store import PairStore
 from distill_cli.processes import say
+from distill_cli.runs import Run
 from distill_cli.training.ema import follow
-from distill_cli.training.examples import Examples, check_images, images_of, without_null
+from distill_cli.training.examples import without_null
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
+from distill_cli.training.source import Source, read
 
+OWN = 50
+"""Times of a student on another schedule than EDM's, unless its method has a grid: LCMScheduler's original_inference_steps."""
 FINE = 100
 """Points of a grid above which bf16 (7 bits of mantissa; fp16 and tf32 have 10) is too coarse."""
 ROUNDED = "times come so near to each other that most of the loss will be rounding (over 80% on grids of 1280 points)"
@@ -56,21 +60,26 @@ class Consistency(Objective):
     """Shared by the methods. The student starts from the teacher's weights; ct and ict without a teacher start from new ones."""
 
     config: CMConfig
-    images: Images
+    order: Order
     parameterisation = "consistency"
-    """Parameterisation of the network during training."""
+    """Parameterisation of an EDM network during training."""
+    on_grid = True
+    """Whether the pairs of times are neighbours on a grid that begins with the largest time."""
 
-    def __init__(self, config: CMConfig, teacher: Model | None, images: Images) -> None:
+    def __init__(self, config: CMConfig, teacher: Model | None, data: Images | PairStore) -> None:
         super().__init__(config, "student")
-        self.teacher, self.images = teacher, images
+        self.teacher = teacher
         if rounds(config):
             say(f"warning: precision bf16: {ROUNDED}; precision=fp16, tf32 or no")
         self.teacher_hash = teacher.weights_hash() if teacher is not None else ""
-        self.start = start = self.begin()
-        self.schedule, self.own_times = own_times(config, check(config, start, images))
-        start.denoiser.schedule = self.schedule
-        self.student = start.denoiser.train().requires_grad_(True)
-        self.student.parameterisation = self.parameterisation
+        self.source = Source(config, self.begin(data), data, planned=teacher is not None and not self.teacher_hash)
+        self.start, self.images, self.order = self.source.model, self.source.images, self.source.order
+        self.identity |= self.source.identity
+        if teacher is not None:  # at the size and for the prompts of the data
+            self.teacher = replace(self.start, denoiser=teacher.denoiser, sampler=teacher.sampler)
+        self.schedule, self.sampler = self.grid(self.start.denoiser.schedule)
+        self.start.denoiser.schedule = self.schedule
+        self.student = self.bounded(self.start.denoiser, self.parameterisation).train().requires_grad_(True)
         for name, module in self.student.named_modules():
             if name.endswith(".dropout") and isinstance(module, nn.Dropout):  # only in residual blocks; attention has its dropout in a list
                 module.p = config.dropout
@@ -78,22 +87,52 @@ class Consistency(Objective):
         if teacher is not None:
             self.identity["teacher"] = self.teacher_hash
         self.perceptual: Perceptual | None = None
+        if config.metric == "lpips" and self.start.codec.factor > 1:
+            raise UsageError(f"metric lpips: compares pixels, and {config.teacher} has latents", "metric=huber")
         if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # a plan has no weights_hash, and needs no LPIPS
             below = math.inf if config.lpips_resize == "always" else 256
             self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
             self.frozen["lpips"] = self.perceptual
             self.identity["lpips_weights"] = digest(self.perceptual)
-        dimensions = torch.Size(start.shape).numel()
+        dimensions = torch.Size(self.start.shape).numel()
         self.huber_c = 0.00054 * dimensions**0.5 if config.huber_c is None else config.huber_c
-        seen, _ = split(images, config.holdout, config.seed)
-        self.order = Order(config.seed, len(seen))
-        self.examples = Examples(images, self.order, start.conditioner, config.label_dropout, seen)
+        self.frozen |= self.start.codec.parts()
 
-    def begin(self) -> Model:
+    def begin(self, data: Images | PairStore) -> Model:
         """The student before training. Raises UsageError if the teacher cannot be its start."""
         assert self.teacher is not None
         refuse_student(self.teacher, str(self.config.teacher), self.config.method)
         return self.teacher.copy()
+
+    def bounded(self, denoiser: NetworkDenoiser, parameterisation: str) -> NetworkDenoiser:
+        """Give a denoiser the boundary of a consistency function, which is x_t without noise.
+
+        On EDM's schedule by the row of the parameterisation, on a table as in latent consistency models; a flow network has it.
+        """
+        if self.schedule.grid:
+            denoiser.parameterisation = parameterisation
+        elif self.schedule.bins is not None:
+            denoiser.boundary = LCM
+        return denoiser
+
+    def grid(self, schedule: NoiseSchedule) -> tuple[NoiseSchedule, Sampler]:
+        """The schedule with the student's grid, and how the student is sampled. Raises UsageError where the two do not go together."""
+        config = self.config
+        if config.weighting == "inverse-step" and self.on_grid and not schedule.signal:
+            ends = f"the schedule of {config.teacher} ends without signal, where this weight is 0"
+            raise UsageError(f"weighting inverse-step: {ends}", "weighting=uniform")
+        if isinstance(schedule, EDMSchedule):
+            schedule, times = own_times(config, schedule)
+            return schedule, Sampler.consistency(times)
+        if config.times:
+            raise UsageError(f"times {config.times}: for EDM teachers; this one's student takes the times of its grid", "leave it out")
+        intervals = config.grid - 1 if config.grid else OWN
+        if schedule.bins is not None and intervals > schedule.bins:
+            raise UsageError(f"scales {config.grid}: more than the {schedule.bins} times of {config.teacher}")
+        return schedule, Sampler.renoising(schedule.point(torch.arange(intervals), intervals).tolist())
+
+    def prepare(self, where: torch.device, run: Run) -> None:
+        self.examples = self.source.prepare(where, run)
 
     def target(self) -> nn.Module:
         """The network whose estimate at the less noisy time is the student's target; it gets no gradient."""
@@ -105,18 +144,19 @@ class Consistency(Objective):
 
     def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """x_r (B, C, H, W), the less noisy neighbour of x_t = `noisy`; here x with the same noise."""
-        return x + expand(r, x) * noise
+        return add_noise(self.schedule, x, noise, r)
 
     def errors(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """(B,) weighted distances between the student's estimate at t and the target's at r."""
         config = self.config
-        weight = maths.weight(config.weighting, t, r, self.start.denoiser.scales.sigma_data).to(x)
+        noisier, cleaner = (maths.level(self.schedule, time) for time in (t, r))
+        weight = maths.weight(config.weighting, noisier, cleaner, self.start.denoiser.scales.sigma_data).to(x)
         t, r = t.to(x), r.to(x)
-        noisy = x + expand(t, x) * noise
+        noisy = add_noise(self.schedule, x, noise, t)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # the student's call below draws the same dropout
             nearer = self.nearer(x, noise, noisy, t, r, condition)
-            reference = torch.where(expand(r, x) > 0, self.target()(nearer, r.clamp(min=1e-6), condition), x)
+            reference = torch.where(expand(r, x) > 0, self.target()(nearer, r.clamp(min=1e-6), condition), nearer)
         torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it (pytorch issue 112583)
         estimate = self.network("student")(noisy, t, condition)
         if self.perceptual is not None:
@@ -129,11 +169,15 @@ class Consistency(Objective):
         x, condition = self.examples.batch(draws, self.device)
         t, r = (time.to(x.device) for time in self.times(draws, step))
         noise = draws.normal("noise", x.shape[1:]).to(x.device)
-        yield Loss("student", self.errors(x, noise, t, r, condition).mean())
+        yield Loss("student", self.errors(x, noise, t, r, self.told(condition, draws)).mean())
+
+    def told(self, condition: Condition, draws: Draws) -> Condition:
+        """The condition with what the student is told besides; nothing by default."""
+        return condition
 
     def compared(self, made: Model) -> Rows:
         rows = {} if self.teacher is None else {"teacher": (self.teacher.to(next(made.denoiser.parameters()).device), self.sampling())}
-        steps = {n: made.sampling.model_copy(update={"steps": n}) for n in (1, 2)}
+        steps = {n: made.sampling.model_copy(update={"steps": n}) for n in (1, max(2, made.sampler.steps))}
         return rows | {f"student, {n} step{'s' * (n > 1)}": (made, sampling) for n, sampling in steps.items()}
 
     def sampling(self) -> Sampling:
@@ -152,20 +196,19 @@ class Consistency(Objective):
     def model(self, network: nn.Module, step: int) -> Model:
         """The student. After ect it gets the boundary scalings of diffusers' pipeline, which differ from EDM's by about sigma_min."""
         assert isinstance(network, NetworkDenoiser)
-        network = copy.copy(network)
-        network.parameterisation = "consistency"
-        conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # no dropout, no trained null class
-        lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.config.data or "")
-        return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
+        network = self.bounded(copy.copy(network), "consistency")
+        conditioner = self.start.conditioner.taught(
+            self.source.learned, bool(self.config.label_dropout)
+        )  # no dropout, no trained null class
+        lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.source.name)
+        return replace(self.start, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=self.sampler)
 
 
 class Following(Consistency):
     """Methods whose target is an average of the student."""
 
-    config: CDConfig | CTConfig
-
-    def __init__(self, config: CDConfig | CTConfig, teacher: Model | None, images: Images) -> None:
-        super().__init__(config, teacher, images)
+    def __init__(self, config: CMConfig, teacher: Model | None, data: Images | PairStore) -> None:
+        super().__init__(config, teacher, data)
         self.kept["target"] = copy.deepcopy(self.student).requires_grad_(False)
 
     def target(self) -> nn.Module:
@@ -176,7 +219,7 @@ class Following(Consistency):
 
     def decay(self, step: int) -> float:
         """Decay of the target's average."""
-        return self.config.target_decay
+        raise NotImplementedError
 
     def after(self, step: int) -> None:
         """Update the target's average."""
@@ -188,18 +231,29 @@ class CD(Following):
 
     config: CDConfig
 
-    def __init__(self, config: CDConfig, teacher: Model, images: Images) -> None:
-        super().__init__(config, teacher, images)
+    def __init__(self, config: CDConfig, teacher: Model, data: Images | PairStore) -> None:
+        super().__init__(config, teacher, data)
+        self.solver = config.solver or ("heun" if self.schedule.signal else "euler")
+        if self.solver == "heun" and not self.schedule.signal:
+            raise UsageError(f"solver heun: the schedule of {config.teacher} ends without signal, where it divides by 0", "solver=euler")
         self.guidance = self.sampling().guidance_scale
         self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
-        self.real = guided(teacher.denoiser, self.guidance, teacher.conditioner.null)
+
+    def prepare(self, where: torch.device, run: Run) -> None:
+        super().prepare(where, run)
+        scale = self.sampling().guidance_scale
+        assert self.teacher is not None
+        self.real = guided(self.teacher.denoiser, scale, self.start.conditioner.null if scale != 1 else None)
+
+    def decay(self, step: int) -> float:
+        return self.config.target_decay
 
     def sampling(self) -> Sampling:
         assert self.teacher is not None
         return self.teacher.with_defaults(None, None, self.config.guidance_scale)
 
     def asked(self) -> list[str]:
-        evaluations = self.config.teacher_steps * maths.ORDER[self.config.solver] * (1 if self.guidance == 1 else 2)
+        evaluations = self.config.teacher_steps * maths.ORDER[self.solver] * (1 if self.guidance == 1 else 2)
         return [*["teacher"] * evaluations, *super().asked()]
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +264,7 @@ class CD(Following):
 
     def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """By steps of the teacher's ODE."""
-        return maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, self.config.solver, self.config.teacher_steps)
+        return maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, self.solver, self.config.teacher_steps)
 
 
 class New(Consistency):
@@ -225,8 +279,12 @@ class New(Consistency):
         config = self.config
         return self.growth(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
 
-    def begin(self) -> Model:
-        return new(self.config, self.images) if self.teacher is None else self.teacher.copy()
+    def begin(self, data: Images | PairStore) -> Model:
+        if self.teacher is not None:
+            return super().begin(data)
+        if isinstance(data, PairStore):
+            raise UsageError(f"--data {self.config.data}: holds pairs, and a network without a teacher learns from images")
+        return new(self.config, data)
 
 
 class CT(New, Following):
@@ -260,12 +318,14 @@ class ECT(Consistency):
 
     config: ECTConfig
     parameterisation = "edm"
+    on_grid = False
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         config = self.config
-        t = (config.p_mean + config.p_std * draws.normal("time").double()).exp()
+        level = (config.p_mean + config.p_std * draws.normal("time").double()).exp()
         stage = min(step, config.steps - 1) * config.stages // config.steps
-        return t, maths.ect_neighbour(t, stage, config.q, config.k, config.b)
+        nearer = maths.ect_neighbour(level, stage, config.q, config.k, config.b)
+        return self.schedule.time(level), self.schedule.time(nearer)
 
 
 def new(config: NewConfig, images: Images) -> Model:
@@ -283,15 +343,6 @@ def new(config: NewConfig, images: Images) -> Model:
     )
 
 
-def check(config: CMConfig, start: Model, images: Images) -> EDMSchedule:
-    """The model's schedule. Raises UsageError for a model without sigma as its time, and for images of another kind."""
-    schedule = start.denoiser.schedule
-    if not isinstance(schedule, EDMSchedule):
-        raise UsageError(f"--teacher {config.teacher}: no EDM model", "consistency models need sigma as their time; use `distill dmd`")
-    check_images(config.data, start, images)
-    return schedule
-
-
 def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, list[float]]:
     """The schedule with the student's grid, and the student's own times for several steps."""
     schedule = replace(schedule, grid=config.grid or GRID)
@@ -307,16 +358,17 @@ def opened(kind: type[Consistency], config: CMConfig, job: Job) -> Objective:
     config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set)
     if said:
         say(said)
-    config = config.model_copy(update={"data": images_of(config.data, config.teacher, teacher, f"method {config.method}")})
-    objective = kind(config, teacher, images := job.images(config, teacher))
-    if job.dry_run:
+    config, data = read(config, teacher, job, f"method {config.method}")
+    objective = kind(config, teacher, data)
+    if job.dry_run or isinstance(data, PairStore):
         return objective
-    known = objective.start.conditioner.classes
+    known, images = objective.start.conditioner.classes, data
     if images.classes and not known:
         say(f"the teacher knows no classes: those of {config.data} are left aside")
     elif list(images.classes) != list(known):
         say(f"the classes {', '.join(images.classes[:3])}, ... of {config.data} are taken for the teacher's in their order")
-    objective.config = config.model_copy(update={"times": spelled(objective.own_times)})
+    if objective.schedule.grid:
+        objective.config = config.model_copy(update={"times": spelled(objective.sampler.times)})
     return objective
 
 

@@ -7,37 +7,33 @@ Students keep the teacher's parameterisation. Dropout is off everywhere.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill_cli.data import Images
-from distill_cli.data.images import Captioned, split
-from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
-from distill_cli.launch import preparing
 from distill_cli.methods.pd import maths
 from distill_cli.methods.pd.config import PDConfig
-from distill_cli.methods.train.text_to_image import Latents
 from distill_cli.models import load
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler, Sampling
-from distill_cli.pairs.store import MANIFEST, PairStore
+from distill_cli.pairs.store import PairStore
 from distill_cli.processes import say
 from distill_cli.runs import Run
 from distill_cli.training.ema import follow
-from distill_cli.training.examples import Examples, check_images, images_of, without_null
+from distill_cli.training.examples import without_null
 from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Rows, phase_at, refuse_student, student_of
+from distill_cli.training.source import Source, read
 
 SHOWN = 4
 """Most steps of the students in the comparison."""
@@ -52,46 +48,8 @@ def open(config: PDConfig, job: Job) -> Objective:
     config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set, why)
     if said:
         say(said)
-    if config.data and (Path(config.data) / MANIFEST).is_file():
-        unused(config, "flip", "resolution", "variants", why=f"--data {config.data} holds pairs")
-        store = PairStore(Path(config.data), config.out)
-        job.say_read(teacher, store)
-        if not job.dry_run:
-            store.verify()
-        return Progressive(config, teacher, sampling, store)
-    config = config.model_copy(update={"data": images_of(config.data, config.teacher, teacher, "pd")})
-    return Progressive(config, teacher, sampling, job.images(config, teacher))
-
-
-def unused(config: PDConfig, *keys: str, why: str) -> None:
-    """Raise UsageError where one of the keys is given, though it changes nothing."""
-    if given := config.changed(*keys):
-        raise UsageError(f"{given[0]} has no use here: {why}", "leave it out")
-
-
-class Stored:
-    """The images of pairs as a set: x0 and labels, of classes or positions of prompts."""
-
-    def __init__(self, store: PairStore) -> None:
-        self.store = store
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        pairs = self.store.batch(positions)
-        return pairs["x0"], pairs["label"]
-
-
-class Encoded:
-    """The latents of captioned images as a set; labels are positions of captions."""
-
-    def __init__(self, latents: Latents, count: int) -> None:
-        self.latents, self.count = latents, count
-
-    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        noise = draws.normal("augment", self.latents.means.shape[1:])
-        return self.latents.batch(positions, noise), torch.tensor(positions) % self.count
+    config, data = read(config, teacher, job, "pd")
+    return Progressive(config, teacher, sampling, data)
 
 
 class Progressive(Objective):
@@ -100,7 +58,7 @@ class Progressive(Objective):
     config: PDConfig
     order: Order
 
-    def __init__(self, config: PDConfig, teacher: Model, sampling: Sampling, source: Images | PairStore) -> None:
+    def __init__(self, config: PDConfig, teacher: Model, sampling: Sampling, data: Images | PairStore) -> None:
         super().__init__(config, "student")
         self.rounds = maths.rounds(config.first_steps, config.last_steps)
         """Steps of the student of each round."""
@@ -109,18 +67,9 @@ class Progressive(Objective):
         self.phases = [Phase(count, f"student-{n}" if k < last else "student", anew=True) for k, (n, count) in enumerate(parts)]
         self.teacher_hash = teacher.weights_hash()
         self.identity["teacher"] = self.teacher_hash
-        self.store = source if isinstance(source, PairStore) else None
-        self.images = None if isinstance(source, PairStore) else source
-        self.teacher = prompted(config, teacher, source)
-        self.captioned = self.images is not None and bool(self.teacher.conditioner.prompts)
-        if not self.captioned and self.store is None:
-            unused(config, "variants", why=f"{config.teacher} works on pixels")
-        folder, dtype = (config.out or Path(), "float16") if self.store is None else (self.store.folder, self.store.manifest.dtype)
-        if self.teacher_hash:  # a plan has no embeddings
-            self.identity |= self.teacher.conditioner.digests()
-            self.teacher = replace(self.teacher, conditioner=self.teacher.conditioner.stored(folder, dtype))
-        if self.store is not None:
-            self.identity["data"] = self.store.manifest.settings_hash
+        self.source = Source(config, teacher, data, planned=not self.teacher_hash)
+        self.teacher, self.images, self.order = self.source.model, self.source.images, self.source.order
+        self.identity |= self.source.identity
         self.schedule, self.sampling, self.guidance = teacher.denoiser.schedule, sampling, sampling.guidance_scale
         self.spacing = config.spacing or ("angle" if self.schedule.bins is None else "schedule")
         self.grid = maths.grid(self.schedule, config.first_steps, self.spacing)
@@ -129,22 +78,9 @@ class Progressive(Objective):
         self.trained["student"] = Full(start, config.lr)
         self.kept["teacher"] = copy.deepcopy(start).requires_grad_(False)
         self.frozen |= teacher.codec.parts()
-        variants = config.variants if self.captioned else 1
-        some, _ = split(source, config.holdout, config.seed)  # type: ignore[arg-type]
-        self.seen = [k * len(source) + position for k in range(variants) for position in some]
-        self.order = Order(config.seed, len(self.seen))
 
     def prepare(self, where: torch.device, run: Run) -> None:
-        """Encode captioned images, and make the embeddings of prompts that are missing; the text encoder is on the CPU then."""
-        source: Any = self.images if self.store is None else Stored(self.store)
-        if self.store is not None:
-            self.store.verified.save(elsewhere=True)  # of a read-only store, in the run's folder
-        with preparing(where, f"resume with --resume {run.folder}") as stop:
-            if self.images is not None and self.captioned:
-                latents = Latents(self.images, self.teacher.codec, where, self.config.variants, self.config.seed, stop)
-                source = Encoded(latents, len(self.images))
-            self.teacher.conditioner.complete(where, stop)
-        self.examples = Examples(source, self.order, self.teacher.conditioner, self.config.label_dropout, self.seen)
+        self.examples = self.source.prepare(where, run)
 
     def times(self, number: int) -> Tensor:
         """(2 N + 1,) float64 times of the teacher of a round, the last of them END; every second one is the student's."""
@@ -190,17 +126,11 @@ class Progressive(Objective):
         return replace(
             self.teacher,
             denoiser=network,
-            conditioner=self.teacher.conditioner.taught(self.learned, null=bool(self.config.label_dropout)),
-            lineage=student_of(self.teacher.lineage, "pd", self.teacher_hash, self.config.data or "" if self.store is None else ""),
+            conditioner=self.teacher.conditioner.taught(self.source.learned, null=bool(self.config.label_dropout)),
+            lineage=student_of(self.teacher.lineage, "pd", self.teacher_hash, self.source.name),
             sampler=Sampler.walking("ddim" if theirs else "euler", times),
             scheduler=scheduler,
         )
-
-    @property
-    def learned(self) -> list[int] | None:
-        """The classes of pairs that are of some alone."""
-        classes = sorted(self.store.manifest.classes) if self.store is not None else []
-        return classes if 0 < len(classes) < len(self.teacher.conditioner.classes) else None
 
     def compared(self, made: Model) -> Rows:
         """The teacher at its steps, and the students of few steps."""
@@ -243,22 +173,3 @@ def shared(config: PDConfig, count: int) -> list[int]:
     if min(steps) < 1:
         raise UsageError(f"--steps {config.steps}: too few for {count} rounds")
     return steps
-
-
-def prompted(config: PDConfig, teacher: Model, source: Images | PairStore) -> Model:
-    """The teacher at the size and for the prompts of what noise is added to. Raises UsageError for what it has not learned."""
-    takes = teacher.conditioner.takes == "prompts"
-    if isinstance(source, PairStore):
-        manifest = source.manifest
-        if teacher.codec.factor > 1:
-            teacher = replace(teacher, size=manifest.shape[1:])
-        if tuple(manifest.shape) != teacher.shape or bool(manifest.prompts) != takes:
-            told = "prompts" if manifest.prompts else f"{len(manifest.classes)} classes"
-            raise UsageError(f"--data {config.data}: pairs of {tuple(manifest.shape)} and {told}, the teacher's are {teacher.shape}")
-        return teacher.with_prompts(in_turn(source.prompts(), len(source)), manifest.negative_prompt) if takes else teacher
-    check_images(config.data, teacher, source)
-    if not takes:
-        return teacher
-    if not isinstance(source, Captioned):
-        raise UsageError(f"--data {config.data}: has no captions", "give a folder of `distill pairs`, which has prompts")
-    return teacher.with_prompts(source.captions(range(len(source))))

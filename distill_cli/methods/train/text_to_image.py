@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +13,10 @@ from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
-from distill_cli.launch import Stop, preparing
+from distill_cli.launch import preparing
 from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import TeacherObjective
-from distill_cli.models.codec import Codec, VAECodec
+from distill_cli.models.codec import VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -27,9 +26,7 @@ from distill_cli.models.text import make_tokenizer
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.objective import Full
-
-ENCODED = 64
-"""Pictures that are encoded together."""
+from distill_cli.training.source import Latents
 
 
 class TextDenoiser(nn.Module):
@@ -41,26 +38,6 @@ class TextDenoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.denoiser(x, t, Condition({PromptConditioner.part: self.encoder(**condition.parts)[0]}))
-
-
-class Latents:
-    """Means and standard deviations of latents, encoded once: `variants` random versions of each picture."""
-
-    def __init__(self, images: Images, codec: Codec, where: torch.device, variants: int, seed: int, stop: Stop) -> None:
-        count = len(images)
-        parts = []
-        for first in range(0, variants * count, ENCODED):
-            if stop.requested:  # the engine stops before the first step
-                break
-            picks = range(first, min(variants * count, first + ENCODED))
-            x, _ = images.batch([k % count for k in picks], Draws(seed, picks))
-            with torch.no_grad(), torch.autocast(where.type, enabled=False):
-                parts.append([each.cpu() for each in codec.encode(x)])
-        self.means, self.spreads = map(torch.cat, zip(*parts, strict=True))
-
-    def batch(self, positions: Sequence[int], noise: Tensor) -> Tensor:
-        """Latents (B, c, h, w) at positions, drawn by standard-normal `noise`."""
-        return self.means[list(positions)] + self.spreads[list(positions)] * noise
 
 
 class TextToImage(TeacherObjective):

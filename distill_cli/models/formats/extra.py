@@ -39,6 +39,7 @@ class Extra(BaseModel):
     format: Literal[2] = 2
     parameterisation: Literal["eps", "v", "x0", "flow", "edm", "consistency"]
     time_input: Literal["t", "250 ln sigma", "ln sigma / 4"]
+    boundary: float | None = None
     classes: list[Text] = []
     null_label: int | None = None
     learned: tuple[int, ...] | None = None
@@ -57,6 +58,7 @@ def extra_of(model: Model) -> Extra:
     return Extra(
         parameterisation=model.denoiser.parameterisation,
         time_input=model.denoiser.time_input,
+        boundary=model.denoiser.boundary,
         classes=list(model.conditioner.classes),
         null_label=model.conditioner.null_label,
         learned=model.conditioner.learned,

@@ -83,12 +83,12 @@ def read_pixels(
         time_input=time_inputs[0],
         classes=[str(k) for k in range(known - (kind == "EDMUNet") if known else 0)],  # EDMUNet counts the null label too
         sampler=sampler,
-        lineage=Lineage(name=name, kind="student" if sampler.guidance == "inside" else "teacher"),
+        lineage=Lineage(name=name, kind="teacher" if sampler.guidance == "outside" else "student"),
     )
     null = extra.null_label
     if extra.lineage.kind == "teacher" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
         null = None  # NVlabs' networks have no trained null class; folders of earlier versions name one
-    denoiser = NetworkDenoiser(backbone_of(unet), schedule, extra.parameterisation, scales, extra.time_input)
+    denoiser = NetworkDenoiser(backbone_of(unet), schedule, extra.parameterisation, scales, extra.time_input, extra.boundary)
     conditioner = ClassConditioner(tuple(extra.classes), null, extra.learned)
     model = Model(denoiser.eval().requires_grad_(False), conditioner, extra.lineage, extra.sampler, recipe=extra.recipe, notes=notes)
     check_pixels(model, folder)

@@ -38,9 +38,9 @@ SOLVER_OF = {kind: solver for solver, kind in schedulers.SOLVERS.items()}
 DEFAULT_SIZE = 64
 """Width of latents in diffusers' pipeline for a network without sample_size."""
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-SNIPPET = """from diffusers import StableDiffusionPipeline
+SNIPPET = """from diffusers import {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("FOLDER")
+pipeline = {pipeline}.from_pretrained("FOLDER")
 pipeline("PROMPT", {size}num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0].save("picture.png")
 """
 
@@ -55,8 +55,8 @@ def fits(model: Model) -> bool:
     return set(model.parts()) == set(PARTS)
 
 
-def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
-    """Write the folder."""
+def save(model: Model, folder: Path, dtype: torch.dtype, pipeline: str = PIPELINES[0]) -> None:
+    """Write the folder, for a pipeline with these parts."""
     quiet()
     conditioner: Any = model.conditioner
     scheduler = scheduler_of(model)
@@ -64,7 +64,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
         height, width = model.size
         model.net.register_to_config(sample_size=height if height == width else [height, width])
     index = {
-        "_class_name": PIPELINES[0],
+        "_class_name": pipeline,
         **{name: ["transformers" if name == "text_encoder" else "diffusers", kind] for name, kind in PARTS.items()},
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "feature_extractor": [None, None],
@@ -81,7 +81,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
                 save_network(network, temporary / name, (PARTS[name],), dtype)
         save_tokenizer(conditioner.tokenizer, temporary / "tokenizer")
 
-    shared.write(model, folder, index, scheduler, parts, in_diffusers(model))
+    shared.write(model, folder, index, scheduler, parts, in_diffusers(model, pipeline))
 
 
 def scheduler_of(model: Model) -> Any:
@@ -89,7 +89,10 @@ def scheduler_of(model: Model) -> Any:
     config = model.scheduler
     assert config is not None
     kind = lcm.SCHEDULER if model.sampler.answers == "endpoint" else config["_class_name"]
-    return schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
+    made = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
+    if model.denoiser.boundary is not None:
+        made.register_to_config(original_inference_steps=len(model.sampler.times), timestep_scaling=model.denoiser.boundary)
+    return made
 
 
 def differs(model: Model) -> str:
@@ -111,12 +114,12 @@ def differs(model: Model) -> str:
     return f"the folder's scheduler has {other} {scheduler.config.get(other)}, and here it is {ours[other]}" if other else ""
 
 
-def in_diffusers(model: Model) -> InDiffusers:
+def in_diffusers(model: Model, pipeline: str = PIPELINES[0]) -> InDiffusers:
     """The pipeline uses the folder's scheduler."""
     sampler = model.sampler
     height, width = (side * model.pixels // model.shape[2] for side in model.shape[1:])
     size = "" if height == width else f"height={height}, width={width}, "
-    snippet = SNIPPET.format(size=size, steps=sampler.steps, guidance_scale=sampler.guidance_scale)
+    snippet = SNIPPET.format(pipeline=pipeline, size=size, steps=sampler.steps, guidance_scale=sampler.guidance_scale)
     return InDiffusers(snippet, differs(model))
 
 
@@ -150,20 +153,25 @@ def load(
     made = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
     encoder, vae, unet = (made(kinds[part], part) for part in reversed(PARTS))  # the largest last, to keep the peak of memory low
     check_vae(vae, str(folder / "vae"))
-    few = config["_class_name"] == lcm.SCHEDULER
+    few, told = config["_class_name"] == lcm.SCHEDULER, bool(unet.config.time_cond_proj_dim)
+    if told and not few:
+        wants = f"time_cond_proj_dim is {unet.config.time_cond_proj_dim}: the network wants a guidance scale as a condition"
+        raise DistillError(f"{folder / 'unet'}: {wants}", f"such models are read with {lcm.SCHEDULER}")
     solver = SOLVER_OF.get(config["_class_name"], "ddim")
     extra = (read_extra(folder, schedule, (prediction,), ("t",)) if given is None else None) or Extra(
         parameterisation=prediction,
         time_input="t",
-        sampler=lcm.sampler_of(config) if few else Sampler(solver=solver, steps=50, guidance_scale=7.5),
+        sampler=lcm.sampler_of(config, told) if few else Sampler(solver=solver, steps=50, guidance_scale=7.5),
         lineage=Lineage(name=name, kind="student" if few else "teacher", licence=licence_of(folder)),
     )
     foreign = few and not extra.lineage.method  # our students have no boundary
     if foreign:  # its scheduler says its times, also where an earlier version has written distill.json
-        extra.sampler = lcm.sampler_of(config).model_copy(update={"steps": extra.sampler.steps})
-    arguments: Any = (backbone_of(unet), schedule, prediction, Scales(), "t")
-    denoiser = lcm.BoundedDenoiser(*arguments).with_scaling(config) if foreign else NetworkDenoiser(*arguments)
+        extra.sampler = lcm.sampler_of(config, told).model_copy(update={"steps": extra.sampler.steps})
+    boundary = lcm.scaling_of(config) if foreign else extra.boundary
+    denoiser = NetworkDenoiser(backbone_of(unet), schedule, prediction, Scales(), "t", boundary)
     notes = schedulers.assumed(config, str(path))
+    if foreign and told:
+        notes += (f"{folder} does not say which guidance scales it has learned: any from 1 on is taken",)
     if unet.config.sample_size is None:
         unet.register_to_config(sample_size=DEFAULT_SIZE)
         notes += (f"{folder / 'unet'} does not say its sample_size: latents of {DEFAULT_SIZE}x{DEFAULT_SIZE}, as diffusers takes them",)
