@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from importlib import import_module
 from inspect import signature
@@ -12,12 +13,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from distill_cli.diffusion.noise import Draws
 
-def pictures(folder: Path, noise: Tensor, labels: list[int], prompts: list[str]) -> Tensor | None:
-    """(B, C, H, W) in [-1, 1], of `noise` (B, C, H, W): the card's program for several pictures; None where the card has none.
 
-    A pipeline that takes no noise is given it from behind.
+def pictures(folder: Path, draws: Draws, shape: tuple[int, int, int], labels: list[int], prompts: list[str]) -> Tensor | None:
+    """(B, C, H, W) in [-1, 1], of the noise of `draws`: the card's program for several pictures; None where the card has none.
+
+    A pipeline that takes no noise, and a scheduler that adds noise between its steps, are given ours from behind.
     """
+    noise, turns = draws.normal("prior", shape), itertools.count(1)
     found = re.search(r"```python\n(.*?)^pipeline\((.*)\)\.images\[0\]", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     if found is None:
         return None
@@ -31,6 +35,10 @@ def pictures(folder: Path, noise: Tensor, labels: list[int], prompts: list[str])
     given = {"batch_size": len(labels), "class_labels": labels, "prompt": prompts, "latents": noise}
     wanted = {"batch_size", "latents", *named} | ({"prompt"} if positional else set())
     named |= {key: value for key, value in given.items() if key in known and key in wanted} | {"output_type": "np"}
-    with patch.object(import_module(type(pipeline).__module__), "randn_tensor", lambda *_, **__: noise.clone(), create=True):
+    within, between = (import_module(type(part).__module__) for part in (pipeline, pipeline.scheduler))
+    with (
+        patch.object(within, "randn_tensor", lambda *_, **__: noise.clone(), create=True),
+        patch.object(between, "randn_tensor", lambda *_, **__: draws.normal("solver", shape, turn=next(turns)), create=True),
+    ):
         made = pipeline(**named)
     return torch.from_numpy(made.images).permute(0, 3, 1, 2) * 2 - 1

@@ -128,7 +128,7 @@ class Consistency(Objective):
             raise UsageError(f"times {config.times}: for EDM teachers; this one's student takes the times of its grid", "leave it out")
         intervals = config.grid - 1 if config.grid else OWN
         if schedule.bins is not None and intervals > schedule.bins:
-            raise UsageError(f"scales {config.grid}: more than the {schedule.bins} times of {config.teacher}")
+            raise UsageError(f"a grid of {intervals} steps: {config.teacher} has {schedule.bins} times", "fewer of them")
         return schedule, Sampler.renoising(schedule.point(torch.arange(intervals), intervals).tolist())
 
     def prepare(self, where: torch.device, run: Run) -> None:
