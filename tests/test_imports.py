@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import distill_cli
+from distill_cli.methods.registry import METHODS
 
 PACKAGE = Path(distill_cli.__file__).parent
 FLOORS = [
@@ -40,6 +41,10 @@ def room_of(parts):
     return "methods.config" if parts[0] == "methods" and "config" in parts[2:3] else parts[0]
 
 
+COMMAND_OF = {method.config.split(".")[0]: method.command for method in METHODS}
+"""The command of each method's room."""
+
+
 def room(path):
     return room_of(path.relative_to(PACKAGE).with_suffix("").parts)
 
@@ -67,7 +72,7 @@ def test_imports_go_downwards(path):
         other = room_of(parts[1:])
         assert other == mine or FLOOR[other] < FLOOR[mine], f"{mine} imports {other}"
         if mine == "methods.config" and parts[1] == "methods":
-            assert parts[2] == path.parent.name, "a method's options know no other method's"
+            assert COMMAND_OF.get(parts[2]) == COMMAND_OF[path.parent.name], "a method's options know those of its own command alone"
         if mine == "methods" and other == "pairs":
             assert len(parts) < 3 or parts[2] == "store", "methods know the store alone"
         assert not (mine in ("methods", "training") and other in ("sample", "edit"))

@@ -39,6 +39,8 @@ METHODS = (
     Method("ct", "cm", "Train a consistency model from images alone.", "cm.config:CTConfig", "cm.objective:ct", _CM),
     Method("ict", "cm", "Train a consistency model by the improved techniques.", "cm.config:ICTConfig", "cm.objective:ict", _CM),
     Method("ect", "cm", "Tune a teacher into a consistency model.", "cm.config:ECTConfig", "cm.objective:ect", _CM),
+    Method("lcm", "cm", "Distil a latent consistency model: few steps, guidance built in or told.", "lcm.config:LCMConfig",
+           "lcm.objective:lcm", (*_CM, "guidance_scale", "guidance_range", "student_steps")),
     Method("pd", "pd", "Distil a student of few steps by halving them round by round.", "pd.config:PDConfig", "pd.objective:open",
            ("teacher", *IMAGES, "first_steps", "last_steps", "guidance_scale")),
     Method("vae", "vae", "Train the autoencoder of a latent model.", "vae.config:VAEConfig", "vae.objective:open", IMAGES),

@@ -1,0 +1,1 @@
+"""Latent consistency distillation (Luo et al. 2310.04378)."""

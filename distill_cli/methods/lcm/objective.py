@@ -1,0 +1,89 @@
+"""Latent consistency distillation (Luo et al. 2310.04378): a consistency model whose guided teacher takes long DDIM steps.
+
+One step of the teacher's DDIM goes from one time of a short grid to the next, so it skips the times between. The teacher's guidance
+scale is fixed, and goes into the student; or each image has its own, drawn from a range, which the student is told.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from distill_cli.data import Images
+from distill_cli.diffusion import consistency as maths
+from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
+from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.diffusion.solvers import ddim_step
+from distill_cli.errors import UsageError
+from distill_cli.methods.cm.objective import Following, opened
+from distill_cli.methods.lcm.config import LCMConfig
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler, Sampling
+from distill_cli.pairs.store import PairStore
+from distill_cli.runs import Run
+
+
+class LCM(Following):
+    """The objective."""
+
+    config: LCMConfig
+
+    def __init__(self, config: LCMConfig, teacher: Model, data: Images | PairStore) -> None:
+        super().__init__(config, teacher, data)
+        self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
+        self.guidance = self.sampling().guidance_scale
+        if config.guidance_range and not teacher.conditioner.has_null:
+            raise UsageError(f"guidance_range: {config.teacher} has no null condition, which guidance needs", "leave it out")
+
+    def begin(self, data: Images | PairStore) -> Model:
+        model = super().begin(data)
+        if self.config.guidance_range:
+            model.denoiser.network = model.backbone.told()
+        return model
+
+    def grid(self, schedule: NoiseSchedule) -> tuple[NoiseSchedule, Sampler]:
+        schedule, sampler = super().grid(schedule)
+        sampler, learned = sampler.model_copy(update={"steps": self.config.student_steps}), self.config.guidance_range
+        return schedule, sampler.with_told(self.sampling().guidance_scale, learned) if learned else sampler
+
+    def sampling(self) -> Sampling:
+        """As the teacher is sampled in the comparison: at the student's default scale."""
+        assert self.teacher is not None
+        scale, asked = self.teacher.sampler.guidance_scale, self.config.guidance_range
+        scale = self.config.guidance_scale or (min(max(scale, asked[0]), asked[1]) if asked else scale)
+        return self.teacher.with_defaults(None, None, scale)
+
+    def decay(self, step: int) -> float:
+        return self.config.target_decay
+
+    def prepare(self, where: torch.device, run: Run) -> None:
+        super().prepare(where, run)
+        assert self.teacher is not None
+        scale = None if self.config.guidance_range else self.guidance
+        self.real = guided(self.teacher.denoiser, scale, self.start.conditioner.null if scale != 1 else None)
+
+    def asked(self) -> list[str]:
+        combines = self.config.guidance_range or self.guidance != 1
+        return [*["teacher"] * (2 if combines else 1), *super().asked()]
+
+    def told(self, condition: Condition, draws: Draws) -> Condition:
+        if self.config.guidance_range is None:
+            return condition
+        low, high = self.config.guidance_range
+        scales = low + (high - low) * draws.uniform("guidance")
+        return condition.plus(GUIDANCE_SCALE, scales.float().to(self.device))
+
+    def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
+        intervals = self.config.original_steps
+        return maths.neighbours(self.schedule, (draws.uniform("time") * intervals).long(), intervals)
+
+    def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        """By one DDIM step of the guided teacher (section 4.3)."""
+        return ddim_step(self.schedule, noisy, self.real(noisy, t, condition), t, r)
+
+
+lcm = partial(opened, LCM)
