@@ -76,7 +76,6 @@ class DMD(Objective):
         super().__init__(config, "student")
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
-        self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
         self.identity["teacher"] = self.teacher_hash
         planned = not self.teacher_hash
         weight = 0.25 if config.regression_weight is None else config.regression_weight
@@ -173,7 +172,7 @@ class DMD(Objective):
             for turn in range(self.config.fake_steps):
                 t = self.times(each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
                 eps = each(draws.normal, "score_noise", shape, turn=turn)
-                sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.error
+                sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.teacher.denoiser.error
                 errors = denoising_loss(self.network("fake"), self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
                 yield Loss("fake", errors.mean())
 

@@ -26,6 +26,7 @@ class TeacherObjective(Objective):
 
     config: TrainConfig
     schedule: NoiseSchedule
+    teacher: Model
 
     def batch(self, draws: Draws) -> tuple[Tensor, Condition]:
         """x0 (B, C, H, W) and its condition, on the device."""
@@ -35,8 +36,8 @@ class TeacherObjective(Objective):
         x, condition = self.batch(draws)
         noise = draws.normal("noise", x.shape[1:]).to(x.device)
         t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
-        error = "velocity" if self.config.prediction == "v" else "noise"
-        yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=error).mean())
+        errors = denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=self.teacher.denoiser.error)
+        yield Loss("teacher", errors.mean())
 
     def calls(self, step: int = 0) -> Calls:
         return Calls([Call("teacher", self.config.batch_size)])
