@@ -34,6 +34,8 @@ class Backbone(nn.Module):
     """The parts of a condition that the network takes."""
     unmet: ClassVar[Mapping[str, str]] = UNMET
     """Options of a network's configuration that ask for inputs which are not supported, and what each wants."""
+    widths: ClassVar[Mapping[str, str]] = {}
+    """Parts of a condition, and the option of the network's configuration that says the width of each."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -111,6 +113,7 @@ class UNet2DCondition(Backbone):
     """diffusers' UNet2DConditionModel, the text-conditioned network of Stable Diffusion."""
 
     inputs = frozenset({"encoder_hidden_states"})
+    widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "cross_attention_dim"}
     unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
 
 

@@ -95,13 +95,14 @@ class TextToImage(TeacherObjective):
         )
         made: Any = self.teacher.conditioner
         self.conditioner: PromptConditioner = made
+        (self.reader,) = made.readers.values()
         self.schedule = self.teacher.denoiser.schedule
         self.images = images
         self.latents: Latents | None = None
         self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
-        self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
-        self.empty = Condition({"input_ids": self.conditioner.tokens([""])})
-        self.trained["teacher"] = Full(TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train(), config.lr)
+        self.tokens = self.reader.tokens(images.captions(range(len(images))))
+        self.empty = Condition({"input_ids": self.reader.tokens([""])})
+        self.trained["teacher"] = Full(TextDenoiser(self.teacher.denoiser, self.reader.encoder).train(), config.lr)
         self.frozen["vae"] = vae
         self.identity["vae"] = digest(vae)
         self.order = Order(config.seed, config.variants * len(images))
@@ -122,5 +123,5 @@ class TextToImage(TeacherObjective):
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, TextDenoiser)
-        trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
+        trained = PromptConditioner(self.reader.tokenizer, network.encoder).given(self.prompts)
         return replace(self.teacher, denoiser=network.denoiser, conditioner=trained)

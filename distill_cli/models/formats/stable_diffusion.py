@@ -79,7 +79,8 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
                 save_encoder(network if dtype == torch.float32 else copy.deepcopy(network).to(dtype), temporary / name)
             else:
                 save_network(network, temporary / name, (PARTS[name],), dtype)
-        save_tokenizer(conditioner.tokenizer, temporary / "tokenizer")
+        for name, tokenizer in conditioner.tokenizers().items():
+            save_tokenizer(tokenizer, temporary / name)
 
     shared.write(model, folder, index, scheduler, parts, in_diffusers(model))
 
@@ -170,7 +171,7 @@ def load(
     denoiser.eval().requires_grad_(False)
     model = Model(denoiser, PromptConditioner(tokenizer, encoder), extra.lineage, extra.sampler, VAECodec(vae), config, extra.recipe)
     model.notes = notes
-    check_latents(model, tokenizer, folder)
+    check_latents(model, folder)
     return model
 
 
