@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -56,6 +57,11 @@ class Backbone(nn.Module):
     def multiple(self) -> int:
         """H and W have to be multiples of this."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    @property
+    def most(self) -> float:
+        """The largest H and W."""
+        return math.inf
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.net(x, time, **condition.parts, return_dict=False)[0]
