@@ -67,11 +67,6 @@ class NoiseSchedule(Protocol):
         """What new networks are told of the time: a row of TIME_INPUTS."""
         return "t"
 
-    @property
-    def normal(self) -> tuple[float, float]:
-        """Mean and standard deviation with which the times of training are drawn unless others are asked for."""
-        return 0.0, 1.0
-
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at times t, in t's shape."""
 
@@ -133,7 +128,6 @@ class EDMSchedule(NoiseSchedule):
     usual_steps: int = 18
     usual_solver: Solver = "heun"
     time_input: str = "250 ln sigma"
-    normal: tuple[float, float] = (-1.2, 1.2)
 
     @property
     def t_max(self) -> float:

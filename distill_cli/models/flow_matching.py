@@ -14,6 +14,7 @@ from distill_cli.models.schedulers import completed, numbers_of
 EULER, RENOISING = "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
 SINCE = {EULER: "0.29", RENOISING: "0.34"}
 """The schedulers that are read, and the version of diffusers that has each from then on."""
+TIME_INPUT = "1000 t"
 UNREAD = (
     "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
     "stochastic_sampling", "scale_factors",
@@ -58,10 +59,21 @@ def scheduler_of(model: Model) -> Any:
     """
     sampler, schedule = model.sampler, model.denoiser.schedule
     assert isinstance(schedule, FlowSchedule)
-    several = sampler.answers == "endpoint" and len(sampler.times) > 1
-    return class_of(RENOISING if several else EULER)(
+    return class_of(RENOISING if renoises(model) else EULER)(
         num_train_timesteps=schedule.points, shift=1.0 if sampler.times else schedule.shift, use_dynamic_shifting=False
     )
+
+
+def renoises(model: Model) -> bool:
+    """Whether new noise is added between the steps of a student."""
+    return model.sampler.answers == "endpoint" and len(model.sampler.times) > 1
+
+
+def seeding(model: Model) -> dict[str, str]:
+    """What a card's program says of the noise between the steps: StableDiffusion3Pipeline hands on no generator."""
+    if not renoises(model):
+        return {"seed": "", "seeded": ""}
+    return {"seed": "import torch\n", "seeded": "torch.manual_seed(0)  # the noise between the steps\n"}
 
 
 def differs(model: Model) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from distill_cli.config import NetworkConfig, TextConfig, VAENetworkConfig
+from distill_cli.config.base import Solver
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
-from distill_cli.diffusion.schedule import TableSchedule
+from distill_cli.diffusion.schedule import NoiseSchedule, TableSchedule
 from distill_cli.models.backbones import backbone_of
 from distill_cli.models.checks import check_vae
 from distill_cli.models.codec import VAECodec
@@ -48,14 +49,18 @@ def create(
     pixels: int,
     network: NetworkConfig,
     text: TextConfig,
-    scheduler: dict[str, Any],
+    scheduler: dict[str, Any] | None,
     parameterisation: str,
     lineage: Lineage,
     guidance_scale: float,
-    solver: str = "ddim",
+    solver: Solver = "ddim",
     seed: int = 0,
+    schedule: NoiseSchedule | None = None,
 ) -> Model:
-    """A latent text-to-image model with random weights from `seed`, for this autoencoder and diffusers `scheduler` configuration."""
+    """A latent text-to-image model with random weights from `seed`, for this autoencoder.
+
+    Its schedule is the table of the diffusers `scheduler` configuration, or `schedule` where solvers need no scheduler of diffusers.
+    """
     import diffusers
 
     codec = VAECodec(vae)
@@ -76,8 +81,9 @@ def create(
             cross_attention_dim=text.width,
             dropout=network.dropout,
         )
-    config = {**scheduler, "prediction_type": PREDICTION_TYPES[parameterisation]}
-    denoiser = NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(config), parameterisation, Scales(), "t")
+    config = None if scheduler is None else {**scheduler, "prediction_type": PREDICTION_TYPES[parameterisation]}
+    schedule = schedule or TableSchedule.from_config(config or {})
+    denoiser = NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), schedule.time_input)
     conditioner = PromptConditioner(tokenizer, create_encoder(text, tokenizer, seed))
     return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=50, guidance_scale=guidance_scale), codec, config)
 

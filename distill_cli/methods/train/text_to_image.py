@@ -13,10 +13,11 @@ from distill_cli.data.images import Captioned, Images
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.schedule import NoiseSchedule, TableSchedule
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop, preparing
 from distill_cli.methods.train.config import TrainConfig
-from distill_cli.methods.train.denoising import TeacherObjective
+from distill_cli.methods.train.denoising import SCHEDULES, TeacherObjective
 from distill_cli.models.codec import Codec, VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
@@ -79,18 +80,25 @@ class TextToImage(TeacherObjective):
         if images.shape[-1] // VAECodec(vae).factor % parts:
             several = f"the autoencoder and {len(config.network.channels)} network.channels"
             raise UsageError(f"resolution {images.shape[-1]}: {several} do not divide it")
-        scheduler = {"_class_name": "DDIMScheduler", **STABLE_DIFFUSION, "beta_schedule": config.beta_schedule, "clip_sample": False}
-        scheduler |= {"steps_offset": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.prediction == "v"}
+        scheduler: dict[str, Any] | None = None
+        if config.prediction == "flow":
+            schedule: NoiseSchedule = SCHEDULES["flow"](config)
+        else:
+            scheduler = {"_class_name": "DDIMScheduler", **STABLE_DIFFUSION, "beta_schedule": config.beta_schedule, "clip_sample": False}
+            scheduler |= {"steps_offset": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.prediction == "v"}
+            schedule = TableSchedule.from_config(scheduler)
         self.teacher = create(
             vae=vae,
             tokenizer=tokenizer,
             pixels=images.shape[-1],
             network=config.network,
             text=config.text,
+            schedule=schedule,
             scheduler=scheduler,
             parameterisation=config.prediction,
             lineage=Lineage(name=config.data, method="denoising", data=config.data),
             guidance_scale=config.guidance_scale,
+            solver=schedule.usual_solver,
             seed=config.seed,
         )
         made: Any = self.teacher.conditioner

@@ -89,10 +89,8 @@ def in_diffusers(model: Model) -> InDiffusers:
     sampler = model.sampler
     height, width = (side * model.codec.factor for side in model.shape[1:])
     times = sampler.times_for(model.denoiser.schedule, sampler.solver, sampler.steps).tolist()
-    renoised = sampler.answers == "endpoint" and len(times) > 1
     snippet = SNIPPET.format(
-        seed="import torch\n" if renoised else "",
-        seeded="torch.manual_seed(0)  # the noise between the steps, which no generator= reaches\n" if renoised else "",
+        **flow_matching.seeding(model),
         without="" if "text_encoder_3" in model.parts() else ", text_encoder_3=None, tokenizer_3=None",
         size="" if height == width else f"height={height}, width={width}, ",
         steps=f"sigmas={times}" if sampler.times else f"num_inference_steps={sampler.steps}",
@@ -130,7 +128,7 @@ def load(folder: Path, name: str) -> Model:
     check_text(readers, made["transformer"].config.joint_attention_dim, folder)
     model = sd3.assemble(made["transformer"], made["vae"], readers, Lineage(name=name, licence=licence_of(folder)), schedule)
     model.denoiser.eval().requires_grad_(False)
-    if extra := read_extra(folder, schedule, ("flow",), ("1000 t",)):
+    if extra := read_extra(folder, schedule, ("flow",), (flow_matching.TIME_INPUT,)):
         model.lineage, model.sampler, model.recipe, model.size = extra.lineage, extra.sampler, extra.recipe, extra.size
     if "text_encoder_3" not in kinds:
         model.notes += ("no T5: its place is zeros, as in diffusers",)

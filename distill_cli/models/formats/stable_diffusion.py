@@ -57,9 +57,13 @@ def fits(model: Model) -> bool:
 
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
+    write(model, folder, dtype, scheduler_of(model), in_diffusers(model))
+
+
+def write(model: Model, folder: Path, dtype: torch.dtype, scheduler: Any, there: InDiffusers) -> None:
+    """Write a folder with a scheduler; `there`: how plain diffusers samples it."""
     quiet()
     conditioner: Any = model.conditioner
-    scheduler = scheduler_of(model)
     if model.size is not None:  # a student may have another resolution than its teacher
         height, width = model.size
         model.net.register_to_config(sample_size=height if height == width else [height, width])
@@ -82,7 +86,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
         for name, tokenizer in conditioner.tokenizers().items():
             save_tokenizer(tokenizer, temporary / name)
 
-    shared.write(model, folder, index, scheduler, parts, in_diffusers(model))
+    shared.write(model, folder, index, scheduler, parts, there)
 
 
 def scheduler_of(model: Model) -> Any:
