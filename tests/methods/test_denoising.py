@@ -108,7 +108,7 @@ def test_a_flow_teacher_of_a_gaussian_is_the_closed_form():
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 400)
     exact = MixtureDenoiser(torch.full((1, 1, 2, 2), 0.3), torch.ones(1), 0.5, train.schedule)
-    for t in (0.1, 0.4, 0.7, 0.9, 1.0):
+    for t in (0.1, 0.4, 0.7, 0.9, 0.98):
         times = torch.full((256,), t)
         x = add_noise(
             train.schedule, Gaussian().batch(range(256), Draws(1, range(256)))[0], Draws(1, range(256)).normal("noise", (1, 2, 2)), times
