@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from distill_cli.models import cost, embeddings, flow_matching, formats, load
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.sd3 import SD3Prompts, assemble
+from distill_cli.models.sources.hub import files_of
 from distill_cli.models.text import Reader
 from tests.contracts import diffusers_alone
 from tests.models.test_foreign_folders import configure, rewrite
@@ -234,3 +236,17 @@ def test_published_architectures_without_weights(name, count):
     model = cost.sketch(name)
     assert sum(p.numel() for p in model.denoiser.parameters()) == count
     assert (model.pixels, model.lineage.licence) == (1024, "Stability Community")
+
+
+def test_the_files_to_download():
+    """fp16 where there is some, T5's in parts; no single file of all, no pickles."""
+    weights = {
+        "transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors",
+        "text_encoder_2/model.fp16.safetensors", "text_encoder_3/model.safetensors.index.fp16.json",
+        *(f"text_encoder_3/model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)),
+    }  # fmt: skip
+    others = {"sd3_medium.safetensors", "text_encoder/model.safetensors", "text_encoder_3/model-00001-of-00002.safetensors", "x/y.bin"}
+    small = {"model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer_3/tokenizer.json"}
+    small |= {f"{part}/config.json" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")}
+    found = files_of([SimpleNamespace(rfilename=name, size=7) for name in weights | others | small], half=True)
+    assert set(found) == weights | small

@@ -72,7 +72,7 @@ class DMD(Objective):
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
         refuse_student(teacher, config.teacher, "dmd")
         if teacher.denoiser.schedule.bins is not None and config.changed("t_bins"):
-            raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
+            raise UsageError(f"t_bins {config.t_bins}: for EDM and flow teachers, this one has a table of times", "leave it out")
         super().__init__(config, "student")
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
