@@ -98,7 +98,7 @@ def test_half_precision_trains(method, family, runs):
     assert {value.dtype for value in weights if value.is_floating_point()} == {torch.float32}
     for name, start in exact.start.items():
         loss = f"{name}_loss"
-        assert half.seen.metrics[loss] == pytest.approx(exact.metrics[loss], rel=0.03)
+        assert half.seen.metrics[loss] == pytest.approx(exact.metrics[loss], rel=0.03, abs=2**-16)  # the square of bf16's rounding
         assert 1e-4 < apart(exact.moved[name], half.seen.moved[name], start) < 0.15
 
 
