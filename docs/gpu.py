@@ -110,7 +110,7 @@ def flops() -> float:
     from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from distill_cli.models.cost import UNETS
+    from distill_cli.models.stable_diffusion import UNETS
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = UNet2DConditionModel(**UNETS["sd15"])

@@ -67,9 +67,13 @@ PARAMETERISATIONS: dict[str, Coefficients] = {
 }
 """name -> (alpha, sigma, scales) -> (c_in, c_skip, c_out), with x0_hat = c_skip x_t + c_out F(c_in x_t)."""
 
+ERROR_OF = {"v": "velocity", "flow": "flow"}
+"""Parameterisation -> the row of ERRORS that is the network's own error; "noise" for the others."""
+
 
 TIME_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "t": lambda t: t,
+    "1000 t": lambda t: 1000 * t,  # diffusers' pipelines of flow matching
     "250 ln sigma": lambda t: 250 * t.log(),  # OpenAI's consistency models and diffusers' ConsistencyModelPipeline
     "ln sigma / 4": lambda t: t.log() / 4,  # NVlabs' EDM
 }
@@ -118,6 +122,11 @@ class NetworkDenoiser(nn.Module):
             return estimate
         skip, out = boundary(t, self.boundary)
         return expand(skip, x) * x + expand(out, x) * estimate
+
+    @property
+    def error(self) -> str:
+        """The network's own error, a row of ERRORS."""
+        return ERROR_OF.get(self.parameterisation, "noise")
 
     def prediction(self, x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """What the network would have predicted at x_t = `x` where the estimate is `x0`: the table's row solved for it."""

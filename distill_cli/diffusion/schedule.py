@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from distill_cli.config.base import Solver
 from distill_cli.diffusion.noise import Draws
+
+ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "noise": lambda a, s: a / s,  # Ho et al. 2006.11239, L_simple
+    "velocity": lambda a, s: (a * a + s * s) / s,  # alpha eps - sigma x0: Salimans & Ho 2202.00512
+    "flow": lambda a, s: (a + s) / s,  # eps - x0: 2210.02747
+}
+"""What a network's plain error is of -> (alpha, sigma) -> that error over the error of x0."""
 
 
 class NoiseSchedule(Protocol):
@@ -49,6 +57,16 @@ class NoiseSchedule(Protocol):
         """Steps of a solver for which nobody has asked."""
         return 50
 
+    @property
+    def usual_solver(self) -> Solver:
+        """Solver of new models."""
+        return "ddim"
+
+    @property
+    def time_input(self) -> str:
+        """What new networks are told of the time: a row of TIME_INPUTS."""
+        return "t"
+
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at times t, in t's shape."""
 
@@ -67,10 +85,9 @@ class NoiseSchedule(Protocol):
     def weight(self, t: Tensor, sigma_data: float, error: str) -> Tensor:
         """(B,) weights of the squared error of x0 in a denoiser's training: by default they make it the plain error of what is predicted.
 
-        `error` noise: (alpha / sigma)^2 (Ho et al. 2006.11239, L_simple); velocity: (alpha^2 + sigma^2)^2 / sigma^2 (2202.00512).
+        `error`: a row of ERRORS, which diffusion/denoiser.py names for each parameterisation.
         """
-        a, s = self.alpha(t), self.sigma(t)
-        return (a / s) ** 2 if error == "noise" else ((a * a + s * s) / s) ** 2
+        return ERRORS[error](self.alpha(t), self.sigma(t)) ** 2
 
     def time(self, level: Tensor) -> Tensor:
         """The time at which the noise level sigma / alpha is `level`."""
@@ -122,6 +139,8 @@ class EDMSchedule(NoiseSchedule):
     rho: float = 7.0
     grid: int = GRID
     usual_steps: int = 18
+    usual_solver: Solver = "heun"
+    time_input: str = "250 ln sigma"
 
     @property
     def t_max(self) -> float:
@@ -283,9 +302,21 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowSchedule(NoiseSchedule):
-    """Flow matching (2210.02747, rectified flow 2209.03003): alpha = 1 - t, sigma = t, t in [0, 1]."""
+    """Flow matching (2210.02747, rectified flow 2209.03003): alpha = 1 - t, sigma = t, t in [0, 1].
 
+    `shift` moves the times of training and of solvers towards the noise (Esser et al. 2403.03206, section 5.3.2); Stable Diffusion 3 has
+    3. `points` is diffusers' num_train_timesteps: training never comes nearer to the data than the shifted 1 / points.
+    """
+
+    shift: float = 1.0
+    points: int = 1000
     t_max: float = 1.0
+    usual_solver: Solver = "euler"
+    time_input: str = "1000 t"
+
+    def shifted(self, t: Tensor) -> Tensor:
+        """The shifted times: t at shift 1."""
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -300,15 +331,22 @@ class FlowSchedule(NoiseSchedule):
         return torch.ones_like(t)
 
     def drawn(self, draws: Draws, mean: float, std: float) -> Tensor:
-        """Logit-normal (Esser et al. 2403.03206, section 3.1)."""
-        return (mean + std * draws.normal("time")).sigmoid()
+        """Logit-normal (2403.03206, section 3.1), shifted."""
+        return self.shifted((mean + std * draws.normal("time")).sigmoid())
 
     def time(self, level: Tensor) -> Tensor:
-        return 1 / (1 + 1 / level)
+        """t = level / (1 + level), where t is 1 for an infinite level."""
+        return (1 / (1 + 1 / level.double())).to(level.dtype)
 
     def at(self, fraction: Tensor) -> Tensor:
-        return fraction
+        """Times at fractions of the range: 0 is the shifted 1 / points, 1 is pure noise, evenly before the shift."""
+        low = 1 / self.points
+        return self.shifted(low + fraction * (1 - low))
 
     def times(self, steps: int) -> Tensor:
-        """(steps,) decreasing times 1, 1 - 1/steps, ..., 1/steps."""
-        return torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+        """(steps,) decreasing times of diffusers' FlowMatchEulerDiscreteScheduler: evenly from 1 to the smallest of training, then shifted.
+
+        So the smallest is shifted twice.
+        """
+        low = self.shifted(torch.tensor(1 / self.points, dtype=torch.float64)).item()
+        return self.shifted(torch.linspace(1, low, steps, dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -33,6 +34,8 @@ class Backbone(nn.Module):
     """The parts of a condition that the network takes."""
     unmet: ClassVar[Mapping[str, str]] = UNMET
     """Options of a network's configuration that ask for inputs which are not supported, and what each wants."""
+    widths: ClassVar[Mapping[str, str]] = {}
+    """Parts of a condition, and the option of the network's configuration that says the width of each."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -53,6 +56,11 @@ class Backbone(nn.Module):
     def multiple(self) -> int:
         """H and W have to be multiples of this."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    @property
+    def most(self) -> float:
+        """The largest H and W."""
+        return math.inf
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.net(x, time, **condition.parts, return_dict=False)[0]
@@ -124,6 +132,7 @@ class UNet2DCondition(Backbone):
 
     WIDTH = 256
     """The width of the scale's embedding in published latent consistency models."""
+    widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "cross_attention_dim"}
     unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
 
     def __init__(self, net: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_cli.errors import DistillError, reason
+from distill_cli.models.embeddings import NAMES
 
 if TYPE_CHECKING:
     from distill_cli.models.model import Model
@@ -50,35 +52,45 @@ def check_pixels(model: Model, folder: Path) -> None:
     rehearse(model, where)
 
 
-def check_vae(vae: Any, where: str) -> None:
-    """Raise DistillError if latents are shifted as well as scaled, or pictures are not in colour."""
-    config = vae.config
+def check_vae(vae: Any, where: str, moved: bool = False) -> None:
+    """Raise DistillError if a pipeline has no place for how latents are normalized, or pictures are not in colour.
+
+    All pipelines scale latents by `scaling_factor`; those of latents that are `moved` too shift them by `shift_factor`.
+    """
+    config, numbers = vae.config, ("scaling_factor", *(("shift_factor",) if moved else ()))
     for key in ("latents_mean", "latents_std", "shift_factor"):
-        if config.get(key):
-            moved = f"{key} is {json.dumps(config[key])}: latents that are moved too, not only scaled, are not read"
-            raise DistillError(f"{where}: {moved}")
-    scale, into, out = config["scaling_factor"], config["in_channels"], config["out_channels"]
-    if not (type(scale) in (int, float) and 0 < scale < float("inf")):
-        raise DistillError(f"{where}: scaling_factor is {json.dumps(scale)}, a number above 0 is expected")
+        if config.get(key) and key not in numbers:
+            more = f"{key} is {json.dumps(config[key])}: latents that are moved too, not only scaled, are not read"
+            raise DistillError(f"{where}: {more}")
+    for key in numbers:
+        value = config.get(key)
+        if type(value) not in (int, float) or not math.isfinite(value) or (key == "scaling_factor" and value <= 0):
+            number = "a number above 0" if key == "scaling_factor" else "a number"
+            raise DistillError(f"{where}: {key} is {json.dumps(value)}, {number} is expected")
+    into, out = config["in_channels"], config["out_channels"]
     if (into, out) != (3, 3):
         raise DistillError(f"{where}: pictures of {into} and {out} channels", "colour pictures are read")
 
 
-def check_latents(model: Model, tokenizer: Any, folder: Path) -> None:
+def check_latents(model: Model, folder: Path) -> None:
     """Raise DistillError if the parts of a latent text-to-image model do not fit together."""
-    where, parts = f"{folder / model.backbone.part}", model.parts()
-    config, encoder, vae = model.net.config, parts["text_encoder"].config, parts["vae"].config
-    words = tokenizer.get_vocab()
+    where, text, vae = f"{folder / model.backbone.part}", model.text, model.parts()["vae"].config
+    config = model.net.config
+    assert text is not None
     if vae["latent_channels"] != config["in_channels"]:
         raise DistillError(f"{folder}: the autoencoder has {vae['latent_channels']} channels, the network {config['in_channels']}")
     model.backbone.check(where)
-    word = max(words, key=lambda word: (words[word] >= encoder.vocab_size, -words[word]))
-    if words[word] >= encoder.vocab_size:
-        more = f"{folder / 'tokenizer'}: {word!r} is word {words[word]}, the text encoder knows {encoder.vocab_size}, from 0"
-        raise DistillError(more, "resize the encoder's embeddings, or take the word out of the tokenizer")
-    width = config["cross_attention_dim"]
-    if any(each != encoder.hidden_size for each in (width if isinstance(width, list | tuple) else [width])):
-        raise DistillError(f"{where}: reads text of width {width}, {folder / 'text_encoder'} makes {encoder.hidden_size}")
+    for (name, tokenizer), encoder in zip(text.tokenizers().items(), text.parts().values(), strict=True):
+        words, known = tokenizer.get_vocab(), encoder.config.vocab_size
+        word = max(words, key=lambda word: (words[word] >= known, -words[word]))
+        if words[word] >= known:
+            more = f"{folder / name}: {word!r} is word {words[word]}, the text encoder knows {known}, from 0"
+            raise DistillError(more, "resize the encoder's embeddings, or take the word out of the tokenizer")
+    for part, key in model.backbone.widths.items():
+        width, made = config[key], text.shapes[part][-1]
+        if any(each != made for each in (width if isinstance(width, list | tuple) else [width])):
+            makers = " and ".join(str(folder / name) for name in text.readers)
+            raise DistillError(f"{where}: reads {NAMES.get(part, part)} of width {width}, {makers} makes {made}")
     rehearse(model, where)
     picture = (3, *(model.codec.factor * size for size in model.shape[1:]))
     _call(f"{folder / 'vae'}", model.shape, picture, lambda z: model.codec.fresh().raw(z))

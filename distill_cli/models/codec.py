@@ -53,10 +53,10 @@ class Codec:
         """A codec for the same latents that decodes faster. Raises UsageError if there are no latents."""
         raise UsageError(f"--decoder {spec}: for latents, and the teacher's images are pixels", "leave it out")
 
-    def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int) -> tuple[int, int] | None:
+    def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int, most: float = math.inf) -> tuple[int, int] | None:
         """(h, w) of latents for pictures whose shorter side is `pixels`, at the aspect ratio of `shape`; None if only one size is possible.
 
-        h and w have to be multiples of `multiple`, which the network needs. Raises UsageError if they are not.
+        h and w have to be multiples of `multiple`, and at most `most`, as the network needs it. Raises UsageError if they are not.
         """
         return None
 
@@ -103,10 +103,13 @@ class VAECodec(Codec):
             raise DistillError(f"decoder {spec}: pictures of {tiny.vae.config.out_channels} channels", "colour pictures are read")
         return tiny
 
-    def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int) -> tuple[int, int]:
+    def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int, most: float = math.inf) -> tuple[int, int]:
         whole, (_, height, width) = self.factor * multiple, shape
         sides = [Fraction(pixels * side, min(height, width) * whole) for side in (height, width)]
         if any(side.denominator > 1 for side in sides):
             ratio = "" if height == width else f", in the aspect ratio of {width * self.factor}x{height * self.factor}"
             raise UsageError(f"resolution {pixels}: the autoencoder and the network make multiples of {whole} pixels{ratio}")
-        return int(sides[0]) * multiple, int(sides[1]) * multiple
+        height, width = (int(side) * multiple for side in sides)
+        if max(height, width) > most:
+            raise UsageError(f"resolution {pixels}: the network makes pictures of at most {most * self.factor:g} pixels a side")
+        return height, width

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop
 from distill_cli.models.embeddings import Embeddings
+from distill_cli.models.text import Reader, clip_reader
 
 
 class Conditioner(ABC):
@@ -176,13 +179,16 @@ class PromptConditioner(Conditioner):
     part = "encoder_hidden_states"
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
-        self.length = min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
-        self.width = int(encoder.config.hidden_size)
-        self.embedding = self.length * self.width
+        reader = clip_reader(tokenizer, encoder)
+        self._reads({"text_encoder": reader}, {self.part: (reader.length, int(encoder.config.hidden_size))})
+
+    def _reads(self, readers: Mapping[str, Reader], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take text encoders, by their names in a pipeline, and the shape of each part of a prompt's condition."""
+        self.readers, self.shapes = readers, shapes
+        self.embedding = sum(math.prod(shape) for shape in shapes.values())
         self.repeat = 1
         self.table: Embeddings | None = None
-        self._null: Tensor | None = None
+        self._null: Condition | None = None
 
     def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1, name: str = "the model") -> PromptConditioner:
         """The same tokenizer and encoder for these prompts."""
@@ -206,48 +212,54 @@ class PromptConditioner(Conditioner):
         """Spread over the whole list, because neighbours in a list may be alike."""
         return self.labels(count, classes) * max(1, len(self.prompts) // count) % len(self.prompts)
 
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L) tokens, truncated or padded to the encoder's length."""
-        made = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
-        return made.input_ids
+    @property
+    def lengths(self) -> str:
+        """The numbers of tokens that its text encoders read, in words."""
+        return " and ".join(map(str, sorted({reader.length for reader in self.readers.values()})))
 
-    def cut(self, prompts: Iterable[str]) -> int:
-        """How many of the prompts are longer than the encoder reads."""
-        made = self.tokenizer(list(prompts), truncation=True, max_length=self.length + 1).input_ids
-        return sum(len(tokens) > self.length for tokens in made)
+    def cut(self, prompts: Iterable[str]) -> Counter[str]:
+        """How many of the prompts are longer than what an encoder reads, by what that is, in words."""
+        texts, several = list(prompts), len(self.readers) > 1
+        named = {f"the {reader.length} tokens that {name if several else 'the text encoder'} reads": reader.cut(texts)
+                 for name, reader in self.readers.items()}  # fmt: skip
+        return Counter(named)
 
     def say_cut(self, positions: Iterable[int]) -> None:
         labels = sorted({position // self.repeat % len(self.prompts) for position in positions})
-        parts = (labels[first : first + 1000] for first in range(0, len(labels), 1000))
-        cut = sum(self.cut(self.prompts[label] for label in part) for part in parts)
-        if cut:
-            read = f"the {self.length} tokens that the text encoder reads"
-            print(f"{cut} of {len(labels)} prompts are longer than {read}: cut there", file=sys.stderr)
+        cut: Counter[str] = Counter()
+        for first in range(0, len(labels), 1000):
+            cut += self.cut(self.prompts[label] for label in labels[first : first + 1000])
+        for read, count in cut.items():
+            print(f"{count} of {len(labels)} prompts are longer than {read}: cut there", file=sys.stderr)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, L, D), float32, on the encoder's device."""
-        place = next(self.encoder.parameters()).device
-        with torch.autocast(place.type, enabled=False):
-            return self.encoder(self.tokens(prompts).to(place))[0].float()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The condition of prompts (B), float32, on the encoders' device."""
+        place = next(iter(self.readers.values())).place
+        with torch.no_grad(), torch.autocast(place.type, enabled=False):
+            return self.encoded(prompts).map(Tensor.float)
+
+    def encoded(self, prompts: Sequence[str]) -> Condition:
+        """The text encoders' answers: a family of models with others than CLIP's last states has its own."""
+        (reader,) = self.readers.values()
+        return Condition({self.part: reader.encoder(reader.tokens(prompts).to(reader.place))[0]})
 
     @property
     def null(self) -> Condition:
-        """The embedding of the negative prompt."""
+        """The condition of the negative prompt."""
         if self._null is None:
-            self._null = self.table.null[None] if self.table is not None else self.encode([self.negative])
-        return Condition({self.part: self._null})
+            self._null = self.table.null if self.table is not None else self.encode([self.negative])
+        return self._null
 
     def __call__(self, labels: Tensor) -> Condition:
-        """Embeddings (B, L, D) of the prompts at positions (B,), on their device; equal prompts are encoded once."""
+        """The condition of the prompts at positions (B,), on their device; equal prompts are encoded once."""
         if self.table is not None:
-            return Condition({self.part: self.table(labels)})
+            return self.table(labels)
         texts = [self.prompts[position] for position in labels.tolist()]
         unique = list(dict.fromkeys(texts))
-        return Condition({self.part: self.encode(unique).to(labels.device)[[unique.index(text) for text in texts]]})
+        return self.encode(unique).to(labels.device)[[unique.index(text) for text in texts]]
 
     def example(self, count: int, device: str | torch.device) -> Condition:
-        return Condition({self.part: torch.randn(count, self.length, self.width, device=device)})
+        return Condition({part: torch.randn(count, *shape, device=device) for part, shape in self.shapes.items()})
 
     def stored(self, folder: Path | None, dtype: str, count: int | None = None) -> PromptConditioner:
         if folder is None:
@@ -258,7 +270,7 @@ class PromptConditioner(Conditioner):
         return out
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
-        """Afterwards the encoder is on the CPU."""
+        """Afterwards the encoders are on the CPU."""
         if self.table is not None:
             self.table.complete(device, stop)
 
@@ -267,13 +279,17 @@ class PromptConditioner(Conditioner):
         return torch.zeros_like(labels)
 
     def parts(self) -> dict[str, Any]:
-        return {"text_encoder": self.encoder}
+        return {name: reader.encoder for name, reader in self.readers.items()}
+
+    def tokenizers(self) -> dict[str, Any]:
+        """Its tokenizers, by their names in a pipeline."""
+        return {name.replace("text_encoder", "tokenizer"): reader.tokenizer for name, reader in self.readers.items()}
 
     def working(self) -> list[nn.Module]:
-        return [self.encoder] if self.table is None else []
+        return list(self.parts().values()) if self.table is None else []
 
     def named(self, label: int) -> dict[str, Any]:
         return {"prompt": self.prompts[label]}
 
     def shown(self) -> dict[str, Any]:
-        return super().shown() | {"text": f"prompts of at most {self.length} tokens"}
+        return super().shown() | {"text": f"prompts of at most {self.lengths} tokens"}

@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
-from distill_cli.diffusion.schedule import TableSchedule
-from distill_cli.models.backbones import backbone_of
-from distill_cli.models.codec import VAECodec
-from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
-from distill_cli.models.sampler import Sampler
-from distill_cli.models.schedulers import STABLE_DIFFUSION
-from distill_cli.models.sources.hub import HUB, short_name, to_download
+from distill_cli.models.sources.catalog import HUB
+from distill_cli.models.sources.hub import short_name, to_download
 
 RATE = 150e12
 """FLOP/s that plans assume: about half of an A100's data sheet in bf16. A guess, not a measurement."""
-UNETS: dict[str, dict[str, Any]] = {
-    "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-    "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
-}
-TEXTS: dict[str, dict[str, Any]] = {
-    "sd15": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768),
-    "sd21": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512),
-}
-SAMPLED = {"sd15": ("eps", "pndm"), "sd21": ("v", "ddim")}
-"""Prediction of each network, and the solver of its scheduler."""
-VAE: dict[str, Any] = dict(
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=4,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-)
 
 
 def sketch(name: str) -> Model:
     """A hub model for plans: its published architecture on the meta device, without weights or vocabulary."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**UNETS[name])
-        vae = diffusers.AutoencoderKL(**VAE, sample_size=UNETS[name]["sample_size"] * 8)
-        encoder = CLIPTextModel(CLIPTextConfig(**TEXTS[name]))
-    prediction, solver = SAMPLED[name]
-    denoiser = NetworkDenoiser(backbone_of(unet), TableSchedule.from_config(STABLE_DIFFUSION), prediction, Scales(), "t")
-    conditioner = PromptConditioner(SimpleNamespace(model_max_length=77), encoder)
-    lineage, sampler = Lineage(name=name, licence=HUB[name].licence), Sampler(solver=solver, steps=50, guidance_scale=7.5)
-    return Model(denoiser, conditioner, lineage, sampler, VAECodec(vae), dict(STABLE_DIFFUSION))
+    model: Model = import_module(f"distill_cli.models.{HUB[name].module}").sketch(name)
+    return replace(model, lineage=Lineage(name=name, licence=HUB[name].licence))
 
 
 def sketched(name: str, wanted: bool) -> tuple[Model | None, dict[str, str]]:

@@ -1,8 +1,8 @@
 """Embeddings of prompts on disk: shards are computed when they are first needed, equal prompts once.
 
-    FOLDER/text-KEY/shard-000000.safetensors      text (N, L, D) of the next N prompts that differ
+    FOLDER/text-KEY/shard-000000.safetensors      text (N, L, D) of the next N prompts that differ, and other parts of their condition
 
-KEY is a hash of the text encoder, the prompts and the negative prompt. The process that first needs a shard makes all of it, so
+KEY is a hash of the text encoders, the prompts and the negative prompt. The process that first needs a shard makes all of it, so
 its bytes do not depend on the number of processes.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distill_cli import processes, shards
 from distill_cli.data.prompts import digest_of
+from distill_cli.diffusion.condition import Condition
 from distill_cli.errors import DistillError
 from distill_cli.launch import Stop
 from distill_cli.models.parts import plain
@@ -30,6 +31,8 @@ from distill_cli.verified import Check, Verified
 
 SHARD, AT_A_TIME = 512, 64
 AGAIN = "delete it and run the same command again: only missing embeddings are made"
+NAMES = {"encoder_hidden_states": "text"}
+"""Parts of a condition that have another name in a shard."""
 
 
 def unique(prompts: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -49,30 +52,36 @@ class Encoder(Protocol):
 
     prompts: Sequence[str]
     negative: str
-    length: int
-    encoder: Any
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of each part of a prompt's condition."""
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L, D), float32."""
+    def parts(self) -> dict[str, Any]:
+        """The text encoders, by their names in a pipeline."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The condition of prompts (B), float32."""
 
 
 class Embeddings:
-    """Embeddings (L, D) of a conditioner's prompts, by their position, stored in `folder` as `dtype`."""
+    """Conditions of a conditioner's prompts, by their position, stored in `folder` as `dtype`. `null`: that of the negative prompt."""
 
     def __init__(self, conditioner: Encoder, folder: Path, dtype: str) -> None:
         self.conditioner, self.dtype = conditioner, shards.DTYPES[dtype]
         self.rows, self.firsts = unique(conditioner.prompts)
-        settings = [encoder_hash(conditioner), digest_of(conditioner.prompts), conditioner.negative, conditioner.length, dtype]
+        self.names = {part: NAMES.get(part, part) for part in conditioner.shapes}
+        lengths = [shape[0] for shape in conditioner.shapes.values() if len(shape) > 1]
+        encoders = map(encoder_hash, conditioner.parts().values())
+        settings = [*encoders, digest_of(conditioner.prompts), conditioner.negative, *lengths, dtype]
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self.folder = Path(folder) / f"text-{self.key[:12]}"
         self.verified = Verified(folder)
         if self.null_path.exists():  # the same bits with any number of threads
             shards.check(self.null_path, AGAIN)
             with safe_open(self.null_path, "pt") as stored:
-                self.null = stored.get_tensor("text")[0].float()
+                self.null = Condition({part: stored.get_tensor(name).float() for part, name in self.names.items()})
         else:
-            self.null = conditioner.encode([conditioner.negative])[0].to(self.dtype).float().cpu()
-        self._open: dict[int, Any] = {}
+            self.null = conditioner.encode([conditioner.negative]).map(lambda part: part.to(self.dtype).float().cpu())
+        self._open: dict[int, dict[str, Any]] = {}
 
     @property
     def shards(self) -> int:
@@ -94,48 +103,62 @@ class Embeddings:
         if self.path(shard).exists():
             return
         texts = [self.conditioner.prompts[int(k)] for k in self.firsts[shard * SHARD : (shard + 1) * SHARD]]
-        parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).cpu() for k in range(0, len(texts), AT_A_TIME)]
-        shards.write(self.path(shard), {"text": torch.cat(parts).to(self.dtype)}, {"key": self.key})  # autocast joins no float16
+        parts = [self.conditioner.encode(texts[k : k + AT_A_TIME]).to("cpu") for k in range(0, len(texts), AT_A_TIME)]
+        self._write(self.path(shard), Condition.cat(parts))  # in float32: autocast joins no float16
         if shard == 0:
-            shards.write(self.null_path, {"text": self.null[None].to(self.dtype)}, {"key": self.key})
+            self._write(self.null_path, self.null)
+
+    def _write(self, path: Path, condition: Condition) -> None:
+        parts = condition.parts.items()
+        shards.write(path, {self.names[part]: value.to(self.dtype) for part, value in parts}, {"key": self.key})
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
-        """Make missing shards on `device` until a signal comes; processes share the work. Afterwards the encoder is on the CPU."""
+        """Make missing shards on `device` until a signal comes; processes share the work. Afterwards the encoders are on the CPU."""
         mine = processes.mine(self.shards)
         paths = [self.path(shard) for shard in mine if self.path(shard).exists()]
         for error in self.verified.verify(map(self._check, paths)):
             raise error
-        self.conditioner.encoder.to(device)
+        encoders = self.conditioner.parts().values()
+        for encoder in encoders:
+            encoder.to(device)
         for shard in mine:
             if stop is not None and stop.requested:
                 break
             self.make(shard)
-        self.conditioner.encoder.to("cpu")
+        for encoder in encoders:
+            encoder.to("cpu")
 
-    def _shard(self, shard: int) -> Any:
+    def _shard(self, shard: int) -> dict[str, Any]:
         if shard not in self._open:
             self.make(shard)
             known = self.verified.knows(self._check(self.path(shard)))
             metadata, shapes = shards.check(self.path(shard), AGAIN, whole=not known)
             count = min(SHARD, len(self.firsts) - shard * SHARD)
-            if metadata.get("key") != self.key or shapes != {"text": (count, *self.null.shape)}:
+            wanted = {self.names[part]: (count, *shape) for part, shape in self.conditioner.shapes.items()}
+            if metadata.get("key") != self.key or shapes != wanted:
                 raise DistillError(f"{self.path(shard)}: of other prompts or another text encoder", AGAIN)
-            self._open[shard] = safe_open(self.path(shard), "pt").get_slice("text")
+            stored = safe_open(self.path(shard), "pt")
+            self._open[shard] = {part: stored.get_slice(name) for part, name in self.names.items()}
         return self._open[shard]
 
-    def __call__(self, labels: Tensor) -> Tensor:
-        """(B, L, D) float32 on the device of the labels (B,)."""
+    def __call__(self, labels: Tensor) -> Condition:
+        """The conditions of labels (B,), float32, on their device."""
         rows = self.rows[labels.cpu().numpy()].tolist()
         if not rows:
-            return self.null.new_empty((0, *self.null.shape)).to(labels.device)
-        found = {row: self._shard(row // SHARD)[row % SHARD].float() for row in dict.fromkeys(rows)}
-        return torch.stack([found[row] for row in rows]).to(labels.device)
+            return self.null[:0].to(labels.device)
+        files = {row: self._shard(row // SHARD) for row in dict.fromkeys(rows)}
+
+        def read(part: str) -> Tensor:
+            found = {row: file[part][row % SHARD].float() for row, file in files.items()}
+            return torch.stack([found[row] for row in rows])
+
+        return Condition({part: read(part) for part in self.names}).to(labels.device)
 
 
-def encoder_hash(conditioner: Encoder) -> str:
-    """SHA-256 of the text encoder's weights."""
+def encoder_hash(encoder: Any) -> str:
+    """SHA-256 of a text encoder's weights."""
     digest = hashlib.sha256()
-    for name, value in sorted((plain(name), value) for name, value in conditioner.encoder.state_dict().items()):
+    for name, value in sorted((plain(name), value) for name, value in encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(content_of(value))
     return digest.hexdigest()

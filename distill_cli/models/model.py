@@ -118,7 +118,7 @@ class Model:
 
     def with_resolution(self, pixels: int) -> Model:
         """The latent model with a shorter side of `pixels`, at its aspect ratio. Raises UsageError if its networks cannot do it."""
-        size = self.codec.sized(pixels, self.shape, self.backbone.multiple)
+        size = self.codec.sized(pixels, self.shape, self.backbone.multiple, self.backbone.most)
         if size is None:
             raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.picture} pixels alone")
         return replace(self, size=size)

@@ -57,10 +57,9 @@ def create(
             num_class_embeds=len(classes) + 1 if classes else None,
             dropout=dropout,
         )
-    solver, time_input = ("ddim", "t") if schedule.bins else ("heun", "250 ln sigma")
-    denoiser = NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), time_input)
+    denoiser = NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), schedule.time_input)
     conditioner = ClassConditioner(tuple(classes), len(classes) or None)
-    return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=schedule.usual_steps))
+    return Model(denoiser, conditioner, lineage, Sampler(solver=schedule.usual_solver, steps=schedule.usual_steps))
 
 
 def tiny() -> Model:

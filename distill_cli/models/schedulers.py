@@ -20,7 +20,7 @@ SOLVERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolver
 """diffusers' schedulers by the names of our solvers (2010.02502; 2202.09778, without its first Runge-Kutta steps; 2211.01095)."""
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
-ONLY_DDPM = "models of DDPM's kind are read, not flow matching"
+ONLY_DDPM = "flow matching is read as StableDiffusion3Pipeline, or as distill train writes it"
 OPTIONS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": {"skip_prk_steps": True},
     "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "solver_order": 2},

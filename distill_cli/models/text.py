@@ -1,15 +1,16 @@
-"""Reading and writing Stable Diffusion's CLIP tokenizer and text encoder (Radford et al. 2103.00020)."""
+"""A text encoder with its tokenizer; reading and writing CLIP's (Radford et al. 2103.00020)."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from distill_cli.config import TextConfig
 from distill_cli.errors import DistillError, reason
@@ -19,6 +20,35 @@ from distill_cli.tensors import write
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 """Names of CLIP's tokenizer class in versions of transformers."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder with its tokenizer. It reads `length` tokens of a prompt."""
+
+    tokenizer: Any
+    encoder: Any
+    length: int
+
+    @property
+    def place(self) -> torch.device:
+        """The encoder's device."""
+        return next(self.encoder.parameters()).device
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """(B, length) tokens, truncated or padded, on the CPU."""
+        made = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        return made.input_ids
+
+    def cut(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are longer than the encoder reads."""
+        made = self.tokenizer(list(prompts), truncation=True, max_length=self.length + 1).input_ids
+        return sum(len(tokens) > self.length for tokens in made)
+
+
+def clip_reader(tokenizer: Any, encoder: Any) -> Reader:
+    """A reader of as many tokens as tokenizer and encoder know places for."""
+    return Reader(tokenizer, encoder, min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings)))
 
 
 def make_tokenizer(captions: Iterable[str], length: int) -> Any:
@@ -97,15 +127,17 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        if "merges" not in model:  # T5's, which all versions read as it is
+            return
         (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
         (folder / "merges.txt").write_text(merges_file(merges_of(model)))
 
 
-def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
-    """A CLIPTextModel with random weights of `seed`."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def create_encoder(text: TextConfig, tokenizer: Any, seed: int, kind: str = "CLIPTextModel") -> Any:
+    """A text encoder of CLIP, of transformers' class `kind`, with random weights of `seed`."""
+    import transformers
 
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=text.width,
         intermediate_size=4 * text.width,
@@ -119,13 +151,14 @@ def create_encoder(text: TextConfig, tokenizer: Any, seed: int) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLIPTextModel(config)
+        return getattr(transformers, kind)(config)
 
 
 def save_encoder(encoder: Any, folder: Path) -> None:
-    """Write a CLIPTextModel under the names of published files, which any version of transformers reads."""
-    named = encoder.state_dict().items()
-    weights = {f"text_model.{plain(name)}": value for name, value in named if not name.endswith("position_ids")}
-    encoder.config.architectures = ["CLIPTextModel"]
+    """Write a text encoder under the names of published files, which any version of transformers reads: each tensor once."""
+    kind, tied = type(encoder).__name__, getattr(encoder, "_tied_weights_keys", None) or ()
+    named = {name: value for name, value in encoder.state_dict().items() if not name.endswith("position_ids") and name not in tied}
+    weights = {f"text_model.{plain(name)}": value for name, value in named.items()} if kind == "CLIPTextModel" else named
+    encoder.config.architectures = [kind]
     encoder.config.save_pretrained(folder)
     write(folder / "model.safetensors", weights, {"format": "pt"})

@@ -18,6 +18,11 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
+def stored(network: nn.Module) -> int:
+    """The numbers of a network in a checkpoint: parameters, and buffers such as a table of positions."""
+    return sum(value.numel() for value in network.state_dict().values() if value.is_floating_point())
+
+
 def plan(objective: Objective) -> dict[str, Any]:
     """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
     config, phases = objective.config, objective.phases
@@ -28,9 +33,9 @@ def plan(objective: Objective) -> dict[str, Any]:
     networks = {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
     parameters = {name: count(network.parameters()) for name, network in networks.items()}
     trained = sum(count(each.parameters()) for each in objective.trained.values())
-    average, kept = count(main.state().parameters()), sum(parameters[name] for name in objective.kept)
-    checkpoint = 4 * (3 * trained + average + kept)  # weights and two moments
-    memory = 4 * (sum(parameters.values()) + average) + 12 * trained
+    weights, average = {name: stored(network) for name, network in networks.items()}, stored(main.state())
+    checkpoint = 4 * (sum(weights[name] for name in (*objective.trained, *objective.kept)) + 2 * trained + average)  # two moments
+    memory = 4 * (sum(weights.values()) + average) + 12 * trained
     out = {
         "steps": steps,
         "images": steps * config.batch_size,

@@ -187,7 +187,7 @@ def test_clip_score(distill, prompts, tmp_path):
     from distill_cli.models import load
     from distill_cli.models.text import save_tokenizer
 
-    tokenizer = load("tiny-sd").text.tokenizer
+    tokenizer = load("tiny-sd").text.tokenizers()["tokenizer"]
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, projection_dim=8, eos_token_id=tokenizer.eos_token_id,

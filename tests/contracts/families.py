@@ -31,17 +31,17 @@ BETAS = {"eps": {"beta_schedule": "linear"}, "v": {"beta_schedule": "squaredcos_
 
 
 def pixels(prediction: str) -> Made:
-    """A folder of a pixel model with a table of betas and random weights; that of eps knows no classes."""
+    """A folder of a pixel model with random weights; that of v alone knows classes."""
 
     def make(place: Path) -> None:
-        from distill_cli.diffusion.schedule import TableSchedule
+        from distill_cli.diffusion.schedule import FlowSchedule, TableSchedule
         from distill_cli.models import formats, pixel
         from distill_cli.models.lineage import Lineage
 
         model = pixel.create(
             resolution=16, channels=[8, 16], attention=[False, True], groups=4, head=8,
             classes=[str(i) for i in range(10)] if prediction == "v" else [],
-            schedule=TableSchedule.from_config(BETAS[prediction]),
+            schedule=TableSchedule.from_config(BETAS[prediction]) if prediction in BETAS else FlowSchedule(2.0),
             parameterisation=prediction, lineage=Lineage(name=place.name, data="digits"), seed=1,
         )  # fmt: skip
         formats.save(model, place)
@@ -66,9 +66,17 @@ FAMILIES = {
     "tiny": Family(dict(teacher="tiny", data="digits", prediction="edm")),
     "tiny-eps": Family(dict(teacher=pixels("eps"), data="digits", prediction="eps")),
     "tiny-v": Family(dict(teacher=pixels("v"), data="digits", prediction="v")),
+    "tiny-flow": Family(dict(teacher=pixels("flow"), data="digits", prediction="flow")),
     "tiny-sd": Family(
         dict(
             teacher="tiny-sd", data="shapes", prediction="eps", vae=Made("autoencoder", autoencoder), variants=1,
+            prompts=Made("prompts.txt", prompts), text=dict(width=16, layers=1, heads=2),
+        ),
+        pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
+    ),
+    "tiny-sd3": Family(
+        dict(
+            teacher="tiny-sd3", data="shapes", prediction="flow", vae=Made("autoencoder", autoencoder), variants=1,
             prompts=Made("prompts.txt", prompts), text=dict(width=16, layers=1, heads=2),
         ),
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),

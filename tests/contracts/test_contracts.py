@@ -98,7 +98,8 @@ def test_half_precision_trains(method, family, runs):
     assert {value.dtype for value in weights if value.is_floating_point()} == {torch.float32}
     for name, start in exact.start.items():
         loss = f"{name}_loss"
-        assert half.seen.metrics[loss] == pytest.approx(exact.metrics[loss], rel=0.1)  # eps at the end of a table magnifies rounding
+        # eps at the end of a table magnifies rounding, whose square is 2^-16
+        assert half.seen.metrics[loss] == pytest.approx(exact.metrics[loss], rel=0.1, abs=2**-16)
         assert 1e-4 < apart(exact.moved[name], half.seen.moved[name], start) < 0.15
 
 
@@ -145,7 +146,8 @@ def bytes_of(file):
     return 0
 
 
-FILLED = ("text_encoder/config.json", "tokenizer/tokenizer_config.json")
+FILLED = {f"{part}{n}" for n in ("", "_2") for part in ("text_encoder", "tokenizer")}
+FILLED = {f"{part}/{'tokenizer_' * part.startswith('tok')}config.json" for part in FILLED}
 """In which transformers writes more of a thing that it has read than of one that was made in memory."""
 
 
@@ -160,7 +162,7 @@ def test_a_result_is_saved_as_it_was_trained(method, family, runs, tmp_path):
         save(kept(READERS[kind](folder), kind), first)
         save(kept(READERS[kind](first), kind), second)
         written, again = hashes(folder), hashes(first)
-        assert {name for name in {**written, **again} if written.get(name) != again.get(name)} <= {*FILLED}
+        assert {name for name in {**written, **again} if written.get(name) != again.get(name)} <= FILLED
         assert hashes(second) == again
     if isinstance(result, Model):
         model = READERS[Model](folder)

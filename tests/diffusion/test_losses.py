@@ -3,7 +3,7 @@ import torch
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss
-from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, expand
+from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, expand
 
 
 class Raw(torch.nn.Module):
@@ -12,18 +12,28 @@ class Raw(torch.nn.Module):
         return self.said
 
 
-@pytest.mark.parametrize(("kind", "error"), [("edm", "noise"), ("eps", "noise"), ("v", "velocity")])
-def test_the_weighted_x0_error_is_the_raw_networks_plain_error(kind, error):
-    """EDM's weight, plain noise error and plain velocity error are all the mean square of F - target."""
-    edm = kind == "edm"
-    schedule = EDMSchedule() if edm else TableSchedule.from_config({"beta_schedule": "linear"})
-    t = torch.tensor([0.01, 0.7, 30.0] if edm else [3.0, 400.0, 999.0], dtype=torch.float64)
+TABLE = TableSchedule.from_config({"beta_schedule": "linear"})
+TRAINED = {
+    "edm": (EDMSchedule(), [0.01, 0.7, 30.0]),
+    "eps": (TABLE, [3.0, 400.0, 999.0]),
+    "v": (TABLE, [3.0, 400.0, 999.0]),
+    "flow": (FlowSchedule(3.0), [0.003, 0.5, 1.0]),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_the_weighted_x0_error_is_the_raw_networks_plain_error(kind):
+    """EDM's weight and the plain errors of noise, velocity and flow are all the mean square of F - target."""
+    schedule, times = TRAINED[kind]
+    t = torch.tensor(times, dtype=torch.float64)
     x, noise = torch.randn(3, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 4, 4, dtype=torch.float64)
     raw = Raw()
-    loss = denoising_loss(NetworkDenoiser(raw, schedule, kind, time_input="t"), schedule, x, noise, t, error=error)
+    denoiser = NetworkDenoiser(raw, schedule, kind, time_input="t")
+    loss = denoising_loss(denoiser, schedule, x, noise, t, error=denoiser.error)
     a, s = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     norm = (s * s + 0.25).sqrt()
-    target = {"eps": noise, "v": a * noise - s * x, "edm": (x - 0.25 / norm**2 * (x + s * noise)) / (s * 0.5 / norm)}[kind]
+    edm = (x - 0.25 / norm**2 * (x + s * noise)) / (s * 0.5 / norm)
+    target = {"eps": noise, "v": a * noise - s * x, "flow": noise - x, "edm": edm}[kind]
     expected = (raw.said - target).square().mean((1, 2, 3))
     assert (loss / expected - 1).abs().max() < 1e-9
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, zero_terminal_snr
 from distill_cli.diffusion.solvers import ddim_step
 
@@ -49,7 +50,7 @@ def test_zero_terminal_snr():
     [
         (EDMSchedule(), [0.002, 1.7, 80.0]),
         (TableSchedule.from_config(SD), [0.0, 20.0, 321.5, 999.0]),
-        (FlowSchedule(), [0.1, 0.5, 1.0]),
+        (FlowSchedule(), [0.0, 0.1, 0.5, 1.0]),
         (TableSchedule.from_config({**SD, "rescale_betas_zero_snr": True}), [0.0, 999.0]),
     ],
 )
@@ -93,3 +94,26 @@ def test_a_ddim_step_of_each_samples_own_times():
     t, r = torch.full((3,), 999.0), torch.tensor([900.0, 500.0, 0.0])
     a, s = (value(r.double()).view(3, 1, 1, 1) for value in (table.alpha, table.sigma))
     assert torch.allclose(ddim_step(table, x, x0, t, r), a * x0 + s * x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_times_are_those_of_diffusers(shift):
+    """The grid of every number of steps, and the times of training."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    schedule, scheduler = FlowSchedule(shift), FlowMatchEulerDiscreteScheduler(shift=shift)
+    trained = schedule.at(torch.linspace(1, 0, 1000, dtype=torch.float64))
+    assert (trained - scheduler.sigmas.double()).abs().max() < 1e-6
+    for steps in (1, 4, 28):
+        scheduler.set_timesteps(steps)
+        assert (schedule.times(steps) - scheduler.sigmas[:-1].double()).abs().max() < 1e-6
+
+
+def test_flow_times_of_training_are_logit_normal_and_shifted():
+    """The share of times below a bound is the normal distribution's at the logit of the bound without its shift."""
+    shift, mean, std = 3.0, 0.4, 1.3
+    drawn = FlowSchedule(shift).drawn(Draws(0, range(20000)), mean, std)
+    for bound in (0.3, 0.6, 0.9):
+        before = bound / (shift - (shift - 1) * bound)
+        expected = torch.special.ndtr((torch.logit(torch.tensor(before)) - mean) / std)
+        assert (drawn < bound).float().mean().item() == pytest.approx(expected.item(), abs=0.01)

@@ -79,7 +79,7 @@ def test_order_of_heun_on_flow_matching():
     assert abs(order(solvers.heun, FlowSchedule(), 1, 0, grids) - 2) < 0.1
 
 
-@pytest.mark.parametrize("schedule", [EDMSchedule(), TABLE])
+@pytest.mark.parametrize("schedule", [EDMSchedule(), TABLE, FlowSchedule(3.0)])
 def test_many_steps_reach_the_exact_sample(schedule):
     times = schedule.times(400 if schedule is not TABLE else 1000)
     x = schedule.prior_std * torch.tensor([-1.0, 0.2, 1.4, 0.7], dtype=torch.float64).view(1, 1, 2, 2)
@@ -140,3 +140,15 @@ def test_zero_snr_sampling_starts_from_the_teachers_own_mean():
     assert (denoiser(x, torch.tensor([999.0])) - 0.3).abs().max() < 1e-12
     out = solvers.ddim(denoiser, schedule, x, schedule.times(200))
     assert (out - (0.3 + 0.5 * x)).abs().max() < 0.02
+
+
+def test_shifted_flow_reaches_the_mixture():
+    """Two modes of unequal weight: each has its share, its mean and its spread."""
+    schedule, draws = FlowSchedule(3.0), Draws(0, range(4000))
+    means = torch.tensor([-1.0, 0.8], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 1, 1, 1)
+    denoiser = MixtureDenoiser(means, torch.tensor([0.3, 0.7], dtype=torch.float64), 0.1, schedule)
+    out = solvers.ddim(denoiser, schedule, draws.normal("prior", (1, 1, 1)).double(), schedule.times(100)).flatten()
+    assert (out < 0).double().mean().item() == pytest.approx(0.3, abs=0.02)
+    for part, mean in ((out[out < 0], -1.0), (out[out > 0], 0.8)):
+        assert part.mean().item() == pytest.approx(mean, abs=0.01)
+        assert part.std().item() == pytest.approx(0.1, abs=0.015)

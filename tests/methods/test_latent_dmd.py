@@ -102,7 +102,7 @@ def test_golden_dmd_sd_through_the_objective(golden, teacher):
 def test_the_text_encoder_is_not_needed_while_training_runs(teacher, stored, monkeypatch):
     dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", pairs=stored), teacher, PairStore(stored))
     assert dmd.teacher.text.negative == "grey"  # as the pairs were made
-    assert teacher.text.encoder not in dmd.frozen.values()
+    assert teacher.text.parts()["text_encoder"] not in dmd.frozen.values()
     expected = dmd.teacher.text.given(PROMPTS, "grey")(torch.tensor([0, 1, 2]))
     dmd.prepare(torch.device("cpu"), Run(stored))
     monkeypatch.setattr(type(teacher.text), "encode", None)  # whoever asks it now fails
@@ -113,7 +113,7 @@ def test_the_text_encoder_is_not_needed_while_training_runs(teacher, stored, mon
 
 def test_without_pairs_the_embeddings_stand_in_the_run(teacher, tmp_path, monkeypatch):
     dmd = DMD(DMDConfig(teacher="tiny-sd", device="cpu", out=tmp_path / "run"), teacher, None)
-    assert teacher.text.encoder not in dmd.frozen.values()
+    assert teacher.text.parts()["text_encoder"] not in dmd.frozen.values()
     assert not (tmp_path / "run").exists()  # which must be new when the run begins
     dmd.prepare(torch.device("cpu"), Run(tmp_path / "run"))
     assert len(list((tmp_path / "run").glob("text-*/shard-*"))) == 2  # 864 captions

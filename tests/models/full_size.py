@@ -37,8 +37,8 @@ def make(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from distill_cli.data.shapes import TRAINED
-    from distill_cli.models.cost import TEXTS, UNETS, VAE
     from distill_cli.models.schedulers import STABLE_DIFFUSION
+    from distill_cli.models.stable_diffusion import TEXTS, UNETS, VAE
     from distill_cli.models.text import make_tokenizer, save_tokenizer
 
     filled(UNet2DConditionModel, UNETS["sd15"]).save_pretrained(folder / "unet")

@@ -53,7 +53,7 @@ def test_a_tokenizer_without_its_words(whole, tmp_path):  # noqa: F811
     def written(**change):
         (folder / "vocab.json").write_text(json.dumps({key: value for key, value in (words | change).items() if value is not None}))
 
-    assert load(str(tmp_path / "m")).text.tokens(["a red circle"]).unique().numel() > 3
+    assert load(str(tmp_path / "m")).text.readers["text_encoder"].tokens(["a red circle"]).unique().numel() > 3
     written(**{"circle</w>": 9999})
     refused(tmp_path / "m", "'circle</w>' is word 9999")
     written(ÿ=None)

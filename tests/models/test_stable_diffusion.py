@@ -24,7 +24,7 @@ def made(prediction="eps", **scheduler):
     tiny = load("tiny-sd")
     model = stable_diffusion.create(
         vae=autoencoder.create(32, 3, VAENetworkConfig(channels=[8, 8], groups=4), 0).vae,
-        tokenizer=tiny.text.tokenizer,
+        tokenizer=tiny.text.tokenizers()["tokenizer"],
         pixels=32,
         network=NetworkConfig(channels=[16, 16], attention=[False, True], groups=4, head=8),
         text=TextConfig(width=16, layers=1, heads=2),

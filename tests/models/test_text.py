@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from distill_cli.data.shapes import TRAINED
+from distill_cli.diffusion.condition import Condition
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import embeddings, load
 from distill_cli.models.embeddings import Embeddings, unique
 from distill_cli.models.text import load_tokenizer, save_tokenizer
 
+PART = "encoder_hidden_states"
 PROMPTS = ["a small red circle", "a large blue cross", "a small red circle", "something else entirely"]
 
 
@@ -19,27 +21,27 @@ def text():
 
 def test_every_word_of_the_captions_is_one_token(text):
     for thing in TRAINED[::50]:
-        tokens = text.tokens([thing.caption])[0].tolist()
-        words = text.tokenizer.convert_ids_to_tokens(tokens)
+        tokens = text.readers["text_encoder"].tokens([thing.caption])[0].tolist()
+        words = text.tokenizers()["tokenizer"].convert_ids_to_tokens(tokens)
         assert words[0] == "<|startoftext|>"
         assert words[1 : 1 + len(thing.caption.split())] == [f"{word}</w>" for word in thing.caption.split()]
         assert set(words[1 + len(thing.caption.split()) :]) == {"<|endoftext|>"}
 
 
 def test_other_words_are_spelt_and_long_ones_cut_and_counted(text):
-    assert text.tokens(["zoo " * 40]).shape == (1, 16)
-    assert text.cut(["zoo " * 40, "a red circle", "a " * 14, "a " * 15]) == 2
-    assert text.tokens(["zoo"]).tolist() != text.tokens(["zap"]).tolist()
+    assert text.readers["text_encoder"].tokens(["zoo " * 40]).shape == (1, 16)
+    assert text.cut(["zoo " * 40, "a red circle", "a " * 14, "a " * 15]) == {"the 16 tokens that the text encoder reads": 2}
+    assert text.readers["text_encoder"].tokens(["zoo"]).tolist() != text.readers["text_encoder"].tokens(["zap"]).tolist()
 
 
 def test_a_saved_tokenizer_reads_the_same(text, tmp_path):
-    save_tokenizer(text.tokenizer, tmp_path)
+    save_tokenizer(text.tokenizers()["tokenizer"], tmp_path)
     assert {"vocab.json", "merges.txt"} <= {path.name for path in tmp_path.iterdir()}  # for older versions of transformers
     again = load_tokenizer(tmp_path)
     sentences = [thing.caption for thing in TRAINED[::97]] + ["", "Zoo, un café!"]
-    assert again(sentences).input_ids == text.tokenizer(sentences).input_ids
+    assert again(sentences).input_ids == text.tokenizers()["tokenizer"](sentences).input_ids
     (tmp_path / "tokenizer.json").unlink(missing_ok=True)
-    assert load_tokenizer(tmp_path)(sentences).input_ids == text.tokenizer(sentences).input_ids
+    assert load_tokenizer(tmp_path)(sentences).input_ids == text.tokenizers()["tokenizer"](sentences).input_ids
 
 
 def test_labels_are_positions_in_turn(text):
@@ -57,9 +59,9 @@ def test_equal_prompts_are_encoded_once(text, monkeypatch):
     monkeypatch.setattr(type(text), "encode", lambda self, prompts: seen.append(list(prompts)) or real(self, prompts))
     out = text(torch.tensor([2, 3, 0]))
     assert seen == [[PROMPTS[0], PROMPTS[3]]]
-    out = out.parts["encoder_hidden_states"]
+    out = out.parts[PART]
     assert torch.equal(out[0], out[2])
-    assert torch.allclose(out[1], real(text, [PROMPTS[3]])[0], atol=1e-5)
+    assert torch.allclose(out[1], real(text, [PROMPTS[3]]).parts[PART][0], atol=1e-5)
 
 
 def test_unique():
@@ -73,14 +75,14 @@ def test_embeddings_on_disk_are_those_of_the_encoder_and_are_made_once(text, tmp
     table = Embeddings(text, tmp_path, "float32")
     assert table.shards == 2  # three different prompts
     labels = torch.tensor([0, 1, 2, 3])
-    assert torch.allclose(table(labels), text(labels).parts["encoder_hidden_states"], atol=1e-5)
-    assert torch.allclose(table.null[None], text.null.parts["encoder_hidden_states"], atol=1e-6)
+    assert torch.allclose(table(labels).parts[PART], text(labels).parts[PART], atol=1e-5)
+    assert torch.allclose(table.null.parts[PART], text.null.parts[PART], atol=1e-6)
     files = sorted(table.folder.iterdir())
     before = [path.read_bytes() for path in files]
-    monkeypatch.setattr(type(text), "encode", lambda self, prompts: torch.zeros(len(prompts), 16, 16))
+    monkeypatch.setattr(type(text), "encode", lambda self, prompts: Condition({PART: torch.zeros(len(prompts), 16, 16)}))
     again = Embeddings(text, tmp_path, "float32")
-    assert torch.equal(again(labels), table(labels))
-    assert torch.equal(again.null, table.null)  # which another number of threads would compute to other bits
+    assert torch.equal(again(labels).parts[PART], table(labels).parts[PART])
+    assert torch.equal(again.null.parts[PART], table.null.parts[PART])  # which another number of threads would compute to other bits
     assert [path.read_bytes() for path in files] == before
 
 

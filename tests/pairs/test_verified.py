@@ -210,7 +210,7 @@ def test_embeddings_are_verified_once(tmp_path, read, monkeypatch):
     read.clear()
     again = Embeddings(text, tmp_path, "float16")
     again.complete(torch.device("cpu"))
-    assert again(torch.tensor([0, 1])).shape[0] == 2
+    assert again(torch.tensor([0, 1])).parts["encoder_hidden_states"].shape[0] == 2
     assert read == ["null.safetensors"]  # the null prompt's: small, so it is read whole
     spoil(again.path(0))
     os.utime(again.path(0))

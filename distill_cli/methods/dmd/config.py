@@ -33,7 +33,7 @@ class DMDConfig(TrainingConfig):
     guidance_calls: Literal[1, 2] = Field(1, description="guidance: 1 call with twice the batch, or 2 calls with half the memory")
     t_low: Fraction = Field(0.02, description="smallest matching time, as a share of the range of times")
     t_high: Fraction = Field(0.98, description="largest matching time, as a share of the range of times")
-    t_bins: Positive = Field(1000, description="EDM: number of times in the range, from small sigma to large")
+    t_bins: Positive = Field(1000, description="EDM, flow: number of times in the range, from little noise to much")
 
     @model_validator(mode="after")
     def _consistent(self) -> DMDConfig:

@@ -72,11 +72,10 @@ class DMD(Objective):
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
         refuse_student(teacher, config.teacher, "dmd")
         if teacher.denoiser.schedule.bins is not None and config.changed("t_bins"):
-            raise UsageError(f"t_bins {config.t_bins}: for EDM teachers, this one has a table of times", "leave it out")
+            raise UsageError(f"t_bins {config.t_bins}: for EDM and flow teachers, this one has a table of times", "leave it out")
         super().__init__(config, "student")
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
-        self.error = "velocity" if teacher.denoiser.parameterisation == "v" else "noise"
         self.identity["teacher"] = self.teacher_hash
         planned = not self.teacher_hash
         weight = 0.25 if config.regression_weight is None else config.regression_weight
@@ -173,7 +172,7 @@ class DMD(Objective):
             for turn in range(self.config.fake_steps):
                 t = self.times(each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
                 eps = each(draws.normal, "score_noise", shape, turn=turn)
-                sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.error
+                sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.teacher.denoiser.error
                 errors = denoising_loss(self.network("fake"), self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
                 yield Loss("fake", errors.mean())
 

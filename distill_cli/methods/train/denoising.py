@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, TableSchedule
+from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
 from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -21,11 +21,24 @@ from distill_cli.training.examples import Examples
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 
+def _table(config: TrainConfig) -> NoiseSchedule:
+    return TableSchedule.from_config({"beta_schedule": config.beta_schedule})
+
+
+def _flow(config: TrainConfig) -> NoiseSchedule:
+    return FlowSchedule(config.shift)
+
+
+SCHEDULES: dict[str, Callable[[TrainConfig], NoiseSchedule]] = {"edm": lambda _: EDMSchedule(), "eps": _table, "v": _table, "flow": _flow}
+"""The schedule of each prediction, for pixels."""
+
+
 class TeacherObjective(Objective):
     """E[x0 | x_t] by weighted least squares; a share of the conditions is dropped, so that the null condition is learned."""
 
     config: TrainConfig
     schedule: NoiseSchedule
+    teacher: Model
 
     def batch(self, draws: Draws) -> tuple[Tensor, Condition]:
         """x0 (B, C, H, W) and its condition, on the device."""
@@ -35,8 +48,8 @@ class TeacherObjective(Objective):
         x, condition = self.batch(draws)
         noise = draws.normal("noise", x.shape[1:]).to(x.device)
         t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
-        error = "velocity" if self.config.prediction == "v" else "noise"
-        yield Loss("teacher", denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=error).mean())
+        errors = denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=self.teacher.denoiser.error)
+        yield Loss("teacher", errors.mean())
 
     def calls(self, step: int = 0) -> Calls:
         return Calls([Call("teacher", self.config.batch_size)])
@@ -49,8 +62,7 @@ class Denoising(TeacherObjective):
         super().__init__(config, "teacher")
         self.images = images
         check_resolution(images.shape[-1], config.network)
-        edm = config.prediction == "edm"
-        self.schedule = EDMSchedule() if edm else TableSchedule.from_config({"beta_schedule": config.beta_schedule})
+        self.schedule = SCHEDULES[config.prediction](config)
         self.teacher = create(
             resolution=images.shape[1],
             image_channels=images.shape[0],

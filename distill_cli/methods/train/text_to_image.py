@@ -12,10 +12,11 @@ from distill_cli.data.images import Captioned, Images
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.schedule import NoiseSchedule, TableSchedule
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.train.config import TrainConfig
-from distill_cli.methods.train.denoising import TeacherObjective
+from distill_cli.methods.train.denoising import SCHEDULES, TeacherObjective
 from distill_cli.models.codec import VAECodec
 from distill_cli.models.conditioners import PromptConditioner
 from distill_cli.models.lineage import Lineage
@@ -56,29 +57,37 @@ class TextToImage(TeacherObjective):
         if images.shape[-1] // VAECodec(vae).factor % parts:
             several = f"the autoencoder and {len(config.network.channels)} network.channels"
             raise UsageError(f"resolution {images.shape[-1]}: {several} do not divide it")
-        scheduler = {"_class_name": "DDIMScheduler", **STABLE_DIFFUSION, "beta_schedule": config.beta_schedule, "clip_sample": False}
-        scheduler |= {"steps_offset": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.prediction == "v"}
+        scheduler: dict[str, Any] | None = None
+        if config.prediction == "flow":
+            schedule: NoiseSchedule = SCHEDULES["flow"](config)
+        else:
+            scheduler = {"_class_name": "DDIMScheduler", **STABLE_DIFFUSION, "beta_schedule": config.beta_schedule, "clip_sample": False}
+            scheduler |= {"steps_offset": 1, "timestep_spacing": "trailing", "rescale_betas_zero_snr": config.prediction == "v"}
+            schedule = TableSchedule.from_config(scheduler)
         self.teacher = create(
             vae=vae,
             tokenizer=tokenizer,
             pixels=images.shape[-1],
             network=config.network,
             text=config.text,
+            schedule=schedule,
             scheduler=scheduler,
             parameterisation=config.prediction,
             lineage=Lineage(name=config.data, method="denoising", data=config.data),
             guidance_scale=config.guidance_scale,
+            solver=schedule.usual_solver,
             seed=config.seed,
         )
         made: Any = self.teacher.conditioner
         self.conditioner: PromptConditioner = made
+        (self.reader,) = made.readers.values()
         self.schedule = self.teacher.denoiser.schedule
         self.images = images
         self.latents: Latents | None = None
         self.prompts = images.captions(range(0, len(images), max(1, len(images) // 40)))
-        self.tokens = self.conditioner.tokens(images.captions(range(len(images))))
-        self.empty = Condition({"input_ids": self.conditioner.tokens([""])})
-        self.trained["teacher"] = Full(TextDenoiser(self.teacher.denoiser, self.conditioner.encoder).train(), config.lr)
+        self.tokens = self.reader.tokens(images.captions(range(len(images))))
+        self.empty = Condition({"input_ids": self.reader.tokens([""])})
+        self.trained["teacher"] = Full(TextDenoiser(self.teacher.denoiser, self.reader.encoder).train(), config.lr)
         self.frozen["vae"] = vae
         self.identity["vae"] = digest(vae)
         self.order = Order(config.seed, config.variants * len(images))
@@ -99,5 +108,5 @@ class TextToImage(TeacherObjective):
 
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, TextDenoiser)
-        trained = PromptConditioner(self.conditioner.tokenizer, network.encoder).given(self.prompts)
+        trained = PromptConditioner(self.reader.tokenizer, network.encoder).given(self.prompts)
         return replace(self.teacher, denoiser=network.denoiser, conditioner=trained)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import DistillError, printable_lines
@@ -38,7 +38,7 @@ class Extra(BaseModel):
 
     format: Literal[2] = 2
     parameterisation: Literal["eps", "v", "x0", "flow", "edm", "consistency"]
-    time_input: Literal["t", "250 ln sigma", "ln sigma / 4"]
+    time_input: Literal["t", "1000 t", "250 ln sigma", "ln sigma / 4"]
     boundary: float | None = None
     classes: list[Text] = []
     null_label: int | None = None
@@ -46,6 +46,8 @@ class Extra(BaseModel):
     sampler: Sampler = Sampler()
     lineage: Lineage
     recipe: Annotated[str, AfterValidator(printable_lines)] = ""
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    """(H, W) of the denoiser's data, where the network's configuration has no place for it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,6 +67,7 @@ def extra_of(model: Model) -> Extra:
         sampler=model.sampler,
         lineage=model.lineage,
         recipe=model.recipe,
+        size=model.size if model.backbone.shape[1:] != model.shape[1:] else None,
     )
 
 

