@@ -15,7 +15,7 @@ from distill_cli.data import open_images
 from distill_cli.data.pictures import finished, from_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.evaluate.report import ENOUGH, Reference
+from distill_cli.evaluate.features import ENOUGH, Features
 from distill_cli.models.classifier import load as load_classifier
 from distill_cli.models.model import Model
 from distill_cli.models.times import from_indices
@@ -58,7 +58,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
         raise UsageError(made, "distill classifier trains one for your images")
     data = classifier.info.data
     measure = EvaluateConfig(data=data, classifier=config.classifier, classes=config.classes)
-    reference = Reference(measure, open_images(data, model.shape[-1]), classifier)
+    reference = Features(measure, open_images(data, model.shape[-1]), classifier)
     if config.num < ENOUGH * classifier.info.width:
         few = f"warning: {config.num} images for {classifier.info.width} features: the distances are mostly their number; raise --num"
         print(few, file=sys.stderr)

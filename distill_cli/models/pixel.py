@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from distill_cli.config import NetworkConfig
+from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule
 from distill_cli.errors import UsageError
@@ -20,6 +21,21 @@ def check_resolution(resolution: int, network: NetworkConfig) -> None:
     parts = 2 ** (len(network.channels) - 1)
     if resolution % parts:
         raise UsageError(f"resolution {resolution}: {len(network.channels)} network.channels need a multiple of {parts}")
+
+
+def new(images: Images, network: NetworkConfig, schedule: NoiseSchedule, parameterisation: str, lineage: Lineage, seed: int) -> Model:
+    """An untrained model of pictures like those of a set. Raises UsageError if its network cannot halve them evenly."""
+    check_resolution(images.shape[-1], network)
+    return create(
+        resolution=images.shape[1],
+        image_channels=images.shape[0],
+        classes=list(images.classes),
+        schedule=schedule,
+        parameterisation=parameterisation,
+        lineage=lineage,
+        seed=seed,
+        **network.model_dump(),
+    )
 
 
 def create(

@@ -28,10 +28,10 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, expand
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.config import CDConfig, CMConfig, CTConfig, ECTConfig, ICTConfig, NewConfig
+from distill_cli.methods.registry import load
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
-from distill_cli.models.pixel import check_resolution, create
 from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
 from distill_cli.processes import say
@@ -78,6 +78,8 @@ class Consistency(Objective):
         if teacher is not None:
             self.identity["teacher"] = self.teacher_hash
         self.perceptual: Perceptual | None = None
+        if config.metric == "lpips":
+            images.kind.needs_pictures("metric lpips", "metric=huber, l1 or l2")
         if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # a plan has no weights_hash, and needs no LPIPS
             below = math.inf if config.lpips_resize == "always" else 256
             self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
@@ -226,7 +228,12 @@ class New(Consistency):
         return self.growth(min(step, config.steps - 1), config.steps, config.scales, config.scales_end)
 
     def begin(self) -> Model:
-        return new(self.config, self.images) if self.teacher is None else self.teacher.copy()
+        if self.teacher is not None:
+            return self.teacher.copy()
+        config, name = self.config, str(self.config.data)
+        lineage = Lineage(name=Path(name).name, data=name)
+        student: Model = load(self.images.kind.new)(self.images, config.network, EDMSchedule(), "consistency", lineage, config.seed)
+        return student
 
 
 class CT(New, Following):
@@ -266,21 +273,6 @@ class ECT(Consistency):
         t = (config.p_mean + config.p_std * draws.normal("time").double()).exp()
         stage = min(step, config.steps - 1) * config.stages // config.steps
         return t, maths.ect_neighbour(t, stage, config.q, config.k, config.b)
-
-
-def new(config: NewConfig, images: Images) -> Model:
-    """A student with random weights."""
-    check_resolution(images.shape[-1], config.network)
-    return create(
-        resolution=images.shape[1],
-        image_channels=images.shape[0],
-        classes=list(images.classes),
-        schedule=EDMSchedule(),
-        parameterisation="consistency",
-        lineage=Lineage(name=Path(str(config.data)).name, data=str(config.data)),
-        seed=config.seed,
-        **config.network.model_dump(),
-    )
 
 
 def check(config: CMConfig, start: Model, images: Images) -> EDMSchedule:
