@@ -9,7 +9,8 @@ from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule
 from distill_cli.errors import UsageError
-from distill_cli.models.backbones import backbone_of
+from distill_cli.models.backbones import Backbone, backbone_of
+from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -73,10 +74,17 @@ def create(
             num_class_embeds=len(classes) + 1 if classes else None,
             dropout=dropout,
         )
+    return of_classes(backbone_of(unet), classes, schedule, parameterisation, lineage)
+
+
+def of_classes(
+    backbone: Backbone, classes: list[str], schedule: NoiseSchedule, parameterisation: str, lineage: Lineage, codec: Codec = Codec()
+) -> Model:
+    """A teacher around an untrained network that knows these classes, and the null label after them."""
     solver, time_input = ("ddim", "t") if schedule.bins else ("heun", "250 ln sigma")
-    denoiser = NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), time_input)
+    denoiser = NetworkDenoiser(backbone, schedule, parameterisation, Scales(), time_input)
     conditioner = ClassConditioner(tuple(classes), len(classes) or None)
-    return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=schedule.usual_steps))
+    return Model(denoiser, conditioner, lineage, Sampler(solver=solver, steps=schedule.usual_steps), codec)
 
 
 def tiny() -> Model:
