@@ -158,7 +158,7 @@ class Consistency(Objective):
         network.parameterisation = "consistency"
         conditioner = self.start.conditioner.taught(null=bool(self.config.label_dropout))  # no dropout, no trained null class
         lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.config.data or "")
-        return Model(network, conditioner, lineage, Sampler.consistency(self.own_times))
+        return Model(network, conditioner, lineage, Sampler.consistency(self.own_times), self.start.codec)
 
 
 class Following(Consistency):
