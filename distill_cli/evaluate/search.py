@@ -41,6 +41,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
 
     The score is the Fréchet distance of `config.num` images with seed `config.seed` in the features of `config.classifier`.
     """
+    model.codec.kind.needs_pictures("--search-times")
     schedule = model.denoiser.schedule
     if not model.sampler.edits:
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
