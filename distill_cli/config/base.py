@@ -12,6 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 BUILTIN_SETS = {
     "digits": "data.images:Digits",
     "shapes": "data.shapes:Shapes",
+    "two-modes": "data.points:TwoModes",
+    "s-curve": "data.points:SCurve",
+    "moons": "data.points:Moons",
+    "rings": "data.points:Rings",
 }
 """Built-in sets of data by name; the class of each as "module:class" inside this package."""
 PROMPT_SETS = ("shapes", "shapes-held")

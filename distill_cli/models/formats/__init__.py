@@ -9,7 +9,7 @@ import torch
 
 from distill_cli.errors import DistillError
 from distill_cli.files import write_atomic
-from distill_cli.models.formats import consistency, ddpm, edm, stable_diffusion
+from distill_cli.models.formats import consistency, ddpm, edm, plane, stable_diffusion
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, extra_of
 from distill_cli.models.model import Model
@@ -39,7 +39,7 @@ class Format(Protocol):
         """How plain diffusers samples the folder, and whether it makes the same pictures."""
 
 
-FORMATS: tuple[Format, ...] = (consistency, edm, ddpm, stable_diffusion)
+FORMATS: tuple[Format, ...] = (plane, consistency, edm, ddpm, stable_diffusion)
 PIPELINES = tuple(dict.fromkeys(name for known in FORMATS for name in known.PIPELINES))
 
 
