@@ -102,8 +102,9 @@ def test_sections_have_dotted_keys(tmp_path):
     assert recipes.resolve(TrainConfig, path, ["network.dropout=0.1"]).network.layers == 2
     with pytest.raises(UsageError, match=r"unknown key network.layerz \(did you mean network.layers\?\)"):
         recipes.resolve(TrainConfig, path, ["network.layerz=3"])
-    with pytest.raises(UsageError, match="2 channels but 3 attention"):
-        recipes.resolve(TrainConfig, path, ["network.channels=[32, 64]"])
+    assert recipes.resolve(TrainConfig, path, ["network.channels=32,64,96,128"]).network.attention == [False, True, False, False]
+    with pytest.raises(UsageError, match="2 channels but 1 attention"):
+        recipes.resolve(TrainConfig, path, ["network.channels=[32, 64]", "network.attention=[true]"])
 
 
 def test_no_is_no():

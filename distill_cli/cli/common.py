@@ -197,7 +197,10 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
     picture, text, (data, remark) = folder / "comparison.png", f"{name}: {folder / name}", objective.remarks(made)
     data = {"run": str(folder), name: str(folder / name), "steps": config.steps} | data
     engine.release()
-    if rows := objective.compared(made):
+    rows = objective.compared(made)
+    if kinds := {model.codec.kind.name for model, _ in rows.values() if not model.codec.kind.drawn}:
+        say(f"no comparison.png, and none in samples: {', '.join(kinds)} are not drawn")
+    elif rows:
         compare(rows, config, picture, getattr(config, "classes", None))
         data["picture"], text = str(picture), f"{text}\npicture: {picture}"
     result(data, f"{text}\n{remark}" if remark else text, as_json)

@@ -46,4 +46,6 @@ def evaluate(
         return
     for warning in report["warnings"]:
         common.say(f"warning: {warning}")
-    common.result(report, f"{kind.table(report)}\n\npicture: {config.out}/picture.png\nreport: {config.out}/report.json", json)
+    assert config.out is not None
+    places = [f"picture: {config.out}/picture.png"] if (config.out / "picture.png").exists() else []
+    common.result(report, "\n".join([kind.table(report), "", *places, f"report: {config.out}/report.json"]), json)

@@ -39,6 +39,7 @@ def sample(
     from distill_cli.sample import batch
 
     loaded, config, download = common.open_model("sample", config.model, config, dry_run)
+    config = batch.settled(config, loaded)
     assert config.out is not None
     if config.times is not None:
         loaded = loaded.with_times(config.times, config.steps)

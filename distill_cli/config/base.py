@@ -9,8 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-BUILTIN_SETS = ("digits", "shapes")
-"""Built-in sets of images (data/images.py)."""
+BUILTIN_SETS = {
+    "digits": "data.images:Digits",
+    "shapes": "data.shapes:Shapes",
+    "two-modes": "data.points:TwoModes",
+    "s-curve": "data.points:SCurve",
+    "moons": "data.points:Moons",
+    "rings": "data.points:Rings",
+}
+"""Built-in sets of data by name; the class of each as "module:class" inside this package."""
 PROMPT_SETS = ("shapes", "shapes-held")
 """Built-in sets of prompts (data/prompts.py)."""
 Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step", "pndm", "dpm++"]
@@ -97,14 +104,14 @@ def _every(value: Any) -> Any:
     return int(text) if text.isdigit() else text
 
 
-def _numbers(value: Any) -> Any:
+def numbers(value: Any) -> Any:
     """`8,16` -> ["8", "16"], and one number a list of it."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return [value] if isinstance(value, bool | int | float) else value
 
 
-Numbers = BeforeValidator(_numbers)
+Numbers = BeforeValidator(numbers)
 """For a list that may stand without brackets."""
 Place = Annotated[Path, BeforeValidator(expanded)]
 """A file or folder."""

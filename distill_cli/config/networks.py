@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distill_cli.config.base import Fraction, Numbers, Positive
+from distill_cli.config.base import Fraction, Numbers, Positive, numbers
 
 Channels = Annotated[list[Positive], Numbers]
+
+
+def usual_attention(levels: int) -> list[bool]:
+    """Whether each of `levels` resolutions has attention, unless one says: the second has."""
+    return [level == 1 for level in range(levels)]
 
 
 class NetworkConfig(BaseModel):
@@ -17,11 +22,19 @@ class NetworkConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     channels: Channels = Field([32, 64, 64], min_length=1, description="channels at each resolution, finest first")
-    attention: Annotated[list[bool], Numbers] = Field([False, True, False], description="self-attention at each resolution, finest first")
+    attention: Annotated[list[bool], Numbers] = Field(
+        [False, True, False], description="self-attention at each resolution, finest first; default at the second alone"
+    )
     layers: Positive = Field(1, description="residual blocks at each resolution")
     groups: Positive = Field(16, description="groups of the group normalisation")
     head: Positive = Field(32, description="channels in an attention head")
     dropout: Fraction = Field(0.0, description="dropout during training; off everywhere else")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _attention(cls, data: Any) -> Any:
+        channels = numbers(data["channels"]) if isinstance(data, dict) and "channels" in data else None
+        return {"attention": usual_attention(len(channels)), **data} if isinstance(channels, list) else data
 
     @model_validator(mode="after")
     def _lengths(self) -> NetworkConfig:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from distill_cli.config import BUILTIN_SETS
 from distill_cli.data.folders import SUFFIXES, pictures_below
+from distill_cli.data.kinds import PICTURES, Kind
 from distill_cli.data.opened import open_picture
 from distill_cli.data.pictures import from_uint8
-from distill_cli.data.shapes import Shapes
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest, printable
+from distill_cli.methods.registry import load
 from distill_cli.processes import say, say_hidden
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 class Images(Protocol):
     """A labelled set: `classes` are the names of the labels (may be empty), `shape` is (C, H, W), `about` reports what was read."""
 
+    kind: Kind
     classes: list[str]
     shape: tuple[int, int, int]
     about: str
@@ -36,7 +38,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64; random augmentation comes from `draws`."""
+        """Data (B, C, H, W) float32, pictures in [-1, 1], and labels (B,) int64; random augmentation comes from `draws`."""
 
 
 @runtime_checkable
@@ -59,6 +61,7 @@ class Digits:
     A pixel is its grey level in [0, 1] times an ink of random hue, scaled to [-1, 1]; the maximum over channels is the grey picture.
     """
 
+    kind = PICTURES
     classes = [str(digit) for digit in range(10)]
     shape = (3, 16, 16)
     about = "1797 pictures of 10 classes in digits"
@@ -94,6 +97,8 @@ class Folder:
 
     Pictures are read on demand, scaled so that the shorter side fits, and cropped at the centre; alpha is composed onto white.
     """
+
+    kind = PICTURES
 
     def __init__(self, path: Path, resolution: int, flip: bool = False) -> None:
         if not path.is_dir():
@@ -137,7 +142,6 @@ class Folder:
         return images, torch.tensor([self.labels[p] for p in positions])
 
 
-BUILTIN = dict(zip(BUILTIN_SETS, (Digits, Shapes), strict=True))
 HELD_OUT_EPOCH = 2**40
 """Epoch whose permutation chooses the held-out images; no training gets that far."""
 
@@ -153,16 +157,18 @@ def split(images: Images, holdout: float, seed: int) -> tuple[list[int], list[in
 
 def open_images(name: str, resolution: int | None = None, flip: bool = False) -> Images:
     """A built-in set by name, or a folder at `resolution` pixels."""
-    if name in BUILTIN:
+    if name in BUILTIN_SETS:
         say_hidden("data", name, "the built-in set")
-        images = BUILTIN[name]()
+        images: Images = load(BUILTIN_SETS[name])()
+        if resolution is not None:
+            images.kind.needs_pictures(f"resolution {resolution}")
         if resolution not in (None, images.shape[-1]):
             raise UsageError(f"resolution {resolution}: {name} has {images.shape[-1]} pixels")
         if flip:
             raise UsageError(f"flip: {name} must not be mirrored")
         return images
     if not Path(name).exists():
-        raise UsageError(f"--data {name}: no built-in set and no folder of that name", nearest(name, BUILTIN, "built in"))
+        raise UsageError(f"--data {name}: no built-in set and no folder of that name", nearest(name, BUILTIN_SETS, "built in"))
     if resolution is None:
         raise UsageError(f"--data {name}: a folder needs resolution=PIXELS")
     return Folder(Path(name), resolution, flip)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill_cli.data.kinds import PICTURES
 from distill_cli.diffusion.noise import Draws, permutation
 
 PIXELS = 64
@@ -99,6 +100,7 @@ def render(thing: Thing, jitter: Tensor) -> Tensor:
 class Shapes:
     """Pictures of the combinations for training, with captions and without classes."""
 
+    kind = PICTURES
     classes: list[str] = []
     shape = (3, PIXELS, PIXELS)
 

@@ -110,6 +110,7 @@ class Task:
 
     def __init__(self, config: EditConfig, model: Model, folder: Path) -> None:
         self.config, self.model, self.folder = config, model, folder
+        model.codec.kind.needs_pictures(f"edit {config.task}", f"--model {config.model} makes {model.codec.kind.name}")
         self.schedule = edit.check_can_edit(model, config.model)
         usual = min(len(edit.EVERY_FOURTH), self.schedule.grid - 1)
         self.times = self.own_times() if config.times is None else parse(config.times, self.schedule, usual)

@@ -1,14 +1,14 @@
-"""Compare models with real images in a classifier's features: one table, as text, JSON and a picture."""
+"""Compare models with a set of real data: one table, as text, JSON and, of what can be drawn, a picture."""
 
 from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,14 +17,12 @@ from torch import Tensor
 from distill_cli import launch, processes
 from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data import Images, npz, open_images
-from distill_cli.data.pictures import from_uint8, save_comparison, to_uint8
-from distill_cli.diffusion.noise import Draws
+from distill_cli.data.kinds import PICTURES, Kind
+from distill_cli.data.pictures import save_comparison, to_uint8
 from distill_cli.errors import UsageError
-from distill_cli.evaluate.distances import frechet, precision_recall, radii
 from distill_cli.files import bounded, remove_temporaries, write_atomic
+from distill_cli.methods.registry import load as named
 from distill_cli.models import load
-from distill_cli.models.classifier import Classifier
-from distill_cli.models.classifier import load as load_classifier
 from distill_cli.models.model import Model
 from distill_cli.runs import settle, versions
 from distill_cli.sample import batch
@@ -32,15 +30,10 @@ from distill_cli.sample import batch
 AGAIN = "the reference, resampled"
 REFERENCE_SEED, AGAIN_SEED = 0, 1
 SHOWN, PART = 40, 500
-ENOUGH = 10
-"""Images for each feature below which a Fréchet distance gets a warning."""
 Columns = dict[str, tuple[str, str]]
 """The columns of a table: their titles, each with a key of the rows and the format of its values."""
 SAMPLED: Columns = {
     "model": ("model", ""), "images": ("images", ""), "evaluations": ("network_evaluations", ""), "images/s": ("images_per_second", ".1f"),
-}  # fmt: skip
-COLUMNS = SAMPLED | {
-    "accuracy": ("accuracy", ".3f"), "frechet": ("frechet", ".4f"), "precision": ("precision", ".3f"), "recall": ("recall", ".3f"),
 }  # fmt: skip
 
 
@@ -98,112 +91,65 @@ class Evaluation:
         return {"network_evaluations": made["network_evaluations"], "images_per_second": self.known[spec]}
 
     def finish(self, report: dict[str, Any], table: str, pictures: Sequence[tuple[str, np.ndarray]], columns: int, scale: int = 4) -> None:
-        """Write report.json, report.md and picture.png."""
+        """Write report.json, report.md and, of pictures, picture.png."""
         if processes.rank() == 0:
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
             write_atomic(self.folder / "report.md", table + "\n")
-            save_comparison(pictures, self.folder / "picture.png", columns, scale)
+            if pictures:
+                save_comparison(pictures, self.folder / "picture.png", columns, scale)
 
 
-class Reference:
-    """The real images, each taken once: their features, and scores of images against them."""
+class Measure(ABC):
+    """How samples are measured against a set of real data."""
 
-    def __init__(self, config: EvaluateConfig, images: Images, classifier: Classifier) -> None:
-        info = classifier.info
-        if tuple(images.shape) != info.shape or tuple(images.classes) != info.classes:
-            theirs = f"{len(images.classes)} of {tuple(images.shape)}"
-            if len(images.classes) == len(info.classes) and tuple(images.shape) == info.shape:
-                theirs = f"others: {', '.join(images.classes[:3])}, ..."
-            known = f"--classifier {config.classifier}: knows {len(info.classes)} classes of {info.shape} images"
-            raise UsageError(f"{known}, --data {config.data} has {theirs}", "distill classifier --data trains one for your images")
-        self.config, self.images, self.classifier = config, images, classifier
-        every = range(len(images))
-        self.features, _, labels, _ = self._measured(every, Draws(REFERENCE_SEED, every))
-        wanted = range(len(images.classes)) if config.classes is None else config.classes
-        of_them = torch.isin(labels, torch.tensor(list(wanted)))
-        self.positions, self.features = of_them.nonzero().flatten().tolist(), self.features[of_them]
-        if len(self.positions) <= config.neighbours + 1:
-            raise UsageError(f"--data {config.data}: {len(self.positions)} images are too few to measure against", "take more of them")
-        which = "all" if config.classes is None else f"of classes {', '.join(map(str, config.classes))} the"
-        drawn = f"each once, what is random in them drawn with seed {REFERENCE_SEED}"
-        self.text = f"{which} {len(self.positions)} images of {config.data}, {drawn}"
+    columns: ClassVar[Columns]
+    """The columns of the scores."""
+    least: int
+    """Fewer samples cannot be measured."""
+    classes: tuple[str, ...]
+    """The names of the labels that it can compare."""
+    knows: str = "the reference has"
+    """Who knows the labels, for errors."""
+    text: str
+    """The reference, in words."""
+    about: str
+    """What is measured, in words."""
 
-    def _measured(self, positions: Sequence[int], draws: Draws) -> list[Tensor]:
-        """Features, predicted labels and true labels of images of the set, and the first few images."""
+    @abstractmethod
+    def __init__(self, config: EvaluateConfig, images: Images) -> None:
+        """Raises UsageError for a set that cannot be measured against."""
+        self.images = images
 
-        def images(part: range) -> tuple[Tensor, Tensor]:
-            return self.images.batch([positions[i] for i in part], Draws(draws.seed, [draws.indices[i] for i in part]))
+    @abstractmethod
+    def measure(self, x: Tensor, labels: Tensor | None) -> dict[str, float | None]:
+        """The scores of x (N, C, H, W); `labels` (N,) are those asked for."""
 
-        return measured(self.classifier, len(positions), images)
-
+    @abstractmethod
     def again(self, count: int) -> tuple[dict[str, float | None], Tensor]:
-        """The scores of `count` images drawn from the set with replacement, and the first few of them.
+        """The scores of `count` samples drawn from the set with replacement, and the first few of them.
 
         A generator that has memorised the set would get these scores. They are no bound, but a scale for reading the others.
         """
-        draws = Draws(AGAIN_SEED, range(count))
-        positions = [self.positions[i] for i in (draws.uniform("order") * len(self.positions)).long().tolist()]
-        features, predicted, labels, shown = self._measured(positions, draws)
-        return self._scores(features, predicted, labels), shown
 
-    @cached_property
-    def reach(self) -> Tensor:
-        """(N,) distance of each real image to its k-th nearest neighbour, for precision."""
-        return radii(self.features, self.config.neighbours)
+    def title(self, row: dict[str, Any]) -> str:
+        """The title of a model's pictures in picture.png."""
+        return str(row["model"])
 
-    def frechet(self, images: Tensor) -> float:
-        """The Fréchet distance of images (N, C, H, W) to the real ones."""
-        return frechet(self.classifier.measure(images)[0], self.features)
-
-    def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, float | None]:
-        """Accuracy (None without `labels`, those asked for), Fréchet distance, precision and recall of images (N, C, H, W)."""
-        known = torch.zeros(len(images)) if labels is None else labels
-        features, predicted, *_ = measured(self.classifier, len(images), lambda p: (images[p.start : p.stop], known[p.start : p.stop]))
-        return self._scores(features, predicted, labels)
-
-    def _scores(self, features: Tensor, predicted: Tensor, labels: Tensor | None) -> dict[str, float | None]:
-        precision, recall = precision_recall(self.features, features, self.config.neighbours, self.reach)
-        return {
-            "accuracy": None if labels is None else (predicted == labels).double().mean().item(),
-            "frechet": frechet(features, self.features),
-            "precision": precision,
-            "recall": recall,
-        }
+    def warning(self, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+        """Why a row of the table says little, or ''."""
+        return ""
 
 
-def measured(classifier: Classifier, count: int, images: Callable[[range], tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Features, predicted labels and true labels of `count` images, and the first few images.
-
-    `images` returns the images of a range and their labels.
-    """
-
-    def of(part: range) -> tuple[Tensor, ...]:
-        pixels, labels = images(part)
-        return *classifier.measure(pixels), labels, pixels[: 0 if part.start else SHOWN]
-
-    return shared(count, PART, of, next(classifier.parameters()).device)
-
-
-def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) in [-1, 1] and labels (N,) from a file as `distill sample` writes it; None if all labels are 0."""
+def read_npz(path: Path, kind: Kind = PICTURES) -> tuple[Tensor, Tensor | None]:
+    """Data (N, C, H, W) of a kind and labels (N,) from a file as `distill sample` writes it; None if all labels are 0."""
     if not path.exists():
         raise UsageError(f"--model {path}: no such file")
     images, labels = npz.read_npz(path, "write it again with `distill sample --format npz`")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UsageError(f"--model {path}: arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, 3)", _as_expected(images))
+    x = kind.read(images, f"--model {path}")
     if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)):
         raise UsageError(f"--model {path}: arr_1 is {labels.dtype} {labels.shape}", "whole numbers, one an image, are expected")
     labelled = labels is not None and labels.any()  # models without classes have label 0 throughout
-    return from_uint8(images), torch.from_numpy(np.asarray(labels, np.int64)) if labelled else None
-
-
-def _as_expected(images: np.ndarray) -> str:
-    """A hint: how to turn images of another type or layout into uint8 (N, H, W, 3)."""
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        return "channels come last: x.transpose(0, 2, 3, 1)"
-    if images.dtype.kind == "f":
-        return "for values in [0, 1]: (255 * x).round().astype('uint8')"
-    return "three channels of 0 to 255, channels last"
+    return x, torch.from_numpy(np.asarray(labels, np.int64)) if labelled else None
 
 
 @dataclass
@@ -211,6 +157,7 @@ class Row:
     """A line of the table before measurement: images from a file, or a model that will make them."""
 
     spec: str
+    kind: Kind
     images: Tensor | None = None
     labels: Tensor | None = None
     model: Model | None = None
@@ -222,47 +169,51 @@ class Row:
         if self.model is not None:
             return f"{self.spec} ({self.model.about})"
         assert self.images is not None
-        return f"{len(self.images)} pictures of {self.spec}{', no labels' if self.labels is None else ''}"
+        return f"{len(self.images)} {self.kind.name} of {self.spec}{', no labels' if self.labels is None else ''}"
 
     @classmethod
-    def of(cls, spec: str, config: EvaluateConfig, shape: tuple[int, ...], classes: Sequence[str]) -> Row:
+    def of(cls, spec: str, config: EvaluateConfig, reference: Measure) -> Row:
         """Load the model or images that `spec` names; raises UsageError before anything is sampled."""
+        kind, shape, classes = reference.images.kind, tuple(reference.images.shape), reference.classes
         if spec.lower().endswith(".npz"):
-            row = cls(spec, *read_npz(Path(spec)))
+            row = cls(spec, kind, *read_npz(Path(spec), kind))
             assert row.images is not None
             wrong = [] if row.labels is None else row.labels[(row.labels < 0) | (row.labels >= len(classes))].tolist()
             if wrong:
                 raise UsageError(
-                    f"--model {spec}: arr_1 has label {wrong[0]}, and --classifier {config.classifier} knows 0 to {len(classes) - 1}",
+                    f"--model {spec}: arr_1 has label {wrong[0]}, and {reference.knows} 0 to {len(classes) - 1}",
                     "labels count from 0; a file without arr_1 is measured without them",
                 )
             found, count = tuple(row.images.shape[1:]), len(row.images)
         else:
             name, steps = split(spec)
-            row = cls(spec, model=load(name, steps), steps=steps)
+            row = cls(spec, kind, model=load(name, steps), steps=steps)
             assert row.model is not None
             if row.model.conditioner.takes == "prompts":
                 raise UsageError(f"--model {spec}: makes pictures of prompts", "--prompts FILE clip=FOLDER measures how well they fit them")
             row.model.with_defaults(None, steps, None)
             row.model.conditioner.labels(1, config.classes)
-            found, count = (3, *row.model.shape[1:]), config.num  # grey pictures are stored as colour ones
+            made = row.model.codec.kind
+            if made is not kind:
+                raise UsageError(f"--model {spec}: makes {made.name}, --data {config.data} has {kind.name}", "give a --data of its kind")
+            found, count = made.written(row.model.shape), config.num
         if found != shape:
             hint = "--data FOLDER --resolution N --classifier RUN measure against images of your own"
-            raise UsageError(f"--model {spec}: images of {found}, the reference has {shape}", hint)
-        if count <= config.neighbours + 1:
-            raise UsageError(f"--model {spec}: {count} images are too few to measure anything", f"more than {config.neighbours + 1}")
+            raise UsageError(f"--model {spec}: {kind.name} of {found}, the reference has {shape}", hint)
+        if count < reference.least:
+            raise UsageError(f"--model {spec}: {count} {kind.name} are too few to measure anything", f"more than {reference.least - 1}")
         return row
 
-    def sampled(self, config: EvaluateConfig, to: Evaluation, k: int, classes: tuple[str, ...]) -> dict[str, Any]:
-        """Make the images of row k, and the labels if the classifier has the same classes; returns the cost of sampling."""
+    def sampled(self, config: EvaluateConfig, to: Evaluation, k: int, reference: Measure) -> dict[str, Any]:
+        """Make the images of row k, and the labels if the reference has the same classes; returns the cost of sampling."""
         if self.model is None:
             return to.cost(self.spec, {"network_evaluations": None, "images_per_second": None})
         options = config.model_dump(include={"num", "seed", "device", "precision", "classes"})
         asked = SampleConfig(model=self.spec, steps=self.steps, format="npz", batch_size=config.batch_size or 100, **options)
         folder = samples_of(to.folder, k, self.spec)
         cost = to.cost(self.spec, batch.sample(asked, self.model, folder))  # the parts are joined then
-        self.images, _ = read_npz(folder / "samples.npz")
-        if self.model.conditioner.classes == classes:
+        self.images, _ = read_npz(folder / "samples.npz", reference.images.kind)
+        if self.model.conditioner.classes == reference.classes:
             self.labels = self.model.conditioner.labels(config.num, config.classes)
         return cost
 
@@ -272,62 +223,39 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 
     `say_read` is called with what was read, before sampling. Processes share the work; all return the same report, process 0 writes it.
     """
-    classifier = load_classifier(config.classifier).to(launch.device(config.device))
-    info = classifier.info
-    reference = Reference(config, open_images(config.data, config.resolution), classifier)
-    todo = [Row.of(spec, config, tuple(reference.images.shape), info.classes) for spec in config.model]
-    say_read(reference.images, *todo)
+    images = open_images(config.data, config.resolution)
+    reference: Measure = named(images.kind.measure)(config, images)
+    todo = [Row.of(spec, config, reference) for spec in config.model]
+    say_read(images, *todo)
     folder = Evaluation(config)
     rows: list[dict[str, Any]] = []
-    pictures = []
+    shown: list[tuple[str, Tensor]] = []
     for k, row in enumerate(todo):
-        cost = row.sampled(config, folder, k, info.classes)
+        cost = row.sampled(config, folder, k, reference)
         assert row.images is not None
         rows.append({"model": row.spec, "images": len(row.images), **cost, **reference.measure(row.images, row.labels)})
-        pictures.append((title(rows[-1]), to_uint8(row.images[:SHOWN])))
+        shown.append((reference.title(rows[-1]), row.images[:SHOWN]))
         row.images = row.model = None  # the next row's need the room
     for count in sorted({row["images"] for row in rows}):
-        scores, shown = reference.again(count)
+        scores, first = reference.again(count)
         rows.append({"model": AGAIN, "images": count, "network_evaluations": None, "images_per_second": None, **scores})
-    pictures.append((AGAIN, to_uint8(shown)))
-    width = reference.features.shape[1]
+    shown.append((AGAIN, first))
     report = {
         "reference": reference.text,
-        "features": f"{width} features of the classifier {config.classifier}, trained on {info.data}",
+        "features": reference.about,
+        "columns": reference.columns,
         "seed": config.seed,
         "rows": rows,
-        "warnings": [text for row in rows if (text := worth(row, rows, width, len(reference.features)))],
+        "warnings": [text for row in rows if (text := reference.warning(row, rows))],
         "versions": versions(),
     }
+    pictures = [(title, to_uint8(x)) for title, x in shown] if images.kind.drawn else []
     folder.finish(report, table(report), pictures, columns=20)
     return report
-
-
-def worth(row: dict[str, Any], rows: list[dict[str, Any]], width: int, reference: int) -> str:
-    """A warning that a Fréchet distance is of too few images, or against too few; '' if it is not."""
-    count = min(row["images"], reference)
-    if row["model"] == AGAIN or count >= ENOUGH * width:
-        return ""
-    floor = next(r["frechet"] for r in rows if r["model"] == AGAIN and r["images"] == row["images"])
-    why = "their covariance is singular" if count <= width else f"fewer than {ENOUGH} a feature"
-    return (
-        f"{row['model']}: {count} {'real ' * (count < row['images'])}images for {width} features, {why}: real images in that number "
-        f"get a Fréchet distance of {floor:.3g}, the model's is {row['frechet']:.3g}; take more (--num, with another --out)"
-    )
-
-
-def title(row: dict[str, Any]) -> str:
-    """The title of a model's pictures in picture.png."""
-    numbers = [f"Frechet {row['frechet']:.3f}"]
-    if row["accuracy"] is not None:
-        numbers.append(f"accuracy {row['accuracy']:.3f}")
-    if row["network_evaluations"]:
-        numbers.append(f"{row['network_evaluations']} network evaluations")
-    return f"{row['model']}: {', '.join(numbers)}"
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table, followed by the reference and any warnings."""
     about = f"Reference: {report['reference']}. {report['features']}. Noise of seed {report['seed']}, classes in turn."
     warnings = [f"Warning: {warning}." for warning in report["warnings"]]
-    return "\n".join([*markdown(COLUMNS, report["rows"]), "", about, *warnings])
+    return "\n".join([*markdown(SAMPLED | report["columns"], report["rows"]), "", about, *warnings])

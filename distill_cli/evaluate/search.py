@@ -15,7 +15,7 @@ from distill_cli.data import open_images
 from distill_cli.data.pictures import finished, from_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.evaluate.report import ENOUGH, Reference
+from distill_cli.evaluate.features import ENOUGH, Features
 from distill_cli.models.classifier import load as load_classifier
 from distill_cli.models.model import Model
 from distill_cli.models.times import from_indices
@@ -41,6 +41,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
 
     The score is the Fréchet distance of `config.num` images with seed `config.seed` in the features of `config.classifier`.
     """
+    model.codec.kind.needs_pictures("--search-times")
     schedule = model.denoiser.schedule
     if not model.sampler.edits:
         raise UsageError(f"--search-times {steps}: for consistency students (distill cm) alone")
@@ -58,7 +59,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
         raise UsageError(made, "distill classifier trains one for your images")
     data = classifier.info.data
     measure = EvaluateConfig(data=data, classifier=config.classifier, classes=config.classes)
-    reference = Reference(measure, open_images(data, model.shape[-1]), classifier)
+    reference = Features(measure, open_images(data, model.shape[-1]), classifier)
     if config.num < ENOUGH * classifier.info.width:
         few = f"warning: {config.num} images for {classifier.info.width} features: the distances are mostly their number; raise --num"
         print(few, file=sys.stderr)

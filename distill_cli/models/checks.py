@@ -39,12 +39,11 @@ def rehearse(model: Model, where: str) -> None:
     _call(where, model.shape, model.shape, lambda x: model.backbone.fresh()(x, torch.ones(2), condition))
 
 
-def check_pixels(model: Model, folder: Path) -> None:
-    """Raise DistillError if a pixel model needs unsupported inputs, or does not make pictures."""
+def check_labelled(model: Model, folder: Path) -> None:
+    """Raise DistillError if a model without text needs unsupported inputs, makes no data of its kind, or has other labels."""
     where, config, count = f"{folder / model.backbone.part}", model.net.config, len(model.conditioner.classes)
     model.backbone.check(where)
-    if config["in_channels"] not in (1, 3):
-        raise DistillError(f"{where}: pictures of {config['in_channels']} channels", "grey (1) and colour (3) are read")
+    model.codec.check(model.shape, where)
     known = config.get("num_class_embeds") or 0
     labels = count + model.conditioner.has_null
     if labels > known or bool(known) != bool(count):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_cli.data.kinds import PICTURES, Kind
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models.parts import load_network
 from distill_cli.models.sources.hub import find
@@ -20,6 +21,8 @@ AT_A_TIME = 2**20
 class Codec:
     """The interface of codecs, and the identity, which is the codec of pixel models. Pictures are (B, C, H, W) in [-1, 1]."""
 
+    kind: Kind = PICTURES
+    """What `decode` makes."""
     factor: int = 1
     """Width of a picture over the width of its latents."""
     lpips_below: float = math.inf
@@ -40,6 +43,11 @@ class Codec:
     def project(self, x: Tensor) -> Tensor:
         """The valid data nearest to `x`: pixels are clamped to [-1, 1], latents have no range."""
         return x.clamp(-1, 1)
+
+    def check(self, shape: tuple[int, int, int], where: str) -> None:
+        """Raise DistillError if the denoiser's data of `shape` (C, H, W) cannot be decoded."""
+        if shape[0] not in (1, 3):
+            raise DistillError(f"{where}: pictures of {shape[0]} channels", "grey (1) and colour (3) are read")
 
     def parts(self) -> dict[str, Any]:
         """Its networks, by their names in a pipeline."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from distill_cli.config import NetworkConfig
+from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule
 from distill_cli.errors import UsageError
-from distill_cli.models.backbones import backbone_of
+from distill_cli.models.backbones import Backbone, backbone_of
+from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
@@ -20,6 +22,21 @@ def check_resolution(resolution: int, network: NetworkConfig) -> None:
     parts = 2 ** (len(network.channels) - 1)
     if resolution % parts:
         raise UsageError(f"resolution {resolution}: {len(network.channels)} network.channels need a multiple of {parts}")
+
+
+def new(images: Images, network: NetworkConfig, schedule: NoiseSchedule, parameterisation: str, lineage: Lineage, seed: int) -> Model:
+    """An untrained model of pictures like those of a set. Raises UsageError if its network cannot halve them evenly."""
+    check_resolution(images.shape[-1], network)
+    return create(
+        resolution=images.shape[1],
+        image_channels=images.shape[0],
+        classes=list(images.classes),
+        schedule=schedule,
+        parameterisation=parameterisation,
+        lineage=lineage,
+        seed=seed,
+        **network.model_dump(),
+    )
 
 
 def create(
@@ -57,9 +74,16 @@ def create(
             num_class_embeds=len(classes) + 1 if classes else None,
             dropout=dropout,
         )
-    denoiser = NetworkDenoiser(backbone_of(unet), schedule, parameterisation, Scales(), schedule.time_input)
+    return of_classes(backbone_of(unet), classes, schedule, parameterisation, lineage)
+
+
+def of_classes(
+    backbone: Backbone, classes: list[str], schedule: NoiseSchedule, parameterisation: str, lineage: Lineage, codec: Codec = Codec()
+) -> Model:
+    """A teacher around an untrained network that knows these classes, and the null label after them."""
+    denoiser = NetworkDenoiser(backbone, schedule, parameterisation, Scales(), schedule.time_input)
     conditioner = ClassConditioner(tuple(classes), len(classes) or None)
-    return Model(denoiser, conditioner, lineage, Sampler(solver=schedule.usual_solver, steps=schedule.usual_steps))
+    return Model(denoiser, conditioner, lineage, Sampler(solver=schedule.usual_solver, steps=schedule.usual_steps), codec)
 
 
 def tiny() -> Model:

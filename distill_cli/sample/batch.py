@@ -13,7 +13,7 @@ from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
 from distill_cli.data.folders import LIST
 from distill_cli.data.npz import read_npz, write_npz
-from distill_cli.data.pictures import finished, grid, png
+from distill_cli.data.pictures import grid, png
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
 from distill_cli.files import remove_temporaries, write_atomic, write_atomic_lines
@@ -31,7 +31,7 @@ class Samples:
     """The folder of a sampling job. Batch k holds images k*batch_size ...; a batch is the unit of work."""
 
     def __init__(self, folder: Path, config: SampleConfig, model: Model) -> None:
-        self.folder, self.config, self.enlarged = folder, config, model.enlarged
+        self.folder, self.config, self.enlarged, self.kind = folder, config, model.enlarged, model.codec.kind
         self.labels = model.conditioner.labels(config.num, config.classes).numpy()
         self.conditioner = model.conditioner
         self.batches = [range(first, min(config.num, first + config.batch_size)) for first in range(0, config.num, config.batch_size)]
@@ -88,8 +88,17 @@ class Samples:
         return np.stack([np.asarray(Image.open(self.png(i))) for i in range(min(count, self.config.num))])
 
 
+def settled(config: SampleConfig, model: Model) -> SampleConfig:
+    """The options with the format that the model's samples are written in. Raises UsageError for what only pictures can have."""
+    kind = model.codec.kind
+    if config.grid:
+        kind.needs_pictures("--grid")
+    return config.model_copy(update={"format": kind.format(config.format)})
+
+
 def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """Make this process's share of the missing images, in part (i, n) of the job. Returns counts and images per second."""
+    config = settled(config, model)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     samples = Samples(folder, config, model)
     apart = {"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
@@ -117,7 +126,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
                 images = model.sample(Draws(config.seed, batch), labels, sampling)
             if written is not None:
                 written.result()
-            written = writer.submit(samples.write, batch, finished(images))
+            written = writer.submit(samples.write, batch, samples.kind.stored(images))
             progress.add(len(batch))
         if written is not None:
             written.result()

@@ -283,7 +283,7 @@ class Engine:
         if self.ema.network is None:
             return
         model = self._model(self.ema.network)
-        if isinstance(model, Model):
+        if isinstance(model, Model) and model.codec.kind.drawn:
             images, _ = model.examples(self.config.seed, model.shown)
             save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
 

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from distill_cli.config import TrainingConfig
+from distill_cli.config import BUILTIN_SETS, TrainingConfig
 from distill_cli.data import Images
-from distill_cli.data.images import BUILTIN
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
@@ -37,8 +36,8 @@ class Examples:
 
 def images_of(given: str | None, name: str | None, teacher: Model | None, method: str) -> str:
     """The set of real images: the one given, else that which the teacher called `name` has learned, where it is at hand."""
-    known = given or (name if name in BUILTIN else teacher.lineage.data if teacher is not None else "")
-    if given or (known and (known in BUILTIN or Path(known).is_dir())):
+    known = given or (name if name in BUILTIN_SETS else teacher.lineage.data if teacher is not None else "")
+    if given or (known and (known in BUILTIN_SETS or Path(known).is_dir())):
         return str(known)
     raise UsageError(f"--data: {method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits")
 
@@ -48,7 +47,7 @@ def check_images(data: str | None, model: Model, images: Images) -> None:
     channels, *sides = model.shape
     expected = (channels if model.codec.factor == 1 else 3, *(side * model.codec.factor for side in sides))
     if tuple(images.shape) != expected:
-        raise UsageError(f"--data {data}: images of {tuple(images.shape)}, the teacher's are {expected}")
+        raise UsageError(f"--data {data}: {images.kind.name} of {tuple(images.shape)}, the teacher's are {expected}")
     if model.conditioner.classes and len(images.classes) != len(model.conditioner.classes):
         raise UsageError(f"--data {data}: {len(images.classes)} classes, the teacher has {len(model.conditioner.classes)}")
 

@@ -49,6 +49,18 @@ def pixels(prediction: str) -> Made:
     return Made(f"tiny-{prediction}", make)
 
 
+def moons(place: Path) -> None:
+    """A folder of a model of points with random weights."""
+    from distill_cli.config import NetworkConfig
+    from distill_cli.data import open_images
+    from distill_cli.diffusion.schedule import EDMSchedule
+    from distill_cli.models import formats, plane
+    from distill_cli.models.lineage import Lineage
+
+    network, lineage = NetworkConfig(channels=[32, 32]), Lineage(name=place.name, data="moons")
+    formats.save(plane.new(open_images("moons"), network, EDMSchedule(), "edm", lineage, 1), place)
+
+
 def autoencoder(place: Path) -> None:
     """The autoencoder of tiny-sd, as `distill vae` writes one."""
     from distill_cli.models import load
@@ -67,6 +79,9 @@ FAMILIES = {
     "tiny-eps": Family(dict(teacher=pixels("eps"), data="digits", prediction="eps")),
     "tiny-v": Family(dict(teacher=pixels("v"), data="digits", prediction="v")),
     "tiny-flow": Family(dict(teacher=pixels("flow"), data="digits", prediction="flow")),
+    "moons": Family(
+        dict(teacher=Made("tiny-moons", moons), data="moons", prediction="edm", network=dict(channels=[32, 32], dropout=0.1)),
+    ),
     "tiny-sd": Family(
         dict(
             teacher="tiny-sd", data="shapes", prediction="eps", vae=Made("autoencoder", autoencoder), variants=1,

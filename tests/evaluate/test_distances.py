@@ -5,6 +5,7 @@ import torch
 
 from distill_cli.evaluate import distances
 from distill_cli.evaluate.distances import frechet, precision_recall
+from distill_cli.evaluate.points import sliced_wasserstein, wasserstein
 
 
 def normal(count, mean, root, seed=0):
@@ -57,3 +58,21 @@ def test_precision_and_recall_of_points_on_a_line(monkeypatch):
     assert precision_recall(real, fake, 3, distances.radii(real, 3)) == (precision, recall)
     dropped = precision_recall(real, torch.tensor([[0.0], [0.1], [0.2], [0.3], [0.4]]).double(), 3)
     assert dropped == (1.0, 0.1)  # one mode: precise, and all but one real point are missed
+
+
+def test_wasserstein_on_a_line():
+    """By scipy, for samples of other sizes too; of a shift it is the shift."""
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    for n, m in ((7, 7), (5, 3), (12, 18), (1, 4)):
+        a, b = torch.randn(n, generator=generator).double(), 2 * torch.randn(m, generator=generator).double() + 1
+        assert wasserstein(a, b).item() == pytest.approx(stats.wasserstein_distance(a.numpy(), b.numpy()), rel=1e-12)
+    assert wasserstein(a.expand(2, 1), torch.stack([a, a + 3])).tolist() == pytest.approx([0, 3])
+
+
+def test_sliced_wasserstein_is_the_mean_over_directions():
+    """Of two points it is their distance times the mean of |cos|, 2/pi; it does not change where both sets are turned."""
+    a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 6.0]])
+    assert sliced_wasserstein(a, b) == pytest.approx(5 * 2 / torch.pi, rel=1e-4)
+    quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    assert sliced_wasserstein(a @ quarter, b @ quarter) == pytest.approx(sliced_wasserstein(a, b), rel=1e-6)

@@ -82,5 +82,5 @@ def test_an_evaluation_says_what_it_reads(distill, tmp_path):
     np.savez(tmp_path / "y.npz", arr_0=X, arr_1=np.zeros(50, int))
     result = distill("evaluate", "--model", "x.npz", "--model", "y.npz", "--out", "e")
     assert result.code == 0, result.err
-    says = "evaluate: 1797 pictures of 10 classes in digits; 50 pictures of x.npz; 50 pictures of y.npz, no labels"
+    says = "evaluate: 1797 pictures of 10 classes in digits; 50 images of x.npz; 50 images of y.npz, no labels"
     assert result.err.splitlines()[0] == says

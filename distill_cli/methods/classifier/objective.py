@@ -33,6 +33,7 @@ class Classification(Objective):
     order: Order
 
     def __init__(self, config: ClassifierConfig, images: Images) -> None:
+        images.kind.needs_pictures("classifier", f"--data {config.data} is measured without one")
         if len(images.classes) < 2:
             raise UsageError(f"--data {config.data}: {len(images.classes)} classes", "a classifier needs two or more: subfolders name them")
         super().__init__(config, "classifier")

@@ -27,10 +27,10 @@ from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, add_noise, expand
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.config import CDConfig, CMConfig, CTConfig, ECTConfig, ICTConfig, NewConfig
+from distill_cli.methods.registry import load
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
-from distill_cli.models.pixel import check_resolution, create
 from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
 from distill_cli.pairs.store import PairStore
@@ -87,8 +87,10 @@ class Consistency(Objective):
         if teacher is not None:
             self.identity["teacher"] = self.teacher_hash
         self.perceptual: Perceptual | None = None
-        if config.metric == "lpips" and self.start.codec.factor > 1:
-            raise UsageError(f"metric lpips: compares pixels, and {config.teacher} has latents", "metric=huber")
+        if config.metric == "lpips":
+            self.start.codec.kind.needs_pictures("metric lpips", "metric=huber, l1 or l2")
+            if self.start.codec.factor > 1:
+                raise UsageError(f"metric lpips: compares pixels, and {config.teacher} has latents", "metric=huber")
         if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # a plan has no weights_hash, and needs no LPIPS
             below = math.inf if config.lpips_resize == "always" else 256
             self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
@@ -197,10 +199,9 @@ class Consistency(Objective):
         """The student. After ect it gets the boundary scalings of diffusers' pipeline, which differ from EDM's by about sigma_min."""
         assert isinstance(network, NetworkDenoiser)
         network = self.bounded(copy.copy(network), "consistency")
-        conditioner = self.start.conditioner.taught(
-            self.source.learned, bool(self.config.label_dropout)
-        )  # no dropout, no trained null class
+        null = bool(self.config.label_dropout)  # no dropout, no trained null class
         lineage = student_of(self.start.lineage, self.config.method, self.teacher_hash, self.source.name)
+        conditioner = self.start.conditioner.taught(self.source.learned, null)
         return replace(self.start, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=self.sampler)
 
 
@@ -282,9 +283,12 @@ class New(Consistency):
     def begin(self, data: Images | PairStore) -> Model:
         if self.teacher is not None:
             return super().begin(data)
+        config, name = self.config, str(self.config.data)
         if isinstance(data, PairStore):
-            raise UsageError(f"--data {self.config.data}: holds pairs, and a network without a teacher learns from images")
-        return new(self.config, data)
+            raise UsageError(f"--data {name}: holds pairs, and a network without a teacher learns from images")
+        lineage = Lineage(name=Path(name).name, data=name)
+        student: Model = load(data.kind.new)(data, config.network, EDMSchedule(), "consistency", lineage, config.seed)
+        return student
 
 
 class CT(New, Following):
@@ -326,21 +330,6 @@ class ECT(Consistency):
         stage = min(step, config.steps - 1) * config.stages // config.steps
         nearer = maths.ect_neighbour(level, stage, config.q, config.k, config.b)
         return self.schedule.time(level), self.schedule.time(nearer)
-
-
-def new(config: NewConfig, images: Images) -> Model:
-    """A student with random weights."""
-    check_resolution(images.shape[-1], config.network)
-    return create(
-        resolution=images.shape[1],
-        image_channels=images.shape[0],
-        classes=list(images.classes),
-        schedule=EDMSchedule(),
-        parameterisation="consistency",
-        lineage=Lineage(name=Path(str(config.data)).name, data=str(config.data)),
-        seed=config.seed,
-        **config.network.model_dump(),
-    )
 
 
 def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, list[float]]:

@@ -73,6 +73,8 @@ class DMD(Objective):
         refuse_student(teacher, config.teacher, "dmd")
         if teacher.denoiser.schedule.bins is not None and config.changed("t_bins"):
             raise UsageError(f"t_bins {config.t_bins}: for EDM and flow teachers, this one has a table of times", "leave it out")
+        if config.regression_loss == "lpips":
+            teacher.codec.kind.needs_pictures("regression_loss lpips", "regression_loss=l2 or huber")
         super().__init__(config, "student")
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()

@@ -13,10 +13,10 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
+from distill_cli.methods.registry import load
 from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
-from distill_cli.models.pixel import check_resolution, create
 from distill_cli.training.examples import Examples
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
@@ -61,18 +61,9 @@ class Denoising(TeacherObjective):
     def __init__(self, config: TrainConfig, images: Images) -> None:
         super().__init__(config, "teacher")
         self.images = images
-        check_resolution(images.shape[-1], config.network)
         self.schedule = SCHEDULES[config.prediction](config)
-        self.teacher = create(
-            resolution=images.shape[1],
-            image_channels=images.shape[0],
-            classes=images.classes,
-            schedule=self.schedule,
-            parameterisation=config.prediction,
-            lineage=Lineage(name=config.data, method="denoising", data=config.data),
-            seed=config.seed,
-            **config.network.model_dump(),
-        )
+        lineage = Lineage(name=config.data, method="denoising", data=config.data)
+        self.teacher: Model = load(images.kind.new)(images, config.network, self.schedule, config.prediction, lineage, config.seed)
         self.trained["teacher"] = Full(self.teacher.denoiser.train(), config.lr)
         self.order = Order(config.seed, len(images))
         self.examples = Examples(images, self.order, self.teacher.conditioner, config.label_dropout)

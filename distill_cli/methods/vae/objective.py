@@ -32,6 +32,7 @@ class Autoencoding(Objective):
     order: Order
 
     def __init__(self, config: VAEConfig, images: Images) -> None:
+        images.kind.needs_pictures("vae", f"--data {config.data} needs no latents")
         parts = 2 ** (len(config.network.channels) - 1)
         if images.shape[-1] % parts:
             channels = f"{len(config.network.channels)} network.channels"

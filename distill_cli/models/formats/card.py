@@ -31,7 +31,7 @@ def card(model: Model, there: InDiffusers) -> str:
         "teacher": f"{lineage.teacher} (weights {lineage.teacher_hash[:12]})" if lineage.teacher else "",
         "licence": lineage.licence,
         "data": lineage.data,
-        "images": f"{model.picture} pixels, of {conditioner.summary}",
+        "images": f"{model.codec.kind.size(model.picture)}, of {conditioner.summary}",
         "sampling": f"{sampler.solver}, {sampler.steps} step{'s' * (sampler.steps > 1)}, guidance scale {sampler.guidance_scale:g}",
         "times": f"{'sigma' if schedule.grid else 't'} {times}" if times else "",
         "grid": f"{schedule.grid} points, on which --times counts" if times and schedule.grid else "",

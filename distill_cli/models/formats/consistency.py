@@ -22,7 +22,7 @@ from distill_cli.models.schedulers import numbers_of
 from distill_cli.models.times import from_indices
 
 PIPELINES = ("ConsistencyModelPipeline",)
-SCHEDULER = "CMStochasticIterativeScheduler"
+SCHEDULERS = ("CMStochasticIterativeScheduler",)
 TIME_INPUT = "250 ln sigma"
 SNIPPET = """from diffusers import ConsistencyModelPipeline
 
@@ -58,19 +58,27 @@ def numbers(model: Model) -> dict[str, Any]:
     return given | {"num_train_timesteps": schedule.grid, "sigma_data": model.denoiser.scales.sigma_data}
 
 
+def levels(config: dict[str, Any], path: Path) -> shared.Levels:
+    """The noise levels of a scheduler's configuration. Without distill.json the model is a one-step student, as diffusers reads it."""
+    schedule, scales = edm_of(config, path)
+    return shared.Levels(schedule, scales, ("consistency", "edm"), (TIME_INPUT,), Sampler.consistency([schedule.t_max]))
+
+
 def load(folder: Path, name: str) -> Model:
-    """The model in a folder. Without distill.json it is a one-step student, as diffusers reads it."""
-    schedule, scales = edm_of(*shared.scheduler_of(folder, (SCHEDULER,)))
-    unasked = Sampler.consistency([schedule.t_max])
-    return shared.read_pixels(folder, name, schedule, scales, ("consistency", "edm"), (TIME_INPUT,), unasked)
+    """The model in a folder."""
+    return shared.read_labelled(folder, name, levels(*shared.scheduler_of(folder, SCHEDULERS)))
+
+
+def scheduler(model: Model) -> Any:
+    """diffusers' scheduler for the model."""
+    import diffusers
+
+    return diffusers.CMStochasticIterativeScheduler(**numbers(model))
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
-    import diffusers
-
-    scheduler = diffusers.CMStochasticIterativeScheduler(**numbers(model))
-    shared.write_pixels(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
+    shared.write_labelled(model, folder, dtype, PIPELINES[0], scheduler(model), in_diffusers(model))
 
 
 def in_diffusers(model: Model) -> InDiffusers:

@@ -13,7 +13,8 @@ from distill_cli.models.formats import folder as shared
 from distill_cli.models.formats.card import InDiffusers
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
-from distill_cli.models.schedulers import PIXEL_SCHEDULERS, config_of, table_of
+from distill_cli.models.schedulers import PIXEL_SCHEDULERS as SCHEDULERS
+from distill_cli.models.schedulers import config_of, table_of
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 SNIPPET = """from diffusers import DDPMPipeline
@@ -33,19 +34,27 @@ def fits(model: Model) -> bool:
     return model.denoiser.time_input == "t" and set(model.parts()) == {"unet"}
 
 
-def load(folder: Path, name: str) -> Model:
-    """The model in a folder. Without distill.json it is a teacher, sampled by 50 steps of DDIM."""
-    config, path = shared.scheduler_of(folder, PIXEL_SCHEDULERS)
+def levels(config: dict[str, Any], path: Path) -> shared.Levels:
+    """The times of a scheduler's configuration. Without distill.json the model is a teacher, sampled by 50 steps of DDIM."""
     schedule, prediction = table_of(config, str(path))
     notes = schedulers.assumed(config, str(path))
-    return shared.read_pixels(folder, name, schedule, Scales(), (prediction,), ("t",), Sampler(solver="ddim", steps=50), notes)
+    return shared.Levels(schedule, Scales(), (prediction,), ("t",), Sampler(solver="ddim", steps=50), notes)
+
+
+def load(folder: Path, name: str) -> Model:
+    """The model in a folder."""
+    return shared.read_labelled(folder, name, levels(*shared.scheduler_of(folder, SCHEDULERS)))
+
+
+def scheduler(model: Model) -> Any:
+    """diffusers' scheduler for the model."""
+    schedule: Any = model.denoiser.schedule
+    return schedulers.make(config_of(schedule, model.denoiser.parameterisation), "DDPMScheduler")
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
-    schedule: Any = model.denoiser.schedule
-    scheduler = schedulers.make(config_of(schedule, model.denoiser.parameterisation), "DDPMScheduler")
-    shared.write_pixels(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
+    shared.write_labelled(model, folder, dtype, PIPELINES[0], scheduler(model), in_diffusers(model))
 
 
 def in_diffusers(model: Model) -> InDiffusers:

@@ -41,7 +41,8 @@ def load(folder: Path, name: str) -> Model:
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise DistillError(f"{path}: prediction_type {config['prediction_type']!r} with EDM's scalings", "epsilon is read")
     schedule, scales = edm_of(config, path, DEFAULT_GRID)
-    return shared.read_pixels(folder, name, schedule, scales, ("edm", "consistency"), (TIME_INPUT, "250 ln sigma"), Sampler())
+    levels = shared.Levels(schedule, scales, ("edm", "consistency"), (TIME_INPUT, "250 ln sigma"), Sampler())
+    return shared.read_labelled(folder, name, levels)
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
@@ -49,7 +50,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     import diffusers
 
     scheduler = diffusers.EDMEulerScheduler(**numbers(model))
-    shared.write_pixels(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
+    shared.write_labelled(model, folder, dtype, PIPELINES[0], scheduler, in_diffusers(model))
 
 
 def in_diffusers(model: Model) -> InDiffusers:

@@ -15,6 +15,7 @@ from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 
 PIPELINES = ("DDPMPipeline",)
+SCHEDULERS = tuple(flow_matching.SINCE)
 SNIPPET = """{seed}from diffusers import DDPMPipeline
 
 pipeline = DDPMPipeline.from_pretrained("FOLDER")
@@ -24,8 +25,8 @@ pipeline = DDPMPipeline.from_pretrained("FOLDER")
 
 def reads(index: dict[str, Any]) -> bool:
     """Whether model_index.json names this pipeline with a scheduler of flow matching."""
-    scheduler = index.get("scheduler")
-    return index.get("_class_name") in PIPELINES and isinstance(scheduler, list) and scheduler[-1] in flow_matching.SINCE
+    named = index.get("scheduler")
+    return index.get("_class_name") in PIPELINES and isinstance(named, list) and named[-1] in SCHEDULERS
 
 
 def fits(model: Model) -> bool:
@@ -33,17 +34,24 @@ def fits(model: Model) -> bool:
     return model.denoiser.time_input == flow_matching.TIME_INPUT and set(model.parts()) == {"unet"}
 
 
-def load(folder: Path, name: str) -> Model:
-    """The model in a folder. Without distill.json it is a teacher, sampled by 50 of Euler's steps."""
-    config, path = shared.scheduler_of(folder, tuple(flow_matching.SINCE))
+def levels(config: dict[str, Any], path: Path) -> shared.Levels:
+    """The times of a scheduler's configuration. Without distill.json the model is a teacher, sampled by 50 of Euler's steps."""
     schedule = flow_matching.schedule_of(config, str(path))
     usual = Sampler(solver="euler", steps=schedule.usual_steps)
-    return shared.read_pixels(folder, name, schedule, Scales(), ("flow",), (flow_matching.TIME_INPUT,), usual)
+    return shared.Levels(schedule, Scales(), ("flow",), (flow_matching.TIME_INPUT,), usual)
+
+
+def load(folder: Path, name: str) -> Model:
+    """The model in a folder."""
+    return shared.read_labelled(folder, name, levels(*shared.scheduler_of(folder, SCHEDULERS)))
+
+
+scheduler = flow_matching.scheduler_of
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
-    shared.write_pixels(model, folder, dtype, PIPELINES[0], flow_matching.scheduler_of(model), in_diffusers(model))
+    shared.write_labelled(model, folder, dtype, PIPELINES[0], scheduler(model), in_diffusers(model))
 
 
 def in_diffusers(model: Model) -> InDiffusers:
@@ -52,8 +60,8 @@ def in_diffusers(model: Model) -> InDiffusers:
         return InDiffusers(differs="DDPMPipeline tells the network no class")
     sampler = model.sampler
     ours = sampler.times_for(model.denoiser.schedule, sampler.solver, sampler.steps)
-    scheduler = flow_matching.scheduler_of(model)
-    scheduler.set_timesteps(sampler.steps)
-    same = torch.allclose(scheduler.sigmas[:-1].double(), ours, rtol=0, atol=1e-6)
+    theirs = scheduler(model)
+    theirs.set_timesteps(sampler.steps)
+    same = torch.allclose(theirs.sigmas[:-1].double(), ours, rtol=0, atol=1e-6)
     differs = flow_matching.differs(model) or ("" if same else "DDPMPipeline takes the scheduler's times, and no list of others")
     return InDiffusers(SNIPPET.format(steps=sampler.steps, **flow_matching.seeding(model)), differs)

@@ -1,4 +1,4 @@
-"""Shared by all formats: writing a folder, and reading pixel models."""
+"""Shared by all formats: writing a folder, and reading models without text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +14,9 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import DistillError
 from distill_cli.files import folder_atomic
-from distill_cli.models.backbones import backbone_of
-from distill_cli.models.checks import check_pixels
+from distill_cli.models.backbones import Backbone, backbone_of
+from distill_cli.models.checks import check_labelled
+from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, Extra, extra_of, read_extra
@@ -27,6 +28,18 @@ from distill_cli.models.sources.hub import part_of
 
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
 """Network classes of pixel models, and the library of each."""
+
+
+class Levels(NamedTuple):
+    """What a scheduler says of a model: its noise levels, and what the network may predict and take as time, the usual ones first."""
+
+    schedule: NoiseSchedule
+    scales: Scales
+    predictions: tuple[str, ...]
+    time_inputs: tuple[str, ...]
+    sampler: Sampler
+    """How a model without distill.json is sampled."""
+    notes: tuple[str, ...] = ()
 
 
 def write(model: Model, folder: Path, index: Mapping[str, Any], scheduler: Any, parts: Callable[[Path], None], there: InDiffusers) -> None:
@@ -42,11 +55,19 @@ def write(model: Model, folder: Path, index: Mapping[str, Any], scheduler: Any, 
         (temporary / "README.md").write_text(card(model, there))
 
 
-def write_pixels(model: Model, folder: Path, dtype: torch.dtype, pipeline: str, scheduler: Any, there: InDiffusers) -> None:
-    """Write the folder of a pixel model, its weights stored as `dtype`."""
-    kind = type(model.net).__name__
-    index = {"_class_name": pipeline, "unet": [LIBRARIES.get(kind), kind]}
-    write(model, folder, index, scheduler, lambda path: save_network(model.net, path / "unet", LIBRARIES, dtype), there)
+def write_labelled(
+    model: Model,
+    folder: Path,
+    dtype: torch.dtype,
+    pipeline: str,
+    scheduler: Any,
+    there: InDiffusers,
+    libraries: Mapping[str, str] = LIBRARIES,
+) -> None:
+    """Write the folder of a model without text, its weights stored as `dtype`; its network is of a class of `libraries`."""
+    kind, part = type(model.net).__name__, model.backbone.part
+    index = {"_class_name": pipeline, part: [libraries.get(kind), kind]}
+    write(model, folder, index, scheduler, lambda path: save_network(model.net, path / part, libraries, dtype), there)
 
 
 def scheduler_of(folder: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
@@ -61,23 +82,26 @@ def scheduler_of(folder: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], 
     return config, path
 
 
-def read_pixels(
+def read_labelled(
     folder: Path,
     name: str,
-    schedule: NoiseSchedule,
-    scales: Scales,
-    predictions: tuple[str, ...],
-    time_inputs: tuple[str, ...],
-    sampler: Sampler,
-    notes: tuple[str, ...] = (),
+    levels: Levels,
+    part: str = "unet",
+    libraries: Mapping[str, str] = LIBRARIES,
+    adapter: Callable[[Any], Backbone] = backbone_of,
+    codec: Codec = Codec(),
 ) -> Model:
-    """The pixel model in a folder. Without distill.json it has the first prediction, the first time input, and `sampler`."""
-    named = read_json(folder / "model_index.json").get("unet")
-    kind = next((kind for kind, library in LIBRARIES.items() if named == [library, kind]), None)
+    """The model without text in a folder: its network, of a class of `libraries`, is called by `adapter`.
+
+    Without distill.json it has the levels' first prediction, first time input, and sampler.
+    """
+    schedule, scales, predictions, time_inputs, sampler, notes = levels
+    named = read_json(folder / "model_index.json").get(part)
+    kind = next((kind for kind, library in libraries.items() if named == [library, kind]), None)
     if kind is None:
-        raise DistillError(f"{folder}: its unet is {named}, not one of {', '.join(LIBRARIES)}", "pixel models of these are read")
-    unet = load_network(getattr(import_module(LIBRARIES[kind]), kind), part_of(folder, "unet"))
-    known = unet.config.num_class_embeds
+        raise DistillError(f"{folder}: its {part} is {named}, not one of {', '.join(libraries)}", f"{codec.kind.name} of these are read")
+    net = load_network(getattr(import_module(libraries[kind]), kind), part_of(folder, part))
+    known = net.config.num_class_embeds
     extra = read_extra(folder, schedule, predictions, time_inputs) or Extra(
         parameterisation=predictions[0],
         time_input=time_inputs[0],
@@ -86,10 +110,10 @@ def read_pixels(
         lineage=Lineage(name=name, kind="teacher" if sampler.guidance == "outside" else "student"),
     )
     null = extra.null_label
-    if extra.lineage.kind == "teacher" and extra.time_input == "ln sigma / 4" and not unet.config.get("label_dropout"):
+    if extra.lineage.kind == "teacher" and extra.time_input == "ln sigma / 4" and not net.config.get("label_dropout"):
         null = None  # NVlabs' networks have no trained null class; folders of earlier versions name one
-    denoiser = NetworkDenoiser(backbone_of(unet), schedule, extra.parameterisation, scales, extra.time_input, extra.boundary)
+    denoiser = NetworkDenoiser(adapter(net), schedule, extra.parameterisation, scales, extra.time_input, extra.boundary)
     conditioner = ClassConditioner(tuple(extra.classes), null, extra.learned)
-    model = Model(denoiser.eval().requires_grad_(False), conditioner, extra.lineage, extra.sampler, recipe=extra.recipe, notes=notes)
-    check_pixels(model, folder)
+    model = Model(denoiser.eval().requires_grad_(False), conditioner, extra.lineage, extra.sampler, codec, recipe=extra.recipe, notes=notes)
+    check_labelled(model, folder)
     return model
