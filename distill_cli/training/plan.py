@@ -18,30 +18,48 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
+def flop(model: Model, evaluations: int, decoded: int = 0) -> int:
+    """FLOP of evaluations of a model's denoiser, and of `decoded` images: decoded with gradient (two), with a reference (one)."""
+    return evaluations * evaluation(model) + (3 * decoded * decoding(model) if decoded else 0)
+
+
+def _networks(objective: Objective) -> dict[str, int]:
+    """The number of weights of each network of a run."""
+    networks = {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
+    return {name: count(network.parameters()) for name, network in networks.items()}
+
+
+def _stepped(objective: Objective) -> tuple[int, int]:
+    """Numbers of weights: all that are trained, and those that are averaged."""
+    main = next(iter(objective.trained.values()))
+    return sum(count(each.parameters()) for each in objective.trained.values()), count(main.state().parameters())
+
+
+def memory(objective: Objective) -> int:
+    """Bytes of weights, their average, gradients and moments, all in float32."""
+    trained, average = _stepped(objective)
+    return 4 * (sum(_networks(objective).values()) + average) + 12 * trained
+
+
 def plan(objective: Objective) -> dict[str, Any]:
     """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
     config, phases = objective.config, objective.phases
     ends = list(accumulate(phase.steps for phase in phases))
     steps, calls = ends[-1], [objective.calls(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
     changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if later != one]
-    main = next(iter(objective.trained.values()))
-    networks = {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
-    parameters = {name: count(network.parameters()) for name, network in networks.items()}
-    trained = sum(count(each.parameters()) for each in objective.trained.values())
-    average, kept = count(main.state().parameters()), sum(parameters[name] for name in objective.kept)
-    checkpoint = 4 * (3 * trained + average + kept)  # weights and two moments
-    memory = 4 * (sum(parameters.values()) + average) + 12 * trained
+    main, parameters = next(iter(objective.trained.values())), _networks(objective)
+    trained, average = _stepped(objective)
+    checkpoint = 4 * (3 * trained + average + sum(parameters[name] for name in objective.kept))  # weights and two moments
     out = {
         "steps": steps,
         "images": steps * config.batch_size,
         "parameters": ", ".join(f"{name} {parameters[name]:,}" for name in sorted(parameters, key=lambda name: name != "teacher")),
         "each step": "; ".join([str(calls[0]), *(f"after step {step} {said}" for step, said in changes)]),
         "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
-        "memory": f"about {amount(memory, 'B')} of weights, their average, gradients and moments, and the activations",
+        "memory": f"about {amount(memory(objective), 'B')} of weights, their average, gradients and moments, and the activations",
     }
     model = unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
     if isinstance(model, Model):
-        one, picture = evaluation(model), decoding(model) if any(each.decoded for each in calls) else 0
-        asked = [each.evaluations() * one + 3 * each.decoded * picture for each in calls]
-        out["arithmetic"] = time_of(sum(phase.steps * flop for phase, flop in zip(phases, asked, strict=True)))
+        totals = [(phase.steps * each.evaluations(), phase.steps * each.decoded) for phase, each in zip(phases, calls, strict=True)]
+        out["arithmetic"] = time_of(flop(model, *map(sum, zip(*totals, strict=True))))
     return out
