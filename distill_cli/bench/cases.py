@@ -1,9 +1,9 @@
 """The timed cases: each command against the bare calls of its networks.
 
-The bare side calls diffusers' network on ready tensors, in the same precision, with the same optimizer steps. Our side is the whole
-command: noise by index, pairs from disk, scalings, losses, clipping, averages, metrics and their file, checks for finite values, files
-of images. Not included are checkpoints and sample grids, and on the bare side LPIPS' network. Memory is measured before the bare
-networks are made.
+The bare side calls diffusers' network on ready tensors, in the same precision and under the same options, with the same optimizer
+steps. Our side is the whole command: noise by index, pairs from disk, scalings, losses, clipping, averages, metrics and their file,
+checks for finite values, files of images. Not included are checkpoints and sample grids, and on the bare side LPIPS' network. Memory is
+measured before the bare networks are made.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from distill_cli.config import GenerateConfig, PairsConfig, SampleConfig, Traini
 from distill_cli.errors import UsageError
 from distill_cli.methods.registry import load as opener
 from distill_cli.models import cost, formats, schedulers
+from distill_cli.models.compiled import compile_network
 from distill_cli.models.model import LARGE, Model
 from distill_cli.pairs.generate import generate
 from distill_cli.processes import say
@@ -33,6 +34,7 @@ from distill_cli.training import plan
 from distill_cli.training.engine import Engine
 from distill_cli.training.objective import Objective
 from distill_cli.training.optimizer import make_optimizer
+from distill_cli.training.placed import placed
 
 GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
 BATCHES = 3
@@ -41,14 +43,19 @@ BATCHES = 3
 class Raw:
     """Bare calls of a copy of a model's network, on ready tensors."""
 
-    def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
-        self.autocast = partial(launch.autocast, where, precision)
-        self.network: Any = model.copy().net.to(where).eval().requires_grad_(trained is not None)
+    def __init__(self, model: Model, size: int, where: torch.device, config: Any, trained: bool = False) -> None:
+        self.autocast = partial(launch.autocast, where, config.precision)
+        backbone = model.copy().backbone.to(where).eval().requires_grad_(trained)
+        if isinstance(config, TrainingConfig):
+            placed(config, backbone, where, trained)
+        else:
+            compile_network(backbone, getattr(config, "compile", "none"))
+        self.network: Any = backbone.net
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
         self.condition = model.conditioner.example(size, where)
-        if trained is not None:
-            self.optimizer = make_optimizer(trained, self.network.parameters(), 1e-5)
+        if trained:
+            self.optimizer = make_optimizer(config, self.network.parameters(), 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad), self.autocast():
@@ -79,8 +86,8 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
 
     def bare() -> Callable[[], None]:
         sizes = {call.images for call in asked.forwards}
-        answering = {size: Raw(model, size, where, config.precision) for size in sizes}
-        trained = {call.images: Raw(model, call.images, where, config.precision, config) for call in asked.trainings}
+        answering = {size: Raw(model, size, where, config) for size in sizes}
+        trained = {call.images: Raw(model, call.images, where, config, trained=True) for call in asked.trainings}
 
         def calls() -> None:
             for call in asked.forwards:
@@ -103,7 +110,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     turn = count()
 
     def bare() -> Callable[[], None]:
-        raw = Raw(model, config.batch_size, where, config.precision)
+        raw = Raw(model, config.batch_size, where, config)
 
         def forwards() -> None:
             for _ in range(BATCHES * calls):

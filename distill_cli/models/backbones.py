@@ -32,6 +32,8 @@ class Backbone(nn.Module):
     """Its name in a diffusers pipeline."""
     inputs: frozenset[str] = frozenset({"class_labels"})
     """The parts of a condition that the network takes."""
+    blocks: ClassVar[tuple[str, ...]] = ()
+    """Classes of its repeated blocks, which are compiled each for itself."""
     unmet: ClassVar[Mapping[str, str]] = UNMET
     """Options of a network's configuration that ask for inputs which are not supported, and what each wants."""
 
@@ -100,6 +102,8 @@ class TimeFeatures(nn.Module):
 class UNet2D(Backbone):
     """diffusers' UNet2DModel: pixels, with or without classes."""
 
+    blocks = ("ResnetBlock2D", "Attention")
+
     def __init__(self, net: Any) -> None:
         super().__init__(net)
         config = net.config
@@ -111,11 +115,14 @@ class UNet2DCondition(Backbone):
     """diffusers' UNet2DConditionModel, the text-conditioned network of Stable Diffusion."""
 
     inputs = frozenset({"encoder_hidden_states"})
+    blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
 
 
 class EDM(Backbone):
     """NVlabs' networks (models/edm.py)."""
+
+    blocks = ("Block",)
 
     @property
     def multiple(self) -> int:

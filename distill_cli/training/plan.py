@@ -11,6 +11,7 @@ from torch import nn
 from distill_cli.models.cost import amount, decoding, evaluation, time_of
 from distill_cli.models.model import Model
 from distill_cli.training.objective import Objective
+from distill_cli.training.placed import check
 from distill_cli.training.rehearsal import unmeasured
 
 
@@ -44,20 +45,24 @@ def memory(objective: Objective) -> int:
 def plan(objective: Objective) -> dict[str, Any]:
     """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
     config, phases = objective.config, objective.phases
+    check(config, {name: each.module for name, each in objective.trained.items()})
     ends = list(accumulate(phase.steps for phase in phases))
     steps, calls = ends[-1], [objective.calls(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
     changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if later != one]
     main, parameters = next(iter(objective.trained.values())), _networks(objective)
     trained, average = _stepped(objective)
     checkpoint = 4 * (3 * trained + average + sum(parameters[name] for name in objective.kept))  # weights and two moments
+    again = " of one block at a time, with the blocks' inputs" if config.gradient_checkpointing else ""
     out = {
         "steps": steps,
         "images": steps * config.batch_size,
         "parameters": ", ".join(f"{name} {parameters[name]:,}" for name in sorted(parameters, key=lambda name: name != "teacher")),
         "each step": "; ".join([str(calls[0]), *(f"after step {step} {said}" for step, said in changes)]),
         "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
-        "memory": f"about {amount(memory(objective), 'B')} of weights, their average, gradients and moments, and the activations",
+        "memory": f"about {amount(memory(objective), 'B')} of weights, their average, gradients and moments, and the activations{again}",
     }
+    if config.compile != "none":
+        out["compile"] = f"{config.compile}, in the first steps: minutes before the run has its speed"
     model = unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
     if isinstance(model, Model):
         totals = [(phase.steps * each.evaluations(), phase.steps * each.decoded) for phase, each in zip(phases, calls, strict=True)]
