@@ -1,10 +1,10 @@
-"""The sections of docs/gpu.sh: python docs/gpu.py SECTION. Each adds figures to $OUT/figures.jsonl; `table` prints them all.
-Only the command line is used, `load` and `Model.sample`, and diffusers for what is compared with.
+"""The sections of docs/gpu.sh: python docs/gpu.py SECTION; the timed ones stand in gpu_speed.py. Each adds figures to
+$OUT/figures.jsonl; `table` prints them all. Used are the command line, `load`, `Model.sample` and `compile_model`, and diffusers for what
+is compared with.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -18,6 +18,7 @@ from typing import Any
 
 OUT, WORK = Path(os.environ.get("OUT", "runs/gpu")).resolve(), Path(os.environ.get("WORK", "runs/gpu-work")).resolve()
 FULL = WORK / "sd15"  # Stable Diffusion 1.5's architecture with random weights
+DEVICE = os.environ.get("DEVICE", "cuda")  # cpu: a try of the timed sections, with tiny-sd for Stable Diffusion and small products
 PROMPT = "a small red circle in the centre of a white background"
 FIRST = Path(__file__).with_name("gpu-first.jsonl")  # of a card (one H200, torch 2.11, commit f4ea377), and what is wanted
 
@@ -52,13 +53,14 @@ def timed(work: Any, count: int = 5, warm: int = 2) -> float:
     """Seconds of a call."""
     import torch
 
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     for _ in range(warm):
         work()
-    torch.cuda.synchronize()
+    wait()
     start = time.perf_counter()
     for _ in range(count):
         work()
-    torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - start) / count
 
 
@@ -79,47 +81,29 @@ def finish(*processes: subprocess.Popen[str]) -> None:
 def facts() -> None:
     import torch
 
-    figure("card", torch.cuda.get_device_name())
+    from docs import gpu_speed
+
+    side, room = (8192, 2**30) if DEVICE == "cuda" else (512, 2**20)
+    if DEVICE == "cuda":
+        figure("card", torch.cuda.get_device_name())
     with suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
         figure("driver, memory", subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
     import diffusers
 
     figure("torch, diffusers", f"{torch.__version__}, {diffusers.__version__}")
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * 8192**3 / timed(lambda: a @ b, 20) / 1e12
-    figure("bf16 8192^3 product", f"{rate:.0f} TFLOP/s", rate)
-    x = torch.randn(2**30, device="cuda")
-    rate = 2 * 4 * 2**30 / timed(x.clone, 10) / 1e12
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * side**3 / timed(lambda: a @ b, 20) / 1e12
+    figure(gpu_speed.PEAK, f"{rate:.0f} TFLOP/s", rate)
+    x = torch.randn(room, device=DEVICE)
+    rate = 2 * 4 * room / timed(x.clone, 10) / 1e12
     figure("copy on the card", f"{rate:.2f} TB/s", rate)
-    amount = flops()
-    figure("UNet, forward, 64x64 latents", f"{amount:.3f} TFLOP", amount)
-
-
-def unet() -> Any:
-    """The UNet of Stable Diffusion 1.5 with random weights on the card."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_pretrained(FULL / "unet", torch_dtype=torch.float32).to("cuda")
-
-
-def flops() -> float:
-    """10^12 operations of a forward call of that UNet for one picture."""
-    import torch
-    from diffusers import UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from distill_cli.models.stable_diffusion import UNETS
-
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = UNet2DConditionModel(**UNETS["sd15"])
-        network(torch.empty(1, 4, 64, 64), torch.empty(1), encoder_hidden_states=torch.empty(1, 77, 768))
-    return counter.get_total_flops() / 1e12
+    amount = gpu_speed.flops()
+    figure(gpu_speed.UNET, f"{amount:.3f} TFLOP", amount)
 
 
 def checks() -> None:
-    """Arithmetic that means what it says, waits in a step as the fake card counts them, FSDP's times."""
+    """Arithmetic that means what it says, waits in a step as the fake card counts them."""
     import torch
 
     from distill_cli import launch
@@ -135,14 +119,6 @@ def checks() -> None:
         ):
             error = ((call().double() - exact).norm() / exact.norm()).item()
             figure(f"error of a float32 {name}, precision {precision}", f"{error:.1e}", error)
-    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    script = Path("tests/training/fsdp_times.py").resolve()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(torch.cuda.device_count()), str(script), "cuda"]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
-    print(done.stderr)
-    said = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
-    said += [line for line in done.stderr.splitlines() if re.search(r"Error: |error: ", line)]
-    figure("FSDP, bf16: what the student's network gets", said[0] if said else done.stderr[:200])
     os.chdir(WORK)
     for name, command in {
         "dmd tiny-sd": ("dmd", "--teacher", "tiny-sd", "--prompts", "shapes", "--guidance-scale", 3),
@@ -150,6 +126,21 @@ def checks() -> None:
         "cm ect tiny": ("cm", "--method", "ect", "--teacher", "tiny", "--data", "digits"),
     }.items():
         figure(f"waits a step, {name}", waits(name.replace(" ", "-"), *command, "--batch-size", 4))
+
+
+def fsdp() -> None:
+    """A dmd step of two networks under FSDP, clipped."""
+    import torch
+
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    script = Path("tests/training/fsdp_times.py").resolve()
+    count = str(max(1, torch.cuda.device_count()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, str(script), DEVICE]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    print(done.stderr)
+    said = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
+    said += [line for line in done.stderr.splitlines() if re.search(r"Error: |error: ", line)]
+    figure("FSDP, bf16, a dmd step of two networks: what the student's network gets", said[0] if said else done.stderr[-200:])
 
 
 def waits(out: str, *command: Any) -> int:
@@ -246,141 +237,26 @@ def equal() -> None:
 
 
 def make() -> None:
-    from tests.models.full_size import make as write
+    if (FULL / "model_index.json").exists():
+        return
+    if DEVICE == "cuda":
+        from tests.models.full_size import make as write
 
-    if not (FULL / "model_index.json").exists():
         write(FULL)
+    else:
+        from distill_cli.models import formats, load
 
-
-def dmd(batch: int) -> None:
-    """`distill bench dmd` at full size."""
-    settings = (f"teacher={FULL}", f"batch_size={batch}", "precision=bf16", "guidance_scale=3", "log_every=50")
-    command = [sys.executable, "-m", "distill_cli", "bench", "dmd", "--repeats", "2", "--json", *settings]
-    done = subprocess.run(command, cwd=WORK, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-1500:])
-    found = json.loads(done.stdout)
-    print(found)
-    seconds, peak, amount = found["ours_seconds"], known("bf16 8192^3 product"), known("UNet, forward, 64x64 latents")
-    # teacher, with and without condition; fake score; student on noise and on pairs, and fake score, each forward and twice that backward
-    rate = amount * batch * (2 + 1 + 3 * 2 + 3) / seconds
-    figure(f"dmd step, batch {batch}, bf16, pairs, guidance 3", f"{seconds * 1000:.0f} ms", seconds)
-    figure(f"dmd, batch {batch}: arithmetic", f"{rate:.0f} TFLOP/s", rate)
-    figure(f"dmd, batch {batch}: share of the peak", f"{rate / peak:.1%}", rate / peak)
-    figure(f"dmd, batch {batch}: over its raw calls", f"{found['ratio']:.3f}", found["ratio"])
-    figure(f"dmd, batch {batch}: images a second", found["images_per_second"], found["images_per_second"])
-    memory = found["peak_memory_mb"] * 1e6 / 2**30
-    figure(f"dmd, batch {batch}: memory", f"{memory:.1f} GiB", memory)
-
-
-def network() -> None:
-    """The raw UNet at batch 16, forward and forward+backward."""
-    import torch
-
-    base, batch = unet().train(), 16
-    amount, peak = known("UNet, forward, 64x64 latents"), known("bf16 8192^3 product")
-    for name, dtype, form in (
-        ("float32 weights under autocast", torch.float32, torch.contiguous_format),
-        ("bf16 weights", torch.bfloat16, torch.contiguous_format),
-        ("bf16 weights, channels_last", torch.bfloat16, torch.channels_last),
-    ):
-        net = base.to(dtype=dtype, memory_format=form)
-        x = torch.randn(batch, 4, 64, 64, device="cuda", dtype=dtype).to(memory_format=form)
-        c = torch.randn(batch, 77, 768, device="cuda", dtype=dtype)
-        t = torch.full((batch,), 500.0, device="cuda")
-
-        def forward(net: Any = net, x: Any = x, t: Any = t, c: Any = c, wide: bool = dtype == torch.float32) -> Any:
-            with torch.autocast("cuda", torch.bfloat16, enabled=wide):
-                return net(x, t, encoder_hidden_states=c, return_dict=False)[0]
-
-        def both(forward: Any = forward, net: Any = net) -> None:
-            forward().float().square().mean().backward()
-            net.zero_grad(set_to_none=True)
-
-        with torch.no_grad():
-            share = amount * batch / timed(forward, 3) / peak
-        figure(f"UNet, forward, {name}", f"{share:.1%}", share)
-        share = 3 * amount * batch / timed(both, 3) / peak
-        figure(f"UNet, forward+backward, {name}", f"{share:.1%}", share)
-
-
-def one_step() -> None:
-    """One step of the few-step sampler, with and without the decoder."""
-    import torch
-
-    from distill_cli import launch
-    from distill_cli.diffusion.noise import Draws
-    from distill_cli.models import load
-
-    model = load(str(FULL)).to("cuda").with_prompts([PROMPT])
-    sampling = model.with_defaults("few-step", 1, 1.0)
-    for precision in ("no", "tf32", "bf16", "fp16"):
-        for batch in (1, 8) if precision == "bf16" else (1,):
-            labels = torch.zeros(batch, dtype=torch.long)
-            for what, call in (("", model.sample), (", without decoder", model.generate)):
-
-                def work(call: Any = call, labels: Any = labels, precision: str = precision) -> None:
-                    with launch.autocast(torch.device("cuda"), precision):
-                        call(Draws(0, range(len(labels))), labels, sampling)
-
-                milliseconds = timed(work) / batch * 1000
-                each = ", a picture" if batch > 1 else ""
-                figure(f"one step, {precision}, batch {batch}{what}{each}", f"{milliseconds:.1f} ms", milliseconds)
-
-
-def pipeline() -> None:
-    """diffusers' own pipeline, and the decoder alone."""
-    import diffusers
-    import torch
-
-    for name, dtype, last in (("fp16", torch.float16, False), ("bf16 channels_last", torch.bfloat16, True)):
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(FULL, torch_dtype=dtype).to("cuda")
-        pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-        if last:
-            pipe.unet.to(memory_format=torch.channels_last)
-            pipe.vae.to(memory_format=torch.channels_last)
-
-        def work(pipe: Any = pipe) -> None:
-            pipe([PROMPT], num_inference_steps=1, guidance_scale=1)
-
-        milliseconds = timed(work) * 1000
-        figure(f"diffusers' pipeline, one step, {name}, batch 1", f"{milliseconds:.1f} ms", milliseconds)
-        if last:
-            z = torch.randn(1, 4, 64, 64, device="cuda", dtype=dtype)
-            with torch.no_grad():
-                milliseconds = timed(lambda pipe=pipe, z=z: pipe.vae.decode(z, return_dict=False)) * 1000
-            figure("decoder, bf16, batch 1", f"{milliseconds:.1f} ms", milliseconds)
-        del pipe
-        gc.collect()
-
-
-def compiled() -> None:
-    """The UNet as a CUDA graph, batch 1."""
-    import torch
-
-    net = torch.compile(unet().to(torch.bfloat16, memory_format=torch.channels_last).eval(), mode="reduce-overhead")
-    z = torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
-    c, t = torch.randn(1, 77, 768, device="cuda", dtype=torch.bfloat16), torch.tensor([999], device="cuda")
-    with torch.no_grad():
-        start = time.time()
-        net(z, t, encoder_hidden_states=c, return_dict=False)
-        figure("UNet compiled: seconds to compile", f"{time.time() - start:.0f} s", time.time() - start)
-        milliseconds = timed(lambda: net(z, t, encoder_hidden_states=c, return_dict=False), 10, 5) * 1000
-    figure("UNet compiled (reduce-overhead), bf16, batch 1", f"{milliseconds:.1f} ms", milliseconds)
+        formats.save(load("tiny-sd"), FULL)
 
 
 SECTIONS = {
     "facts": facts,
     "checks": checks,
+    "fsdp": fsdp,
     "same": same,
     "resume": resume,
     "equal": equal,
     "make": make,
-    "network": network,
-    "one-step": one_step,
-    "pipeline": pipeline,
-    "compile": compiled,
     "table": table,
 }
 
@@ -390,10 +266,12 @@ def main(section: str, *rest: str) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     if section == "failed":
         figure(f"section {rest[0]}", f"failed: {rest[1]}")
-    elif section.startswith("dmd-"):
-        dmd(int(section[4:]))
-    else:
+    elif section in SECTIONS:
         SECTIONS[section]()
+    else:
+        from docs import gpu_speed
+
+        gpu_speed.run(section)
 
 
 if __name__ == "__main__":

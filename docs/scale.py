@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from distill_cli.config import PairsConfig
 from distill_cli.methods.dmd.config import DMDConfig
-from distill_cli.models.cost import RATE, decoding, distillation, evaluation, sketch
+from distill_cli.methods.dmd.objective import open as open_dmd
+from distill_cli.models.cost import RATE, decoding, evaluation, sketch
 from distill_cli.recipes import resolve
+from distill_cli.training.job import Job
+from distill_cli.training.plan import flop as step_flop
 
 GPUS = (1, 8, 72, 512)
 BYTES = 2
@@ -32,7 +35,8 @@ def main() -> None:
         flop = count * calls * evaluation(model)
         cells = [f"{count * calls / 1e6:,.0f} million", f"{count * latents / 1e9:,.0f} GB", f"{count * text / 1e9:,.0f} GB"]
         print(f"| {name} | " + " | ".join(cells + [hours(flop, n) for n in GPUS]) + " |")
-    flop = distillation(dmd, model, guided=True, paired=True)
+    step = open_dmd(dmd, Job("dmd", dry_run=True)).calls()
+    flop = dmd.steps * step_flop(model, step.evaluations(), step.decoded)
     print(f"| `sd15-dmd`, {dmd.steps:,} steps of {dmd.batch_size} | | | | " + " | ".join(hours(flop, n) for n in GPUS) + " |")
     read = dmd.batch_size * (latents + 2 * text)
     print(

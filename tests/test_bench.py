@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from distill_cli.bench import cases
+from distill_cli.bench import cases, measure, stand_ins
 from distill_cli.config import PairsConfig, SampleConfig
 from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.models import cost
+from distill_cli.recipes import resolve
 from tests.options import options
 
 
@@ -126,3 +128,90 @@ def test_both_sides_of_latent_dmd_are_the_same_network(tmp_path):
     assert case.calls == "3 forwards, 2 x (forward, backward, optimizer)"  # guided teacher, fake score
     case.ours()
     case.bare()()
+
+
+def test_what_a_recipe_names_is_made_where_it_is_not_there(distill, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = distill("bench", "dmd", "--recipe", "digits-dmd", "--repeats", 1, "--json", "--profile", "device=cpu", "batch_size=4")
+    assert result.code == 0, result.err
+    assert "bench: random, since it is not there: 16 pairs for runs/digits/pairs" in result.err
+    data = result.json
+    assert data["raw_calls"] == "2 forwards, 2 x (forward, backward, optimizer)"  # with the regression on pairs
+    assert data["share_of_peak"] == pytest.approx(data["tflop"] / data["ours_seconds"] / data["peak_tflops"], rel=0.02)
+    shares = [each["share"] for each in data["profile"]]
+    assert len(shares) == 10
+    assert shares == sorted(shares, reverse=True)
+    assert 0.3 < sum(shares) <= 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_arithmetic_of_a_step_is_counted_from_its_calls(tmp_path, tiny_pairs):
+    """Teacher and fake score answer on 4 images, student (8) and fake score (4) are trained, which costs three evaluations."""
+    case = cases.training("dmd", DMDConfig(teacher="tiny", batch_size=4, device="cpu", pairs=tiny_pairs), tmp_path)
+    model = stand_ins.load("tiny")
+    assert case.flop == (4 + 4 + 3 * (8 + 4)) * cost.evaluation(model)
+    weights = sum(p.numel() for p in model.net.parameters())
+    assert case.planned == 4 * weights * 4 + 4 * 3 * 2 * weights  # three networks, an average; gradient and moments of two
+
+
+def small(monkeypatch):
+    """Make sd15 a small network of the same classes."""
+    wide = dict(block_out_channels=(8, 16), norm_num_groups=4)
+    kinds = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    unet = dict(sample_size=8, cross_attention_dim=16, attention_head_dim=2, layers_per_block=1, **kinds, **wide)
+    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    monkeypatch.setitem(cost.UNETS, "sd15", unet)
+    monkeypatch.setitem(cost.TEXTS, "sd15", text)
+    monkeypatch.setattr(cost, "VAE", dict(latent_channels=4, layers_per_block=1, **blocks, **wide))
+
+
+def test_a_recipe_of_stable_diffusion_runs_with_nothing_there(tmp_path, monkeypatch):
+    small(monkeypatch)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    settings = ["batch_size=4", "accumulate=2", "device=cpu"]
+    case = cases.training("dmd", resolve(DMDConfig, "sd15-dmd", settings, {}), tmp_path, random=True)
+    assert case.images == 2
+    assert case.calls == "3 forwards, 2 x (forward, backward, optimizer)"  # teacher with and without its prompt, fake score
+    case.ours()
+    case.bare()()
+
+
+def test_random_weights_take_a_text_model_through_sampling(distill, monkeypatch, tmp_path):
+    small(monkeypatch)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    command = ["bench", "sample", "model=sd15", "steps=1", "batch_size=1", "device=cpu", "--repeats", 1, "--json"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "not in the Hugging Face cache" in distill(*command).err
+    result = distill(*command, "--random-weights")
+    assert result.code == 0, result.err
+    assert "weights of sd15's published architecture" in result.err
+    assert result.json["images_per_second"] > 0
+
+
+def test_random_weights_are_of_unit_scale_where_norms_multiply(monkeypatch):
+    small(monkeypatch)
+    model = stand_ins.StandIns("dmd", random=True).model("sd15")
+    assert not any(value.is_meta for part in model.parts().values() for value in [*part.parameters(), *part.buffers()])
+    norm = model.net.conv_norm_out
+    assert norm.weight.eq(1).all()
+    assert norm.bias.eq(0).all()
+    assert model.net.conv_in.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.conditioner.given(["a red circle"])(torch.zeros(1, dtype=torch.long)).parts["encoder_hidden_states"].std() > 0
+
+
+def test_pictures_of_a_folder_that_is_not_there(distill, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--method=ect", "teacher=tiny", "data=/nowhere/at/all", "resolution=16", "batch_size=4", "device=cpu"]
+    result = distill("bench", "cm", "--repeats", 1, "--json", *(each.removeprefix("--") for each in options))
+    assert result.code == 0, result.err
+    assert "40 pictures of 16 pixels" in result.err
+
+
+def test_the_peak_is_that_of_a_product_in_the_type_of_the_arithmetic(monkeypatch):
+    monkeypatch.setattr(measure, "SIDES", {"cpu": 256})
+    monkeypatch.setattr(measure, "_timed", lambda work, where: work() is None or 0.001)
+    rate, kind = measure.peak_of(torch.device("cpu"), "bf16")
+    assert (rate, kind) == (pytest.approx(2 * 256**3 / 0.001), "bfloat16")

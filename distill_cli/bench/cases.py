@@ -1,9 +1,9 @@
 """The timed cases: each command against the bare calls of its networks.
 
-The bare side calls diffusers' network on ready tensors, in the same precision, with the same optimizer steps. Our side is the whole
-command: noise by index, pairs from disk, scalings, losses, clipping, averages, metrics and their file, checks for finite values, files
-of images. Not included are checkpoints and sample grids, and on the bare side LPIPS' network. Memory is measured before the bare
-networks are made.
+The bare side calls diffusers' network on ready tensors, in the same precision and under the same options, with the same optimizer
+steps. Our side is the whole command: noise by index, pairs from disk, scalings, losses, clipping, averages, metrics and their file,
+checks for finite values, files of images. Not included are checkpoints and sample grids, and on the bare side LPIPS' network. Memory is
+measured before the bare networks are made.
 """
 
 from __future__ import annotations
@@ -12,40 +12,49 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from distill_cli import launch
 from distill_cli.bench.measure import Case
+from distill_cli.bench.stand_ins import StandIns, prompted
 from distill_cli.commands import TRAINING, method_of
-from distill_cli.config import PROMPT_SETS, GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
+from distill_cli.config import GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
 from distill_cli.errors import UsageError
 from distill_cli.methods.registry import load as opener
-from distill_cli.models import formats, load, schedulers
-from distill_cli.models.model import Model
+from distill_cli.models import cost, formats, schedulers
+from distill_cli.models.compiled import compile_network
+from distill_cli.models.model import LARGE, Model
 from distill_cli.pairs.generate import generate
+from distill_cli.processes import say
 from distill_cli.runs import Run
 from distill_cli.sample import batch
+from distill_cli.training import plan
 from distill_cli.training.engine import Engine
-from distill_cli.training.job import Job
 from distill_cli.training.objective import Objective
 from distill_cli.training.optimizer import make_optimizer
+from distill_cli.training.placed import placed
 
+GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
 BATCHES = 3
 
 
 class Raw:
     """Bare calls of a copy of a model's network, on ready tensors."""
 
-    def __init__(self, model: Model, size: int, where: torch.device, precision: str, trained: TrainingConfig | None = None) -> None:
-        self.autocast = partial(launch.autocast, where, precision)
-        self.network: Any = model.copy().backbone.to(where).eval().requires_grad_(trained is not None)
+    def __init__(self, model: Model, size: int, where: torch.device, config: Any, trained: bool = False) -> None:
+        self.autocast = partial(launch.autocast, where, config.precision)
+        self.network = model.copy().backbone.to(where).eval().requires_grad_(trained)
+        if isinstance(config, TrainingConfig):
+            placed(config, self.network, where, trained)
+        else:
+            compile_network(self.network, getattr(config, "compile", "none"))
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
         self.condition = model.example(size, where)
-        if trained is not None:
-            self.optimizer = make_optimizer(trained, self.network.parameters(), 1e-5)
+        if trained:
+            self.optimizer = make_optimizer(config, self.network.parameters(), 1e-5)
 
     def call(self, grad: bool = False) -> Any:
         with torch.set_grad_enabled(grad), self.autocast():
@@ -57,17 +66,16 @@ class Raw:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def prompted(model: Model) -> Model:
-    """A text-to-image model with some prompts (their content does not change the cost); other models unchanged."""
-    given = model.conditioner.chosen(PROMPT_SETS[0], "")
-    return model.with_prompts(given) if given else model
-
-
-def training(command: str, config: TrainingConfig, folder: Path) -> Case:
+def training(command: str, config: TrainingConfig, folder: Path, random: bool = False) -> Case:
     """Training steps of a method, against the calls that its objective lists."""
     if config.accumulate > 1:
-        raise UsageError("bench: accumulate is 1 here", "leave it out")
-    objective: Objective = opener(f"methods.{method_of(config).objective}")(with_pairs(config, folder), Job(command))
+        size = config.batch_size // config.accumulate
+        say(f"bench: one of the {config.accumulate} parts of a batch, {size} images")
+        config = config.model_copy(update={"batch_size": size, "accumulate": 1})
+    job = StandIns(command, folder=folder, random=random)
+    config = job.complete(config)
+    objective: Objective = opener(f"methods.{method_of(config).objective}")(config, job)
+    job.say()
     engine = Engine(objective.config, objective)
     engine.open(Run.create(folder / "run", "", "bench"))
     model = objective.model(engine.plain[engine.main], 0)
@@ -77,8 +85,8 @@ def training(command: str, config: TrainingConfig, folder: Path) -> Case:
 
     def bare() -> Callable[[], None]:
         sizes = {call.images for call in asked.forwards}
-        answering = {size: Raw(model, size, where, config.precision) for size in sizes}
-        trained = {call.images: Raw(model, call.images, where, config.precision, config) for call in asked.trainings}
+        answering = {size: Raw(model, size, where, config) for size in sizes}
+        trained = {call.images: Raw(model, call.images, where, config, trained=True) for call in asked.trainings}
 
         def calls() -> None:
             for call in asked.forwards:
@@ -89,17 +97,8 @@ def training(command: str, config: TrainingConfig, folder: Path) -> Case:
         return calls
 
     text = f"{len(asked.forwards)} forwards, {len(asked.trainings)} x (forward, backward, optimizer)"
-    return Case(engine.advance, bare, config.batch_size, text, where)
-
-
-def with_pairs(config: TrainingConfig, folder: Path) -> TrainingConfig:
-    """The config, with newly made pairs if its regression lacks them."""
-    if getattr(config, "pairs", "") is not None or getattr(config, "regression_weight", None) == 0:
-        return config
-    options = config.model_dump(include={"teacher", "classes", "device", "precision", "batch_size"})
-    teacher = prompted(load(options["teacher"]))
-    generate(PairsConfig(num=4 * config.batch_size, steps=1, solver="ddim", **options), teacher, folder / "pairs")
-    return config.model_copy(update={"pairs": folder / "pairs"})
+    flop = plan.flop(model, asked.evaluations(), asked.decoded)
+    return Case(engine.advance, bare, config.batch_size, text, where, config.precision, flop, plan.memory(objective))
 
 
 def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int], Any]) -> Case:
@@ -110,7 +109,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     turn = count()
 
     def bare() -> Callable[[], None]:
-        raw = Raw(model, config.batch_size, where, config.precision)
+        raw = Raw(model, config.batch_size, where, config)
 
         def forwards() -> None:
             for _ in range(BATCHES * calls):
@@ -118,7 +117,14 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
 
         return forwards
 
-    return Case(lambda: make(next(turn)), bare, config.num, f"{calls} forwards a batch of {config.batch_size}", where)
+    text = f"{calls} forwards a batch of {config.batch_size}"
+    return Case(lambda: make(next(turn)), bare, config.num, text, where, config.precision, *_asked(config, model, calls))
+
+
+def _asked(config: GenerateConfig, model: Model, calls: int, decoded: bool = False) -> tuple[int, int]:
+    """FLOP of a case that makes `config.num` images in `calls` evaluations each, and bytes of its networks' weights."""
+    flop = calls * cost.evaluation(model) + (cost.decoding(model) if decoded else 0)
+    return config.num * flop, 4 * sum(plan.count(part.parameters()) for part in model.parts().values())
 
 
 def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
@@ -150,19 +156,28 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
 
     how = f"{sampling.solver} {sampling.steps}, guidance {sampling.guidance_scale:g}, batch {config.batch_size}"
     text = f"diffusers' StableDiffusionPipeline, {how}"
-    return Case(lambda: batch.sample(config, model, folder / str(next(turn))), bare, config.num, text, where)
+    asked = _asked(config, model, sampling.evaluations, decoded=True)
+    return Case(lambda: batch.sample(config, model, folder / str(next(turn))), bare, config.num, text, where, config.precision, *asked)
 
 
-def bench_pairs(config: PairsConfig, folder: Path) -> Case:
-    size = config.batch_size
-    config = config.model_copy(update={"num": BATCHES * size, "shard_size": size})
-    model = prompted(load(config.teacher))
+def _opened(command: str, config: GenerateT, folder: Path, random: bool, name: str) -> tuple[GenerateT, Model]:
+    """BATCHES batches of a command that makes images, and its model with prompts."""
+    job = StandIns(command, folder=folder, random=random)
+    model = prompted(job.model(name))
+    if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
+        config = config.model_copy(update={"batch_size": 8})
+    job.say()
+    return config.model_copy(update={"num": BATCHES * config.batch_size}), model
+
+
+def bench_pairs(config: PairsConfig, folder: Path, random: bool = False) -> Case:
+    config, model = _opened("pairs", config, folder, random, config.teacher)
+    config = config.model_copy(update={"shard_size": config.batch_size})
     return _bench_generation(config, model, lambda k: generate(config, model, folder / str(k)))
 
 
-def bench_sample(config: SampleConfig, folder: Path) -> Case:
-    config = config.model_copy(update={"num": BATCHES * config.batch_size})
-    model = prompted(load(config.model))
+def bench_sample(config: SampleConfig, folder: Path, random: bool = False) -> Case:
+    config, model = _opened("sample", config, folder, random, config.model)
     if model.conditioner.prompts:
         return _bench_pipeline(config, model, folder)
     if config.times is not None:

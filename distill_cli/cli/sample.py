@@ -51,7 +51,10 @@ def sample(
         common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
     if dry_run:
         calls = loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls).evaluations
-        common.dry_run(config, download | {"images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"})
+        plan = {**download, "images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"}
+        if config.compile != "none":
+            plan["compile"] = f"{config.compile}, in the first batch, a minute or more: it pays where all batches without it take longer"
+        common.dry_run(config, plan)
     if config.search_times:
         _search(config, loaded, json)
         return

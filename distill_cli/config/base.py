@@ -123,6 +123,7 @@ Every = Annotated[int | str, BeforeValidator(_every)]
 Precision = Annotated[
     Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # as YAML reads no
 ]
+Compile = Literal["none", "blocks", "whole"]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes)]
 
 

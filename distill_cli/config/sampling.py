@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from distill_cli.config.base import Classes, Config, Name, Place, Positive, Precision, Rate, Solver, Text
+from distill_cli.config.base import Classes, Compile, Config, Name, Place, Positive, Precision, Rate, Solver, Text
 
 
 class GenerateConfig(Config):
@@ -40,6 +40,9 @@ class SampleConfig(GenerateConfig):
     images_per_prompt: Positive = Field(1, description="images for each prompt, one after another")
     format: Literal["png", "npz"] | None = Field(
         None, description="a PNG for each image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels); default png, where it can be drawn"
+    )
+    compile: Compile = Field(
+        "none", description="torch.compile of denoiser and decoder: by block or whole, on a GPU as a CUDA graph; slow to begin"
     )
     times: Text | None = Field(None, description="few-step students: index:0,22 (points of the grid), sigma:80,1.4, even; default its own")
     search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="only find a consistency student's best times for N steps")

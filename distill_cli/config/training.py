@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config.base import Config, Count, Every, Fraction, Momentum, Numbers, Positive, Precision, Rate, Weight
+from distill_cli.config.base import Compile, Config, Count, Every, Fraction, Momentum, Numbers, Positive, Precision, Rate, Weight
 
 Optimizer = Literal["adamw", "radam", "muon"]
 OPTIMIZERS = "radam: rectified Adam, needs no warm-up; muon: orthogonalised steps for matrices and convolutions, NAdamW for the rest"
@@ -29,6 +29,9 @@ class TrainingConfig(Config):
     ema_halflife: Count = Field(0, description="half-life of the weights' average, in images; 0: no average")
     precision: Precision = Field("no", description="number type of the networks' arithmetic, no: float32; weights stay float32")
     deterministic: bool = Field(False, description="the same run, again or resumed, gives the same bits on one GPU too; slower")
+    compile: Compile = Field("none", description="torch.compile of the denoisers: block by block, or whole; minutes before the first steps")
+    channels_last: bool = Field(False, description="store pictures inside the networks with their channels last, which may be faster")
+    gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, a third slower")
     log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
     save_every: Every = Field(500, description="steps between checkpoints, or a time such as 30s, 10m, 2h")

@@ -32,6 +32,8 @@ class Backbone(nn.Module):
     """Its name in a diffusers pipeline."""
     inputs: frozenset[str] = frozenset({"class_labels"})
     """The parts of a condition that the network takes."""
+    blocks: ClassVar[tuple[str, ...]] = ()
+    """Classes of its repeated blocks, which are compiled each for itself."""
     unmet: ClassVar[Mapping[str, str]] = UNMET
     """Options of a network's configuration that ask for inputs which are not supported, and what each wants."""
     widths: ClassVar[Mapping[str, str]] = {}
@@ -113,6 +115,8 @@ class TimeFeatures(nn.Module):
 class UNet2D(Backbone):
     """diffusers' UNet2DModel: pixels, with or without classes."""
 
+    blocks = ("ResnetBlock2D", "Attention")
+
     def __init__(self, net: Any) -> None:
         super().__init__(net)
         config = net.config
@@ -132,6 +136,7 @@ class UNet2DCondition(Backbone):
 
     WIDTH = 256
     """The width of the scale's embedding in published latent consistency models."""
+    blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "cross_attention_dim"}
     unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
 
@@ -159,6 +164,8 @@ class UNet2DCondition(Backbone):
 
 class EDM(Backbone):
     """NVlabs' networks (models/edm.py)."""
+
+    blocks = ("Block",)
 
     @property
     def multiple(self) -> int:

@@ -53,6 +53,10 @@ class Codec:
         """Its networks, by their names in a pipeline."""
         return {}
 
+    def decoders(self) -> list[Any]:
+        """The networks of `decode`."""
+        return []
+
     def fresh(self) -> Codec:
         """A codec of the same configuration with new networks; on the meta device it takes no memory."""
         return self
@@ -87,7 +91,7 @@ class VAECodec(Codec):
     def raw(self, x: Tensor) -> Tensor:
         x = x.to(next(self.vae.parameters()).device) / self.scale + self.shift
         count = max(1, AT_A_TIME // (x.shape[-1] * x.shape[-2] * self.factor**2))
-        return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in x.split(count)])
+        return torch.cat([self.vae.decode(part, return_dict=False)[0].to(torch.float32, copy=True) for part in x.split(count)])
 
     def project(self, x: Tensor) -> Tensor:
         """Latents have no range."""
@@ -95,6 +99,9 @@ class VAECodec(Codec):
 
     def parts(self) -> dict[str, Any]:
         return {"vae": self.vae}
+
+    def decoders(self) -> list[Any]:
+        return [self.vae.decoder]
 
     def fresh(self) -> VAECodec:
         return VAECodec(type(self.vae).from_config(self.vae.config))

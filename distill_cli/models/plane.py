@@ -83,6 +83,7 @@ class Plane(Backbone):
     """The adapter of a PlaneMLP."""
 
     part = "mlp"
+    blocks = ("Block",)
     multiple = 1
 
 

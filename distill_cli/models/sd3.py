@@ -34,6 +34,7 @@ class SD3Transformer(Backbone):
 
     part = "transformer"
     inputs = frozenset({"encoder_hidden_states", "pooled_projections"})
+    blocks = ("JointTransformerBlock",)
     widths: ClassVar[Mapping[str, str]] = {
         "encoder_hidden_states": "joint_attention_dim",
         "pooled_projections": "pooled_projection_dim",

@@ -22,7 +22,7 @@ CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTraine
 """Names of CLIP's tokenizer class in versions of transformers."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reader:
     """A text encoder with its tokenizer. It reads `length` tokens of a prompt."""
 

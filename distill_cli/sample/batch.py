@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
@@ -17,6 +18,7 @@ from distill_cli.data.pictures import grid, png
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
 from distill_cli.files import remove_temporaries, write_atomic, write_atomic_lines
+from distill_cli.models import compiled
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import SOLVERS
 from distill_cli.runs import settle
@@ -96,12 +98,33 @@ def settled(config: SampleConfig, model: Model) -> SampleConfig:
     return config.model_copy(update={"format": kind.format(config.format)})
 
 
+def compile_model(config: SampleConfig, model: Model, where: torch.device) -> None:
+    """Compile a model's denoiser and decoder as the config wants, and say so. Whole networks run as CUDA graphs on a GPU."""
+    if config.compile == "none":
+        return
+    compiled.check(where)
+    graph = {"mode": "reduce-overhead"} if config.compile == "whole" and where.type == "cuda" else {}
+    counted = compiled.compile_network(model.denoiser, config.compile, **graph)
+    counted += compiled.compile_parts(model.codec.decoders(), **graph)
+    processes.say(f"compile {config.compile}: {compiled.said(counted)}; each number of images in a batch is compiled once")
+
+
 def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """Make this process's share of the missing images, in part (i, n) of the job. Returns counts and images per second."""
     config = settled(config, model)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     samples = Samples(folder, config, model)
-    apart = {"out", "device", "grid", "scale", "times", "search_times", "classifier", *sampling.model_dump()}
+    apart = {
+        "out",
+        "device",
+        "grid",
+        *({"compile"} if config.compile == "none" else ()),
+        "scale",
+        "times",
+        "search_times",
+        "classifier",
+        *sampling.model_dump(),
+    }
     settings = config.model_dump(mode="json", exclude=apart)
     settings |= model.conditioner.digests() | {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
     if SOLVERS[sampling.solver].few:
@@ -110,6 +133,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     remove_temporaries(folder)
     where = launch.device(config.device)
     model.to(where)
+    compile_model(config, model, where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
     missing = [batch for batch in mine if not samples.done(batch)]
     if processes.rank() == 0:  # one message for all processes of this part

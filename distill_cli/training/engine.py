@@ -40,6 +40,7 @@ from distill_cli.launch import (
     stoppable,
     whole,
 )
+from distill_cli.models.compiled import uncompile
 from distill_cli.models.model import Model
 from distill_cli.processes import rank, world_size
 from distill_cli.recipes import dump
@@ -49,6 +50,7 @@ from distill_cli.training.ema import EMA, hand_on
 from distill_cli.training.health import Health
 from distill_cli.training.objective import Loss, Objective, phase_at, span_at
 from distill_cli.training.optimizer import learning_rate, make_optimizer
+from distill_cli.training.placed import place
 from distill_cli.training.rehearsal import check_space, rehearse, save
 
 SKIPPED_AT_MOST = 50
@@ -78,8 +80,7 @@ class Engine:
         self.accelerator = zero.accelerator(config, spread, wanted)
         where = self.accelerator.device
         self.modules = {name: each.module for name, each in objective.trained.items()}
-        for network in (*objective.frozen.values(), *objective.kept.values(), *self.modules.values()):
-            network.to(where)
+        self.placed = place(config, objective, self.accelerator)
         self.plain = {name: each.state() for name, each in objective.trained.items()}
         self.main = next(iter(self.plain))
         self.ema = EMA(self.plain[self.main], config.ema_halflife)
@@ -270,7 +271,7 @@ class Engine:
             identity.check_same(identity.shared(self.begun, self.objective.images, networks, optimizers), self.talk)
         if rank() == 0:
             identity.write(run.folder, self.begun)
-            run.note(arithmetic(self.config.precision) | {"deterministic": self.config.deterministic}, self.accelerator.device)
+            run.note(arithmetic(self.config.precision) | self.placed, self.accelerator.device)
             checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best)
             run.forget_after(self.step)
             if self.config.tracker != "none":
@@ -368,6 +369,8 @@ class Engine:
         for name, each in self.objective.trained.items():
             each.module = self.modules[name]
             each.module.zero_grad(set_to_none=True)
+        for network in (*self.objective.frozen.values(), *self.modules.values()):
+            uncompile(network)  # what is compared has other numbers of images
         for network in (*self.objective.kept.values(), *(network for name, network in self.modules.items() if name != self.main)):
             network.to("cpu")
 

@@ -11,6 +11,7 @@ from torch import nn
 from distill_cli.models.cost import amount, decoding, evaluation, time_of
 from distill_cli.models.model import Model
 from distill_cli.training.objective import Objective
+from distill_cli.training.placed import check
 from distill_cli.training.rehearsal import unmeasured
 
 
@@ -23,30 +24,53 @@ def stored(network: nn.Module) -> int:
     return sum(value.numel() for value in network.state_dict().values() if value.is_floating_point())
 
 
+def flop(model: Model, evaluations: int, decoded: int = 0) -> int:
+    """FLOP of evaluations of a model's denoiser, and of `decoded` images: decoded with gradient (two), with a reference (one)."""
+    return evaluations * evaluation(model) + (3 * decoded * decoding(model) if decoded else 0)
+
+
+def _networks(objective: Objective) -> dict[str, nn.Module]:
+    """The networks of a run."""
+    return {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
+
+
+def _stepped(objective: Objective) -> tuple[int, int]:
+    """How many weights are trained, and how many numbers the average has."""
+    main = next(iter(objective.trained.values()))
+    return sum(count(each.parameters()) for each in objective.trained.values()), stored(main.state())
+
+
+def memory(objective: Objective) -> int:
+    """Bytes of weights, their average, gradients and moments, all in float32."""
+    trained, average = _stepped(objective)
+    return 4 * (sum(map(stored, _networks(objective).values())) + average) + 12 * trained
+
+
 def plan(objective: Objective) -> dict[str, Any]:
     """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
     config, phases = objective.config, objective.phases
+    check(config, {name: each.module for name, each in objective.trained.items()})
     ends = list(accumulate(phase.steps for phase in phases))
     steps, calls = ends[-1], [objective.calls(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
     changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if later != one]
-    main = next(iter(objective.trained.values()))
-    networks = {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
+    main, networks = next(iter(objective.trained.values())), _networks(objective)
     parameters = {name: count(network.parameters()) for name, network in networks.items()}
-    trained = sum(count(each.parameters()) for each in objective.trained.values())
-    weights, average = {name: stored(network) for name, network in networks.items()}, stored(main.state())
-    checkpoint = 4 * (sum(weights[name] for name in (*objective.trained, *objective.kept)) + 2 * trained + average)  # two moments
-    memory = 4 * (sum(weights.values()) + average) + 12 * trained
+    trained, average = _stepped(objective)
+    kept = sum(stored(networks[name]) for name in (*objective.trained, *objective.kept))
+    checkpoint = 4 * (kept + 2 * trained + average)  # two moments
+    again = " of one block at a time, with the blocks' inputs" if config.gradient_checkpointing else ""
     out = {
         "steps": steps,
         "images": steps * config.batch_size,
         "parameters": ", ".join(f"{name} {parameters[name]:,}" for name in sorted(parameters, key=lambda name: name != "teacher")),
         "each step": "; ".join([str(calls[0]), *(f"after step {step} {said}" for step, said in changes)]),
         "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
-        "memory": f"about {amount(memory, 'B')} of weights, their average, gradients and moments, and the activations",
+        "memory": f"about {amount(memory(objective), 'B')} of weights, their average, gradients and moments, and the activations{again}",
     }
+    if config.compile != "none":
+        out["compile"] = f"{config.compile}, in the first steps: minutes before the run has its speed"
     model = unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
     if isinstance(model, Model):
-        one, picture = evaluation(model), decoding(model) if any(each.decoded for each in calls) else 0
-        asked = [each.evaluations() * one + 3 * each.decoded * picture for each in calls]
-        out["arithmetic"] = time_of(sum(phase.steps * flop for phase, flop in zip(phases, asked, strict=True)))
+        totals = [(phase.steps * each.evaluations(), phase.steps * each.decoded) for phase, each in zip(phases, calls, strict=True)]
+        out["arithmetic"] = time_of(flop(model, *map(sum, zip(*totals, strict=True))))
     return out

@@ -1,6 +1,7 @@
 """Distribution matching in latents: golden numbers through the objective itself, text from disk, regression on decoded latents."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.config import DMDConfig
-from distill_cli.methods.dmd.objective import DMD, of_decoded
+from distill_cli.methods.dmd.objective import DMD, of_decoded, one_by_one
 from distill_cli.models import load
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
@@ -169,6 +170,13 @@ def test_regression_on_decoded_latents(teacher):
     distance.sum().backward()
     assert latents.grad.abs().max() > 0
     assert not seen[0][1].requires_grad
+    again = latents.detach().requires_grad_(True)
+    apart = one_by_one(partial(of_decoded, metric, teacher.codec), again, reference)
+    kept = len(seen)
+    apart.sum().backward()
+    assert len(seen) == kept + 2, "each picture is decoded again in the backward pass"
+    assert torch.allclose(apart, distance, rtol=1e-5)
+    assert torch.allclose(again.grad, latents.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_what_does_not_go_together(teacher, stored, tiny, tiny_pairs):

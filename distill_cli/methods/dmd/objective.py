@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.condition import Condition
@@ -232,7 +233,8 @@ def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor],
         return partial(regression_loss, config.regression_loss), {}
     perceptual = Perceptual(config.lpips_weights, below=codec.lpips_below)
     decoders = {"decoder" if config.decoder else name: part for name, part in codec.parts().items()}
-    return partial(of_decoded, perceptual, codec), {"lpips": perceptual, **decoders}
+    distance = partial(of_decoded, perceptual, codec)
+    return partial(one_by_one, distance) if config.gradient_checkpointing else distance, {"lpips": perceptual, **decoders}
 
 
 def prompted(
@@ -265,6 +267,12 @@ def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tens
         there = codec.raw(reference)
     torch.clear_autocast_cache()
     return metric(codec.raw(x), there)
+
+
+def one_by_one(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, reference: Tensor) -> Tensor:
+    """The same distances a picture at a time, computed again in the backward pass: of each picture only its latents are kept."""
+    pairs = zip(x.split(1), reference.split(1), strict=True)
+    return torch.cat([checkpoint(distance, one, there, use_reentrant=False) for one, there in pairs])
 
 
 def spread(images: Tensor, labels: Tensor) -> Tensor:
