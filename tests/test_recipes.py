@@ -161,7 +161,7 @@ def test_a_method_that_is_none_hides_no_other_error(tmp_path):
     with pytest.raises(UsageError) as error:
         recipes.resolve(CMConfig, path)
     said = error.value.message
-    assert "r.yaml: method: input should be 'cd', 'ct', 'ict' or 'ect' (got 'cx')" in said
+    assert "r.yaml: method: input should be 'cd', 'ct', 'ict', 'ect' or 'lcm' (got 'cx')" in said
     assert "unknown key stepz" in said
     assert "lr: input should be a valid number" in said
     assert "stages" not in said

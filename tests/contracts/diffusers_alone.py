@@ -16,10 +16,12 @@ from torch import Tensor
 from distill_cli.diffusion.noise import Draws
 
 
-def pictures(folder: Path, draws: Draws, shape: tuple[int, int, int], labels: list[int], prompts: list[str]) -> Tensor | None:
+def pictures(
+    folder: Path, draws: Draws, shape: tuple[int, int, int], labels: list[int], prompts: list[str], between: bool = True
+) -> Tensor | None:
     """(B, C, H, W) in [-1, 1], of the noise of `draws`: the card's program for several pictures; None where the card has none.
 
-    A pipeline that takes no noise, and a scheduler that adds noise between its steps, are given ours from behind.
+    A pipeline that takes no noise is given ours from behind; so is a scheduler for the noise `between` its steps, or it has torch's.
     """
     noise, turns = draws.normal("prior", shape), itertools.count(1)
     found = re.search(r"```python\n(.*?)^pipeline\((.*)\)\.images\[0\]", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -35,10 +37,14 @@ def pictures(folder: Path, draws: Draws, shape: tuple[int, int, int], labels: li
     given = {"batch_size": len(labels), "class_labels": labels, "prompt": prompts, "latents": noise}
     wanted = {"batch_size", "latents", *named} | ({"prompt"} if positional else set())
     named |= {key: value for key, value in given.items() if key in known and key in wanted} | {"output_type": "np"}
-    within, between = (import_module(type(part).__module__) for part in (pipeline, pipeline.scheduler))
+    within, scheduler = (import_module(type(part).__module__) for part in (pipeline, pipeline.scheduler))
+
+    def ours(*_: Any, **__: Any) -> Tensor:
+        return draws.normal("solver", shape, turn=next(turns))
+
     with (
         patch.object(within, "randn_tensor", lambda *_, **__: noise.clone(), create=True),
-        patch.object(between, "randn_tensor", lambda *_, **__: draws.normal("solver", shape, turn=next(turns)), create=True),
+        patch.object(scheduler, "randn_tensor", ours if between else getattr(scheduler, "randn_tensor", None), create=True),
     ):
         made = pipeline(**named)
     return torch.from_numpy(made.images).permute(0, 3, 1, 2) * 2 - 1

@@ -243,7 +243,7 @@ def test_teachers_that_a_method_cannot_take(tmp_path, tiny):
     teacher.denoiser.schedule, teacher.sampler = SCHEDULES["zero-snr"], Sampler(solver="ddim", steps=50, guidance_scale=7.5)
     with pytest.raises(UsageError, match="solver heun: the schedule of tiny-sd ends without signal"):
         opened(teacher, tmp_path, "cd", teacher="tiny-sd", solver="heun")
-    assert opened(teacher, tmp_path, "cd", teacher="tiny-sd").solver == "euler"
+    assert opened(teacher, tmp_path, "cd", teacher="tiny-sd").config.solver == "euler"
     with pytest.raises(UsageError, match="weighting inverse-step: the schedule of tiny-sd ends without signal"):
         opened(teacher, tmp_path, "ict", teacher="tiny-sd")
 

@@ -31,7 +31,7 @@ def tiny():
 
 def plain(folder, model):
     """The pictures that diffusers makes by the program in the card."""
-    return diffusers_alone.pictures(folder, DRAWS.normal("prior", model.shape), LABELS.tolist(), [PROMPTS[k] for k in LABELS])
+    return diffusers_alone.pictures(folder, DRAWS, model.shape, LABELS.tolist(), [PROMPTS[k] for k in LABELS], between=False)
 
 
 def asked(steps, scale, calls=1):

@@ -70,9 +70,7 @@ class CDConfig(CMConfig):
     scales: Scales = Field(18, description="number N of times on the grid")
     target_decay: Momentum = Field(0.95, description="decay of the target's average at each step")
     time_weights: Annotated[list[Weight], Numbers] | None = Field(None, description=TIME_WEIGHTS)
-    solver: Literal["heun", "euler"] | None = Field(
-        None, description="the teacher's ODE solver; default heun, or euler for a schedule that ends without signal"
-    )
+    solver: Literal["heun", "euler"] = Field("heun", description="the teacher's ODE solver; heun needs a schedule that ends with signal")
     teacher_steps: Positive = Field(1, description="solver steps between neighbouring times of the grid")
     guidance_scale: Rate | None = Field(None, description="guidance scale of the teacher; default its own")
 

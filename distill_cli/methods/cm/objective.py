@@ -233,10 +233,13 @@ class CD(Following):
     config: CDConfig
 
     def __init__(self, config: CDConfig, teacher: Model, data: Images | PairStore) -> None:
+        if config.solver == "heun" and not teacher.denoiser.schedule.signal:
+            ends = f"the schedule of {config.teacher} ends without signal, where Heun's steps divide by 0"
+            if "solver" in config.model_fields_set:
+                raise UsageError(f"solver heun: {ends}", "solver=euler")
+            say(f"solver euler: {ends}")
+            config = config.model_copy(update={"solver": "euler"})
         super().__init__(config, teacher, data)
-        self.solver = config.solver or ("heun" if self.schedule.signal else "euler")
-        if self.solver == "heun" and not self.schedule.signal:
-            raise UsageError(f"solver heun: the schedule of {config.teacher} ends without signal, where it divides by 0", "solver=euler")
         self.guidance = self.sampling().guidance_scale
         self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
 
@@ -254,7 +257,7 @@ class CD(Following):
         return self.teacher.with_defaults(None, None, self.config.guidance_scale)
 
     def asked(self) -> list[str]:
-        evaluations = self.config.teacher_steps * maths.ORDER[self.solver] * (1 if self.guidance == 1 else 2)
+        evaluations = self.config.teacher_steps * maths.ORDER[self.config.solver] * (1 if self.guidance == 1 else 2)
         return [*["teacher"] * evaluations, *super().asked()]
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +268,7 @@ class CD(Following):
 
     def nearer(self, x: Tensor, noise: Tensor, noisy: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """By steps of the teacher's ODE."""
-        return maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, self.solver, self.config.teacher_steps)
+        return maths.ode_steps(self.real, self.schedule, noisy, t, r, condition, self.config.solver, self.config.teacher_steps)
 
 
 class New(Consistency):
