@@ -19,7 +19,20 @@ from tests.contracts.running import LOOKED, METHODS, STEPS, STILL, apart, call, 
 
 PAIRS = running.pairs()
 TAKEN = [(method, family) for method, family in PAIRS if family not in refused.recorded().get(method, [])]
-every_pair = pytest.mark.parametrize(("method", "family"), [pytest.param(*pair, id="-".join(pair)) for pair in TAKEN])
+FIRST = dict(reversed(TAKEN))
+"""The first family that each method takes."""
+
+
+def usual(method, family):
+    """Whether a pair is held to all contracts, also without -m contracts_all: a method's first family, and every second one of the rest."""
+    place = list(running.METHODS).index(method) + list(running.FAMILIES).index(family)
+    return FIRST[method] == family or place % 2 == 0
+
+
+every_pair = pytest.mark.parametrize(
+    ("method", "family"),
+    [pytest.param(*pair, id="-".join(pair), marks=() if usual(*pair) else pytest.mark.contracts_all) for pair in TAKEN],
+)
 
 
 def alike(metrics, expected):
@@ -100,7 +113,7 @@ def test_half_precision_trains(method, family, runs):
         loss = f"{name}_loss"
         # eps at the end of a table magnifies rounding, whose square is 2^-16
         assert half.seen.metrics[loss] == pytest.approx(exact.metrics[loss], rel=0.1, abs=2**-16)
-        assert 1e-4 < apart(exact.moved[name], half.seen.moved[name], start) < 0.15
+        assert 1e-4 < apart(exact.moved[name], half.seen.moved[name], start) < 0.3  # most where two estimates are near
 
 
 def planned(text, key):
@@ -169,7 +182,7 @@ def test_a_result_is_saved_as_it_was_trained(method, family, runs, tmp_path):
         if model.text is not None:
             model = model.with_prompts(result.text.prompts)
         apart = (model.examples(0, 3)[0] - result.examples(0, 3)[0]).abs().max()
-        assert apart <= (0 if model.text is None else 1e-4)  # in training texts are embedded once, in half precision
+        assert apart <= (0 if model.text is None else 3e-4)  # in training texts are embedded once, in half precision
     else:
         save(result, tmp_path / "result")
         assert hashes(tmp_path / "result") == written

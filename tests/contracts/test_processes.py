@@ -1,4 +1,4 @@
-"""What holds in processes of their own: every method on one family, every family with one method, the rest by the mark `contracts_all`."""
+"""What holds in processes of their own: every method on one family, every family with one method, the rest by `contracts_all`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.contracts.running import STEPS, STILL, apart, hashes, lines, resume
-from tests.contracts.test_contracts import TAKEN, alike
+from tests.contracts.test_contracts import FIRST, TAKEN, alike
 
-FIRST = dict(reversed(TAKEN))
-"""The first family that each method takes."""
 ONE_METHOD = "dmd"
 marked = [
     pytest.param(*pair, id="-".join(pair), marks=() if pair[0] == ONE_METHOD or FIRST[pair[0]] == pair[1] else pytest.mark.contracts_all)
