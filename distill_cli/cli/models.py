@@ -54,6 +54,7 @@ def show(
         "sampling": model.sampling.model_dump(),
         "knows": model.sampler.knows,
         "answers": model.sampler.answers,
+        "guidance": f"{model.sampler.guidance}, scale {model.sampler.dial}",
         "times": list(model.sampler.times),
         "grid": denoiser.schedule.grid or None,
         "in_diffusers": format_of(model).in_diffusers(model).said,

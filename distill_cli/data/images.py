@@ -169,6 +169,8 @@ def open_images(name: str, resolution: int | None = None, flip: bool = False) ->
         return images
     if not Path(name).exists():
         raise UsageError(f"--data {name}: no built-in set and no folder of that name", nearest(name, BUILTIN_SETS, "built in"))
+    if not Path(name).is_dir():
+        raise UsageError(f"--data {name}: a file, and a set is a folder or built in", f"built in: {', '.join(BUILTIN_SETS)}")
     if resolution is None:
         raise UsageError(f"--data {name}: a folder needs resolution=PIXELS")
     return Folder(Path(name), resolution, flip)

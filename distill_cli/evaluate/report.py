@@ -178,6 +178,7 @@ class Row:
         if spec.lower().endswith(".npz"):
             row = cls(spec, kind, *read_npz(Path(spec), kind))
             assert row.images is not None
+            row.labels = row.labels if classes else None
             wrong = [] if row.labels is None else row.labels[(row.labels < 0) | (row.labels >= len(classes))].tolist()
             if wrong:
                 raise UsageError(

@@ -103,7 +103,9 @@ class Model:
     def with_times(self, spec: str, steps: int | None = None) -> Model:
         """The student with the times that `spec` says (models/times.py) as its own."""
         if not self.sampler.edits:
-            raise UsageError(f"--times {spec}: for consistency students (distill cm) alone")
+            raise UsageError(
+                f"--times {spec}: for consistency students of EDM teachers alone", "leave it out: this model has its own times"
+            )
         times = parse(spec, self.denoiser.schedule, steps or self.sampler.steps)
         if steps not in (None, len(times)):
             raise UsageError(f"--times {spec}: {len(times)} times for --steps {steps}", "leave --steps out")
@@ -113,7 +115,8 @@ class Model:
         """The model for these prompts, each `repeat` times in turn, and a negative prompt. Raises UsageError if it has no text."""
         conditioner = self.conditioner.given(prompts, negative, repeat, self.lineage.name)
         if negative and self.sampler.guidance != "outside":
-            raise UsageError("--negative-prompt: a student's guidance is built in", "give it to distill pairs and distill dmd")
+            hint = "make pairs with it: distill dmd --pairs, or distill cm and pd --data"
+            raise UsageError("--negative-prompt: a student's negative prompt is built in", hint)
         return replace(self, conditioner=conditioner)
 
     def with_resolution(self, pixels: int) -> Model:

@@ -180,6 +180,12 @@ class Sampler(Sampling):
         return condition.plus(GUIDANCE_SCALE, torch.as_tensor(scale, dtype=torch.float32, device=like.device).expand(len(like)))
 
     @property
+    def dial(self) -> str:
+        """The guidance scale in words, with the range that a told student has learned."""
+        learned = f", of {self.told[0]:g} to {self.told[1]:g} learned" if self.told else ""
+        return f"{self.guidance_scale:g}{f' ({self.guidance}{learned})' if self.guidance == 'told' else ''}"
+
+    @property
     def teaches(self) -> bool:
         """Whether it can be a teacher: it estimates the mean at every level."""
         return self.knows == "every level" and self.answers == "mean"
@@ -213,7 +219,7 @@ class Sampler(Sampling):
         if not self.edits:
             if steps > len(own):
                 made = f"--steps {steps}: the student was made for at most {len(own)}"
-                raise UsageError(made, "consistency students (distill cm) take more")
+                raise UsageError(made, "fewer steps; consistency students of EDM teachers take more")
             return own[[k * len(own) // steps for k in range(steps)]]
         if steps <= len(own):
             return own[:steps]
@@ -233,6 +239,8 @@ class Sampler(Sampling):
             raise UsageError(f"--guidance-scale {scale}: a student's guidance is built in", "leave --guidance-scale out")
         if self.told and scale is not None and not self.told[0] <= scale <= self.told[1]:
             raise UsageError(f"--guidance-scale {scale:g}: this student has learned scales from {self.told[0]:g} to {self.told[1]:g}")
+        if self.guidance != "outside" and calls != 1:
+            raise UsageError(f"guidance_calls {calls}: a student is called once a step", "leave it out")
         name = solver or self.solver
         usual = self.steps if name == self.solver else 1 if SOLVERS[name].few else schedule.usual_steps
         scale = self.guidance_scale if scale is None else scale

@@ -194,8 +194,11 @@ def test_told_guidance_changes_the_picture_at_the_cost_of_one_evaluation(student
             model.with_defaults(None, None, wrong)
     with pytest.raises(UsageError, match="--steps 51: the student was made for at most 50"):
         model.with_defaults(None, 51, None)
-    with pytest.raises(UsageError, match="guidance is built in"):
+    with pytest.raises(UsageError, match="negative prompt is built in"):
         model.with_prompts(PROMPTS, "blurred")
+    with pytest.raises(UsageError, match="guidance_calls 2: a student is called once"):
+        model.with_defaults(None, None, 4.0, 2)
+    assert model.sampler.dial == "7.5 (told, of 1 to 8 learned)" or model.sampler.dial == "3 (told, of 1 to 8 learned)"
 
 
 def test_a_foreign_folder_is_read_with_its_pipelines_defaults(student, tmp_path):
@@ -234,8 +237,11 @@ def test_teachers_that_a_method_cannot_take(tmp_path, tiny):
     with pytest.raises(UsageError, match="a UNet2DModel cannot be told a guidance scale"):
         opened(tiny, tmp_path, guidance_range=(1, 4))
     teacher = load("tiny-sd")
+    for steps in (1200, 600, 30):
+        with pytest.raises(UsageError, match=f"original_steps {steps}: does not divide the 1000 times"):
+            opened(teacher, tmp_path, original_steps=steps)
     with pytest.raises(UsageError, match="a grid of 1200 steps: .* has 1000 times"):
-        opened(teacher, tmp_path, original_steps=1200)
+        opened(teacher, tmp_path, "cd", teacher="tiny-sd", scales=1201)
     with pytest.raises(UsageError, match="metric lpips: compares pixels"):
         opened(teacher, tmp_path, metric="lpips")
     with pytest.raises(UsageError, match="times index:0,22: for EDM teachers"):

@@ -44,6 +44,7 @@ class LCMConfig(CMConfig):
         return super().wrong() | {
             f"guidance_range {low:g},{high:g} does not rise from 1 or more": self.guidance_range is not None and not 1 <= low < high,
             f"guidance_scale {scale} is outside guidance_range {low:g},{high:g}": bool(self.guidance_range and scale)
+            and low < high
             and not low <= (scale or 0) <= high,
             f"student_steps {self.student_steps}: the grid has {self.original_steps} times": self.student_steps > self.original_steps,
         }

@@ -46,6 +46,10 @@ class LCM(Following):
         return model
 
     def grid(self, schedule: NoiseSchedule) -> tuple[NoiseSchedule, Sampler]:
+        count = self.config.original_steps
+        if schedule.bins is not None and schedule.bins % count:
+            uneven = f"original_steps {count}: does not divide the {schedule.bins} times of {self.config.teacher}"
+            raise UsageError(f"{uneven}, so LCMScheduler would take others", "original_steps=50")
         schedule, sampler = super().grid(schedule)
         sampler, learned = sampler.model_copy(update={"steps": self.config.student_steps}), self.config.guidance_range
         return schedule, sampler.with_told(self.sampling().guidance_scale, learned) if learned else sampler

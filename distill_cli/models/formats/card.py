@@ -32,7 +32,7 @@ def card(model: Model, there: InDiffusers) -> str:
         "licence": lineage.licence,
         "data": lineage.data,
         "images": f"{model.codec.kind.size(model.picture)}, of {conditioner.summary}",
-        "sampling": f"{sampler.solver}, {sampler.steps} step{'s' * (sampler.steps > 1)}, guidance scale {sampler.guidance_scale:g}",
+        "sampling": f"{sampler.solver}, {sampler.steps} step{'s' * (sampler.steps > 1)}, guidance scale {sampler.dial}",
         "times": f"{'sigma' if schedule.grid else 't'} {times}" if times else "",
         "grid": f"{schedule.grid} points, on which --times counts" if times and schedule.grid else "",
         "in diffusers": there.said,
