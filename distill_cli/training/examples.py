@@ -42,12 +42,17 @@ def images_of(given: str | None, name: str | None, teacher: Model | None, method
     raise UsageError(f"--data: {method} learns from real images, and none are given", "--data FOLDER --resolution PIXELS, or --data digits")
 
 
+def expected(model: Model) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a model learns from."""
+    channels, height, width = model.shape
+    factor = model.codec.factor
+    return (channels if factor == 1 else 3, height * factor, width * factor)
+
+
 def check_images(data: str | None, model: Model, images: Images) -> None:
     """Refuse images of another shape or with other classes than the model's."""
-    channels, *sides = model.shape
-    expected = (channels if model.codec.factor == 1 else 3, *(side * model.codec.factor for side in sides))
-    if tuple(images.shape) != expected:
-        raise UsageError(f"--data {data}: {images.kind.name} of {tuple(images.shape)}, the teacher's are {expected}")
+    if tuple(images.shape) != expected(model):
+        raise UsageError(f"--data {data}: {images.kind.name} of {tuple(images.shape)}, the teacher's are {expected(model)}")
     if model.conditioner.classes and len(images.classes) != len(model.conditioner.classes):
         raise UsageError(f"--data {data}: {len(images.classes)} classes, the teacher has {len(model.conditioner.classes)}")
 

@@ -21,7 +21,7 @@ from distill_cli.models.codec import Codec
 from distill_cli.models.model import Model
 from distill_cli.pairs.store import MANIFEST, PairStore
 from distill_cli.runs import Run
-from distill_cli.training.examples import ConfigT, Examples, check_images, images_of
+from distill_cli.training.examples import ConfigT, Examples, check_images, expected, images_of
 from distill_cli.training.job import Job
 
 ENCODED = 64
@@ -70,9 +70,33 @@ class Stored:
         return pairs["x0"], pairs["label"]
 
 
+class ToBeMade:
+    """Pairs that are not there yet, in a plan: images and conditions that the teacher would take."""
+
+    def __init__(self, teacher: Model) -> None:
+        self.kind, self.classes, self.shape = teacher.codec.kind, list(teacher.conditioner.classes), expected(teacher)
+        self.about = f"pairs of {teacher.lineage.name}, which are not there yet"
+
+    def __len__(self) -> int:
+        return 1
+
+    def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a plan reads no data")
+
+    def captions(self, positions: Sequence[int]) -> list[str]:
+        return [""] * len(positions)
+
+
 def read(config: ConfigT, teacher: Model | None, job: Job, method: str) -> tuple[ConfigT, Images | PairStore]:
-    """What the key `data` names, by default the teacher's own set, and the config with its resolved name. Pairs are verified."""
+    """What the key `data` names, by default the teacher's own set, and the config with its resolved name. Pairs are verified.
+
+    A plan takes a folder that is not there for pairs that will be made.
+    """
     asked: Any = config
+    if job.dry_run and teacher is not None and asked.data and Path(asked.data).name != asked.data and not Path(asked.data).exists():
+        planned = ToBeMade(teacher)
+        job.say_read(teacher, planned)
+        return config, planned
     if asked.data and (Path(asked.data) / MANIFEST).is_file():
         unused(config, "flip", "resolution", "variants", why=f"--data {asked.data} holds pairs")
         store = PairStore(Path(asked.data), config.out)

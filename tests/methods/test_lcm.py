@@ -275,3 +275,21 @@ def test_a_saved_student_keeps_its_boundary_and_grid(student, tmp_path):
     x, condition = torch.randn(2, 4, 16, 16), Condition({**model.conditioner(torch.tensor([0, 1])).parts, GUIDANCE_SCALE: torch.ones(2)})
     with torch.no_grad():
         assert torch.equal(model.denoiser(x, torch.zeros(2), condition), x)  # without noise it is the picture itself
+
+
+@pytest.mark.parametrize(
+    ("command", "calls"),
+    [
+        (["cm", "--method", "lcm", "--data"], "trains student on 8 images; evaluates teacher on 16 images, target on 8 images"),
+        (["pd", "first_steps=8", "last_steps=4", "--data"], "trains student on 8 images; evaluates teacher on 32 images"),
+        (["dmd", "--pairs"], "trains student on 16 images, fake on 8 images; evaluates teacher on 16 images, fake on 8 images"),
+    ],
+)
+def test_the_plan_at_full_architecture_needs_no_weights_and_no_pairs(command, calls, capsys, tmp_path):
+    from distill_cli.cli.app import run
+
+    there = [*command, str(tmp_path / "pairs"), "--teacher", "sd3-medium", "--batch-size", "8", "--steps", "10", "--dry-run"]
+    assert run(there) == 0
+    said = capsys.readouterr().out
+    assert "teacher 2,028,328,000, student 2,028,328,000" in said
+    assert f"each step: {calls}\n" in said
