@@ -6,7 +6,7 @@ import torch
 from distill_cli.bench import cases, measure, stand_ins
 from distill_cli.config import PairsConfig, SampleConfig
 from distill_cli.methods.dmd.config import DMDConfig
-from distill_cli.models import cost
+from distill_cli.models import cost, stable_diffusion
 from distill_cli.recipes import resolve
 from tests.options import options
 
@@ -161,9 +161,9 @@ def small(monkeypatch):
     unet = dict(sample_size=8, cross_attention_dim=16, attention_head_dim=2, layers_per_block=1, **kinds, **wide)
     text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    monkeypatch.setitem(cost.UNETS, "sd15", unet)
-    monkeypatch.setitem(cost.TEXTS, "sd15", text)
-    monkeypatch.setattr(cost, "VAE", dict(latent_channels=4, layers_per_block=1, **blocks, **wide))
+    monkeypatch.setitem(stable_diffusion.UNETS, "sd15", unet)
+    monkeypatch.setitem(stable_diffusion.TEXTS, "sd15", text)
+    monkeypatch.setattr(stable_diffusion, "VAE", dict(latent_channels=4, layers_per_block=1, **blocks, **wide))
 
 
 def test_a_recipe_of_stable_diffusion_runs_with_nothing_there(tmp_path, monkeypatch):

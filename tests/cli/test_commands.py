@@ -178,7 +178,7 @@ def test_train_on_a_folder_of_images(distill, tmp_path):
         (["sample", "--model", "x" * 300], 1, "file name too long", ""),
         (["cm", "--method", "ct"], 2, "method ct learns from real images, and none are given", "--data FOLDER"),
         (["cm", "--teacher", "tiny"], 2, "method cd learns from real images", "--data digits"),
-        (["cm", "--method", "cx"], 2, "--method: input should be 'cd', 'ct', 'ict' or 'ect'", ""),
+        (["cm", "--method", "cx"], 2, "--method: input should be 'cd', 'ct', 'ict', 'ect' or 'lcm'", ""),
         (["cm", "--method", "ect", "scales=3"], 2, "scales: not a key of method ect", ""),
         (["cm", "--teacher", "tiny", "--data", "digits", "times=sigma:4,80", "--dry-run"], 2, "times sigma:4,80: noise levels must", ""),
         (["sample", "--model", "tiny", "--times", "index:0,22"], 2, "--times index:0,22: for consistency students", ""),

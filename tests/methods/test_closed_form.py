@@ -4,7 +4,7 @@ import torch
 
 from distill_cli.diffusion.denoiser import MixtureDenoiser
 from distill_cli.diffusion.schedule import EDMSchedule
-from docs.figure3 import distilled
+from tests.plane import distilled
 
 MEAN, STD = torch.tensor([0.6, -0.4]), 0.3
 SCHEDULE = EDMSchedule(0.02, 10.0)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from distill_cli.data import open_images
+from distill_cli.data.kinds import PICTURES
 from distill_cli.diffusion.denoiser import MixtureDenoiser
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import add_noise, expand
@@ -74,7 +75,7 @@ def test_a_set_without_classes_trains_without_labels(tmp_path):
 class Gaussian:
     """Pictures of independent N(0.3, 0.5^2) pixels."""
 
-    shape, classes = (1, 2, 2), ()
+    kind, shape, classes = PICTURES, (1, 2, 2), ()
 
     def __len__(self):
         return 1000

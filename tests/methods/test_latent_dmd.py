@@ -186,5 +186,5 @@ def test_what_does_not_go_together(teacher, stored, tiny, tiny_pairs):
         DMD(DMDConfig(device="cpu", prompts="shapes"), tiny, None)
     with pytest.raises(UsageError, match="no text"):
         DMD(DMDConfig(device="cpu", negative_prompt="ugly"), tiny, None)
-    with pytest.raises(UsageError, match="t_bins 10: for EDM teachers"):
+    with pytest.raises(UsageError, match="t_bins 10: for EDM and flow teachers"):
         DMD(DMDConfig(device="cpu", t_bins=10), teacher, None)

@@ -34,7 +34,7 @@ def test_a_pixel_teachers_pictures_are_those_of_the_pipeline(made, own, tmp_path
         (tmp_path / "m/distill.json").unlink()
     again = load(str(tmp_path / "m"))
     assert (again.sampler.steps, again.denoiser.schedule) == (model.sampler.steps, FlowSchedule(2.0))
-    theirs = diffusers_alone.pictures(tmp_path / "m", DRAWS.normal("prior", model.shape), [0, 0], ["", ""])
+    theirs = diffusers_alone.pictures(tmp_path / "m", DRAWS, model.shape, [0, 0], ["", ""])
     assert (again.sample(DRAWS, LABELS) - theirs).abs().max() < 1e-4
     assert formats.format_of(again).in_diffusers(again).differs == ""
 

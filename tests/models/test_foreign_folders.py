@@ -127,7 +127,6 @@ def test_what_is_written_has_the_names_of_its_class(tmp_path):
 @pytest.mark.parametrize(
     "scheduler",
     [
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
         {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
         {"_class_name": "KarrasVeScheduler", "sigma_min": 0.02, "sigma_max": 100},
         {"_class_name": "ScoreSdeVeScheduler", "num_train_timesteps": 2000},

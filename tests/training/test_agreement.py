@@ -78,7 +78,7 @@ def test_another_autoencoder_is_refused(distill, tmp_path):
         """The first eight shapes."""
 
         def __init__(self, images):
-            self.images, self.classes, self.shape, self.about = images, images.classes, images.shape, images.about
+            self.images, self.kind, self.classes, self.shape, self.about = images, images.kind, images.classes, images.shape, images.about
             self.batch, self.captions = images.batch, images.captions
 
         def __len__(self):
