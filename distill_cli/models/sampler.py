@@ -182,8 +182,7 @@ class Sampler(Sampling):
     @property
     def dial(self) -> str:
         """The guidance scale in words, with the range that a told student has learned."""
-        learned = f", of {self.told[0]:g} to {self.told[1]:g} learned" if self.told else ""
-        return f"{self.guidance_scale:g}{f' ({self.guidance}{learned})' if self.guidance == 'told' else ''}"
+        return f"{self.guidance_scale:g}{f' ({self.told[0]:g} to {self.told[1]:g} learned)' if self.told else ''}"
 
     @property
     def teaches(self) -> bool:
