@@ -52,7 +52,7 @@ ROUNDED = "times come so near to each other that most of the loss will be roundi
 
 def rounds(config: CMConfig) -> bool:
     """Whether bf16 hides what the student learns: the difference of two estimates at neighbouring times."""
-    finest = max(getattr(config, key, 0) for key in ("scales", "scales_end"))
+    finest = max(config.grid or 0, getattr(config, "scales_end", 0))
     return config.precision == "bf16" and (finest > FINE or isinstance(config, ECTConfig))
 
 
