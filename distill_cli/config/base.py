@@ -111,8 +111,16 @@ def numbers(value: Any) -> Any:
     return [value] if isinstance(value, bool | int | float) else value
 
 
+def _names(value: Any) -> Any:
+    """`a,b` -> ["a", "b"]; so is each text of a list."""
+    texts = [value] if isinstance(value, str) else value
+    return [part.strip() for text in texts for part in str(text).split(",")] if isinstance(texts, list) else texts
+
+
 Numbers = BeforeValidator(numbers)
 """For a list that may stand without brackets."""
+Names = BeforeValidator(_names)
+"""For a list of names that may stand without brackets."""
 Place = Annotated[Path, BeforeValidator(expanded)]
 """A file or folder."""
 Name = Annotated[str, BeforeValidator(expanded)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config.base import Compile, Config, Count, Every, Fraction, Momentum, Numbers, Positive, Precision, Rate, Weight
+from distill_cli.config.base import Compile, Config, Count, Every, Fraction, Momentum, Names, Numbers, Positive, Precision, Rate, Weight
 
 Optimizer = Literal["adamw", "radam", "muon"]
 OPTIMIZERS = "radam: rectified Adam, needs no warm-up; muon: orthogonalised steps for matrices and convolutions, NAdamW for the rest"
@@ -44,4 +44,21 @@ class TrainingConfig(Config):
     def _parts(self) -> TrainingConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class StudentConfig(TrainingConfig):
+    """Options that every method with a teacher shares."""
+
+    lora: Count = Field(0, description="rank of a LoRA, trained on the teacher's frozen network instead of a copy; 0: whole weights")
+    lora_alpha: Rate | None = Field(None, description="lora: its scale is alpha / rank; default the rank")
+    lora_targets: Annotated[list[str] | None, Names] = Field(
+        None, description="lora: ends of the names of the layers that it changes; default the usual ones"
+    )
+    merge: bool = Field(False, description="lora: save whole weights instead of a LoRA's file")
+
+    @model_validator(mode="after")
+    def _of_lora(self) -> StudentConfig:
+        if not self.lora and (given := self.changed("lora_alpha", "lora_targets", "merge")):
+            raise ValueError(f"{given[0]} is for a LoRA: lora=RANK")
         return self

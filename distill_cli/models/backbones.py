@@ -20,6 +20,9 @@ UNMET = {
     "class_embeddings_concat": "class conditions beside the text",
 }
 
+LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv")
+"""The layers of a UNet's attention, residual blocks and resampling, as in the LoRA of Luo et al. 2311.05556."""
+
 
 class Backbone(nn.Module):
     """A network of one family: `backbone(x, time, condition)` is its raw prediction, (B, C, H, W) from x (B, C, H, W) and time (B,).
@@ -38,6 +41,10 @@ class Backbone(nn.Module):
     """Options of a network's configuration that ask for inputs which are not supported, and what each wants."""
     widths: ClassVar[Mapping[str, str]] = {}
     """Parts of a condition, and the option of the network's configuration that says the width of each."""
+    lora: ClassVar[tuple[str, ...]] = ()
+    """Ends of the names of the layers that a LoRA usually changes; a network need not have all of them."""
+    weight_type: torch.dtype | None = None
+    """The number type of its weights if they are stored in half precision: all calls then run in it."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -64,8 +71,28 @@ class Backbone(nn.Module):
         """The largest H and W."""
         return math.inf
 
+    def __call__(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        if self.weight_type is None or torch.is_autocast_enabled(x.device.type):
+            return super().__call__(x, time, condition)
+        with torch.autocast(x.device.type, self.weight_type):
+            return super().__call__(x, time, condition)
+
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.net(x, time, **condition.parts, return_dict=False)[0]
+
+    def cast(self, dtype: torch.dtype | None) -> None:
+        """Store the weights in half precision, once, instead of casting them at each call."""
+        if dtype is not None and self.weight_type is None:
+            self.net.to(dtype)
+            self.weight_type = dtype
+
+    def checkpointing(self) -> None:
+        """Compute activations again in the backward pass."""
+        self.net.enable_gradient_checkpointing()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The network's own weights by its own names, also where peft has put adapters beside them."""
+        return {name.replace(".base_layer.", "."): value for name, value in self.net.state_dict().items() if ".lora_" not in name}
 
     def fresh(self, **changes: Any) -> Backbone:
         """A new network of the same configuration, but for `changes`: on the meta device it costs nothing."""
@@ -116,6 +143,7 @@ class UNet2D(Backbone):
     """diffusers' UNet2DModel: pixels, with or without classes."""
 
     blocks = ("ResnetBlock2D", "Attention")
+    lora = LAYERS
 
     def __init__(self, net: Any) -> None:
         super().__init__(net)
@@ -137,6 +165,7 @@ class UNet2DCondition(Backbone):
     WIDTH = 256
     """The width of the scale's embedding in published latent consistency models."""
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
+    lora = (*LAYERS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "cross_attention_dim"}
     unmet = UNMET | {"num_class_embeds": "class labels beside the text"}
 
@@ -166,6 +195,7 @@ class EDM(Backbone):
     """NVlabs' networks (models/edm.py)."""
 
     blocks = ("Block",)
+    lora = LAYERS
 
     @property
     def multiple(self) -> int:

@@ -93,7 +93,7 @@ class Model:
 
     def weights_hash(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of the weights, sorted by name; '' without weights (in plans)."""
-        named = dict(self.net.state_dict())
+        named = self.backbone.weights()
         if any(value.is_meta for value in named.values()):
             return ""
         for part, network in {**self.codec.parts(), **self.conditioner.parts()}.items():

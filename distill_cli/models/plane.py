@@ -84,6 +84,7 @@ class Plane(Backbone):
 
     part = "mlp"
     blocks = ("Block",)
+    lora = ("first", "second", "modulation")
     multiple = 1
 
 

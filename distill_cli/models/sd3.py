@@ -35,6 +35,10 @@ class SD3Transformer(Backbone):
     part = "transformer"
     inputs = frozenset({"encoder_hidden_states", "pooled_projections"})
     blocks = ("JointTransformerBlock",)
+    lora = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
     widths: ClassVar[Mapping[str, str]] = {
         "encoder_hidden_states": "joint_attention_dim",
         "pooled_projections": "pooled_projection_dim",

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,11 +14,16 @@ from torch import Tensor, nn
 
 from distill_cli.config import TrainingConfig
 from distill_cli.data import Images
+from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
+from distill_cli.launch import HALF
+from distill_cli.models import formats
 from distill_cli.models.lineage import Lineage
+from distill_cli.models.lora import adapted
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampling
+from distill_cli.processes import say
 from distill_cli.runs import Run
 
 Rows = dict[str, tuple[Model, Sampling]]
@@ -124,6 +130,13 @@ class Calls:
         return "; ".join(said)
 
 
+def freeze(network: nn.Module) -> nn.Module:
+    """Put a network that is not trained into evaluation mode, without gradients but for the adapters that it carries."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".lora_" in name)
+    return network.eval()
+
+
 def refuse_student(model: Model, name: str, method: str) -> None:
     """Raise UsageError if the teacher of a method is a student."""
     if not model.sampler.teaches:
@@ -162,6 +175,23 @@ class Objective:
     def __init__(self, config: TrainingConfig, result: str) -> None:
         self.config, self.phases = config, [Phase(config.steps, result)]
         self.trained, self.frozen, self.kept, self.identity = {}, {}, {}, {}
+
+    def begun_from(self, teacher: Model, base: str = "teacher") -> NetworkDenoiser:
+        """A network that begins as the teacher's: a copy of it, or a LoRA on it. The teacher is then the frozen network called `base`.
+
+        A shared network has its weights in the run's number type, so it is to be hashed before.
+        """
+        config: Any = self.config
+        if not config.lora:
+            return teacher.copy().denoiser
+        backbone, old = teacher.backbone, teacher.denoiser
+        backbone.cast(HALF.get(config.precision))
+        adapter = adapted(backbone, config.lora, config.lora_alpha, config.lora_targets, config.seed, config.merge)
+        adapter.source = str(Path(config.teacher).resolve()) if Path(config.teacher).exists() else config.teacher
+        if base not in self.frozen and not config.merge and formats.lora.base_of(teacher) is None:
+            say(f"lora: saved as whole weights: no pipeline of diffusers loads a LoRA of {config.teacher}")
+        self.frozen[base] = old
+        return NetworkDenoiser(adapter, old.schedule, old.parameterisation, old.scales, old.time_input, old.boundary)
 
     def network(self, name: str) -> nn.Module:
         """A trained network, to be called."""

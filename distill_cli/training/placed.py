@@ -18,7 +18,8 @@ from distill_cli.training.objective import Objective
 
 def _able(network: nn.Module) -> list[Any]:
     """The diffusers networks in a network that can compute activations anew in the backward pass."""
-    return [part for part in network.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
+    parts = [*network.modules(), *(backbone.net for backbone in compiled.backbones(network))]
+    return [part for part in parts if getattr(part, "_supports_gradient_checkpointing", False)]
 
 
 def check(config: TrainingConfig, trained: Mapping[str, nn.Module]) -> None:
@@ -36,8 +37,11 @@ def placed(config: TrainingConfig, network: nn.Module, where: torch.device, trai
     network.to(where)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    for part in _able(network) if trained and config.gradient_checkpointing else []:
-        part.enable_gradient_checkpointing()
+    if trained and config.gradient_checkpointing:
+        for backbone in compiled.backbones(network):
+            backbone.checkpointing()
+        for part in _able(network) if not compiled.backbones(network) else []:
+            part.enable_gradient_checkpointing()
     return compiled.compile_network(network, config.compile)
 
 

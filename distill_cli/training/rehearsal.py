@@ -59,7 +59,10 @@ def rehearse(model: Callable[[nn.Module], Any], network: nn.Module, recipe: str,
                 made.recipe = recipe
             save(made, folder)
             with unfilled():
-                reader(str(folder))
+                if isinstance(made, Model) and formats.lora.fits(made):
+                    formats.lora.read(folder, made)  # without a second base beside the first
+                else:
+                    reader(str(folder))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # diffusers, transformers, safetensors and json raise errors of many classes

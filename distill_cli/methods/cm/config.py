@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config import NetworkConfig, TrainingConfig
+from distill_cli.config import NetworkConfig, StudentConfig
 from distill_cli.config.base import Fraction, Momentum, Name, Numbers, Place, Positive, Rate, Text, Weight
 from distill_cli.config.training import OPTIMIZERS, Optimizer
 
@@ -16,7 +16,7 @@ WEIGHTING = "how the loss is weighted over times"
 TIME_WEIGHTS = "how often each of the grid's N - 1 intervals is drawn, noisiest first; default all alike"
 
 
-class CMConfig(TrainingConfig):
+class CMConfig(StudentConfig):
     """distill cm: consistency models (Song et al. 2303.01469 and successors)"""
 
     method: str = Field("cd", description="the method; --help has a line for each")
@@ -49,7 +49,7 @@ class CMConfig(TrainingConfig):
 
     def wrong(self) -> dict[str, bool]:
         """Possible conflicts between keys: message -> whether there is one."""
-        return {
+        return {"lora needs a teacher": bool(self.lora and self.teacher is None)} | {
             f"{key} is for metric={metric}": self.metric != metric
             for metric, own in (("huber", ["huber_c"]), ("lpips", ["lpips_weights", "lpips_pooling", "lpips_resize"]))
             for key in self.changed(*own)

@@ -40,7 +40,7 @@ from distill_cli.training.ema import follow
 from distill_cli.training.examples import without_null
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, freeze, refuse_student, student_of
 from distill_cli.training.source import Source, read
 
 OWN = 50
@@ -104,7 +104,9 @@ class Consistency(Objective):
         """The student before training. Raises UsageError if the teacher cannot be its start."""
         assert self.teacher is not None
         refuse_student(self.teacher, str(self.config.teacher), self.config.method)
-        return self.teacher.copy()
+        if self.config.lora and self.config.dropout:
+            raise UsageError(f"dropout {self.config.dropout:g}: not with lora, whose network is the teacher's too", "leave it out")
+        return replace(self.teacher, denoiser=self.begun_from(self.teacher))
 
     def bounded(self, denoiser: NetworkDenoiser, parameterisation: str) -> NetworkDenoiser:
         """Give a denoiser the boundary of a consistency function, which is x_t without noise.
@@ -241,7 +243,7 @@ class CD(Following):
             config = config.model_copy(update={"solver": "euler"})
         super().__init__(config, teacher, data)
         self.guidance = self.sampling().guidance_scale
-        self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
+        self.frozen["teacher"] = freeze(teacher.denoiser)
 
     def prepare(self, where: torch.device, run: Run) -> None:
         super().prepare(where, run)

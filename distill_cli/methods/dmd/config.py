@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config import TrainingConfig
+from distill_cli.config import StudentConfig
 from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Rate, Text, Weight
 
 
-class DMDConfig(TrainingConfig):
+class DMDConfig(StudentConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
     teacher: Name = Field("digits", description="the model to distil: a name of `distill models ls`, a folder, or a hub id")

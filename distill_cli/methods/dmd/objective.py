@@ -36,7 +36,7 @@ from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, freeze, refuse_student, student_of
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
 """Frozen networks -> the option that names each."""
@@ -105,9 +105,9 @@ class DMD(Objective):
         rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
             rates["fake"] = config.fake_lr or config.lr
-        self.trained |= {name: Full(teacher.copy().denoiser.eval().requires_grad_(True), rate) for name, rate in rates.items()}
+        self.trained |= {name: Full(self.begun_from(teacher).eval().requires_grad_(True), rate) for name, rate in rates.items()}
         working = [] if planned else teacher.conditioner.working()
-        self.frozen |= {"teacher": teacher.denoiser.eval().requires_grad_(False), **teacher.codec.parts()}
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts()}
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
         of_prompts = planned and teacher.conditioner.takes == "prompts"  # the prompts may not be there yet
         self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)

@@ -25,6 +25,7 @@ from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run
+from distill_cli.training.objective import freeze
 
 
 class LCM(Following):
@@ -34,7 +35,7 @@ class LCM(Following):
 
     def __init__(self, config: LCMConfig, teacher: Model, data: Images | PairStore) -> None:
         super().__init__(config, teacher, data)
-        self.frozen["teacher"] = teacher.denoiser.eval().requires_grad_(False)
+        self.frozen["teacher"] = freeze(teacher.denoiser)
         self.guidance = self.sampling().guidance_scale
         if config.guidance_range and not teacher.conditioner.has_null:
             raise UsageError(f"guidance_range: {config.teacher} has no null condition, which guidance needs", "leave it out")

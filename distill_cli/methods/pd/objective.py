@@ -74,7 +74,7 @@ class Progressive(Objective):
         self.spacing = config.spacing or ("angle" if self.schedule.bins is None else "schedule")
         self.grid = maths.grid(self.schedule, config.first_steps, self.spacing)
         maths.check_falling(self.grid, self.spacing)
-        start = self.teacher.copy().denoiser.eval().requires_grad_(True)
+        start = self.begun_from(self.teacher, "base").eval().requires_grad_(True)
         self.trained["student"] = Full(start, config.lr)
         self.kept["teacher"] = copy.deepcopy(start).requires_grad_(False)
         self.frozen |= teacher.codec.parts()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,9 +11,10 @@ import torch
 
 from distill_cli.errors import DistillError
 from distill_cli.files import write_atomic
-from distill_cli.models.formats import consistency, ddpm, edm, flow, latent_consistency, latent_flow, plane, sd3, stable_diffusion
+from distill_cli.models.formats import consistency, ddpm, edm, flow, latent_consistency, latent_flow, lora, plane, sd3, stable_diffusion
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, extra_of
+from distill_cli.models.lora import Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.parts import read_json
 
@@ -39,7 +42,7 @@ class Format(Protocol):
         """How plain diffusers samples the folder, and whether it makes the same pictures."""
 
 
-FORMATS: tuple[Format, ...] = (plane, consistency, edm, flow, ddpm, latent_flow, latent_consistency, stable_diffusion, sd3)
+FORMATS: tuple[Format, ...] = (lora, plane, consistency, edm, flow, ddpm, latent_flow, latent_consistency, stable_diffusion, sd3)
 PIPELINES = tuple(dict.fromkeys(name for known in FORMATS for name in known.PIPELINES))
 
 
@@ -59,8 +62,20 @@ def load(folder: Path, name: str) -> Model:
 
 
 def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `model` to `folder`, which is complete or absent; an older one is replaced. Weights are stored as `dtype`."""
-    format_of(model).save(model, Path(folder), dtype)
+    """Write `model` to `folder`, which is complete or absent; an older one is replaced. Weights are stored as `dtype`.
+
+    A LoRA that no pipeline loads, or that is to be merged, is written as whole weights.
+    """
+    format_of(model).save(whole(model), Path(folder), dtype)
+
+
+def whole(model: Model) -> Model:
+    """The model with a LoRA in its weights, unless it is saved as a LoRA."""
+    if not isinstance(model.backbone, Adapter) or lora.fits(model):
+        return model
+    denoiser = copy.copy(model.denoiser)
+    denoiser._modules = {"network": model.backbone.merged()}
+    return replace(model, denoiser=denoiser)
 
 
 def save_sampler(model: Model, folder: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, Validat
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import DistillError, printable_lines
 from distill_cli.models.lineage import Lineage, Text
+from distill_cli.models.lora import Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.parts import read_json
 from distill_cli.models.sampler import Sampler
@@ -31,6 +32,17 @@ def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "sampler": sampler}
 
 
+class LoraOf(BaseModel):
+    """The LoRA of a student: what it is added to, and where."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: Text
+    """The name by which the base was loaded."""
+    rank: PositiveInt
+    targets: list[Text]
+
+
 class Extra(BaseModel):
     """The content of distill.json."""
 
@@ -48,6 +60,7 @@ class Extra(BaseModel):
     recipe: Annotated[str, AfterValidator(printable_lines)] = ""
     size: tuple[PositiveInt, PositiveInt] | None = None
     """(H, W) of the denoiser's data, where the network's configuration has no place for it."""
+    lora: LoraOf | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +70,10 @@ class Extra(BaseModel):
 
 def extra_of(model: Model) -> Extra:
     """The content of a model's distill.json."""
+    adapter = model.backbone
+    of = LoraOf(base=adapter.source, rank=adapter.rank, targets=list(adapter.targets)) if isinstance(adapter, Adapter) else None
     return Extra(
+        lora=of,
         parameterisation=model.denoiser.parameterisation,
         time_input=model.denoiser.time_input,
         boundary=model.denoiser.boundary,

@@ -39,6 +39,8 @@ pipeline = StableDiffusion3Pipeline.from_pretrained("FOLDER"{without})
 {seeded}pipeline("PROMPT", {size}{steps}, guidance_scale={scale:g}).images[0].save("picture.png")
 """
 
+scheduler_of = flow_matching.scheduler_of
+
 
 def reads(index: dict[str, Any]) -> bool:
     """Whether model_index.json names this pipeline."""
@@ -78,7 +80,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
         for name, tokenizer in conditioner.tokenizers().items():
             save_tokenizer(tokenizer, temporary / name)
 
-    shared.write(model, folder, index, flow_matching.scheduler_of(model), parts, in_diffusers(model))
+    shared.write(model, folder, index, scheduler_of(model), parts, in_diffusers(model))
 
 
 def in_diffusers(model: Model) -> InDiffusers:

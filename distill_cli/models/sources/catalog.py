@@ -35,6 +35,8 @@ MADE = {
     "tiny-sd": Made("Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", "stable_diffusion"),
     "tiny-sd3": Made("Stable Diffusion 3's parts without T5, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sd3"),
 }
+LORA = "pytorch_lora_weights.safetensors"
+"""The file of a LoRA in diffusers' layout."""
 V1 = "stable-diffusion-v1-5"
 HUB = {
     "sd15": Known(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.sources.catalog import HUB, MADE, Known
+from distill_cli.models.sources.catalog import HUB, LORA, MADE, Known
 from distill_cli.models.sources.hub import cached, download, is_id, short_name
 from distill_cli.models.sources.published import PUBLISHED, Published, fetch
 from distill_cli.processes import say_hidden
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 PARTS = ("student", "teacher")
+MARKS = ("model_index.json", LORA)
+"""A folder with one of these files is that of a model."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,14 @@ REGISTRY = {
 }
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is that of a model: a pipeline, or a LoRA."""
+    return any((folder / name).is_file() for name in MARKS)
+
+
 def rounds_of(path: Path) -> dict[int, Path]:
     """The students of a run's earlier rounds, by the number of their steps."""
-    found = {folder.name.removeprefix("student-"): folder for folder in path.glob("student-*") if (folder / "model_index.json").is_file()}
+    found = {folder.name.removeprefix("student-"): folder for folder in path.glob("student-*") if holds_model(folder)}
     return {int(steps): folder for steps, folder in found.items() if steps.isdecimal()}
 
 
@@ -76,14 +83,21 @@ def folder_of(path: Path, steps: int | None = None) -> Path | None:
     kept = rounds_of(path)
     if steps in kept:
         return kept[steps]
-    return next((folder for folder in (path, *(path / part for part in PARTS)) if (folder / "model_index.json").is_file()), None)
+    return next((folder for folder in (path, *(path / part for part in PARTS)) if holds_model(folder)), None)
 
 
 def open_folder(folder: Path, name: str) -> Model:
-    """Load the model in a diffusers pipeline folder."""
+    """Load the model in a diffusers pipeline folder, or in that of a LoRA, whose base is loaded first."""
     from distill_cli.models import formats
 
-    return formats.load(folder, name)
+    if (folder / MARKS[0]).is_file() or not (folder / LORA).is_file():
+        return formats.load(folder, name)
+    base = formats.lora.source_of(folder)
+    try:
+        found = load(base)
+    except UsageError as error:
+        raise DistillError(f"{folder}: its base is not here: {error.message}", error.hint) from error
+    return formats.lora.onto(found, folder)
 
 
 def load(name: str, steps: int | None = None) -> Model:
