@@ -55,10 +55,11 @@ class StudentConfig(TrainingConfig):
     lora_targets: Annotated[list[str] | None, Names] = Field(
         None, description="lora: ends of the names of the layers that it changes; default the usual ones"
     )
+    quantize: Literal["none", "int8"] = Field("none", description="lora: how the frozen network's matrices are stored; int8 needs torchao")
     merge: bool = Field(False, description="lora: save whole weights instead of a LoRA's file")
 
     @model_validator(mode="after")
     def _of_lora(self) -> StudentConfig:
-        if not self.lora and (given := self.changed("lora_alpha", "lora_targets", "merge")):
+        if not self.lora and (given := self.changed("lora_alpha", "lora_targets", "quantize", "merge")):
             raise ValueError(f"{given[0]} is for a LoRA: lora=RANK")
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -45,6 +47,8 @@ class Backbone(nn.Module):
     """Ends of the names of the layers that a LoRA usually changes; a network need not have all of them."""
     weight_type: torch.dtype | None = None
     """The number type of its weights if they are stored in half precision: all calls then run in it."""
+    quantized: bool = False
+    """Whether its matrices are stored as integers, which autocast does not know: what comes in gets the type of the other weights."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -72,6 +76,11 @@ class Backbone(nn.Module):
         return math.inf
 
     def __call__(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        if self.quantized:
+            kind = self.weight_type or torch.float32
+            given = condition.map(lambda part: part.to(kind) if part.is_floating_point() else part)
+            with torch.autocast(x.device.type, enabled=False):
+                return super().__call__(x.to(kind), time, given)
         if self.weight_type is None or torch.is_autocast_enabled(x.device.type):
             return super().__call__(x, time, condition)
         with torch.autocast(x.device.type, self.weight_type):
@@ -85,6 +94,18 @@ class Backbone(nn.Module):
         if dtype is not None and self.weight_type is None:
             self.net.to(dtype)
             self.weight_type = dtype
+
+    def quantize(self) -> None:
+        """Store the matrices of linear layers as 8-bit integers with a scale a row, by torchao. Raises UsageError without it."""
+        if self.quantized:
+            return
+        if importlib.util.find_spec("torchao") is None:
+            raise UsageError("quantize int8: torchao is not installed", "pip install 'distill-cli[lowmem]'")
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of its own calls
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(self.net, Int8WeightOnlyConfig())
+        self.quantized = True
 
     def checkpointing(self) -> None:
         """Compute activations again in the backward pass."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -145,6 +146,8 @@ class Adapter(Backbone):
         net = copy.deepcopy(self.net).float()
         for path, layer in _layers(net).items():
             plain = layer.base_layer
+            if hasattr(plain.weight, "dequantize"):
+                plain.weight = nn.Parameter(plain.weight.dequantize().float())
             if self.name in layer.scaling:
                 plain.weight.data += layer.get_delta_weight(self.name).to(plain.weight)
             parent, _, child = path.rpartition(".")
@@ -160,6 +163,7 @@ def inject(net: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
     """
     if importlib.util.find_spec("peft") is None:
         raise UsageError("lora: peft is not installed", EXTRA)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao, which peft imports where it is
     from peft import LoraConfig, inject_adapter_in_model
 
     known = [path.replace(".base_layer", "") for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]

@@ -186,6 +186,8 @@ class Objective:
             return teacher.copy().denoiser
         backbone, old = teacher.backbone, teacher.denoiser
         backbone.cast(HALF.get(config.precision))
+        if config.quantize == "int8":
+            backbone.quantize()
         adapter = adapted(backbone, config.lora, config.lora_alpha, config.lora_targets, config.seed, config.merge)
         adapter.source = str(Path(config.teacher).resolve()) if Path(config.teacher).exists() else config.teacher
         if base not in self.frozen and not config.merge and formats.lora.base_of(teacher) is None:

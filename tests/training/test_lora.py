@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -202,6 +203,26 @@ def test_in_half_precision_the_base_is_stored_in_it(base):
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     apart = (picture(made) - picture(student(base))).abs()
     assert 0 < apart.mean() < 0.02
+
+
+def test_a_base_of_integers(base, tmp_path):
+    """Its matrices are int8; the pictures are near, gradients flow, and merged weights are whole again. Without torchao it is refused."""
+    if importlib.util.find_spec("torchao") is None:
+        ended = call(["dmd", "--teacher", "tiny-sd", "lora=4", "quantize=int8", "--dry-run", "--out", str(tmp_path / "run")])
+        assert ended.refused()
+        assert "quantize int8: torchao is not installed" in ended.err
+        pytest.skip("torchao is not installed")
+    made, plain = student(base, quantize="int8"), student(base)
+    layer = made.net.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").base_layer
+    assert type(layer.weight).__name__ == "Int8Tensor"
+    apart = (picture(made) - picture(plain)).abs()
+    assert 0 < apart.mean() < 0.02
+    x, t = torch.randn(2, *made.shape), torch.full((2,), 500.0)
+    made.denoiser(x, t, made.with_prompts(PROMPTS).conditioner(torch.tensor([0, 1]))).square().mean().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in made.denoiser.parameters())
+    merged = formats.whole(replace(made, denoiser=with_network(made.denoiser, merge=True)))
+    assert (picture(merged) - picture(made)).abs().max() < 1e-4
+    assert {value.dtype for value in merged.net.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
