@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,17 @@ def moons(place: Path) -> None:
     formats.save(plane.new(open_images("moons"), network, EDMSchedule(), "edm", lineage, 1), place)
 
 
+def saved(name: str) -> Made:
+    """A folder of a model that is made in memory, which plain diffusers reads as a LoRA's base."""
+
+    def make(place: Path) -> None:
+        from distill_cli.models import formats, load
+
+        formats.save(load(name), place)
+
+    return Made(f"{name}-base", make)
+
+
 def autoencoder(place: Path) -> None:
     """The autoencoder of tiny-sd, as `distill vae` writes one."""
     from distill_cli.models import load
@@ -97,3 +108,6 @@ FAMILIES = {
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
     ),
 }  # fmt: skip
+for name in ("tiny-sd", "tiny-sd3"):
+    own = FAMILIES[name]
+    FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2})
