@@ -151,4 +151,4 @@ def test_one_step_begins_where_the_scheduler_does(bins):
     model.scheduler = {**model.scheduler, "num_train_timesteps": bins}
     model.denoiser.schedule = TableSchedule.from_config(model.scheduler)
     model.sampler = Sampler.one_step(model.denoiser.schedule)
-    assert in_diffusers(model).differs == ("" if bins == 1000 else "the folder's scheduler is LCMScheduler, which takes other times")
+    assert in_diffusers(model).differs == ("" if bins > 20 else "the folder's scheduler is LCMScheduler, which takes other times")
