@@ -96,7 +96,8 @@ class VAECodec(Codec):
         x = x.to(next(self.vae.parameters()).device) / self.scale + self.shift
         count = max(1, AT_A_TIME // (x.shape[-1] * x.shape[-2] * self.factor**2))
         kind = x.device.type
-        small = self.upcast and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        cast = self.upcast and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        small = cast and torch.get_autocast_dtype(kind) == torch.float16
         with torch.autocast(kind, enabled=False) if small else nullcontext():
             return torch.cat([self.vae.decode(part, return_dict=False)[0].to(torch.float32, copy=True) for part in x.split(count)])
 

@@ -35,6 +35,7 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "epsilon",
     "steps_offset": 1,
     "timestep_spacing": "leading",
+    "clip_sample": False,
 }
 
 

@@ -96,4 +96,11 @@ FAMILIES = {
         ),
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
     ),
+    "tiny-sdxl": Family(
+        dict(
+            teacher="tiny-sdxl", data="shapes", prediction="eps", vae=Made("autoencoder", autoencoder), variants=1,
+            prompts=Made("prompts.txt", prompts), text=dict(width=16, layers=1, heads=2),
+        ),
+        pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
+    ),
 }  # fmt: skip

@@ -178,8 +178,8 @@ BROKEN = {
         "text_encoder_2 is CLIPTextModel, ",
     ),
     "its folder is gone": (lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2: no such folder"),
-    "no second tokenizer": (lambda f: configure(f / INDEX, drop=("tokenizer_2",)), "tokenizer_2"),
-    "zeros": (lambda f: configure(f / INDEX, force_zeros_for_empty_prompt="yes"), "force_zeros_for_empty_prompt is 'yes'"),
+    "no second tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_2"), "tokenizer_2: no such folder"),
+    "zeros": (lambda f: configure(f / INDEX, force_zeros_for_empty_prompt="yes"), 'force_zeros_for_empty_prompt is "yes"'),
     "no projection": (
         lambda f: rewrite(f / "text_encoder_2/model.safetensors", lambda w: {k: v for k, v in w.items() if k != "text_projection.weight"}),
         "text_projection.weight is missing",
@@ -188,13 +188,21 @@ BROKEN = {
         lambda f: configure(f / "unet/config.json", addition_time_embed_dim=16),
         "is 64, but the pooled text has 16 .* sizes 16",
     ),
-    "other conditions": (lambda f: configure(f / "unet/config.json", addition_embed_type="text"), "addition_embed_type is 'text'"),
+    "no sizes": (
+        lambda f: (
+            configure(f / "unet/config.json", drop=("addition_embed_type",)),
+            rewrite(
+                f / "unet/diffusion_pytorch_model.safetensors", lambda w: {k: v for k, v in w.items() if not k.startswith("add_embedding")}
+            ),
+        ),
+        "addition_embed_type is null",
+    ),
     "means": (lambda f: configure(f / "vae/config.json", latents_mean=[0.1] * 4), "latents_mean is"),
     "tokens": (lambda f: configure(f / "tokenizer/tokenizer_config.json", model_max_length=12), "make 12 and 16 tokens"),
     "too many": (lambda f: configure(f / "tokenizer_2/tokenizer_config.json", model_max_length=20), "it reads 16 tokens, .* makes 20"),
     "flow matching": (
         lambda f: configure(f / "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
-        "no table of betas",
+        "FlowMatchEulerDiscreteScheduler is not read",
     ),
 }
 

@@ -5,6 +5,7 @@ The scheduler and the students are as those of Stable Diffusion 1 and 2.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -88,7 +89,7 @@ def load(
     stable_diffusion.check_parts(folder, index, PARTS, HINT)
     zeros = index.get("force_zeros_for_empty_prompt", True)
     if type(zeros) is not bool:
-        raise DistillError(f"{folder / 'model_index.json'}: force_zeros_for_empty_prompt is {zeros!r}, true or false is expected")
+        raise DistillError(f"{folder / 'model_index.json'}: force_zeros_for_empty_prompt is {json.dumps(zeros)}, true or false is expected")
     levels = stable_diffusion.levels_of(folder, index, changes)
     tokenizers = {part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in ("text_encoder", "text_encoder_2")}
     make = given or (lambda kind, part: load_network(kind, folder / part, WEIGHTS[part]))
@@ -122,7 +123,7 @@ def check_text(readers: Mapping[str, Reader], config: Any, folder: Path) -> None
         raise DistillError(f"{folder}: its tokenizers make {said} tokens (model_max_length), which cannot stand side by side")
     added, kind = config.projection_class_embeddings_input_dim, config.addition_embed_type
     if kind != "text_time":
-        raise DistillError(f"{folder / 'unet'}: addition_embed_type is {kind!r}, 'text_time' is expected", HINT)
+        raise DistillError(f"{folder / 'unet'}: addition_embed_type is {json.dumps(kind)}, not text_time", HINT)
     pooled, each = readers["text_encoder_2"].encoder.config.projection_dim, config.addition_time_embed_dim
     if added != pooled + 6 * (each or 0):
         makes = f"the pooled text has {pooled} numbers and each of six sizes {each}"
