@@ -138,7 +138,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
         model = model.with_resolution(config.resolution)
     repeat = getattr(config, "images_per_prompt", 1)
     given = model.conditioner.chosen(config.prompts, model.lineage.data)
-    if given or config.prompts is not None or config.negative_prompt or repeat > 1:
+    if given or config.prompts is not None or config.negative_prompt is not None or repeat > 1:
         model = model.with_prompts(given, config.negative_prompt, repeat)
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})

@@ -14,7 +14,7 @@ class GenerateConfig(Config):
 
     num: Positive = Field(1000, description="number of images; default with prompts: one for each, or images_per_prompt")
     prompts: Name | None = Field(None, description="text-to-image: a file (lines, JSON or a table), - (standard input), or a built-in set")
-    negative_prompt: Text = Field("", description="text-to-image: negative prompt, from which guidance leads away")
+    negative_prompt: Text | None = Field(None, description="text-to-image: negative prompt, from which guidance leads away")
     resolution: Positive | None = Field(None, description="latent models: pixels of the images' shorter side; default the model's own")
     classes: Classes = Field(None, description="classes of the images in turn, such as 0-9 or 3,5; default all, balanced")
     solver: Solver | None = Field(None, description="ODE solver; default the model's own")
@@ -72,7 +72,7 @@ class EvaluateConfig(Config):
     classifier: Name = Field("digits", description="classifier whose features are used: built in, or of `distill classifier`")
     prompts: Name | None = Field(None, description="text-to-image: prompts as for sample; the models are measured by clip alone")
     images_per_prompt: Positive = Field(1, description="images for each prompt, one after another")
-    negative_prompt: Text = Field("", description="text-to-image: negative prompt, from which guidance leads away")
+    negative_prompt: Text | None = Field(None, description="text-to-image: negative prompt, from which guidance leads away")
     guidance_scale: Rate | None = Field(None, description="text-to-image: guidance scale of teachers; default each one's own")
     clip: Name | None = Field(None, description="text-to-image: the CLIP model (folder or hub id) that gives the score")
     num: Positive = Field(2000, description="images of each model")

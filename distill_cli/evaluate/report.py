@@ -72,7 +72,9 @@ class Evaluation:
     def __init__(self, config: EvaluateConfig) -> None:
         assert config.out is not None
         self.folder, self.rates, self.where = config.out, config.out / "rates.json", launch.device(config.device)
-        settle(self.folder / "evaluation.json", config.model_dump(mode="json", exclude={"out", "device"}), "an evaluation")
+        unsaid = {"negative_prompt"} if config.negative_prompt is None else set()  # as in folders of earlier versions
+        settings = config.model_dump(mode="json", exclude={"out", "device"} | unsaid)
+        settle(self.folder / "evaluation.json", settings, "an evaluation")
         remove_temporaries(self.folder)
         try:
             self.known: dict[str, float | None] = dict(json.loads(self.rates.read_text()))

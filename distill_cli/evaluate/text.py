@@ -96,7 +96,7 @@ def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple
     name, steps = split(spec)
     model = load(name, steps)
     student = model.sampler.guidance != "outside"
-    model = model.with_prompts(prompts, "" if student else config.negative_prompt, config.images_per_prompt)
+    model = model.with_prompts(prompts, None if student else config.negative_prompt, config.images_per_prompt)
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
     scale = None if student else config.guidance_scale

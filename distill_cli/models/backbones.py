@@ -198,7 +198,11 @@ class UNet2DCondition(Backbone):
         parts, width = dict(condition.parts), self.net.config.time_cond_proj_dim
         if width:
             parts["timestep_cond"] = embedded(parts.pop(GUIDANCE_SCALE), width).to(x.dtype)
-        return self.net(x, time, **parts, return_dict=False)[0]
+        return self.net(x, time, **self.arguments(parts), return_dict=False)[0]
+
+    def arguments(self, parts: dict[str, Tensor]) -> dict[str, Any]:
+        """The network's arguments for the parts of a condition."""
+        return parts
 
     def told(self) -> Backbone:
         """Its weights of the embedding begin at zero."""

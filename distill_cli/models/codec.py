@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -74,12 +75,15 @@ class Codec:
 
 
 class VAECodec(Codec):
-    """Latents z = (encoded - shift) * scale of an AutoencoderKL, or of an AutoencoderTiny, which has no scale and no noise."""
+    """Latents z = (encoded - shift) * scale of an AutoencoderKL, or of an AutoencoderTiny, which has no scale and no noise.
+
+    `upcast`: fp16 is too small for what the autoencoder computes with, so it decodes in float32 there; bf16 has the range.
+    """
 
     lpips_below = 0  # decoded latents are compared as they are
 
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
+    def __init__(self, vae: Any, upcast: bool = False) -> None:
+        self.vae, self.upcast = vae, upcast
         config = vae.config
         self.scale, self.shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
         self.factor = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
@@ -91,7 +95,11 @@ class VAECodec(Codec):
     def raw(self, x: Tensor) -> Tensor:
         x = x.to(next(self.vae.parameters()).device) / self.scale + self.shift
         count = max(1, AT_A_TIME // (x.shape[-1] * x.shape[-2] * self.factor**2))
-        return torch.cat([self.vae.decode(part, return_dict=False)[0].to(torch.float32, copy=True) for part in x.split(count)])
+        kind = x.device.type
+        cast = self.upcast and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        small = cast and torch.get_autocast_dtype(kind) == torch.float16
+        with torch.autocast(kind, enabled=False) if small else nullcontext():
+            return torch.cat([self.vae.decode(part, return_dict=False)[0].to(torch.float32, copy=True) for part in x.split(count)])
 
     def project(self, x: Tensor) -> Tensor:
         """Latents have no range."""
@@ -104,7 +112,7 @@ class VAECodec(Codec):
         return [self.vae.decoder]
 
     def fresh(self) -> VAECodec:
-        return VAECodec(type(self.vae).from_config(self.vae.config))
+        return VAECodec(type(self.vae).from_config(self.vae.config), self.upcast)
 
     def with_decoder(self, spec: str) -> VAECodec:
         """A codec with the AutoencoderTiny in a folder, or of a hub id."""

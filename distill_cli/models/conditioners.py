@@ -35,7 +35,8 @@ class Conditioner(ABC):
     learned: tuple[int, ...] | None = None
     """The labels a student was distilled on, if not all of them."""
     prompts: Sequence[str] = ()
-    negative: str = ""
+    negative: str | None = ""
+    """The negative prompt; None for zeros in its place."""
     embedding: int = 0
     """Numbers in the embedding of a prompt; 0 without text."""
 
@@ -82,10 +83,14 @@ class Conditioner(ABC):
         """The prompts that an option names; default: those of the training set `data`. () for a model without text."""
         return ()
 
-    def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1, name: str = "the model") -> Conditioner:
+    def given(self, prompts: Sequence[str], negative: str | None = None, repeat: int = 1, name: str = "the model") -> Conditioner:
         """The conditioner for these prompts, each `repeat` times in turn. Raises UsageError if the model has no text."""
-        asked = f"images_per_prompt {repeat}" if repeat > 1 else "--negative-prompt" if negative else "--prompts"
+        asked = f"images_per_prompt {repeat}" if repeat > 1 else "--negative-prompt" if negative is not None else "--prompts"
         raise UsageError(f"{asked}: {name} has no text", f"it has {len(self.classes) or 'no'} classes")
+
+    def sized(self, height: int, width: int) -> Conditioner:
+        """The conditioner for pictures of this size in pixels; unchanged if conditions do not say it."""
+        return self
 
     def stored(self, folder: Path | None, dtype: str, count: int | None = None) -> Conditioner:
         """The conditioner with its embeddings on disk, for the first `count` images only; unchanged if it has no embeddings."""
@@ -177,6 +182,8 @@ class PromptConditioner(Conditioner):
     has_null = True
     summary = "prompts"
     part = "encoder_hidden_states"
+    usual: str | None = ""
+    """The negative prompt where none is given."""
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         reader = clip_reader(tokenizer, encoder)
@@ -190,10 +197,11 @@ class PromptConditioner(Conditioner):
         self.table: Embeddings | None = None
         self._null: Condition | None = None
 
-    def given(self, prompts: Sequence[str], negative: str = "", repeat: int = 1, name: str = "the model") -> PromptConditioner:
-        """The same tokenizer and encoder for these prompts."""
+    def given(self, prompts: Sequence[str], negative: str | None = None, repeat: int = 1, name: str = "the model") -> PromptConditioner:
+        """The same tokenizer and encoder for these prompts. Without a negative prompt the usual one is taken."""
         out = copy.copy(self)
-        out.prompts, out.negative, out.repeat, out.table, out._null = prompts, negative, repeat, None, None
+        out.prompts, out.repeat, out.table, out._null = prompts, repeat, None, None
+        out.negative = self.usual if negative is None else negative
         return out
 
     def chosen(self, name: str | None, data: str) -> Sequence[str]:
@@ -243,11 +251,17 @@ class PromptConditioner(Conditioner):
         (reader,) = self.readers.values()
         return Condition({self.part: reader.encoder(reader.tokens(prompts).to(reader.place))[0]})
 
+    def without(self) -> Condition:
+        """The condition of the negative prompt, computed anew."""
+        if self.negative is None:
+            return Condition({part: torch.zeros(1, *shape) for part, shape in self.shapes.items()})
+        return self.encode([self.negative])
+
     @property
     def null(self) -> Condition:
         """The condition of the negative prompt."""
         if self._null is None:
-            self._null = self.table.null if self.table is not None else self.encode([self.negative])
+            self._null = self.table.null if self.table is not None else self.without()
         return self._null
 
     def __call__(self, labels: Tensor) -> Condition:

@@ -51,7 +51,7 @@ class Encoder(Protocol):
     """The interface of a text encoder: PromptConditioner has it."""
 
     prompts: Sequence[str]
-    negative: str
+    negative: str | None
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of each part of a prompt's condition."""
 
@@ -60,6 +60,9 @@ class Encoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """The condition of prompts (B), float32."""
+
+    def without(self) -> Condition:
+        """The condition of the negative prompt, float32."""
 
 
 class Embeddings:
@@ -80,7 +83,7 @@ class Embeddings:
             with safe_open(self.null_path, "pt") as stored:
                 self.null = Condition({part: stored.get_tensor(name).float() for part, name in self.names.items()})
         else:
-            self.null = conditioner.encode([conditioner.negative]).map(lambda part: part.to(self.dtype).float().cpu())
+            self.null = conditioner.without().map(lambda part: part.to(self.dtype).float().cpu())
         self._open: dict[int, dict[str, Any]] = {}
 
     @property

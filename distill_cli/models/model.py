@@ -111,10 +111,10 @@ class Model:
             raise UsageError(f"--times {spec}: {len(times)} times for --steps {steps}", "leave --steps out")
         return replace(self, sampler=self.sampler.with_times(times))
 
-    def with_prompts(self, prompts: Sequence[str], negative: str = "", repeat: int = 1) -> Model:
+    def with_prompts(self, prompts: Sequence[str], negative: str | None = None, repeat: int = 1) -> Model:
         """The model for these prompts, each `repeat` times in turn, and a negative prompt. Raises UsageError if it has no text."""
         conditioner = self.conditioner.given(prompts, negative, repeat, self.lineage.name)
-        if negative and self.sampler.guidance != "outside":
+        if negative not in (None, self.conditioner.negative) and self.sampler.guidance != "outside":
             hint = "make pairs with it: distill dmd --pairs, or distill cm and pd --data"
             raise UsageError("--negative-prompt: a student's negative prompt is built in", hint)
         return replace(self, conditioner=conditioner)
@@ -124,11 +124,16 @@ class Model:
         size = self.codec.sized(pixels, self.shape, self.backbone.multiple, self.backbone.most)
         if size is None:
             raise UsageError(f"resolution {pixels}: {self.lineage.name} makes pictures of {self.picture} pixels alone")
-        return replace(self, size=size)
+        return self.with_size(size)
+
+    def with_size(self, size: tuple[int, int] | None) -> Model:
+        """The model for data of `size` (H, W), None for the network's own; its conditions say so, where they say a size."""
+        height, width = (side * self.codec.factor for side in size or self.backbone.shape[1:])
+        return replace(self, size=size, conditioner=self.conditioner.sized(height, width))
 
     def at(self, shape: tuple[int, int, int]) -> Model:
         """The model at the size of `shape` (C, H, W) if it is latent; a pixel model is returned unchanged."""
-        return replace(self, size=shape[1:]) if self.codec.parts() else self
+        return self.with_size(shape[1:]) if self.codec.parts() else self
 
     @property
     def pixels(self) -> int:
@@ -191,5 +196,6 @@ class Model:
             noise=lambda k: draws.normal("solver", self.shape, turn=k).to(device),
             project=self.codec.project,
             scheduler=self.scheduler,
+            own=bool(self.sampler.times),
         )
         return self.codec.project(SOLVERS[sampling.solver].run(task).float())

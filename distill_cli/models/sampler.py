@@ -35,6 +35,8 @@ class Task:
     project: Callable[[Tensor], Tensor]
     scheduler: dict[str, Any] | None
     """Configuration of diffusers' scheduler, if the model has one."""
+    own: bool = False
+    """Whether the times are a student's own, which no scheduler spaces."""
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -50,13 +52,13 @@ def _heun(task: Task) -> Tensor:
     return solvers.heun(task.denoiser, task.schedule, task.start, task.times, task.condition)
 
 
-def _euler(task: Task, noise: solvers.Noise | None = None) -> Tensor:
+def _straight(task: Task, noise: solvers.Noise | None = None) -> Tensor:
     return solvers.ddim(task.denoiser, task.schedule, task.start, task.times, task.condition, noise)
 
 
-def _ddim(task: Task) -> Tensor:
-    """diffusers' DDIM if the model has a scheduler, which spaces the times; else ours."""
-    return _euler(task) if task.scheduler is None else _diffusers(task, "ddim")
+def _spaced(task: Task, name: str) -> Tensor:
+    """By diffusers' scheduler if the model has one, which spaces the times; else, and at a student's own times, by DDIM's steps."""
+    return _straight(task) if task.scheduler is None or task.own else _diffusers(task, name)
 
 
 def _few_step(task: Task) -> Tensor:
@@ -96,9 +98,9 @@ class Algorithm:
 
 SOLVERS: dict[str, Algorithm] = {
     "heun": Algorithm(_heun, lambda steps: 2 * steps - 1, _above_zero, signal=True),
-    "euler": Algorithm(_euler),
-    "ddim": Algorithm(_ddim),
-    "ancestral": Algorithm(lambda task: _euler(task, task.noise)),
+    "euler": Algorithm(partial(_spaced, name="euler")),
+    "ddim": Algorithm(partial(_spaced, name="ddim")),
+    "ancestral": Algorithm(lambda task: _straight(task, task.noise)),
     "few-step": Algorithm(_few_step, few=True),
     "pndm": Algorithm(partial(_diffusers, name="pndm"), lambda steps: steps + (steps > 1), table=True, signal=True),
     "dpm++": Algorithm(partial(_diffusers, name="dpm++"), table=True),
@@ -142,9 +144,10 @@ class Sampler(Sampling):
     """A student's own times, decreasing; () for teachers."""
 
     @classmethod
-    def one_step(cls, schedule: NoiseSchedule) -> Sampler:
-        """The sampler of a one-step student, trained at pure noise only, as by distribution matching."""
-        return cls(solver="few-step", steps=1, knows="pure noise", answers="endpoint", guidance="inside", times=(schedule.t_max,))
+    def one_step(cls, schedule: NoiseSchedule, time: float | None = None) -> Sampler:
+        """The sampler of a one-step student, trained at pure noise only, as by distribution matching; it is told `time`, or the last."""
+        times = (schedule.t_max if time is None else time,)
+        return cls(solver="few-step", steps=1, knows="pure noise", answers="endpoint", guidance="inside", times=times)
 
     @classmethod
     def consistency(cls, times: Sequence[float]) -> Sampler:

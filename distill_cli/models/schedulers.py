@@ -16,8 +16,11 @@ from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
 from distill_cli.diffusion.schedule import TableSchedule
 from distill_cli.errors import DistillError
 
-SOLVERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
-"""diffusers' schedulers by the names of our solvers (2010.02502; 2202.09778, without its first Runge-Kutta steps; 2211.01095)."""
+SOLVERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+"""diffusers' schedulers by the names of our solvers.
+
+From 2010.02502; 2206.00364 (algorithm 1 without its correction); 2202.09778 without its first Runge-Kutta steps; 2211.01095.
+"""
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 ONLY_DDPM = "flow matching is read as StableDiffusion3Pipeline, or as distill train writes it"
@@ -152,10 +155,11 @@ def run(
     """x0 (B, C, H, W) from x (B, C, H, W) at the largest time; `denoiser` is `network`, guided or not."""
     scheduler = make(config, SOLVERS[solver])
     scheduler.set_timesteps(steps, device=x.device)
+    x = x * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        times = t.to(x.dtype).expand(len(x))
-        x0 = denoiser(scheduler.scale_model_input(x, t), times, condition)
-        x = scheduler.step(network.prediction(x, times, x0), t, x, return_dict=False)[0]
+        times, scaled = t.to(x.dtype).expand(len(x)), scheduler.scale_model_input(x, t)
+        x0 = denoiser(scaled, times, condition)
+        x = scheduler.step(network.prediction(scaled, times, x0), t, x, return_dict=False)[0]
     return x
 
 

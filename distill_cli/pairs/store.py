@@ -64,7 +64,7 @@ class Manifest(BaseModel):
     guidance_calls: Literal[0, 1, 2] = 1
     prompts: str = ""
     """SHA-256 of the prompts in prompts.jsonl; labels are positions in it."""
-    negative_prompt: str = ""
+    negative_prompt: str | None = ""
 
     @property
     def shards(self) -> int:

@@ -126,6 +126,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         *sampling.model_dump(),
     }
     settings = config.model_dump(mode="json", exclude=apart)
+    settings["negative_prompt"] = model.conditioner.negative
     settings |= model.conditioner.digests() | {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
     if SOLVERS[sampling.solver].few:
         settings["times"] = model.sampler.times_for(model.denoiser.schedule, sampling.solver, sampling.steps).tolist()

@@ -167,7 +167,7 @@ def prompted(config: Any, model: Model, data: Images | PairStore) -> Model:
     if isinstance(data, PairStore):
         manifest = data.manifest
         if model.codec.factor > 1:
-            model = replace(model, size=manifest.shape[1:])
+            model = model.with_size(manifest.shape[1:])
         if tuple(manifest.shape) != model.shape or bool(manifest.prompts) != takes:
             told = "prompts" if manifest.prompts else f"{len(manifest.classes)} classes"
             raise UsageError(f"--data {config.data}: pairs of {tuple(manifest.shape)} and {told}, the teacher's are {model.shape}")

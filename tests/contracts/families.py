@@ -107,7 +107,14 @@ FAMILIES = {
         ),
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
     ),
+    "tiny-sdxl": Family(
+        dict(
+            teacher="tiny-sdxl", data="shapes", prediction="eps", vae=Made("autoencoder", autoencoder), variants=1,
+            prompts=Made("prompts.txt", prompts), text=dict(width=16, layers=1, heads=2),
+        ),
+        pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
+    ),
 }  # fmt: skip
-for name in ("tiny-sd", "tiny-sd3"):
+for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl"):
     own = FAMILIES[name]
     FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2})

@@ -15,10 +15,13 @@ from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import DMD, of_decoded, one_by_one
 from distill_cli.models import load
+from distill_cli.models.formats import save
+from distill_cli.models.sampler import Sampler
 from distill_cli.pairs.generate import generate
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run
 from distill_cli.training.objective import Full
+from tests.contracts import diffusers_alone
 
 TEXT = "encoder_hidden_states"
 PROMPTS = ["a small red circle", "a large blue cross", "a yellow square"]
@@ -188,3 +191,41 @@ def test_what_does_not_go_together(teacher, stored, tiny, tiny_pairs):
         DMD(DMDConfig(device="cpu", negative_prompt="ugly"), tiny, None)
     with pytest.raises(UsageError, match="t_bins 10: for EDM and flow teachers"):
         DMD(DMDConfig(device="cpu", t_bins=10), teacher, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "time", "said"),
+    [("tiny-sd", 399, "timesteps=[399]"), ("tiny-sdxl", 399, "timesteps=[399]"), ("tiny-sd3", 0.7, "sigmas=[0.7]")],
+)
+def test_a_student_told_an_earlier_time_than_the_last(name, time, said, tmp_path):
+    """It takes pure noise for x at that time, as DMD2's one-step student of SDXL; plain diffusers is given the time by the card."""
+    teacher = load(name).with_prompts(PROMPTS)
+    dmd = DMD(DMDConfig(device="cpu", teacher=name, student_time=time), teacher, None)
+    draws, labels = Draws(0, range(2)), torch.tensor([0, 1])
+    noise, condition, t = draws.normal("prior", teacher.shape), teacher.conditioner(labels), torch.tensor([float(time)] * 2)
+    schedule = teacher.denoiser.schedule
+    a, s = schedule.alpha(t[:1]), schedule.sigma(t[:1])
+    with torch.no_grad():
+        made = dmd.generate(noise, condition)
+        predicted = teacher.backbone(noise, t if schedule.bins else 1000 * t, condition)
+    expected = (noise - s * predicted) / a if schedule.bins else noise - s * predicted
+    assert torch.allclose(made, expected, atol=1e-5)
+    student = dmd.model(dmd.network("student"), 1)
+    save(student, tmp_path / "s")
+    again = load(str(tmp_path / "s")).with_prompts(PROMPTS)
+    assert again.sampler == Sampler.one_step(schedule, time)
+    ours = again.sample(draws, labels)
+    assert torch.allclose(ours, teacher.codec.decode(made).detach(), atol=1e-5)
+    theirs = diffusers_alone.pictures(tmp_path / "s", draws, again.shape, labels.tolist(), PROMPTS[:2])
+    assert (ours - theirs).abs().max() < 1e-4
+    assert said in (tmp_path / "s/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "time", "has"),
+    [("tiny-sd", 399.5, "whole times up to 999"), ("tiny-sd", 1000, "whole times up to 999"), ("tiny", 81, "times up to 80")],
+)
+def test_a_time_that_the_schedule_does_not_have(name, time, has, tiny):
+    teacher = tiny if name == "tiny" else load(name).with_prompts(PROMPTS)
+    with pytest.raises(UsageError, match=f"student_time {time:g}: {name} has {has}"):
+        DMD(DMDConfig(device="cpu", teacher=name, student_time=time), teacher, None)

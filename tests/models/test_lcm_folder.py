@@ -151,4 +151,15 @@ def test_one_step_begins_where_the_scheduler_does(bins):
     model.scheduler = {**model.scheduler, "num_train_timesteps": bins}
     model.denoiser.schedule = TableSchedule.from_config(model.scheduler)
     model.sampler = Sampler.one_step(model.denoiser.schedule)
-    assert in_diffusers(model).differs == ("" if bins == 1000 else "the folder's scheduler is LCMScheduler, which takes other times")
+    assert in_diffusers(model).differs == ("" if bins > 20 else "the folder's scheduler is LCMScheduler, which takes other times")
+
+
+@pytest.mark.parametrize(("time", "says"), [(399.0, ""), (5.0, "keeps a share of the noise")])
+def test_one_step_at_an_earlier_time(time, says):
+    """LCMScheduler's boundary is next to nothing but near t = 0."""
+    model = load("tiny-sd")
+    model.sampler = Sampler.one_step(model.denoiser.schedule, time)
+    there = in_diffusers(model)
+    assert says in there.differs
+    assert bool(says) == bool(there.differs)
+    assert f"timesteps=[{time:g}]" in there.snippet

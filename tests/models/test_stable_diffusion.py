@@ -62,7 +62,7 @@ def plain(folder, kind=None):
     return pipeline
 
 
-@pytest.mark.parametrize("solver", ["ddim", "pndm", "dpm++"])
+@pytest.mark.parametrize("solver", ["ddim", "euler", "pndm", "dpm++"])
 def test_solvers_are_those_of_diffusers_pipeline(folder, solver):
     """The same pictures from the same noise, guided and away from a negative prompt, over every kind of schedule."""
     model = load(str(folder)).with_prompts(PROMPTS, "green")

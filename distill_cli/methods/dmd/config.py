@@ -31,6 +31,9 @@ class DMDConfig(StudentConfig):
     regression_weight: Weight | None = Field(None, description="weight of the regression loss; default 0.25 with pairs, 0 without")
     guidance_scale: Rate | None = Field(None, description="guidance scale of the teacher; default the pairs', else the teacher's own")
     guidance_calls: Literal[1, 2] = Field(1, description="guidance: 1 call with twice the batch, or 2 calls with half the memory")
+    student_time: Rate | None = Field(
+        None, description="time that the student is told at pure noise; default the last. DMD2 published 399 of 1000 for SDXL"
+    )
     t_low: Fraction = Field(0.02, description="smallest matching time, as a share of the range of times")
     t_high: Fraction = Field(0.98, description="largest matching time, as a share of the range of times")
     t_bins: Positive = Field(1000, description="EDM, flow: number of times in the range, from little noise to much")

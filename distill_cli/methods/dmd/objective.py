@@ -22,7 +22,7 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.diffusion.schedule import add_noise
+from distill_cli.diffusion.schedule import NoiseSchedule, add_noise
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.dmd.config import DMDConfig
@@ -80,6 +80,7 @@ class DMD(Objective):
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         self.identity["teacher"] = self.teacher_hash
+        self.start = student_time(config, self.schedule)
         planned = not self.teacher_hash
         weight = 0.25 if config.regression_weight is None else config.regression_weight
         self.regression_weight = weight if config.pairs is not None else 0.0
@@ -120,9 +121,9 @@ class DMD(Objective):
         return self.schedule.at(place / max(1, bins - 1)).float()
 
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
-        """The student's images (B, C, H, W) from standard-normal noise, scaled to the schedule's largest time."""
-        t = torch.full((len(noise),), self.schedule.t_max, device=noise.device)
-        return self.network("student")(self.schedule.prior_std * noise, t, condition)
+        """The student's images (B, C, H, W) from standard-normal noise, which it takes for x at its time."""
+        t = torch.full((len(noise),), self.start, device=noise.device)
+        return self.network("student")(self.schedule.prior(self.start) * noise, t, condition)
 
     def prepare(self, where: torch.device, run: Run) -> None:
         """Make missing embeddings; processes share the work. Afterwards the text encoder is on the CPU."""
@@ -198,7 +199,8 @@ class DMD(Objective):
         assert isinstance(network, NetworkDenoiser)
         teacher = self.teacher
         conditioner, lineage = teacher.conditioner.taught(self.config.classes), student_of(teacher.lineage, "dmd", self.teacher_hash)
-        return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=Sampler.one_step(self.schedule))
+        sampler = Sampler.one_step(self.schedule, self.start)
+        return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=sampler)
 
     def compared(self, made: Model) -> Rows:
         return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
@@ -225,6 +227,19 @@ class DMD(Objective):
         return ""
 
 
+def student_time(config: DMDConfig, schedule: NoiseSchedule) -> float:
+    """The time that the student is told. Raises UsageError for a time that the schedule does not have.
+
+    An earlier time than the last is told with pure noise all the same, as DMD2's one-step student of SDXL is (Yin et al. 2405.14867 and
+    its public program, conditioning_timestep 399): there the teacher's estimate is nearer to a picture to begin with.
+    """
+    time = schedule.t_max if config.student_time is None else config.student_time
+    if time > schedule.t_max or (schedule.bins is not None and time % 1):
+        has = f"whole times up to {schedule.t_max:g}" if schedule.bins is not None else f"times up to {schedule.t_max:g}"
+        raise UsageError(f"student_time {time:g}: {config.teacher} has {has}", "leave it out for the last")
+    return time
+
+
 def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
     """The distance of the regression, two (B, C, H, W) -> (B,), and the networks that it calls."""
     if config.decoder:
@@ -244,7 +259,7 @@ def prompted(
 
     Embeddings are stored beside the pairs, or in the run's folder, so training needs no text encoder. A plan stores none.
     """
-    stored = pairs.manifest.negative_prompt if pairs is not None else ""
+    stored = pairs.manifest.negative_prompt if pairs is not None else None
     negative = stored if config.negative_prompt is None else config.negative_prompt
     theirs = in_turn(pairs.prompts(), len(pairs)) if pairs is not None else ()
     if not prompts:

@@ -122,7 +122,8 @@ class Progressive(Objective):
         theirs = bins is not None and self.spacing == "schedule" and bins % len(times) == 0
         scheduler = self.teacher.scheduler
         if scheduler is not None:
-            scheduler = {**scheduler, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True}
+            own = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+            scheduler = {**scheduler, **own}  # latents have no range
         return replace(
             self.teacher,
             denoiser=network,

@@ -11,7 +11,19 @@ import torch
 
 from distill_cli.errors import DistillError
 from distill_cli.files import write_atomic
-from distill_cli.models.formats import consistency, ddpm, edm, flow, latent_consistency, latent_flow, lora, plane, sd3, stable_diffusion
+from distill_cli.models.formats import (
+    consistency,
+    ddpm,
+    edm,
+    flow,
+    latent_consistency,
+    latent_flow,
+    lora,
+    plane,
+    sd3,
+    sdxl,
+    stable_diffusion,
+)
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, extra_of
 from distill_cli.models.lora import Adapter
@@ -42,7 +54,7 @@ class Format(Protocol):
         """How plain diffusers samples the folder, and whether it makes the same pictures."""
 
 
-FORMATS: tuple[Format, ...] = (lora, plane, consistency, edm, flow, ddpm, latent_flow, latent_consistency, stable_diffusion, sd3)
+FORMATS: tuple[Format, ...] = (lora, plane, consistency, edm, flow, ddpm, latent_flow, latent_consistency, stable_diffusion, sdxl, sd3)
 PIPELINES = tuple(dict.fromkeys(name for known in FORMATS for name in known.PIPELINES))
 
 

@@ -61,6 +61,6 @@ def in_diffusers(model: Model) -> InDiffusers:
     """The pipeline takes DDPM's ancestral steps, which only for one step are the student's, and passes no classes."""
     if model.conditioner.classes:
         return InDiffusers(differs="DDPMPipeline tells the network no class")
-    snippet = SNIPPET.format(steps=model.sampler.steps)
-    one = model.sampler.answers == "endpoint" and model.sampler.steps == 1
+    snippet, sampler = SNIPPET.format(steps=model.sampler.steps), model.sampler
+    one = sampler.answers == "endpoint" and sampler.steps == 1 and sampler.times[0] == model.denoiser.schedule.t_max
     return InDiffusers(snippet, "" if one else "DDPMPipeline goes DDPM's ancestral steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -22,9 +23,10 @@ from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, Extra, extra_of, read_extra
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
-from distill_cli.models.parts import check_named, load_network, read_json, save_network
+from distill_cli.models.parts import check_named, load_network, own_names, read_json, save_network
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.hub import part_of
+from distill_cli.models.text import save_encoder, save_tokenizer
 
 LIBRARIES = {"UNet2DModel": "diffusers", "EDMUNet": "distill_cli.models.edm"}
 """Network classes of pixel models, and the library of each."""
@@ -53,6 +55,19 @@ def write(model: Model, folder: Path, index: Mapping[str, Any], scheduler: Any, 
         (temporary / "model_index.json").write_text(json.dumps(whole, indent=2) + "\n")
         (temporary / EXTRA).write_text(extra_of(model).model_dump_json(indent=2) + "\n")
         (temporary / "README.md").write_text(card(model, there))
+
+
+def write_parts(model: Model, folder: Path, kinds: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Write the networks of a model of text, of the classes `kinds`, as `dtype`, and its tokenizers: each into its own folder."""
+    conditioner: Any = model.conditioner
+    for name, network in model.parts().items():
+        if name.startswith("text_encoder"):
+            own_names(network, (kinds[name],))
+            save_encoder(network if dtype == torch.float32 else copy.deepcopy(network).to(dtype), folder / name)
+        else:
+            save_network(network, folder / name, (kinds[name],), dtype)
+    for name, tokenizer in conditioner.tokenizers().items():
+        save_tokenizer(tokenizer, folder / name)
 
 
 def write_labelled(

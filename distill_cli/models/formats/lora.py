@@ -17,7 +17,7 @@ from torch import Tensor
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import folder_atomic
-from distill_cli.models.formats import latent_flow, sd3, stable_diffusion
+from distill_cli.models.formats import latent_flow, sd3, sdxl, stable_diffusion
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, extra_of, read_extra
 from distill_cli.models.lora import Adapter
@@ -27,7 +27,7 @@ from distill_cli.models.sources.catalog import HUB, LORA
 from distill_cli.tensors import Tensors
 
 PIPELINES: tuple[str, ...] = ()
-BASES: tuple[Any, ...] = (stable_diffusion, sd3)
+BASES: tuple[Any, ...] = (stable_diffusion, sdxl, sd3)
 """The formats of models whose pipelines load a LoRA."""
 
 
@@ -124,10 +124,12 @@ def onto(model: Model, folder: Path) -> Model:
     adapter = Adapter(model.backbone, extra.lora.rank, extra.lora.rank, extra.lora.targets, 0)
     adapter.source = source
     config = read_json(folder / "scheduler" / "scheduler_config.json")
+    if model.scheduler is not None:  # what the pipeline sets in every scheduler
+        config |= {key: model.scheduler[key] for key in ("clip_sample", "steps_offset") if key in model.scheduler}
     denoiser = NetworkDenoiser(adapter, old.schedule, extra.parameterisation, old.scales, extra.time_input, extra.boundary)
     out = replace(
         model, denoiser=denoiser, lineage=extra.lineage, sampler=extra.sampler, recipe=extra.recipe, size=extra.size or model.size,
-        scheduler=None if model.scheduler is None else {**config, "clip_sample": False, "steps_offset": 1},
+        scheduler=None if model.scheduler is None else config,
     )  # fmt: skip
     tensors = read(folder, out)
     if weights:  # a trial has no weights

