@@ -10,39 +10,12 @@ import yaml
 
 from distill_cli.errors import printable
 
-HUB_LICENCES = frozenset(
-    [
-        "apache-2.0",
-        "mit",
-        "openrail",
-        "openrail++",
-        "creativeml-openrail-m",
-        "bigscience-openrail-m",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "mpl-2.0",
-        "cc0-1.0",
-        "cc-by-2.0",
-        "cc-by-3.0",
-        "cc-by-4.0",
-        "cc-by-sa-3.0",
-        "cc-by-sa-4.0",
-        "cc-by-nc-2.0",
-        "cc-by-nc-3.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-nc-nd-4.0",
-        "cc-by-nd-4.0",
-        "gpl-3.0",
-        "lgpl-3.0",
-        "agpl-3.0",
-        "apple-amlr",
-        "deepfloyd-if-license",
-        "unknown",
-    ]
-)
+HUB_LICENCES = (
+    "apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "mpl-2.0", "cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0",
+    "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0",
+    "apple-amlr", "deepfloyd-if-license", "unlicense", "unknown",
+)  # fmt: skip
 """Licences that the hub knows (https://huggingface.co/docs/hub/repositories-licenses); any other is `other`, with a license_name."""
 IDENTIFIERS = {
     "creativeml-open-rail-m": "creativeml-openrail-m",
