@@ -5,17 +5,27 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule
 from distill_cli.models import formats, header, load
+from distill_cli.models.backbones import backbone_of
+from distill_cli.models.conditioners import ClassConditioner
+from distill_cli.models.edm import EDMUNet
 from distill_cli.models.formats import comfyui, format_of
 from distill_cli.models.formats.card import InDiffusers, adapted, card
 from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.catalog import HUB
+from tests.contracts.families import FAMILIES, Made
 
 PROMPTS = ["a red circle", "a small blue square"]
 LCM = tuple(float(20 * k - 1) for k in range(50, 0, -1))
@@ -200,3 +210,114 @@ def test_comfyui_under_these_settings_makes_the_same_picture(name, sampler, want
     ours = made.generate(draws, labels)
     apart = (of_comfyui(made, said, draws, labels) - ours).abs().max() / ours.std()
     assert apart < (1e-2 if "zsnr" in said else 1e-4)  # ComfyUI's alpha at the last time is 2e-4, and not 0
+
+
+# programs
+
+
+class Torchs:
+    """Noise as a pipeline draws it, one picture at a time, after torch.manual_seed(0)."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, purpose, shape, turn=0):
+        return torch.randn(1, *shape, generator=self.generator)
+
+
+def ran(snippet, folder, here, monkeypatch):
+    """The picture that a card's program leaves, run as it stands."""
+    monkeypatch.chdir(here)
+    torch.manual_seed(0)
+    exec(snippet.replace("FOLDER", str(folder)), {})
+    return torch.from_numpy(np.array(Image.open("picture.png").convert("RGB"))).permute(2, 0, 1).float()
+
+
+def looks(model):
+    """(3, H, W) in 0..255: our own picture of the first class, or of PROMPT, from the same noise."""
+    if model.text is not None:
+        model = model.with_prompts(["PROMPT"])
+    return ((model.sample(Torchs(), torch.tensor([0]))[0] + 1) * 127.5).round().expand(3, -1, -1)
+
+
+def told(model):
+    network = model.copy().denoiser
+    network.network = network.network.told()
+    return replace(model, denoiser=network, sampler=Sampler.renoising(LCM, 4).with_told(3.0, None))
+
+
+def latent_flow(model):
+    network = model.copy().denoiser
+    network.schedule, network.parameterisation, network.time_input = FlowSchedule(), "flow", "1000 t"
+    return replace(model, denoiser=network, sampler=Sampler.one_step(FlowSchedule()))
+
+
+def one_step(model):
+    return replace(model, sampler=one(model))
+
+
+PROGRAMS = {
+    formats.consistency: ("tiny", one_step),
+    formats.ddpm: ("tiny-eps", one_step),
+    formats.flow: ("tiny-flow", one_step),
+    formats.stable_diffusion: ("tiny-sd", lambda model: replace(model, sampler=Sampler.renoising(LCM, 4))),
+    formats.latent_consistency: ("tiny-sd", told),
+    formats.sd3: ("tiny-sd3", lambda model: replace(model, sampler=Sampler.renoising([1.0, 0.8, 0.3], 3))),
+    formats.latent_flow: ("tiny-sd", latent_flow),
+    formats.plane: ("moons", one_step),
+    formats.edm: ("nvlabs", one_step),
+}
+"""A student of each format; the last three have no pipeline."""
+
+
+def teacher(name, models, folder):
+    if name == "nvlabs":
+        network = EDMUNet(16, 1, model_channels=16, channel_mult=(1,), num_blocks=1, attention_resolutions=())
+        schedule = EDMSchedule()
+        denoiser = NetworkDenoiser(backbone_of(network.eval()), schedule, "edm", Scales(), "ln sigma / 4")
+        return Model(denoiser, ClassConditioner(()), Lineage(name=name))
+    made = models.get(name) or FAMILIES[name].options["teacher"]
+    if isinstance(made, Made):
+        made.make(folder)
+    return load(str(folder)) if isinstance(made, Made) else load(made) if isinstance(made, str) else made
+
+
+@pytest.mark.parametrize("known", formats.FORMATS, ids=lambda known: known.__name__.rpartition(".")[2])
+def test_the_program_of_a_card_runs_as_it_stands(known, models, tmp_path, monkeypatch):
+    """And leaves the picture that we make from the same noise. A card without one says why."""
+    name, change = PROGRAMS[known]
+    made = change(teacher(name, models, tmp_path / "teacher"))
+    made = student(made, made.sampler)
+    assert format_of(made) is known
+    formats.save(made, tmp_path / "s")
+    text = (tmp_path / "s/README.md").read_text()
+    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    if found is None:
+        assert "| in diffusers | not as distill samples it: " in text
+        assert "library_name" not in header.header_of(text)
+        return
+    picture = ran(found[1], tmp_path / "s", tmp_path, monkeypatch)
+    assert (picture - looks(made)).abs().max() <= 1
+    assert picture.std() > 3
+
+
+def test_the_program_of_a_lora_runs_as_it_stands(models, tmp_path, monkeypatch):
+    """Its picture is that of the network with the LoRA added to its weights, and not that of its base."""
+    peft = pytest.importorskip("peft")
+    base = models["tiny-sd"]
+    formats.save(base, tmp_path / "base")
+    made = student(one_step(base.copy()), one(base))
+    plain = looks(made)
+    adapted_net = base.copy().net
+    adapted_net.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(adapted_net)
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    with torch.no_grad():
+        for name, down in layers.items():
+            if "lora_A" in name:
+                made.net.get_parameter(name.replace("lora_A.", "")).add_(layers[name.replace("lora_A", "lora_B")] @ down)
+    formats.stable_diffusion.scheduler_of(made).save_pretrained(tmp_path / "lora/scheduler")
+    there = adapted(format_of(made).in_diffusers(made), str(tmp_path / "base"), "LCMScheduler")
+    picture = ran(there.snippet, tmp_path / "lora", tmp_path, monkeypatch)
+    assert (picture - looks(made)).abs().max() <= 1
+    assert (picture - plain).abs().max() > 10
