@@ -14,7 +14,7 @@ from PIL import Image
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.noise import Draws
-from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule
+from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from distill_cli.models import formats, header, load
 from distill_cli.models.backbones import backbone_of
 from distill_cli.models.conditioners import ClassConditioner
@@ -210,6 +210,27 @@ def test_comfyui_under_these_settings_makes_the_same_picture(name, sampler, want
     ours = made.generate(draws, labels)
     apart = (of_comfyui(made, said, draws, labels) - ours).abs().max() / ours.std()
     assert apart < (1e-2 if "zsnr" in said else 1e-4)  # ComfyUI's alpha at the last time is 2e-4, and not 0
+
+
+def test_comfyui_has_no_setting_for_other_students(models):
+    """One that starts at an earlier time gets noise of that time from ComfyUI, and here whole noise."""
+    tiny, flow = models["tiny-sd"], models["tiny-sd3"]
+    said = {
+        "starts below the largest noise level": student(tiny, Sampler.renoising([399.0], 1)),
+        " starts below the largest noise level": student(flow, Sampler.renoising([0.9, 0.5], 2)),
+        "tells the network no guidance scale": told(tiny),
+        "has the parts and the noise levels of Stable Diffusion alone": student(load("tiny"), one(load("tiny"))),
+        " has the parts and the noise levels of Stable Diffusion alone": other_table(tiny),
+    }
+    for words, made in said.items():
+        assert comfyui.settings(made).startswith(f"no: it {words.strip()}")
+    assert comfyui.settings(tiny) == ""
+
+
+def other_table(model):
+    made = one_step(model.copy())
+    made.denoiser.schedule = TableSchedule.from_config({"beta_schedule": "linear"})
+    return made
 
 
 # programs

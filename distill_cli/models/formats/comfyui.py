@@ -42,6 +42,8 @@ def settings(model: Model) -> str:
     known = choices(model, len(times)) if model.text is not None and model.codec.parts() and sampler.solver in SAMPLERS else []
     if not known:
         return "no: it has the parts and the noise levels of Stable Diffusion alone"
+    if times[0] != schedule.t_max:
+        return "no: it starts below the largest noise level, where ComfyUI makes its noise smaller"
     found = next((choice for choice in known if torch.allclose(choice.times, times, rtol=0, atol=1e-6)), None)
     steps = f"{len(times)} step{'s' * (len(times) > 1)}"
     levels = ", ".join(f"{level:.7g}" for level in [*levels_of(schedule, times).tolist(), 0])
