@@ -42,8 +42,8 @@ class Parcel:
         return dict(sorted({**sizes, CARD: len(self.card.encode())}.items()))
 
 
-def parcel(path: Path) -> Parcel:
-    """What of a run's folder, or of a model's, goes to the hub. Raises UsageError or DistillError for a folder without a model."""
+def parcel(path: Path, repo: str) -> Parcel:
+    """What of a run's folder, or of a model's, goes to `repo` of the hub. Raises UsageError or DistillError where there is no model."""
     folder = next((folder for folder in (path, *(path / part for part in PARTS)) if (folder / "distill.json").is_file()), None)
     if folder is None:
         _refuse(path)
@@ -63,7 +63,7 @@ def parcel(path: Path) -> Parcel:
         grids = sorted((path / "samples").glob("*.png"))[-1:]
         pictures = {"comparison.png": path / "comparison.png", **{f"samples/{grid.name}": grid for grid in grids}}
         out.files |= {name: file for name, file in {"recipe.yaml": path / "recipe.yaml", **pictures}.items() if file.is_file()}
-    _describe(out, folder)
+    _describe(out, folder, repo)
     return out
 
 
@@ -79,14 +79,14 @@ SHOWN = {"comparison.png": "The teacher and the student, from the same noise", "
 """Pictures of a run, by what their names begin with -> what they show."""
 
 
-def _describe(out: Parcel, folder: Path) -> None:
-    """The card with the pictures of the run under its title, and what its reader should know."""
+def _describe(out: Parcel, folder: Path, repo: str) -> None:
+    """The card with the pictures of the run under its title and programs for the repository, and what its reader should know."""
     if CARD not in out.files:
         raise DistillError(f"{folder / CARD}: missing", "the hub shows it as the model's card")
     with reading(folder / CARD):
         text = out.files.pop(CARD).read_text()
     shown = [f"\n![{said}]({name})\n" for start, said in SHOWN.items() for name in out.files if name.startswith(start)]
-    out.card = re.sub(r"(?m)^# .*\n", lambda title: title[0] + "".join(shown), text, count=1)
+    out.card = re.sub(r"(?m)^# .*\n", lambda title: title[0] + "".join(shown), text.replace('"FOLDER"', f'"{repo}"'), count=1)
     if not header.licence_of(text):
         out.remarks.append(f"{folder / CARD} names no licence in its header: the hub will show none")
     if "recipe.yaml" in out.files:

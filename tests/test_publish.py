@@ -196,7 +196,8 @@ def test_what_arrives_are_the_bytes_of_the_files_and_nothing_else(hub, run, tmp_
     pictures = "".join(f"\n![{said}]({name})\n" for said, name in (
         ("The teacher and the student, from the same noise", "comparison.png"), ("Samples at the end of training", "samples/001000.png"),
     ))  # fmt: skip
-    assert card == own.replace("# tiny-dmd\n", f"# tiny-dmd\n{pictures}")
+    assert f'from_pretrained("{REPO}")' in card
+    assert card == own.replace("# tiny-dmd\n", f"# tiny-dmd\n{pictures}").replace('"FOLDER"', f'"{REPO}"')
     third, asked = push(hub.url, tmp_path, run), len(hub.asked)
     assert third.returncode == 0
     assert f"{REPO} was there; its other files are kept; nothing has changed since its last commit" in third.stdout
@@ -242,6 +243,7 @@ def test_a_dry_run_shows_files_target_and_header(run, distill):
     told = distill("push", run, "--repo", REPO, "--dry-run", "--json").json
     assert set(told["files"]) == WHAT
     assert told["header"] == header.header_of((run / "student/README.md").read_text())
+    assert distill("push", run, "--repo", REPO, "--dry-run").out.count("if it is not there yet") == 0
     shown = distill("push", run, "--repo", REPO, "--dry-run", "--private")
     assert shown.code == 0
     assert "license: apache-2.0" in shown.out

@@ -26,7 +26,7 @@ def push(
         raise UsageError(f"--repo {repo}: not of the form OWNER/NAME", "OWNER is your name on the hub, or an organisation's")
     if not dry_run:
         common.begin_job()
-    what = publish.parcel(run)
+    what = publish.parcel(run, repo)
     for remark in what.remarks:
         common.say(remark)
     if what.left:
@@ -38,7 +38,7 @@ def push(
     if dry_run:
         rows = "\n".join(f"{size:15,} {name}" for name, size in sizes.items())
         shown = header.header_of(what.card) or "(none)\n"
-        where = f"to {publish.endpoint()}/{repo}{', private' * private} if it is not there yet"
+        where = f"to {publish.endpoint()}/{repo}{', private if it is not there yet' * private}"
         common.result({**data, "header": shown}, f"{rows}\n{total}, {where}\nheader of README.md:\n{shown.rstrip()}", json)
         return
     common.say(f"push: {total}, to {repo}")
