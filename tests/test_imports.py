@@ -22,7 +22,7 @@ FLOORS = [
     {"diffusion", "shards", "verified"},
     {"data", "launch", "runs"},
     {"models"},
-    {"pairs", "sample", "edit", "watch"},
+    {"pairs", "publish", "sample", "edit", "watch"},
     {"training", "evaluate"},
     {"methods"},
     {"bench"},
@@ -30,7 +30,7 @@ FLOORS = [
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 NO_TORCH = {"errors", "files", "messages", "processes", "locks", "config", "registry", "methods.config", "commands", "recipes"}
-NO_TORCH |= {"runs", "verified", "watch", "cli"}
+NO_TORCH |= {"runs", "publish", "verified", "watch", "cli"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 
 

@@ -21,6 +21,7 @@ from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
 from distill_cli.cli.evaluate import evaluate
 from distill_cli.cli.options import Configured, Job
 from distill_cli.cli.pairs import pairs
+from distill_cli.cli.push import push
 from distill_cli.cli.sample import sample
 from distill_cli.cli.training import summary, training
 from distill_cli.cli.watch import watch
@@ -63,6 +64,7 @@ app.command(cls=Configured)(evaluate)
 app.command(cls=Job)(bench)
 app.command()(watch)
 app.command()(convert)
+app.command()(push)
 app.command()(env)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")

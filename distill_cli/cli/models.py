@@ -27,7 +27,7 @@ def show(
 ) -> None:
     """Show what a model is, how it is sampled, and where it came from."""
     from distill_cli.models import load
-    from distill_cli.models.formats import format_of
+    from distill_cli.models.formats import comfyui, format_of
     from distill_cli.models.sources import hub, published
     from distill_cli.models.sources.registry import REGISTRY
 
@@ -58,6 +58,7 @@ def show(
         "times": list(model.sampler.times),
         "grid": denoiser.schedule.grid or None,
         "in_diffusers": format_of(model).in_diffusers(model).said,
+        "in_comfyui": comfyui.settings(model) or None,
         "lineage": model.lineage.model_dump(exclude={"name", "kind"}),
         "weights_hash": model.weights_hash(),
     }

@@ -31,7 +31,7 @@ ARGUMENT = st.one_of(
     st.text(st.characters(blacklist_characters="\x00", blacklist_categories=("Cs",)), max_size=12),
     st.sampled_from(["--out", "--steps", "--seed", "-1", "steps=x", "=", "a=b=c", "--classes", "9-", "lr=nan", "--recipe", "no.yaml"]),
 )
-COMMAND_LINES = st.tuples(st.sampled_from([*COMMANDS, "watch", "models", "recipes", "bench"]), st.lists(ARGUMENT, max_size=5))
+COMMAND_LINES = st.tuples(st.sampled_from([*COMMANDS, "watch", "push", "models", "recipes", "bench"]), st.lists(ARGUMENT, max_size=5))
 BROKEN = st.sampled_from(
     [["--nosuchflag"], ["nosuchkey=1"], ["--recipe", "nosuchrecipe"], ["--steps", "many"], ["--num-processes", "0"], ["--device", "abacus"]]
 )

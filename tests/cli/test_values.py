@@ -143,6 +143,7 @@ def test_every_path_is_expanded(command, key, monkeypatch, tmp_path):
         ("convert", "$NOT_THERE/a.pkl", "--out", "m"),
         ("convert", "a.pkl", "--out", "$NOT_THERE"),
         ("watch", "$NOT_THERE"),
+        ("push", "$NOT_THERE", "--repo", "a/b"),
         ("watch", "r", "--out", "$NOT_THERE"),
         ("models", "show", "$NOT_THERE"),
         ("recipes", "show", "$NOT_THERE"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 
+from distill_cli.models import header
+from distill_cli.models.formats import comfyui
 from distill_cli.models.model import Model
+from distill_cli.models.sources.catalog import HUB
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,8 @@ class InDiffusers:
     """Python that makes a picture from FOLDER; '' if no pipeline can."""
     differs: str = ""
     """Why the picture differs from `distill sample`'s for the same noise; '' if it does not."""
+    base: str = ""
+    """The model that an adapter (LoRA) is loaded onto: a hub id, a name or a folder; '' for whole weights."""
 
     @property
     def said(self) -> str:
@@ -22,8 +28,49 @@ class InDiffusers:
         return f"not as distill samples it: {self.differs}" if self.differs else "as distill samples it"
 
 
+def adapted(there: InDiffusers, base: str, scheduler: str) -> InDiffusers:
+    """How plain diffusers samples a LoRA for `base`, when `there` is how it samples the same model with whole weights.
+
+    FOLDER holds the LoRA, and the configuration of a scheduler of class `scheduler`.
+    """
+    lines = []
+    for line in there.snippet.splitlines():
+        if line.startswith("from diffusers import "):
+            line = f"from diffusers import {', '.join(sorted({scheduler, line.removeprefix('from diffusers import ')}))}"
+        lines.append(line)
+        if line.startswith("pipeline = "):
+            own = f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")'
+            lines[-1:] = [line.replace('"FOLDER"', json.dumps(hub_id(base))), own, 'pipeline.load_lora_weights("FOLDER")']
+    snippet = "".join(f"{line}\n" for line in lines)
+    return replace(there, snippet=snippet, base=base)
+
+
+def hub_id(name: str) -> str:
+    """A model's id on the hub, by our name for it; any other name as it is."""
+    return HUB[name].id if name in HUB else name
+
+
+def header_of(model: Model, there: InDiffusers) -> str:
+    """The card's YAML header."""
+    lineage = model.lineage
+    base = hub_id(there.base or lineage.teacher)
+    known = bool(header.HUB_ID.fullmatch(base))
+    tags = ["distill", "few-step" * (lineage.kind == "student"), lineage.method, "lora" * bool(there.base)]
+    made = "text-to-image" if model.conditioner.takes == "prompts" else "unconditional-image-generation"
+    return header.written(
+        {
+            **header.licence(lineage.licence),
+            "base_model": base if known else "",
+            "base_model_relation": ("adapter" if there.base else "finetune") if known else "",
+            "library_name": "diffusers" if there.snippet else "",
+            "pipeline_tag": made if model.codec.kind.drawn else "",
+            "tags": [tag for tag in tags if tag],
+        }
+    )
+
+
 def card(model: Model, there: InDiffusers) -> str:
-    """The README.md of a model's folder: what it is, how it is sampled here and in diffusers, the recipe that made it."""
+    """The README.md of a model's folder: its header, what it is, how it is sampled here and elsewhere, the recipe that made it."""
     lineage, sampler, conditioner, schedule = model.lineage, model.sampler, model.conditioner, model.denoiser.schedule
     times = ", ".join(f"{time:.4g}" for time in sampler.times)
     rows = {
@@ -36,6 +83,7 @@ def card(model: Model, there: InDiffusers) -> str:
         "times": f"{'sigma' if schedule.grid else 't'} {times}" if times else "",
         "grid": f"{schedule.grid} points, on which --times counts" if times and schedule.grid else "",
         "in diffusers": there.said,
+        "in ComfyUI": comfyui.settings(model),
     }
     if conditioner.learned is not None:
         rows["learned"] = f"the classes {', '.join(map(str, conditioner.learned))} alone"
@@ -44,4 +92,4 @@ def card(model: Model, there: InDiffusers) -> str:
     how += f", or in diffusers:\n\n```python\n{there.snippet}```" if there.snippet else "."
     shown = model.recipe.replace("```", "'''")  # foreign text cannot end the block
     recipe = f"\n\nThe recipe that made it:\n\n```yaml\n{shown}```" if model.recipe else ""
-    return f"# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"
+    return f"{header_of(model, there)}\n# {lineage.name}\n\n| | |\n|---|---|\n{table}\n\nMade by distill. {how}{recipe}\n"

@@ -18,12 +18,12 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import folder_atomic
 from distill_cli.models.formats import latent_flow, sd3, sdxl, stable_diffusion
-from distill_cli.models.formats.card import InDiffusers, card
+from distill_cli.models.formats.card import InDiffusers, adapted, card
 from distill_cli.models.formats.extra import EXTRA, extra_of, read_extra
 from distill_cli.models.lora import Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file, hold, quiet, read_json
-from distill_cli.models.sources.catalog import HUB, LORA
+from distill_cli.models.sources.catalog import LORA
 from distill_cli.tensors import Tensors
 
 PIPELINES: tuple[str, ...] = ()
@@ -73,16 +73,7 @@ def in_diffusers(model: Model) -> InDiffusers:
     adapter, known = model.backbone, base_of(model)
     assert isinstance(adapter, Adapter)
     assert known is not None
-    there: InDiffusers = known.in_diffusers(model)
-    base = HUB[adapter.source].id if adapter.source in HUB else adapter.source
-    scheduler = type(known.scheduler_of(model)).__name__
-    lines = there.snippet.replace('"FOLDER"', f'"{base}"').splitlines(keepends=True)
-    made = next(k for k, line in enumerate(lines) if ".from_pretrained(" in line)
-    lines.insert(made + 1, f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")\n')
-    lines.insert(made + 2, 'pipeline.load_lora_weights("FOLDER")\n')
-    imported = next(k for k, line in enumerate(lines) if line.startswith("from diffusers import "))
-    lines[imported] = lines[imported].replace("import ", f"import {scheduler}, ")
-    return replace(there, snippet="".join(lines))
+    return adapted(known.in_diffusers(model), adapter.source, type(known.scheduler_of(model)).__name__)
 
 
 def read(folder: Path, model: Model) -> dict[str, Tensor]:

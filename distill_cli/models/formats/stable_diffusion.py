@@ -6,7 +6,6 @@ foreign folder with LCMScheduler (Luo et al. 2310.04378) is a student of up to `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +15,8 @@ import torch
 
 from distill_cli.diffusion.denoiser import LCM, NetworkDenoiser, Scales, boundary
 from distill_cli.diffusion.schedule import TableSchedule
-from distill_cli.errors import DistillError, printable
-from distill_cli.models import lcm, schedulers
+from distill_cli.errors import DistillError
+from distill_cli.models import header, lcm, schedulers
 from distill_cli.models.backbones import Backbone, backbone_of
 from distill_cli.models.checks import check_latents, check_vae
 from distill_cli.models.codec import Codec, VAECodec
@@ -255,6 +254,4 @@ def licence_of(folder: Path) -> str:
         text = (folder / "README.md").read_text()
     except (OSError, UnicodeDecodeError):
         return ""
-    header = text.split("---")[1] if text.startswith("---") else ""
-    found = re.search(r"^license: *(\S+)", header, re.MULTILINE)
-    return printable(found[1].strip("'\"")) if found else ""
+    return header.licence_of(text)
