@@ -19,6 +19,7 @@ from distill_cli.cli.convert import convert
 from distill_cli.cli.edit import edit
 from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
 from distill_cli.cli.evaluate import evaluate
+from distill_cli.cli.export import export
 from distill_cli.cli.options import Configured, Job
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.sample import sample
@@ -63,6 +64,7 @@ app.command(cls=Configured)(evaluate)
 app.command(cls=Job)(bench)
 app.command()(watch)
 app.command()(convert)
+app.command()(export)
 app.command()(env)
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")
