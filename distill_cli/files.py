@@ -122,7 +122,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     write_atomic_lines(path, [content])
 
 
-def write_atomic_lines(path: Path, parts: Iterable[bytes | str]) -> None:
+def write_atomic_lines(path: Path, parts: Iterable[bytes | str | memoryview]) -> None:
     """As write_atomic, for content in parts that need not be in memory together."""
     path = Path(path)
     temporary = _temporary(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,10 @@ class Tensors:
         """The stored dtype of a tensor; None for one that torch does not have."""
         return DTYPES.get(self.stored[name]["dtype"])
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name` in float32; raises DistillError if it is not floating point."""
+    def read(self, name: str, whole: bool = False) -> Tensor:
+        """The tensor `name` in float32; raises DistillError if it is not floating point, unless `whole` numbers are expected too."""
         kind = self.dtype(name)
-        if kind is None or not kind.is_floating_point:
+        if kind is None or not (whole or kind.is_floating_point):
             raise quantized(self.path, name, self.stored[name]["dtype"])
         begin, end = self.stored[name]["data_offsets"]
         content = torch.empty(end - begin, dtype=torch.uint8)
@@ -81,24 +81,30 @@ class Tensors:
         return content.view(kind).view(self.shapes[name]).float()
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors from any device, byte for byte as safetensors does; a full disk raises OSError, which safetensors would hide.
+def content(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None) -> Iterator[Any]:
+    """A file of tensors from any device in parts, byte for byte as safetensors writes it; as `dtype`, if it is given.
 
     The keys of `metadata` keep their order; safetensors writes them in any order.
     """
     names = {kind: name for name, kind in DTYPES.items()}
     ranks = {name: -rank for rank, name in enumerate(DTYPES)}
+    kinds = {name: names[dtype or value.dtype] for name, value in tensors.items()}
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    begin = 0
-    for name in sorted(tensors, key=lambda name: (ranks[names[tensors[name].dtype]], name)):
-        value = tensors[name]
-        end = begin + math.prod(value.shape) * value.element_size()
-        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    begin, order = 0, sorted(tensors, key=lambda name: (ranks[kinds[name]], name))
+    for name in order:
+        shape = tensors[name].shape
+        end = begin + math.prod(shape) * DTYPES[kinds[name]].itemsize
+        header[name] = {"dtype": kinds[name], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield content_of(tensors[name].to(dtype or tensors[name].dtype))
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file of tensors; a full disk raises OSError, which safetensors would hide."""
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in header:
-            if name != "__metadata__":
-                file.write(content_of(tensors[name]))
+        for part in content(tensors, metadata):
+            file.write(part)

@@ -19,6 +19,7 @@ from distill_cli.cli.convert import convert
 from distill_cli.cli.edit import edit
 from distill_cli.cli.env import REINSTALL, env, torchvision_trouble
 from distill_cli.cli.evaluate import evaluate
+from distill_cli.cli.export import export
 from distill_cli.cli.options import Configured, Job
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.push import push
@@ -64,6 +65,7 @@ app.command(cls=Configured)(evaluate)
 app.command(cls=Job)(bench)
 app.command()(watch)
 app.command()(convert)
+app.command()(export)
 app.command()(push)
 app.command()(env)
 app.add_typer(models.app, name="models")

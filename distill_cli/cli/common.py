@@ -118,8 +118,10 @@ def dry_run(config: Config, plan: dict[str, Any]) -> NoReturn:
 def plan_without(teacher: str, config: Config) -> None:
     """End a dry run whose teacher is not here yet, unless there is a sketch: it downloads nothing, and the plan says what it would."""
     from distill_cli.models.sources import hub, published
+    from distill_cli.models.sources.names import base_of
 
-    if not hub.short_name(teacher) and (download := published.to_download(teacher) or hub.to_download(teacher)):
+    base = base_of(teacher)
+    if not hub.short_name(base) and (download := published.to_download(base) or hub.to_download(base)):
         dry_run(config, {"download": download})
 
 

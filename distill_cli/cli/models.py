@@ -29,11 +29,13 @@ def show(
     from distill_cli.models import load
     from distill_cli.models.formats import comfyui, format_of
     from distill_cli.models.sources import hub, published
+    from distill_cli.models.sources.names import base_of
     from distill_cli.models.sources.registry import REGISTRY
 
-    download = published.to_download(name) or (hub.to_download(name) if hub.short_name(name) else "")
+    base = base_of(name)
+    download = published.to_download(base) or (hub.to_download(base) if hub.short_name(base) else "")
     if download:  # showing a model is no reason to download gigabytes
-        entry = REGISTRY.get(hub.short_name(name) or name)
+        entry = REGISTRY.get(hub.short_name(base) or base)
         said = {"summary": entry.summary, "licence": entry.licence} if entry is not None else {}
         known = {"name": name, **said, "download": download}
         common.result(known, "\n".join(f"{key:17} {value}" for key, value in known.items()), json)

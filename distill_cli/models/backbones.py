@@ -119,6 +119,14 @@ class Backbone(nn.Module):
         """A new network of the same configuration, but for `changes`: on the meta device it costs nothing."""
         return type(self)(type(self.net).from_config(self.net.config, **changes))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The LoRA that lies on the network, under peft's names (models/lora.py); {} if there is none."""
+        return {}
+
+    def merged(self) -> Backbone:
+        """The network with the LoRA that lies on it added to its weights; itself if there is none."""
+        return self
+
     def told(self) -> Backbone:
         """The network with a guidance scale as a further input, not heeded yet. Raises UsageError for networks without a place for it."""
         raise UsageError(

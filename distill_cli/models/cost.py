@@ -11,8 +11,10 @@ import torch
 
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
+from distill_cli.models.sources import lora_files
 from distill_cli.models.sources.catalog import HUB
 from distill_cli.models.sources.hub import short_name, to_download
+from distill_cli.models.sources.names import split
 
 RATE = 150e12
 """FLOP/s that plans assume: about half of an A100's data sheet in bf16. A guess, not a measurement."""
@@ -26,9 +28,10 @@ def sketch(name: str) -> Model:
 
 def sketched(name: str, wanted: bool) -> tuple[Model | None, dict[str, str]]:
     """The sketch of a hub model that is not downloaded yet, if `wanted`, and the plan's line about the download."""
-    known = short_name(name) if wanted else ""
-    download = to_download(name) if known else ""
-    return (sketch(known), {"download": download}) if download else (None, {})
+    base, loras = split(name)
+    known = short_name(base) if wanted else ""
+    download = to_download(base) if known else ""
+    return (lora_files.on(sketch(known), loras), {"download": download}) if download else (None, {})
 
 
 def counted(call: Any) -> int:

@@ -87,6 +87,14 @@ class Model:
             network.to(device)
         return self
 
+    def whole(self) -> Model:
+        """The model with its LoRA added to its weights; itself if it has none."""
+        backbone, old = self.backbone.merged(), self.denoiser
+        if backbone is self.backbone:
+            return self
+        denoiser = NetworkDenoiser(backbone, old.schedule, old.parameterisation, old.scales, old.time_input, old.boundary)
+        return replace(self, denoiser=denoiser.eval())
+
     def copy(self, **changes: Any) -> Model:
         """The same model with its own copy of the denoiser."""
         return replace(self, denoiser=copy.deepcopy(self.denoiser), **changes)

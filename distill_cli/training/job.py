@@ -17,6 +17,7 @@ from distill_cli.files import write_atomic
 from distill_cli.models import load
 from distill_cli.models.cost import sketched
 from distill_cli.models.model import Model
+from distill_cli.models.sources import names
 from distill_cli.models.sources.registry import REGISTRY
 from distill_cli.pairs.store import PROMPTS, keep_prompts
 from distill_cli.processes import rank, say, say_read
@@ -68,6 +69,8 @@ class Job:
         given: dict[str, Any] = {key: getattr(config, key, None) for key in keys}
         files = {key: value for key, value in given.items() if value not in (None, *REGISTRY, *BUILTIN_SETS, *PROMPT_SETS)}
         absolute = {key: type(value)(Path(value).resolve()) for key, value in files.items() if Path(value).exists()}
+        if given["teacher"] and names.split(given["teacher"])[1]:
+            absolute["teacher"] = names.absolute(given["teacher"], REGISTRY)
         if piped := is_pipe(getattr(config, "prompts", None) or ""):
             absolute["prompts"] = str((config.out / PROMPTS).resolve())
         text = dump(config.model_copy(update={**absolute, "out": None}))

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +22,8 @@ from distill_cli.models.lineage import Lineage
 from distill_cli.models.lora import adapted
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampling
+from distill_cli.models.sources import names
+from distill_cli.models.sources.registry import REGISTRY
 from distill_cli.processes import say
 from distill_cli.runs import Run
 
@@ -189,7 +190,7 @@ class Objective:
         if config.quantize == "int8":
             backbone.quantize()
         adapter = adapted(backbone, config.lora, config.lora_alpha, config.lora_targets, config.seed, config.merge)
-        adapter.source = str(Path(config.teacher).resolve()) if Path(config.teacher).exists() else config.teacher
+        adapter.source = names.absolute(config.teacher, REGISTRY)
         if base not in self.frozen and not config.merge and formats.lora.base_of(teacher) is None:
             say(f"lora: saved as whole weights: no pipeline of diffusers loads a LoRA of {config.teacher}")
         self.frozen[base] = old

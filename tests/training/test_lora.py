@@ -157,19 +157,13 @@ def test_a_second_lora_stacks_on_it(base, tmp_path):
     pipeline.set_adapters(["student", "style"], [1.0, 1.0])
     noise = Draws(1, range(2)).normal("prior", made.shape)
     theirs = pipeline(PROMPTS, latents=noise, num_inference_steps=1, guidance_scale=1, output_type="pt").images * 2 - 1
-    merged = formats.whole(replace(made, denoiser=with_network(made.denoiser, merge=True)))
+    merged = made.whole()
     for name, value in merged.net.state_dict().items():
         path = name.removesuffix(".weight")
         if f"{path}.lora_A.weight" in half:
             value += torch.einsum("or...,ri...->oi...", half[f"{path}.lora_B.weight"], half[f"{path}.lora_A.weight"])
     assert (picture(merged) - theirs).abs().max() < 1e-4
     assert (picture(made) - theirs).abs().max() > 0.05
-
-
-def with_network(denoiser, merge):
-    out = copy.deepcopy(denoiser)
-    out.network.merge = merge
-    return out
 
 
 def test_merged_it_is_a_whole_model(base, tmp_path):
@@ -220,7 +214,7 @@ def test_a_base_of_integers(base, tmp_path):
     x, t = torch.randn(2, *made.shape), torch.full((2,), 500.0)
     made.denoiser(x, t, made.with_prompts(PROMPTS).conditioner(torch.tensor([0, 1]))).square().mean().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in made.denoiser.parameters())
-    merged = formats.whole(replace(made, denoiser=with_network(made.denoiser, merge=True)))
+    merged = made.whole()
     assert (picture(merged) - picture(made)).abs().max() < 1e-4
     assert {value.dtype for value in merged.net.state_dict().values()} == {torch.float32}
 

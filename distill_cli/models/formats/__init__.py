@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +24,6 @@ from distill_cli.models.formats import (
 )
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, extra_of
-from distill_cli.models.lora import Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.parts import read_json
 
@@ -78,16 +75,14 @@ def save(model: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None
 
     A LoRA that no pipeline loads, or that is to be merged, is written as whole weights.
     """
-    format_of(model).save(whole(model), Path(folder), dtype)
+    known = format_of(model)
+    known.save(model if known is lora else model.whole(), Path(folder), dtype)
 
 
-def whole(model: Model) -> Model:
-    """The model with a LoRA in its weights, unless it is saved as a LoRA."""
-    if not isinstance(model.backbone, Adapter) or lora.fits(model):
-        return model
-    denoiser = copy.copy(model.denoiser)
-    denoiser._modules = {"network": model.backbone.merged()}
-    return replace(model, denoiser=denoiser)
+def pipelines_of(model: Model) -> tuple[str, ...]:
+    """The pipelines of a model's format; of a LoRA those of its base."""
+    known: Format = lora.base_of(model) or format_of(model)
+    return known.PIPELINES
 
 
 def save_sampler(model: Model, folder: Path) -> None:

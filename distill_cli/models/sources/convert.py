@@ -68,7 +68,7 @@ def interleaved(value: Tensor, heads: int) -> list[Tensor]:
     return [v.reshape(-1, *value.shape[1:]) for v in value.reshape(heads, -1, 3, *value.shape[1:]).unbind(2)]
 
 
-def trimmed(shape: torch.Size) -> tuple[int, ...]:
+def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape without trailing ones, since a 1x1 convolution is a linear layer."""
     return trimmed(shape[:-1]) if shape and shape[-1] == 1 else tuple(shape)
 

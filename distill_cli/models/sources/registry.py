@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from distill_cli.errors import DistillError, UsageError, nearest
 from distill_cli.models.sources.catalog import HUB, LORA, MADE, Known
 from distill_cli.models.sources.hub import cached, download, is_id, short_name
+from distill_cli.models.sources.names import split
 from distill_cli.models.sources.published import PUBLISHED, Published, fetch
 from distill_cli.processes import say_hidden
 
@@ -103,9 +104,15 @@ def open_folder(folder: Path, name: str) -> Model:
 def load(name: str, steps: int | None = None) -> Model:
     """The model called `name`: a built-in one, a folder (of a model, or of a run), a single file, or a hub id. Float32, on the CPU.
 
+    With +FILE[@WEIGHT] behind it, once or several times, those LoRAs are merged into its weights.
     Of a run whose rounds are kept, the student that takes `steps`, else that of the last round.
     Raises UsageError for an unknown name and DistillError for what cannot be read.
     """
+    base, loras = split(name)
+    if loras:
+        from distill_cli.models.sources import lora_files
+
+        return lora_files.on(load(base, steps), loras)
     if name in REGISTRY:
         say_hidden("model", name, "the built-in one")
         model = REGISTRY[name].load()
