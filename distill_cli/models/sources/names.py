@@ -30,7 +30,7 @@ def _pieces(name: str) -> list[str]:
 def _read(piece: str) -> tuple[str, str]:
     """The path in FILE[@WEIGHT], and the weight's text, '' without one. A path with @ that exists is a path."""
     path, at, weight = piece.rpartition("@")
-    return (piece, "") if not at or Path(piece).exists() else (path, weight)
+    return (piece, "") if not at or "/" in weight or Path(piece).exists() else (path, weight)
 
 
 def split(name: str) -> tuple[str, tuple[LoRA, ...]]:
