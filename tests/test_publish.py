@@ -98,7 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         if REPO not in self.server.repos:
             return self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-        return self.reply(200, {"id": REPO, "private": False, "sha": self.server.sha, "siblings": [], "tags": []})
+        asked_by_old_versions = {"downloads": 0, "likes": 0, "siblings": [], "tags": []}
+        return self.reply(200, {"id": REPO, "private": False, "sha": self.server.sha, **asked_by_old_versions})
 
     def do_POST(self):
         self.server.asked.append(self.path)
@@ -221,7 +222,7 @@ def test_a_wrong_token_and_no_connection_are_one_line(hub, run, tmp_path):
     one_line(push(hub.url, tmp_path, run, token="hf_wrong"), "does not let this token write", "hf auth login")
     url = hub.url
     hub.shutdown(), hub.server_close()
-    one_line(push(url, tmp_path, run), f"push: {REPO} could not be sent (ConnectError", "the same command again")
+    one_line(push(url, tmp_path, run), f"push: {REPO} could not be sent (Connect", "the same command again")
 
 
 def test_offline_and_without_a_token_nothing_is_asked(run, distill, tmp_path, monkeypatch):
