@@ -277,6 +277,7 @@ def test_a_converted_teacher_in_a_loop_of_plain_diffusers(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 def test_full_size_cifar10_makes_pairs_and_distils(distill, tmp_path):
     tensors = {name: value * (0.2 if value.ndim > 1 else 1) for name, value in random_tensors(CIFAR10).items()}
     write_nvlabs(tensors, CIFAR10, tmp_path / "edm-cifar10.pkl")
