@@ -31,8 +31,7 @@ lint: $(VENV)/tools
 	$(VENV)/bin/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadgroup
-	$(VENV)/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 gpu: $(VENV)/ready
 	PYTHON=$(VENV)/bin/python sh docs/gpu.sh

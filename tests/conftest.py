@@ -14,6 +14,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is asserted to the las
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that of several processes none is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def golden():
     """Tensors and header of a golden file, and its mixtures as denoisers."""
@@ -78,3 +83,10 @@ def tiny_pairs(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("pairs") / "tiny"
     generate(PairsConfig(teacher="tiny", num=12, shard_size=5, batch_size=4, steps=3), tiny.copy(), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory):
+    from tests.contracts.workers import Workers
+
+    return Workers(tmp_path_factory.mktemp("workers"))

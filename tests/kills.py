@@ -24,7 +24,7 @@ COMMANDS = {
     "train": ("train", "ema_halflife=40", "network.channels=[8, 16]", "network.attention=[0, 0]", "network.groups=4",
               "network.head=8", *RUN),
 }  # fmt: skip
-UNLIKE = ("env.json", "speed.jsonl")
+UNLIKE = ("env.json", "speed.jsonl", "verified-0.json")
 """Files that tell when and where a run was."""
 
 

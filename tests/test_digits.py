@@ -37,7 +37,7 @@ def test_a_short_distillation_goes_most_of_the_way(distill):
     """80 steps take one evaluation from a blur (Frechet distance above 1) to digits that are mostly read right."""
     before = judged(distill, "digits", "--num", 400, "--seed", 7, "--solver", "few-step")
     assert distill("pairs", "--num", 300, "--out", "p").code == 0
-    run = distill("dmd", "--recipe", "demo-dmd", "--pairs", "p", "--out", "r", "--steps", 80, "sample_every=0")
+    run = distill("dmd", "--recipe", "demo-dmd", "--pairs", "p", "--out", "r", "--steps", 80, "--batch-size", 32, "sample_every=0")
     assert run.code == 0, run.err
     after = judged(distill, "r", "--num", 400, "--seed", 7)
     assert before["frechet"] > 1.0

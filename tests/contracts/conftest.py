@@ -35,10 +35,3 @@ def runs(tmp_path_factory):
     from tests.contracts.running import Runs
 
     return Runs(tmp_path_factory.mktemp("contracts"))
-
-
-@pytest.fixture(scope="session")
-def workers(tmp_path_factory):
-    from tests.contracts.workers import Workers
-
-    return Workers(tmp_path_factory.mktemp("workers"))

@@ -8,26 +8,37 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+
+from distill_cli.processes import TOGETHER
 
 PRELOADED = ("tests.contracts.preloaded",)
 
 
-def work(arguments: list[str], variables: dict[str, str], said: str) -> None:
-    """What a process does: the command, with its own words in the file `said`."""
+def work(arguments: list[str], variables: dict[str, str], place: str | Path, said: str, few: bool) -> None:
+    """What a process does in the folder `place`: the command, with its own words in `said`.out and `said`.err.
+
+    Pictures to look at are `few` in contracts.
+    """
     import torch
 
     from distill_cli.cli.app import main
     from tests.contracts.running import Seen, watched
 
     os.environ.update(variables)
+    os.chdir(place)
     torch.set_num_threads(1)
-    handle = open(said, "w")  # noqa: SIM115  for as long as the process is there
-    for number in (1, 2):
-        os.dup2(handle.fileno(), number)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["distill", *arguments]
-    with watched(Seen()):
+    with watched(Seen()) if few else nullcontext():
         main()
+
+
+def told(process: multiprocessing.process.BaseProcess, name: str) -> str:
+    """What a process wrote to its "out" or "err"."""
+    return Path(f"{process.said}.{name}").read_text()
 
 
 class Workers:
@@ -43,20 +54,25 @@ class Workers:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
 
-    def start(self, arguments: list[str], processes: int = 1) -> list[multiprocessing.process.BaseProcess]:
-        """Start a command as `processes` that torchrun would have started."""
+    def start(
+        self, arguments: list[str], processes: int = 1, place: str | Path = ".", few: bool = True, **variables: str
+    ) -> list[multiprocessing.process.BaseProcess]:
+        """Start a command in the folder `place`, as `processes` like those that --num-processes starts."""
         places: list[dict[str, str]] = [{}]
         if processes > 1:
             with socket.socket() as probe:
                 probe.bind(("localhost", 0))
                 port = probe.getsockname()[1]
             shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            shared |= {TOGETHER: self.place / f"together-{self.count}"}
+            shared[TOGETHER].mkdir()
             places = [{key: str(value) for key, value in {**shared, "RANK": k, "LOCAL_RANK": k}.items()} for k in range(processes)]
         out = []
-        for variables in places:
+        for own in places:
             self.count += 1
-            process = self.context.Process(target=work, args=(arguments, variables, str(self.place / f"said-{self.count}")))
-            process.said = self.place / f"said-{self.count}"
+            said = str(self.place / f"said-{self.count}")
+            process = self.context.Process(target=work, args=(arguments, {**own, **variables}, os.path.abspath(place), said, few))
+            process.said = said
             process.start()
             out.append(process)
         return out
@@ -67,7 +83,17 @@ class Workers:
         for process in started:
             process.join(120)
         for process in started:
-            assert process.exitcode == 0, process.said.read_text()
+            assert process.exitcode == 0, told(process, "err")
+
+    def ended(self, place: Path, *arguments: str, processes: int = 1, **variables: str) -> tuple[int, str, str]:
+        """The highest exit code, results and messages of a command in the folder `place`, just as it is."""
+        started = self.start([*arguments], processes, place, few=False, **variables)
+        for process in started:
+            process.join(240)
+            assert process.exitcode is not None, told(process, "err")
+        out, err = ("".join(told(process, name) for process in started) for name in ("out", "err"))
+        assert "Traceback" not in err, err
+        return max((process.exitcode or 0 for process in started), key=abs), out, err
 
     def killed(self, arguments: list[str], due: Callable[[], bool], wait: float) -> bool:
         """Start a command and kill it `wait` seconds after `due`; whether it was still there to be killed."""

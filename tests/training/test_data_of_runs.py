@@ -211,7 +211,7 @@ def test_a_run_of_before_has_no_list(distill, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_after_a_broken_picture(photos, tmp_path):
+def test_two_processes_go_on_after_a_broken_picture(photos, tmp_path, workers):
     """Either may find it; both take the same picture in its place."""
     from tests.test_processes import distill, ended
 
@@ -221,6 +221,6 @@ def test_two_processes_go_on_after_a_broken_picture(photos, tmp_path):
     assert err.count("error:") == 1
     assert listing.found_broken(tmp_path / "r") == {"dog/2.jpg"}
     (photos / "dog/2.jpg").unlink()
-    code, _, err = ended(distill(tmp_path, "train", "--resume", "r", "--num-processes", "2"))
+    code, _, err = workers.ended(tmp_path, "train", "--resume", "r", processes=2)
     assert code == 0, err
     assert err.count("dog/2.jpg was found broken and is gone: dog/3.jpg takes its place") == 1
