@@ -16,7 +16,7 @@ from distill_cli.processes import say
 from distill_cli.training.objective import Objective
 
 
-def _able(network: nn.Module) -> list[Any]:
+def able(network: nn.Module) -> list[Any]:
     """The diffusers networks in a network that can compute activations anew in the backward pass."""
     return [part for part in network.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
 
@@ -25,7 +25,7 @@ def check(config: TrainingConfig, trained: Mapping[str, nn.Module]) -> None:
     """Raise UsageError for options that the trained networks do not have."""
     for name, network in trained.items():
         kind = type(next(iter(compiled.backbones(network)), network)).__name__
-        if config.gradient_checkpointing and not _able(network):
+        if config.gradient_checkpointing and not able(network):
             raise UsageError(f"gradient_checkpointing: the {name}'s network, {kind}, has none", "leave it out")
         if config.compile != "none" and not compiled.backbones(network):
             raise UsageError(f"compile {config.compile}: for networks that denoise, {name} is {kind}", "leave it out")
@@ -36,7 +36,7 @@ def placed(config: TrainingConfig, network: nn.Module, where: torch.device, trai
     network.to(where)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    for part in _able(network) if trained and config.gradient_checkpointing else []:
+    for part in able(network) if trained and config.gradient_checkpointing else []:
         part.enable_gradient_checkpointing()
     return compiled.compile_network(network, config.compile)
 
