@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distill_cli.launch import HALF
 from distill_cli.training.placed import able
@@ -80,20 +80,34 @@ class Checkpoints:
     """In the place of torch's checkpoint: keeps inputs alone, and counts later what the backward pass computes again."""
 
     def __init__(self) -> None:
-        self.kept: dict[Any, Callable[[], Any]] = {}
-        self.made: dict[Any, Any] = {}
-        self.inputs: list[Any] = []
+        self.calls: list[tuple[Any, Callable[[], Any]]] = []
+        self.answers: dict[Any, Any] = {}
+        """Shapes and number types of what was answered, by what was called."""
 
     def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         more = {name: value for name, value in options.items() if name not in OPTIONS}
-        given = [(tuple(each.shape), each.dtype) for each in tree_leaves((args, more)) if isinstance(each, Tensor)]
-        key = function, tuple(given)
-        self.inputs.append((args, more))
-        if key not in self.kept:
-            self.kept[key] = lambda: function(*args, **more)
+        key = function, tuple((each.shape, each.dtype) for each in tree_leaves((args, more)) if isinstance(each, Tensor))
+        self.calls.append((key, lambda: function(*args, **more)))
+        if key not in self.answers:
             with torch.no_grad():
-                self.made[key] = function(*args, **more)
-        return tree_map(lambda each: torch.empty_like(each, requires_grad=True) if isinstance(each, Tensor) else each, self.made[key])
+                self.answers[key] = tree_map_only(Tensor, lambda each: (each.shape, each.dtype), function(*args, **more))
+        made = [torch.empty(shape, dtype=dtype, device=GPU, requires_grad=True) for shape, dtype in _pairs(self.answers[key])]
+        return made[0] if isinstance(self.answers[key][0], torch.Size) else tuple(made)
+
+    def backward(self) -> Iterator[Callable[[], Any]]:
+        """What the backward pass computes again, the last first; inputs are dropped as it goes. The same call is counted once."""
+        seen = set()
+        while self.calls:
+            key, again = self.calls.pop()
+            if key not in seen:
+                yield again
+            seen.add(key)
+            del again
+
+
+def _pairs(answer: Any) -> list[Any]:
+    """Shapes and number types of one answer, or of several."""
+    return [answer] if isinstance(answer[0], torch.Size) else list(answer)
 
 
 def size_of(tensor: Tensor) -> int:
@@ -185,9 +199,9 @@ def peak(
         stack.enter_context(held)
         with torch.enable_grad(), _autocast(precision):
             out = call()
-        for again in calls.kept.values():
+        del out
+        for again in calls.backward():
             with torch.enable_grad(), _autocast(precision):
                 made = again()
-            del made
-        del out
+            del made, again
         return held.peak

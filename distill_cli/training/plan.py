@@ -10,6 +10,7 @@ from torch import nn
 
 from distill_cli.models.cost import amount, decoding, evaluation, time_of
 from distill_cli.models.model import Model
+from distill_cli.training import fitting
 from distill_cli.training.memory import memory, result
 from distill_cli.training.objective import Objective
 from distill_cli.training.placed import check
@@ -46,14 +47,17 @@ def plan(objective: Objective, processes: int = 1) -> dict[str, Any]:
     trained, average = sum(count(each.parameters()) for each in objective.trained.values()), stored(main.state())
     kept = sum(stored(networks[name]) for name in (*objective.trained, *objective.kept))
     checkpoint = 4 * (kept + 2 * trained + average)  # two moments
+    needs = memory(objective, processes)
     out = {
         "steps": steps,
         "images": steps * config.batch_size,
         "parameters": ", ".join(f"{name} {parameters[name]:,}" for name in sorted(parameters, key=lambda name: name != "teacher")),
         "each step": "; ".join([str(calls[0]), *(f"after step {step} {said}" for step, said in changes)]),
         "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
-        "memory": str(memory(objective, processes)),
+        "memory": str(needs),
     }
+    if config.memory is not None:
+        out["to fit"] = fitting.line(objective, processes, needs)
     if config.compile != "none":
         out["compile"] = f"{config.compile}, in the first steps: minutes before the run has its speed"
     model = result(objective)
