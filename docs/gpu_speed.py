@@ -52,7 +52,7 @@ def bench(name: str, *settings: str) -> None:
     figure(f"dmd, {name}: share of the peak", f"{share:.1%}, {found['tflop'] / seconds:.0f} TFLOP/s", share)
     figure(f"dmd, {name}: over its raw calls", f"{found['ratio']:.3f}", found["ratio"])
     figure(f"dmd, {name}: images a second", found["images_per_second"], found["images_per_second"])
-    figure(f"dmd, {name}: memory", f"{memory:.1f} GiB, {found['planned_memory_mb'] / 1073.74:.1f} planned without activations", memory)
+    figure(f"dmd, {name}: memory", f"{memory:.1f} GiB, {found['planned_memory_mb'] / 1073.74:.1f} planned", memory)
     figure(f"dmd, {name}: first call", f"{found['first_seconds']:.0f} s", found["first_seconds"])
 
 

@@ -32,6 +32,7 @@ from distill_cli.runs import Run
 from distill_cli.sample import batch
 from distill_cli.training import plan
 from distill_cli.training.engine import Engine
+from distill_cli.training.memory import memory
 from distill_cli.training.objective import Objective
 from distill_cli.training.optimizer import make_optimizer
 from distill_cli.training.placed import placed
@@ -76,6 +77,7 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
     config = job.complete(config)
     objective: Objective = opener(f"methods.{method_of(config).objective}")(config, job)
     job.say()
+    planned = memory(objective).total
     engine = Engine(objective.config, objective)
     engine.open(Run.create(folder / "run", "", "bench"))
     model = objective.model(engine.plain[engine.main], 0)
@@ -98,7 +100,7 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
 
     text = f"{len(asked.forwards)} forwards, {len(asked.trainings)} x (forward, backward, optimizer)"
     flop = plan.flop(model, asked.evaluations(), asked.decoded)
-    return Case(engine.advance, bare, config.batch_size, text, where, config.precision, flop, plan.memory(objective))
+    return Case(engine.advance, bare, config.batch_size, text, where, config.precision, flop, planned)
 
 
 def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int], Any]) -> Case:

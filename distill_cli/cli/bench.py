@@ -42,7 +42,7 @@ def bench(
         f"{data['ours_seconds']:.4f} s over {data['raw_seconds']:.4f} s ({data['raw_calls']}), medians of {repeats}",
         f"{data['images_per_second']} images/s; {data['share_of_peak']:.1%} of {data['peak_tflops']:.4g} TFLOP/s, the peak of a product "
         f"of matrices in {data['peak_type']} here",
-        f"{data['peak_memory_mb']} MB at most; the plan counts {data['planned_memory_mb']} MB without activations",
+        f"{data['peak_memory_mb']} MB at most; the plan counts {data['planned_memory_mb']} MB",
         *(f"{each['share']:6.1%} {each['calls']:6} {each['operation']}" for each in data.get("profile", [])),
         f"{data['machine']}; {', '.join(f'{name} {version}' for name, version in data['versions'].items())}",
     ]

@@ -178,9 +178,10 @@ def open_run(context: typer.Context, recipe: str | None, overrides: list[str] | 
     return resolve(commands.config_of(command), str(stored), [], {"steps": flags.get("steps")}).model_copy(update={"out": resume})
 
 
-def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_json: bool) -> None:
-    """Open a method and train, or print the plan of it."""
+def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_json: bool, count: int | None) -> None:
+    """Open a method and train, or print the plan of it for `count` processes."""
     from distill_cli.methods.registry import load
+    from distill_cli.training import fitting
     from distill_cli.training.engine import Engine
     from distill_cli.training.job import Job
     from distill_cli.training.plan import plan
@@ -189,7 +190,9 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
     job = Job(method.command, resume, dry_run_wanted)
     objective = load(f"methods.{method.objective}")(config, job)
     if dry_run_wanted:
-        dry_run(objective.config, {**job.plan, **plan(objective)})
+        dry_run(objective.config, {**job.plan, **plan(objective, count or processes.world_size())})
+    if objective.config.memory is not None:
+        fitting.refuse(objective, processes.world_size())
     engine = Engine(objective.config, objective)
     job.begin(engine)
     made = engine.train()

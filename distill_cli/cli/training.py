@@ -37,4 +37,4 @@ def training(
         common.start_processes(num_processes, getattr(config, "prompts", None))
     elif teacher := getattr(config, "teacher", None):
         common.plan_without(teacher, config)
-    common.train(config, resume, dry_run, json)
+    common.train(config, resume, dry_run, json, num_processes)

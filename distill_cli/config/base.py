@@ -104,6 +104,23 @@ def _every(value: Any) -> Any:
     return int(text) if text.isdigit() else text
 
 
+UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def size(text: str) -> int:
+    """`24GB` -> 24,000,000,000."""
+    number, unit = text[: text.index(next(filter(str.isalpha, text)))], "".join(filter(str.isalpha, text))
+    return int(float(number) * UNITS[unit])
+
+
+def _size(value: Any) -> Any:
+    """A number of bytes with its unit."""
+    text = "".join(str(value).split())
+    if not re.fullmatch(rf"(?=.*[1-9])\d{{1,9}}(\.\d{{1,9}})?({'|'.join(UNITS)})", text):
+        raise ValueError(f"{value!r} is no size such as 24GB or 22.5GiB")
+    return text
+
+
 def numbers(value: Any) -> Any:
     """`8,16` -> ["8", "16"], and one number a list of it."""
     if isinstance(value, str):
@@ -128,6 +145,8 @@ Name = Annotated[str, BeforeValidator(expanded)]
 Text = Annotated[str, BeforeValidator(_text)]
 """Free text: a prompt, or a list of times."""
 Every = Annotated[int | str, BeforeValidator(_every)]
+Size = Annotated[str, BeforeValidator(lambda value: None if value is None else _size(value))]
+"""Bytes with a unit: 24GB."""
 Precision = Annotated[
     Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # as YAML reads no
 ]

@@ -6,7 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config.base import Compile, Config, Count, Every, Fraction, Momentum, Names, Numbers, Positive, Precision, Rate, Weight
+from distill_cli.config.base import (
+    Compile,
+    Config,
+    Count,
+    Every,
+    Fraction,
+    Momentum,
+    Names,
+    Numbers,
+    Positive,
+    Precision,
+    Rate,
+    Size,
+    Weight,
+)
 
 Optimizer = Literal["adamw", "radam", "muon"]
 OPTIMIZERS = "radam: rectified Adam, needs no warm-up; muon: orthogonalised steps for matrices and convolutions, NAdamW for the rest"
@@ -32,6 +46,9 @@ class TrainingConfig(Config):
     compile: Compile = Field("none", description="torch.compile of the denoisers: block by block, or whole; minutes before the first steps")
     channels_last: bool = Field(False, description="store pictures inside the networks with their channels last, which may be faster")
     gradient_checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, a third slower")
+    memory: Size | None = Field(
+        None, description="a GPU's memory, as 24GB: a run that needs more by its plan is refused, and a plan says how to fit"
+    )
     log_every: Positive = Field(50, description="steps between lines of metrics.jsonl")
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
     save_every: Every = Field(500, description="steps between checkpoints, or a time such as 30s, 10m, 2h")

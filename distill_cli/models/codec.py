@@ -66,6 +66,10 @@ class Codec:
         """A codec for the same latents that decodes faster. Raises UsageError if there are no latents."""
         raise UsageError(f"--decoder {spec}: for latents, and the teacher's images are pixels", "leave it out")
 
+    def sketched_decoder(self) -> Codec:
+        """As `with_decoder`, for plans: of TAESD's architecture, on the meta device."""
+        return self.with_decoder("of a plan")
+
     def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int, most: float = math.inf) -> tuple[int, int] | None:
         """(h, w) of latents for pictures whose shorter side is `pixels`, at the aspect ratio of `shape`; None if only one size is possible.
 
@@ -125,6 +129,12 @@ class VAECodec(Codec):
         if tiny.vae.config.out_channels != 3:
             raise DistillError(f"decoder {spec}: pictures of {tiny.vae.config.out_channels} channels", "colour pictures are read")
         return tiny
+
+    def sketched_decoder(self) -> VAECodec:
+        import diffusers
+
+        with torch.device("meta"):
+            return VAECodec(diffusers.AutoencoderTiny(latent_channels=self.vae.config.latent_channels))
 
     def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int, most: float = math.inf) -> tuple[int, int]:
         whole, (_, height, width) = self.factor * multiple, shape

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from distill_cli.diffusion.condition import Condition
 from distill_cli.errors import UsageError, nearest, reason
@@ -49,7 +49,7 @@ def again(layers: Sequence[Any], module: Callable[..., Any], *inputs: Any) -> An
     """Gradient checkpointing of one block, which is computed again with the adapter of its first computation."""
     now = layers[0]._active_adapter
     contexts = partial(lambda names: (nullcontext(), chosen(layers, names)), now)
-    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+    return torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 class Adapter(Backbone):

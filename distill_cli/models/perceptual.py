@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -36,27 +37,30 @@ def find_weights(given: Path | None) -> Path:
 
 
 class Perceptual(nn.Module):
-    """Distance (B,) of images (B, C, H, W) in [-1, 1], resized to 224 if less than `below` wide; differentiable in the first."""
+    """Distance (B,) of images (B, C, H, W) in [-1, 1], resized to 224 if less than `below` wide; differentiable in the first.
 
-    def __init__(self, weights: Path | None = None, below: float = math.inf, pooling: str = "max") -> None:
+    If it is `planned`, it is on the meta device, without weights.
+    """
+
+    def __init__(self, weights: Path | None = None, below: float = math.inf, pooling: str = "max", planned: bool = False) -> None:
         super().__init__()
         self.below = below
-        path = find_weights(weights)
+        path = None if planned else find_weights(weights)
         import lpips
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("meta") if planned else nullcontext():
             warnings.simplefilter("ignore")  # lpips uses a deprecated argument of torchvision
-            self.metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+            self.metric = lpips.LPIPS(net="vgg", pretrained=not planned, pnet_rand=True, verbose=False)
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = {} if path is None else torch.load(path, map_location="cpu", weights_only=True)
             for part in self.metric.net.children():
                 for place, layer in part.named_children():
-                    if isinstance(layer, nn.Conv2d):
+                    if isinstance(layer, nn.Conv2d) and path is not None:
                         layer.load_state_dict({key: stored[f"features.{place}.{key}"] for key in ("weight", "bias")})
                     elif isinstance(layer, nn.MaxPool2d) and pooling == "average":
                         setattr(part, place, nn.AvgPool2d(2))
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise unreadable(path or Path(), error) from error
         except Exception as error:  # torch raises errors of many classes for other files
             what = f"{type(error).__name__}: {printable(error, 120)}"
             raise DistillError(f"{path}: not torchvision's VGG-16 ({what})", f"fetch {URL}") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import TrainingConfig
 from distill_cli.data import Images
+from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.errors import UsageError
@@ -115,9 +116,11 @@ class Calls:
     trainings: Sequence[Call]
     """Calls with a backward pass and an optimizer step, in order."""
     forwards: Sequence[Call] = ()
-    """Calls without gradient."""
+    """Calls without gradient; guidance by one call of twice the batch is a call of so many images."""
     decoded: int = 0
-    """Images that are decoded with gradient; for each one a reference is decoded without."""
+    """Images of the first training call that are decoded, and judged, with gradient; for each one a reference without."""
+    between: bool = False
+    """Whether the calls without gradient come between the first training call and its backward pass, else before it."""
 
     def evaluations(self) -> int:
         """Network evaluations; a backward pass counts as two."""
@@ -236,6 +239,21 @@ class Objective:
 
     def calls(self, step: int = 0) -> Calls:
         """The network calls of a step; the same in all steps of a phase."""
+        raise NotImplementedError
+
+    def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
+        """Call a network on `count` samples whose values do not matter, for plans: by default a denoiser's backbone.
+
+        `made` is the result of the method, most often a Model. Returns the network's answer.
+        """
+        assert isinstance(network, NetworkDenoiser)
+        assert isinstance(made, Model)
+        backbone: Any = network.network
+        condition = {name: part for name, part in made.example(count, where).parts.items() if name in backbone.inputs}
+        return backbone(torch.empty(count, *made.shape, device=where), torch.ones(count, device=where), Condition(condition))
+
+    def judge(self, x: Tensor, reference: Tensor) -> Tensor:
+        """(B,) distances of what is decoded (`calls().decoded`) from its reference, by frozen networks."""
         raise NotImplementedError
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:

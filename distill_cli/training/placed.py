@@ -16,7 +16,7 @@ from distill_cli.processes import say
 from distill_cli.training.objective import Objective
 
 
-def _able(network: nn.Module) -> list[Any]:
+def able(network: nn.Module) -> list[Any]:
     """The diffusers networks in a network that can compute activations anew in the backward pass."""
     parts = [*network.modules(), *(backbone.net for backbone in compiled.backbones(network))]
     return [part for part in parts if getattr(part, "_supports_gradient_checkpointing", False)]
@@ -26,7 +26,7 @@ def check(config: TrainingConfig, trained: Mapping[str, nn.Module]) -> None:
     """Raise UsageError for options that the trained networks do not have."""
     for name, network in trained.items():
         kind = type(next(iter(compiled.backbones(network)), network)).__name__
-        if config.gradient_checkpointing and not _able(network):
+        if config.gradient_checkpointing and not able(network):
             raise UsageError(f"gradient_checkpointing: the {name}'s network, {kind}, has none", "leave it out")
         if config.compile != "none" and not compiled.backbones(network):
             raise UsageError(f"compile {config.compile}: for networks that denoise, {name} is {kind}", "leave it out")
@@ -40,7 +40,7 @@ def placed(config: TrainingConfig, network: nn.Module, where: torch.device, trai
     if trained and config.gradient_checkpointing:
         for backbone in compiled.backbones(network):
             backbone.checkpointing()
-        for part in _able(network) if not compiled.backbones(network) else []:
+        for part in able(network) if not compiled.backbones(network) else []:
             part.enable_gradient_checkpointing()
     return compiled.compile_network(network, config.compile)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
@@ -10,13 +11,22 @@ from torch import nn
 
 from distill_cli.models.cost import amount, decoding, evaluation, time_of
 from distill_cli.models.model import Model
+from distill_cli.training import fitting
+from distill_cli.training.memory import memory, result
 from distill_cli.training.objective import Objective
 from distill_cli.training.placed import check
-from distill_cli.training.rehearsal import unmeasured
+
+CARRIED = re.compile(r"\.lora_[AB]\.\w+\.")
+"""In the name of a parameter in a base: that of an adapter. In the adapter itself peft's name of the adapter is left out."""
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def own(network: nn.Module) -> list[nn.Parameter]:
+    """A network's parameters, without those of adapters that lie on it."""
+    return [parameter for name, parameter in network.named_parameters() if not CARRIED.search(name)]
 
 
 def stored(network: nn.Module) -> int:
@@ -34,19 +44,7 @@ def _networks(objective: Objective) -> dict[str, nn.Module]:
     return {name: each.state() for name, each in objective.trained.items()} | objective.kept | objective.frozen
 
 
-def _stepped(objective: Objective) -> tuple[int, int]:
-    """How many weights are trained, and how many numbers the average has."""
-    main = next(iter(objective.trained.values()))
-    return sum(count(each.parameters()) for each in objective.trained.values()), stored(main.state())
-
-
-def memory(objective: Objective) -> int:
-    """Bytes of weights, their average, gradients and moments, all in float32."""
-    trained, average = _stepped(objective)
-    return 4 * (sum(map(stored, _networks(objective).values())) + average) + 12 * trained
-
-
-def plan(objective: Objective) -> dict[str, Any]:
+def plan(objective: Objective, processes: int = 1) -> dict[str, Any]:
     """Steps, images, parameters, calls, disk and memory of a run; for a denoiser its arithmetic too."""
     config, phases = objective.config, objective.phases
     check(config, {name: each.module for name, each in objective.trained.items()})
@@ -54,22 +52,24 @@ def plan(objective: Objective) -> dict[str, Any]:
     steps, calls = ends[-1], [objective.calls(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
     changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if later != one]
     main, networks = next(iter(objective.trained.values())), _networks(objective)
-    parameters = {name: count(network.parameters()) for name, network in networks.items()}
-    trained, average = _stepped(objective)
+    parameters = {name: count(own(network)) for name, network in networks.items()}
+    trained, average = sum(count(each.parameters()) for each in objective.trained.values()), stored(main.state())
     kept = sum(stored(networks[name]) for name in (*objective.trained, *objective.kept))
     checkpoint = 4 * (kept + 2 * trained + average)  # two moments
-    again = " of one block at a time, with the blocks' inputs" if config.gradient_checkpointing else ""
+    needs = memory(objective, processes)
     out = {
         "steps": steps,
         "images": steps * config.batch_size,
         "parameters": ", ".join(f"{name} {parameters[name]:,}" for name in sorted(parameters, key=lambda name: name != "teacher")),
         "each step": "; ".join([str(calls[0]), *(f"after step {step} {said}" for step, said in changes)]),
         "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
-        "memory": f"about {amount(memory(objective), 'B')} of weights, their average, gradients and moments, and the activations{again}",
+        "memory": str(needs),
     }
+    if config.memory is not None:
+        out["to fit"] = fitting.line(objective, processes, needs)
     if config.compile != "none":
         out["compile"] = f"{config.compile}, in the first steps: minutes before the run has its speed"
-    model = unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
+    model = result(objective)
     if isinstance(model, Model):
         totals = [(phase.steps * each.evaluations(), phase.steps * each.decoded) for phase, each in zip(phases, calls, strict=True)]
         out["arithmetic"] = time_of(flop(model, *map(sum, zip(*totals, strict=True))))

@@ -130,7 +130,9 @@ def watched(seen: Seen, again: bool = False):
     def begin(engine: Any) -> None:
         objective = engine.objective
         prepare, networks = objective.prepare, {**objective.frozen, **objective.kept, **engine.plain}
-        seen.parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        own = {name: [p for key, p in network.named_parameters() if ".lora_A.lora" not in key and ".lora_B.lora" not in key]
+               for name, network in networks.items()}  # fmt: skip
+        seen.parameters = {name: sum(p.numel() for p in each) for name, each in own.items()}
         seen.main, seen.start = engine.main, weights(engine.plain)
 
         def prepared(*arguments: Any) -> None:

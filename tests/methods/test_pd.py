@@ -312,7 +312,7 @@ def test_guidance_goes_into_the_student_of_the_first_round(tmp_path, tiny):
     draws = Draws(0, range(4))
     pd.before(0)
     first = only(pd.turns(0, draws)).metrics["x0_error"]
-    assert pd.calls().forwards == [("teacher", 4)] * 4
+    assert pd.calls().forwards == [("teacher", 8)] * 2
     pd.before(4)
     x, condition = pd.examples.batch(draws, torch.device("cpu"))
     for number, scale in ((0, 2.0), (1, 1.0)):

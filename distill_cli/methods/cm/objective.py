@@ -91,11 +91,11 @@ class Consistency(Objective):
             self.start.codec.kind.needs_pictures("metric lpips", "metric=huber, l1 or l2")
             if self.start.codec.factor > 1:
                 raise UsageError(f"metric lpips: compares pixels, and {config.teacher} has latents", "metric=huber")
-        if config.metric == "lpips" and (teacher is None or self.teacher_hash):  # a plan has no weights_hash, and needs no LPIPS
-            below = math.inf if config.lpips_resize == "always" else 256
-            self.perceptual = Perceptual(config.lpips_weights, below=below, pooling=config.lpips_pooling)
+        if config.metric == "lpips":
+            below, planned = math.inf if config.lpips_resize == "always" else 256, teacher is not None and not self.teacher_hash
+            self.perceptual = Perceptual(config.lpips_weights, below, config.lpips_pooling, planned)
             self.frozen["lpips"] = self.perceptual
-            self.identity["lpips_weights"] = digest(self.perceptual)
+            self.identity |= {} if planned else {"lpips_weights": digest(self.perceptual)}
         dimensions = torch.Size(self.start.shape).numel()
         self.huber_c = 0.00054 * dimensions**0.5 if config.huber_c is None else config.huber_c
         self.frozen |= self.start.codec.parts()
@@ -189,13 +189,17 @@ class Consistency(Objective):
         assert self.teacher is not None
         return self.teacher.sampling
 
-    def asked(self) -> list[str]:
-        """Networks that a step calls without gradient, in order."""
-        return ["student"]
+    def asked(self) -> list[Call]:
+        """Calls of a step without gradient, in order."""
+        return [Call("student", self.config.batch_size)]
 
     def calls(self, step: int = 0) -> Calls:
         size = self.config.batch_size
-        return Calls([Call("student", size)], [Call(name, size) for name in self.asked()])
+        return Calls([Call("student", size)], self.asked(), size if self.perceptual is not None else 0)
+
+    def judge(self, x: Tensor, reference: Tensor) -> Tensor:
+        assert self.perceptual is not None
+        return self.perceptual(x, reference)
 
     def model(self, network: nn.Module, step: int) -> Model:
         """The student. After ect it gets the boundary scalings of diffusers' pipeline, which differ from EDM's by about sigma_min."""
@@ -217,8 +221,8 @@ class Following(Consistency):
     def target(self) -> nn.Module:
         return self.kept["target"]
 
-    def asked(self) -> list[str]:
-        return ["target"]
+    def asked(self) -> list[Call]:
+        return [Call("target", self.config.batch_size)]
 
     def decay(self, step: int) -> float:
         """Decay of the target's average."""
@@ -258,9 +262,9 @@ class CD(Following):
         assert self.teacher is not None
         return self.teacher.with_defaults(None, None, self.config.guidance_scale)
 
-    def asked(self) -> list[str]:
-        evaluations = self.config.teacher_steps * maths.ORDER[self.config.solver] * (1 if self.guidance == 1 else 2)
-        return [*["teacher"] * evaluations, *super().asked()]
+    def asked(self) -> list[Call]:
+        images = self.config.batch_size * (1 if self.guidance == 1 else 2)
+        return [*[Call("teacher", images)] * self.config.teacher_steps * maths.ORDER[self.config.solver], *super().asked()]
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         intervals, weights, uniform = self.config.scales - 1, self.config.time_weights, draws.uniform("time")

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.condition import Condition
@@ -91,9 +91,9 @@ class DMD(Objective):
             self.identity["pairs"] = pairs.manifest.settings_hash
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
         answering: dict[str, nn.Module] = {}
-        if self.regression_weight and not planned:
-            self.distance, answering = measure(config, teacher.codec)
-            self.identity |= {key: digest(answering[name]) for name, key in ASKED.items() if name in answering}
+        if self.regression_weight:
+            self.distance, answering = measure(config, teacher.codec, planned)
+            self.identity |= {key: digest(answering[name]) for name, key in ASKED.items() if name in answering and not planned}
         teacher, self.of_pairs = prompted(config, teacher, pairs, prompts, planned)
         self.teacher = teacher
         if not planned:
@@ -165,7 +165,7 @@ class DMD(Objective):
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None:
             if self.distance is not None:
-                regression = self.distance(generated, paired["x0"]).mean()
+                regression = self.judge(generated, paired["x0"]).mean()
                 loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
             drawn = self.of_pairs.alike(paired["label"])
             metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
@@ -210,11 +210,18 @@ class DMD(Objective):
         matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
         trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []
         if matched:
-            forwards = [Call("teacher", matched)] * (1 if self.guidance == 1 else 2)
+            calls = 1 if self.guidance == 1 else self.config.guidance_calls
+            forwards = [Call("teacher", matched * (1 if self.guidance == 1 else 2) // calls)] * calls
         if "fake" in self.trained:
             forwards.append(Call("fake", matched))
             trainings += [Call("fake", matched)] * config.fake_steps
-        return Calls(trainings, forwards, size if paired and config.regression_loss == "lpips" else 0)
+        return Calls(trainings, forwards, size if paired and config.regression_loss == "lpips" else 0, between=True)
+
+    def judge(self, x: Tensor, reference: Tensor) -> Tensor:
+        """With gradient_checkpointing LPIPS goes a picture at a time."""
+        assert self.distance is not None
+        apart = self.config.gradient_checkpointing and "lpips" in self.frozen
+        return one_by_one(self.distance, x, reference) if apart else self.distance(x, reference)
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
         real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
@@ -240,16 +247,15 @@ def student_time(config: DMDConfig, schedule: NoiseSchedule) -> float:
     return time
 
 
-def measure(config: DMDConfig, codec: Codec) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
-    """The distance of the regression, two (B, C, H, W) -> (B,), and the networks that it calls."""
+def measure(config: DMDConfig, codec: Codec, planned: bool) -> tuple[Callable[[Tensor, Tensor], Tensor], dict[str, nn.Module]]:
+    """The distance of the regression, two (B, C, H, W) -> (B,), and the networks that it calls; in a plan without their weights."""
     if config.decoder:
-        codec = codec.with_decoder(config.decoder)
+        codec = codec.sketched_decoder() if planned else codec.with_decoder(config.decoder)
     if config.regression_loss != "lpips":
         return partial(regression_loss, config.regression_loss), {}
-    perceptual = Perceptual(config.lpips_weights, below=codec.lpips_below)
+    perceptual = Perceptual(config.lpips_weights, codec.lpips_below, planned=planned)
     decoders = {"decoder" if config.decoder else name: part for name, part in codec.parts().items()}
-    distance = partial(of_decoded, perceptual, codec)
-    return partial(one_by_one, distance) if config.gradient_checkpointing else distance, {"lpips": perceptual, **decoders}
+    return partial(of_decoded, perceptual, codec), {"lpips": perceptual, **decoders}
 
 
 def prompted(
@@ -287,7 +293,7 @@ def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tens
 def one_by_one(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, reference: Tensor) -> Tensor:
     """The same distances a picture at a time, computed again in the backward pass: of each picture only its latents are kept."""
     pairs = zip(x.split(1), reference.split(1), strict=True)
-    return torch.cat([checkpoint(distance, one, there, use_reentrant=False) for one, there in pairs])
+    return torch.cat([torch.utils.checkpoint.checkpoint(distance, one, there, use_reentrant=False) for one, there in pairs])
 
 
 def spread(images: Tensor, labels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run
-from distill_cli.training.objective import freeze
+from distill_cli.training.objective import Call, freeze
 
 
 class LCM(Following):
@@ -71,9 +71,9 @@ class LCM(Following):
         scale = None if self.config.guidance_range else self.guidance
         self.real = guided(self.teacher.denoiser, scale, self.start.conditioner.null if scale != 1 else None)
 
-    def asked(self) -> list[str]:
+    def asked(self) -> list[Call]:
         combines = self.config.guidance_range or self.guidance != 1
-        return [*["teacher"] * (2 if combines else 1), *super().asked()]
+        return [Call("teacher", self.config.batch_size * (2 if combines else 1)), *super().asked()]
 
     def told(self, condition: Condition, draws: Draws) -> Condition:
         if self.config.guidance_range is None:

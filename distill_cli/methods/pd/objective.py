@@ -160,8 +160,8 @@ class Progressive(Objective):
 
     def calls(self, step: int = 0) -> Calls:
         """The first round's teacher may be guided; later ones are not."""
-        size, asked = self.config.batch_size, 2 if self.guidance == 1 or phase_at(self.phases, step) else 4
-        return Calls([Call("student", size)], [Call("teacher", size)] * asked)
+        size, combines = self.config.batch_size, self.guidance != 1 and not phase_at(self.phases, step)
+        return Calls([Call("student", size)], [Call("teacher", 2 * size if combines else size)] * 2)
 
 
 def shared(config: PDConfig, count: int) -> list[int]:

@@ -106,6 +106,13 @@ class TextToImage(TeacherObjective):
         x = self.latents.batch(positions, draws.normal("augment", self.teacher.shape))
         return x.to(self.device), tokens.to(self.device)
 
+    def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
+        assert isinstance(network, TextDenoiser)
+        text = network.encoder(torch.zeros(count, *self.tokens.shape[1:], dtype=torch.long, device=where))[0]
+        backbone: Any = network.denoiser.network
+        x, t = torch.empty(count, *made.shape, device=where), torch.ones(count, device=where)
+        return backbone(x, t, Condition({PromptConditioner.part: text}))
+
     def model(self, network: nn.Module, step: int) -> Model:
         assert isinstance(network, TextDenoiser)
         trained = PromptConditioner(self.reader.tokenizer, network.encoder).given(self.prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,9 @@ class Autoencoding(Objective):
         variance = means.var() + spreads.square().mean()
         network.vae.register_to_config(scaling_factor=round(float(variance.rsqrt()), 5))
         return network
+
+    def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
+        return network(torch.empty(count, *self.images.shape, device=where), torch.empty(count, *self.latent, device=where))
 
     def calls(self, step: int = 0) -> Calls:
         return Calls([Call("vae", self.config.batch_size)])

@@ -1,0 +1,113 @@
+"""What a run holds on a GPU: weights, their average, moments, gradients and activations, counted from its objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_cli.models.cost import amount
+from distill_cli.models.model import Model
+from distill_cli.training.activations import GPU, peak, size_of, tensors_of
+from distill_cli.training.objective import Call, Calls, Objective
+from distill_cli.training.rehearsal import unmeasured
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU, by what takes them."""
+
+    weights: int
+    average: int
+    moments: int
+    gradients: int
+    activations: int
+    images: str
+    """Of what the activations are."""
+    apart: bool
+    """Whether gradients and activations are held at the same time; else the first come as the others go."""
+
+    @property
+    def total(self) -> int:
+        both = self.gradients + self.activations if self.apart else max(self.gradients, self.activations)
+        return self.weights + self.average + self.moments + both
+
+    def __str__(self) -> str:
+        order = "" if self.apart else ", which the gradients replace"
+        parts = {"weights": self.weights, "average": self.average, "moments": self.moments, "gradients": self.gradients}
+        said = ", ".join(f"{name} {amount(size, 'B')}" for name, size in parts.items() if size)
+        return f"about {amount(self.total, 'B')} on a GPU: {said}, activations {amount(self.activations, 'B')} ({self.images}){order}"
+
+
+def networks_of(objective: Objective) -> dict[str, nn.Module]:
+    """The networks that a step may call, by name."""
+    return {**{name: each.module for name, each in objective.trained.items()}, **objective.kept, **objective.frozen}
+
+
+def memory(objective: Objective, processes: int = 1) -> Memory:
+    """What each of `processes` GPUs holds, at most, of a run with the objective's config; text encoders are on the CPU by then."""
+    config, made = objective.config, result(objective)
+    encoders = list(made.conditioner.parts().values()) if isinstance(made, Model) else []
+    networks = {name: each for name, each in networks_of(objective).items() if not any(each is one for one in encoders)}
+    ends = [sum(phase.steps for phase in objective.phases[:k]) for k in range(len(objective.phases))]
+    found = [turn for calls in {str(each): each for each in map(objective.calls, ends)}.values()
+             for turn in _turns(objective, made, networks, calls, processes)]  # fmt: skip
+    activations, call = max(found, key=lambda turn: turn[0])
+    trained = {name: list(each.parameters()) for name, each in objective.trained.items()}
+    gradients = [4 * sum(each.numel() for each in parameters) for parameters in trained.values()]
+    shared = processes > 1  # DistributedDataParallel holds the gradients of all networks, all the time
+    return Memory(
+        weights=sum(map(size_of, tensors_of(networks.values()).values())),
+        average=sum(map(size_of, tensors_of([next(iter(objective.trained.values())).state()]).values())),
+        moments=2 * sum(gradients),
+        gradients=sum(gradients) if shared else max(gradients),
+        activations=activations,
+        images=", ".join([str(Calls([call])).removeprefix("trains "), *([config.precision] if config.precision != "no" else [])]),
+        apart=shared or config.accumulate > 1,
+    )
+
+
+def result(objective: Objective) -> Any:
+    """What the method makes of its first network before it trains."""
+    main = next(iter(objective.trained.values()))
+    return unmeasured(lambda network: objective.model(network, 0), main.merged(main.state()))
+
+
+def _turns(objective: Objective, made: Any, networks: dict[str, nn.Module], calls: Calls, processes: int) -> list[tuple[int, Call]]:
+    """The largest number of bytes of activations in each turn of a step, and the call with gradient that they are of."""
+    config = objective.config
+    trained = [each for one in objective.trained.values() for each in one.parameters()]
+    checkpointed = [each.module for each in objective.trained.values()] if config.gradient_checkpointing else []
+
+    def share(images: int) -> int:
+        return -(-images // (config.accumulate * processes))
+
+    def forward(call: Call) -> Tensor:
+        answer = objective.trial(networks[call.network], made, share(call.images), GPU)
+        return answer[0] if isinstance(answer, tuple) else answer
+
+    @torch.no_grad()
+    def between() -> None:
+        for call in dict.fromkeys(calls.forwards):
+            forward(call)
+        torch.clear_autocast_cache()
+
+    def first() -> Any:
+        if not calls.between:
+            between()
+        out = forward(calls.trainings[0])
+        if calls.between:
+            between()
+        if not calls.decoded:
+            return out
+        x = out[-share(calls.decoded) :].float()
+        return out, objective.judge(x, torch.empty_like(x, requires_grad=False))
+
+    out = []
+    for k, call in enumerate(dict.fromkeys(calls.trainings)):
+        found = peak(partial(forward, call) if k else first, networks.values(), trained, config.precision, checkpointed)
+        out.append((found, Call(call.network, share(call.images))))
+    return out

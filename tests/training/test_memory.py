@@ -1,0 +1,179 @@
+"""The memory that a plan counts on fake tensors is what real calls and steps hold, and what fits is found by it."""
+
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from distill_cli.commands import method_of
+from distill_cli.config.base import size
+from distill_cli.errors import UsageError
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.registry import load as opener
+from distill_cli.models import load
+from distill_cli.recipes import resolve
+from distill_cli.runs import Run
+from distill_cli.training.activations import GPU, Held, peak, tensors_of
+from distill_cli.training.engine import Engine
+from distill_cli.training.fitting import Fitting, line, refuse
+from distill_cli.training.job import Job
+from distill_cli.training.memory import memory, networks_of
+from tests.options import options
+
+SMALL = dict(steps=2, batch_size=8, device="cpu", sample_every=0)
+
+
+def opened(config, dry_run=True):
+    method = method_of(config)
+    return opener(f"methods.{method.objective}")(config, Job(method.command, dry_run=dry_run))
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """The network of tiny-sd, and its inputs."""
+    model = load("tiny-sd")
+    model.denoiser.requires_grad_(True)
+    x = (16, *model.shape)
+    return model.backbone, lambda where: (torch.randn(x, device=where), torch.ones(16, device=where), model.example(16, where))
+
+
+def most(call, network):
+    """The bytes that a real call and its backward pass hold at once, the gradients of weights left out."""
+    held = Held()
+    for each in tensors_of([network]).values():
+        held.know(each, 0)
+    handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in network.parameters()]
+    with held:
+        call().sum().backward()
+    for handle in handles:
+        handle.remove()
+    return held.peak
+
+
+def test_what_autograd_saves_is_counted(latents):
+    network, inputs = latents
+    weights = {each.untyped_storage()._cdata for each in tensors_of([network]).values()}
+    saved = {}
+
+    def pack(each):
+        saved[each.untyped_storage()._cdata] = each.untyped_storage().nbytes()
+        return each
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+        out = network(*inputs("cpu"))
+    real = sum(size for key, size in saved.items() if key not in weights)
+    counted = peak(lambda: network(*inputs(GPU)), [network], network.parameters(), "no")
+    del out
+    assert counted == pytest.approx(real, rel=0.1)
+    frozen = peak(lambda: network(*inputs(GPU)), [network], [], "no")
+    assert frozen < counted / 4  # nothing is kept for weights that are not trained
+
+
+def test_checkpointing_keeps_a_block(latents):
+    network, inputs = latents
+    planned = peak(lambda: network(*inputs(GPU)), [network], network.parameters(), "no", [network])
+    assert not network.net.is_gradient_checkpointing  # as it was
+    assert all(each.device.type == "cpu" for each in network.parameters())
+    whole = most(lambda: network(*inputs("cpu")), network)
+    network.net.enable_gradient_checkpointing()
+    real = most(lambda: network(*inputs("cpu")), network)
+    network.net.disable_gradient_checkpointing()
+    assert planned == pytest.approx(real, rel=0.1)
+    assert planned < 0.7 * whole
+
+
+def test_decoding_with_gradient():
+    codec = load("tiny-sd").codec
+    codec.vae.requires_grad_(False)
+
+    def decoded(where):
+        return codec.raw(torch.zeros(8, 4, 8, 8, device=where, requires_grad=True))
+
+    assert peak(lambda: decoded(GPU), [codec.vae], [], "no") == pytest.approx(most(lambda: decoded("cpu"), codec.vae), rel=0.1)
+
+
+@pytest.mark.parametrize("more", [{}, {"accumulate": 4}, {"guidance_scale": 2.0, "match_pairs": True}], ids=["plain", "parts", "guided"])
+def test_a_whole_step_holds_what_the_plan_says(tmp_path, tiny_pairs, more):
+    config = DMDConfig(**SMALL, teacher="tiny", pairs=tiny_pairs, out=tmp_path / "r", **more)
+    planned = memory(opened(config))
+    objective = opened(config, dry_run=False)
+    assert memory(objective) == planned
+    AcceleratorState._reset_state(True)
+    engine = Engine(objective.config, objective)
+    engine.open(Run.create(tmp_path / "r", "", "dmd"))
+    engine.train_step()
+    held = Held()
+    moments = [each for optimizer in engine.optimizers.values() for state in optimizer.state.values() for each in state.values()]
+    fixed = [*tensors_of([*networks_of(objective).values(), engine.ema.network]).values(), *moments]
+    for each in fixed:
+        held.know(each, 0)
+    with held:
+        engine.train_step()
+    assert planned.total == pytest.approx(held.peak + sum(each.numel() * each.element_size() for each in fixed), rel=0.1)
+
+
+def test_networks_that_are_shared_count_once(latents):
+    network, _ = latents
+    assert len(tensors_of([network, network.net])) == len(list(network.parameters()))
+
+
+def test_half_precision_keeps_a_cast_of_the_weights(latents):
+    """As a GPU's autocast does: normalisations stay float32, so activations are more than half."""
+    network, inputs = latents
+    full, half = (peak(lambda: network(*inputs(GPU)), [network], network.parameters(), precision) for precision in ("no", "bf16"))
+    assert 0.5 * full < half < full
+    assert not torch.is_autocast_enabled("cuda")
+
+
+def test_what_is_judged_by_lpips_counts(tmp_path):
+    """A plan of consistency distillation has VGG's activations, without VGG's weights."""
+    plain, judged = (
+        memory(opened(options("cm", method="cd", teacher="tiny", data="digits", metric=metric, batch_size=2))) for metric in ("l2", "lpips")
+    )
+    assert judged.weights - plain.weights == 4 * (14_714_688 + 1472) + 24  # VGG-16's convolutions, LPIPS' layers, its scaling
+    pixels = 224 * 224 * 64 * 4  # one feature map of VGG's first layers
+    assert judged.activations - plain.activations > 2 * 4 * pixels
+
+
+def test_options_that_fit(tmp_path, tiny_pairs):
+    """More parts cost nothing until they are small; then activations are computed again, and at last in bf16."""
+    config = DMDConfig(**SMALL | {"batch_size": 64}, teacher="tiny-sd", prompts="shapes", out=tmp_path)
+    needs = memory(opened(config)).total
+    said = {}
+    for share in (1.1, 0.5, 0.1):
+        limited = config.model_copy(update={"memory": f"{share * needs / 1e6:.3f}MB"})
+        objective = opened(limited)
+        said[share] = line(objective, 1, memory(objective))
+        if share < 1:
+            choice = Fitting(objective).choice()
+            chosen = memory(opened(limited.model_copy(update=choice.changes)))
+            assert chosen.total == choice.needs.total <= size(limited.memory)
+            refuse(opened(limited.model_copy(update=choice.changes)), 1)
+            with pytest.raises(UsageError, match=r"the run needs .* by its plan"):
+                refuse(objective, 1)
+    assert said[1.1].endswith("as it stands")
+    assert re.match(r"accumulate=\d+ fits", said[0.5])
+    assert "gradient_checkpointing=true" in said[0.1] or "accumulate=16" in said[0.1]
+    objective = opened(config.model_copy(update={"memory": "1MB"}))
+    with pytest.raises(UsageError, match="memory 1MB: the smallest plan needs") as error:
+        line(objective, 1, memory(objective))
+    assert "accumulate=64" in error.value.hint
+
+
+def test_processes_share_a_batch(tmp_path):
+    config = DMDConfig(**SMALL, teacher="tiny", out=tmp_path)
+    one, four = memory(opened(config)), memory(opened(config), 4)
+    assert four.activations == pytest.approx(one.activations / 4, rel=0.05)
+    assert four.gradients == 2 * one.gradients  # of student and fake score: what processes exchange stays
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "0GB", "24gb", "-1GB", "1e3MB"])
+def test_sizes_have_a_unit(text):
+    with pytest.raises(UsageError, match="no size such as 24GB"):
+        resolve(DMDConfig, None, [f"memory={text}"])
+
+
+def test_sizes():
+    assert (size("24GB"), size("22.5GiB")) == (24 * 10**9, 22.5 * 2**30)
+    assert resolve(DMDConfig, None, [], {"memory": "24 GB"}).memory == "24GB"
