@@ -125,9 +125,8 @@ class Adapter(Backbone):
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         out = Adapter(self.base, self.rank, self.alpha, self.targets, 0, self.merge)
         out.source = self.source
-        out.load_state_dict(self.state_dict())
         for own, other in zip(out.parameters(), self.parameters(), strict=True):
-            own.data = own.data.to(other.device)
+            own.data = other.data.clone()
             own.requires_grad_(other.requires_grad)
         memo[id(self)] = out
         return out
@@ -188,7 +187,7 @@ def inject(net: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
         layer._active_adapter = []
         for half in PAIR:
             if name in getattr(layer, half):
-                getattr(layer, half)[name].requires_grad_(True).float()
+                getattr(layer, half)[name].requires_grad_(True).to(layer.base_layer.weight.device, torch.float32)
 
 
 def adapted(base: Backbone, rank: int, alpha: float | None, targets: Sequence[str] | None, seed: int, merge: bool = False) -> Adapter:
