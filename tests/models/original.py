@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
 TOP = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-       "time_embedding.linear_2": "time_embed.2"}  # fmt: skip
+       "time_embedding.linear_2": "time_embed.2",
+       "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -63,6 +65,29 @@ def renamed(name, prefixes, inner):
     return f"{head}.{rest}" if head else rest
 
 
+OPEN = {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final", "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn": "attn",
+        "text_model.encoder.layers": "transformer.resblocks"}  # fmt: skip
+
+
+def open_clip(weights):
+    """transformers' CLIPTextModelWithProjection as OpenCLIP writes it: query, key and value in one, the projection turned round."""
+    out = {"positional_embedding": weights["text_model.embeddings.position_embedding.weight"]}
+    out["text_projection"] = weights["text_projection.weight"].T.contiguous()
+    for name, value in weights.items():
+        if "position_embedding" in name or "text_projection" in name or ".k_proj." in name or ".v_proj." in name:
+            continue
+        for old, new in OPEN.items():
+            name = name.replace(old, new)
+        if ".q_proj." in name:
+            block, kind = name.split(".q_proj.")
+            source = block.replace("transformer.resblocks", "text_model.encoder.layers").replace("attn", "self_attn")
+            out[f"{block}.in_proj_{kind}"] = torch.cat([weights[f"{source}.{each}_proj.{kind}"] for each in "qkv"])
+        else:
+            out[name] = value
+    return out
+
+
 def write(folder: Path, path: Path, levels: int, layers: int, attends: list[bool], vae_levels: int, vae_layers: int = 1) -> None:
     """The diffusers folder as one file in the original layout."""
     state = {}
@@ -76,6 +101,9 @@ def write(folder: Path, path: Path, levels: int, layers: int, attends: list[bool
         )
         square = "attn_1" in inner and inner.endswith("weight") and value.ndim == 2
         state[f"first_stage_model.{inner}"] = value[:, :, None, None].contiguous() if square else value
-    for name, value in load_file(folder / "text_encoder/model.safetensors").items():
-        state[f"cond_stage_model.transformer.{name}"] = value
+    second = folder / "text_encoder_2/model.safetensors"
+    first = "conditioner.embedders.0.transformer." if second.exists() else "cond_stage_model.transformer."
+    state |= {f"{first}{name}": value for name, value in load_file(folder / "text_encoder/model.safetensors").items()}
+    if second.exists():
+        state |= {f"conditioner.embedders.1.model.{name}": value for name, value in open_clip(load_file(second)).items()}
     save_file(state, path)

@@ -304,3 +304,38 @@ def test_files_are_written_as_safetensors_writes_them(tmp_path):
     with pytest.raises(DistillError, match="no readable safetensors"):
         single_file.load((tmp_path / "short").rename(tmp_path / "short.safetensors"))
     assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["b"]["shape"] == [3, 2]
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    """tiny-sdxl in the original layout, its configuration beside it."""
+    folder = tmp_path_factory.mktemp("xl") / "m"
+    save_model(load("tiny-sdxl"), folder)
+    original.write(folder, folder / "x.safetensors", 2, 1, [False, True], 4)
+    for weights in folder.rglob("*/*.safetensors"):
+        weights.unlink()
+    return folder
+
+
+def test_stable_diffusion_xl(xl):
+    """Bit for bit the model that the file was made from."""
+    model = load(str(xl / "x.safetensors"))
+    assert same(model, load("tiny-sdxl"))
+    assert (model.conditioner.usual, model.sampling.solver) == (None, "euler")
+    assert "tensors of no part" not in "".join(model.notes)
+
+
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        ("conditioner.embedders.0.", "Stable Diffusion without its text encoder"),
+        ("conditioner.embedders.1.model.text_projection", "text_encoder_2: text_projection.weight is missing"),
+        (f"{UNET}label_emb", "its unet does not fit"),
+    ],
+)
+def test_a_part_of_stable_diffusion_xl_that_is_missing(start, says, xl, tmp_path):
+    weights = {name: value for name, value in load_file(xl / "x.safetensors").items() if not name.startswith(start)}
+    save_file(weights, xl / "y.safetensors")
+    with pytest.raises(DistillError, match=says) as caught:
+        load(str(xl / "y.safetensors"))
+    assert "\n" not in caught.value.message

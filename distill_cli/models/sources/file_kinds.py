@@ -9,11 +9,14 @@ from distill_cli.errors import DistillError, printable
 from distill_cli.tensors import Tensors
 
 NETWORK, VAE = "model.diffusion_model.", "first_stage_model."
-TEXTS = ("cond_stage_model.transformer.", "cond_stage_model.model.")
-"""Text encoders of Stable Diffusion 1 (CLIP) and 2 (OpenCLIP)."""
+TEXTS = {
+    "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.transformer."),
+    "text_encoder_2": ("conditioner.embedders.1.model.",),
+}
+"""Text encoders of Stable Diffusion 1 (CLIP), 2 (OpenCLIP) and XL (both)."""
 FIRST = f"{NETWORK}input_blocks.0.0.weight"
 FOLDER = "give its diffusers folder, or the checkpoint with all parts"
-OTHER = "Stable Diffusion 1 and 2 are read"
+OTHER = "Stable Diffusion 1, 2 and XL are read"
 PARTIAL = (
     (r"lora|\.(hada_w1|lokr_w1|dora_scale|alpha)", "a LoRA: changes to a model, not a model", "merge it into its model first"),
     (r"^(emb_params|string_to_param|clip_[gl]|\*|<.*)$", "an embedding of a word (textual inversion), not a model", OTHER),
@@ -26,12 +29,11 @@ PARTIAL = (
     (r"\.channelwise\.", "Stable Cascade", OTHER),
     (r"adaln_single|adaLN_modulation|x_embedder\.|patchify_proj|caption_projection|cross_attn\.norm_k", "a diffusion transformer", OTHER),
     (r"^(edm_mean|edm_std|edm_vpred\.)", "a model with EDM's noise levels (such as Playground 2.5)", OTHER),
-    (r"^conditioner\.embedders\.1\.", "Stable Diffusion XL", OTHER),
     (r"^conditioner\.embedders\.0\.model\.", "the refiner of Stable Diffusion XL", OTHER),
     (r"time_embed(ding)?\.cond_proj", "a network that wants a guidance scale as a condition (latent consistency)", OTHER),
     (r"noise_augmentor|embedder\.model\.visual", "Stable unCLIP, which reads pictures beside the text", OTHER),
 )
-"""Tensor names that identify other things than Stable Diffusion 1 or 2: a pattern, what it is, a hint."""
+"""Tensor names that identify other things than Stable Diffusion 1, 2 or XL: a pattern, what it is, a hint."""
 ALONE = (
     (r"^(first_stage_model\.|(encoder|decoder)\.(conv_in|mid|down|up)|quant_conv)", "an autoencoder alone", FOLDER),
     (r"^(encoder|decoder)\.layers\.|^\d+\.conv\.", "a tiny autoencoder alone", FOLDER),
@@ -46,9 +48,9 @@ CHANNELS = {
     5: "a depth model, whose network takes a depth map too",
     7: "an upscaler, whose network takes the small picture too",
 }
-WIDTHS = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
-LABELS = {2816: "Stable Diffusion XL", 2560: "the refiner of Stable Diffusion XL"}
-"""Networks by the widths of their text embeddings and of further conditions."""
+WIDTHS = {2048: "Stable Diffusion XL without its text encoders", 1280: "the refiner of Stable Diffusion XL"}
+LABELS = {2816: "Stable Diffusion XL without its text encoders", 2560: "the refiner of Stable Diffusion XL"}
+"""Networks of files without XL's second text encoder, by the widths of their text embeddings and of further conditions."""
 
 
 def _first(table: Iterable[tuple[str, str, str]], names: Iterable[str]) -> tuple[str, str] | None:
@@ -60,10 +62,12 @@ def _first(table: Iterable[tuple[str, str, str]], names: Iterable[str]) -> tuple
 
 
 def kind_of(file: Tensors) -> tuple[str, str]:
-    """What a file holds if it is not a complete Stable Diffusion 1 or 2, and a hint; '' if it is."""
+    """What a file holds if it is not a complete Stable Diffusion 1, 2 or XL, and a hint; '' if it is."""
     shapes = file.shapes
+    xl = any(name.startswith(TEXTS["text_encoder_2"]) for name in shapes)
+    encoders = {"its text encoder": "text_encoder"} | ({"its second text encoder": "text_encoder_2"} if xl else {})
     labels = shapes.get(f"{NETWORK}label_emb.0.0.weight") or shapes.get("label_emb.0.0.weight")
-    if labels and labels[-1] in LABELS:
+    if labels and labels[-1] in LABELS and not xl:
         return f"{LABELS[labels[-1]]}, by its {labels[-1]} conditions beside the text", OTHER
     if found := _first(PARTIAL, shapes):
         return found
@@ -73,27 +77,31 @@ def kind_of(file: Tensors) -> tuple[str, str]:
         return f"{CHANNELS[first[1]]} ({first[1]} channels)", OTHER
     if FIRST in shapes and first and last and first[1] != last[0]:
         return f"a network that takes {first[1]} channels and makes {last[0]}", "one that estimates what it takes is expected"
-    if f"{NETWORK}label_emb.weight" in shapes or labels:
+    if f"{NETWORK}label_emb.weight" in shapes or (labels and not xl):
         return "a network with conditions beside the text", OTHER
     widths = [shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
-    if widths and widths[0] in WIDTHS:
+    if widths and widths[0] in WIDTHS and not xl:
         return f"{WIDTHS[widths[0]]}, by its text of {widths[0]} channels", OTHER
     parts = {
         "its UNet": FIRST in shapes and bool(widths) and last is not None,
-        "its text encoder": any(name.startswith(TEXTS) for name in shapes),
+        **{said: any(name.startswith(TEXTS[part]) for name in shapes) for said, part in encoders.items()},
         "its autoencoder": any(name.startswith(VAE) for name in shapes),
     }
     missing = [part for part, there in parts.items() if not there]
     if len(missing) == 1 and FIRST in shapes:
         return f"Stable Diffusion without {missing[0]}", FOLDER
     if missing:
-        several = len({"model", "first_stage_model", "cond_stage_model"} & {name.partition(".")[0] for name in shapes}) > 1
+        several = len({"model", "first_stage_model", "cond_stage_model", "conditioner"} & {name.partition(".")[0] for name in shapes}) > 1
         if found := _first(() if several else ALONE, shapes):
             return found
         return f"no single-file checkpoint of Stable Diffusion: {', '.join(missing)} are missing", OTHER
     for name in shapes:
         kind = file.dtype(name)
-        if name.startswith((NETWORK, VAE, *TEXTS)) and (kind is None or not kind.is_floating_point) and "position_ids" not in name:
+        if (
+            name.startswith((NETWORK, VAE, *sum(TEXTS.values(), ())))
+            and (kind is None or not kind.is_floating_point)
+            and "position_ids" not in name
+        ):
             return f"quantised: {printable(name, 100)} holds {file.stored[name]['dtype']} numbers", "float32, fp16, bf16 and fp8 are read"
     return "", ""
 

@@ -1,7 +1,7 @@
 """Stable Diffusion from a single .safetensors checkpoint, in the layout of its first publishers (CompVis, Stability).
 
 The file's content is read from names and shapes of tensors and from metadata; `kind_of` recognises anything but a complete Stable
-Diffusion 1 or 2. The networks are filled tensor by tensor, in float32.
+Diffusion 1, 2 or XL. The networks are filled tensor by tensor, in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.model import Model
-from distill_cli.models.parts import check_file, empty, plain, quiet
+from distill_cli.models.parts import check_file, empty, plain, quiet, read_json
 from distill_cli.models.schedulers import PREDICTION_TYPES
 from distill_cli.models.sources.catalog import HUB
 from distill_cli.models.sources.convert import trimmed
@@ -31,24 +31,28 @@ COUNTS = (f"{AVERAGED}decay", f"{AVERAGED}num_updates")
 ZERO = {"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
 """Scheduler settings for zero terminal SNR: sampling has to begin at the last time."""
 KNOWN = re.compile(
-    r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|model_ema\.|"
+    r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|conditioner\.embedders\.[01]\.|model_ema\.|"
     r"(betas|alphas_cumprod\w*|sqrt_\w+|log_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr)$"
 )
 """Prefixes of the parts, and tensors of the training schedule, which the scheduler's configuration repeats."""
-HARMLESS = ("position_ids", "text_projection", "logit_scale", "text_projection.weight")
+HARMLESS = ("position_ids", "logit_scale")
 """Tensors in a text encoder's section that it does not use."""
+PROJECTION = ("text_projection", "text_projection.weight")
+"""The same, of encoders that make no pooled text."""
+VERSIONS = {768: ("Stable Diffusion 1", "sd15"), 1024: ("Stable Diffusion 2", "sd21"), 2048: ("Stable Diffusion XL", "sdxl")}
+"""What a network is by the width of the text that it reads, and the hub model whose configuration a file of it lacks."""
 
 
 def configuration(path: Path, width: int) -> tuple[Path, bool]:
     """The folder with the configurations and tokenizer that the file lacks, and whether it is the one beside the file.
 
-    The other choice is sd15 or sd21 in the cache, by the `width` of the network's text embeddings.
+    The other choice is a hub model in the cache, by the `width` of the network's text embeddings.
     """
     if (path.parent / "model_index.json").is_file():
         return path.parent, True
-    known = HUB.get({768: "sd15", 1024: "sd21"}.get(width, ""))
+    known = HUB.get(VERSIONS.get(width, ("", ""))[1])
     if known is None:
-        what = f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024"
+        what = f"it reads text of {width} channels, neither Stable Diffusion 1's 768 nor 2's 1024 nor XL's 2048"
         hint = "put model_index.json and the folders that it names beside the file, weights left out"
         raise DistillError(f"{path}: {what}, and lacks its configuration and tokenizer", hint)
     found = cached(known.id)
@@ -89,11 +93,12 @@ def _converted(file: Tensors, part: str, network: Any) -> dict[str, Tensor | str
         taken = {value.untyped_storage().data_ptr() for value in out.values()}
         _refuse_left(file, (name for name, value in given.items() if value.untyped_storage().data_ptr() not in taken))
         return out
-    prefix = next(prefix for prefix in TEXTS if any(name.startswith(prefix) for name in file.shapes))
-    names: dict[str, Any] = {name: name for name in file.shapes if name.startswith(prefix) and not name.endswith(HARMLESS)}
-    if prefix == TEXTS[0]:
+    prefix = next(prefix for prefix in TEXTS[part] if any(name.startswith(prefix) for name in file.shapes))
+    unused = HARMLESS if hasattr(network, "text_projection") else HARMLESS + PROJECTION
+    names: dict[str, Any] = {name: name for name in file.shapes if name.startswith(prefix) and not name.endswith(unused)}
+    if prefix.endswith("transformer."):
         return theirs.convert_ldm_clip_checkpoint(names)
-    return theirs.convert_open_clip_checkpoint(network, {name: file.read(name) for name in names})
+    return theirs.convert_open_clip_checkpoint(network, {name: file.read(name) for name in names}, prefix)
 
 
 def _refuse_left(file: Tensors, names: Iterable[str]) -> None:
@@ -153,7 +158,7 @@ def load(path: Path, prediction: str | None = None) -> Model:
 
     `Model.notes` reports what was read from the file and what was assumed.
     """
-    from distill_cli.models.formats import stable_diffusion
+    from distill_cli.models.formats import sdxl, stable_diffusion
 
     if path.suffix.lower() != SUFFIX:
         raise DistillError(f"{path}: not a {SUFFIX} file", "only safetensors are read: other checkpoints may run code")
@@ -176,9 +181,14 @@ def load(path: Path, prediction: str | None = None) -> Model:
         hint = f"distill convert {path} --prediction v (768 pixels) or eps (512) --out FOLDER, and give that FOLDER"
         raise DistillError(f"{path}: {what}", hint)
     folder, own = configuration(path, width)
+    index = read_json(folder / "model_index.json")
+    reader: Any = next((each for each in (stable_diffusion, sdxl) if each.reads(index)), None)
+    if reader is None:
+        raise DistillError(f"{folder}: the configuration of a {index.get('_class_name')}, and the file beside it is Stable Diffusion")
+    version, known = VERSIONS.get(width, (f"text of {width} channels", ""))
     changes: dict[str, Any] = {"prediction_type": PREDICTION_TYPES[said]} if said else {}
-    notes = [f"Stable Diffusion {2 if second else 1}" if width in (768, 1024) else f"text of {width} channels"]
-    assumed = f"taken from {folder / 'scheduler'}" if own else "assumed eps, as Stable Diffusion 1 does"
+    notes = [version]
+    assumed = f"taken from {folder / 'scheduler'}" if own else f"assumed eps, as {version} does"
     notes.append(f"predicts {said} by {why}" if said else f"the file does not say what it predicts: {assumed}")
     if zero:
         changes |= ZERO
@@ -196,12 +206,11 @@ def load(path: Path, prediction: str | None = None) -> Model:
     beside = sorted(name for name in file.shapes if not KNOWN.match(name))
     if beside:
         notes.append(f"{len(beside)} tensors of no part left out, such as {printable(beside[0], 100)}")
-    model = stable_diffusion.load(folder, path.stem, given, changes)
+    model = reader.load(folder, path.stem, given, changes)
     _held(file, model, folder, zero)
     if not own:
-        known = HUB["sd21" if second else "sd15"]
-        notes.append(f"configuration and tokenizer of {known.id}")
-        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or known.licence})
+        notes.append(f"configuration and tokenizer of {HUB[known].id}")
+        model.lineage = model.lineage.model_copy(update={"licence": model.lineage.licence or HUB[known].licence})
     model.notes = (*model.notes, f"{path}: {'; '.join(notes)}")
     return model
 
