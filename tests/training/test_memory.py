@@ -1,6 +1,5 @@
 """The memory that a plan counts on fake tensors is what real calls and steps hold, and what fits is found by it."""
 
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
