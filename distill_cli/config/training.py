@@ -36,11 +36,15 @@ class TrainingConfig(Config):
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     lr_end: Fraction = Field(0.0, description="cosine: final learning rate, as a share of lr")
     optimizer: Optimizer = Field("adamw", description=OPTIMIZERS)
+    optimizer_device: Literal["same", "cpu"] = Field(
+        "same", description="adamw: cpu keeps its moments in the host's memory, and steps there"
+    )
     betas: Annotated[tuple[Momentum, Momentum], Numbers] = Field((0.9, 0.999), description="the optimizer's betas")
     weight_decay: Weight = Field(0.01, description="decoupled weight decay")
     warmup_steps: Count = Field(0, description="steps of linear learning-rate warm-up")
     clip_norm: Rate = Field(10.0, description="largest gradient norm of a network; larger gradients are scaled down")
     ema_halflife: Count = Field(0, description="half-life of the weights' average, in images; 0: no average")
+    ema_device: Literal["same", "cpu"] = Field("same", description="cpu keeps the weights' average in the host's memory")
     precision: Precision = Field("no", description="number type of the networks' arithmetic, no: float32; weights stay float32")
     deterministic: bool = Field(False, description="the same run, again or resumed, gives the same bits on one GPU too; slower")
     compile: Compile = Field("none", description="torch.compile of the denoisers: block by block, or whole; minutes before the first steps")
@@ -61,6 +65,8 @@ class TrainingConfig(Config):
     def _parts(self) -> TrainingConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        if self.optimizer_device == "cpu" and self.optimizer != "adamw":
+            raise ValueError(f"optimizer_device cpu: for adamw, not {self.optimizer}")
         return self
 
 

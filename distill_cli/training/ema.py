@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,11 @@ def follow(average: nn.Module | None, network: nn.Module, weight: float) -> None
             gathered = whole(value)
             if before:
                 before[k].lerp_(gathered, weight)
-    elif before:
+    elif before and before[0].device == now[0].device:
         torch._foreach_lerp_(before, now, weight)
+    else:
+        for old, new in zip(before, now, strict=False):
+            old.lerp_(new.to(old.device), weight)
 
 
 @torch.no_grad()
@@ -33,7 +38,7 @@ def hand_on(average: nn.Module | None, network: nn.Module) -> None:
     """Copy the weights of process 0's average into a network, sharded as the network is. All processes have to call."""
     theirs = {} if average is None else average.state_dict()
     for name, own in network.state_dict().items():
-        value = theirs[name].contiguous() if theirs else torch.empty(own.shape, dtype=own.dtype, device=own.device)
+        value = theirs[name].to(own.device).contiguous() if theirs else torch.empty(own.shape, dtype=own.dtype, device=own.device)
         if world_size() > 1:
             torch.distributed.broadcast(value, 0)
         own.copy_(like(value, own))
@@ -43,11 +48,24 @@ class EMA:
     """Averages with a half-life in images, shortened at the start to 5% of the images seen (as EDM's training does).
 
     With a half-life of 0 the average equals the network. Only process 0 keeps it, whole: one copy serves all processes.
+    It is on the network's device, or on the CPU.
     """
 
-    def __init__(self, network: nn.Module, halflife: int) -> None:
+    def __init__(self, network: nn.Module, halflife: int, device: str = "same") -> None:
         self.halflife = halflife
         self.network = copy.deepcopy(network).eval().requires_grad_(False) if rank() == 0 else None
+        if self.network is not None and device == "cpu":
+            self.network.cpu()
+
+    @contextmanager
+    def at(self, where: torch.device) -> Iterator[nn.Module | None]:
+        """The average on another device while the body runs."""
+        if self.network is None:
+            yield None
+            return
+        home = next(iter(self.network.parameters())).device
+        yield self.network.to(where)
+        self.network.to(home)
 
     def decay(self, seen: int, batch: int) -> float:
         """The factor of the old average after a batch of `batch` images, the last of `seen`."""

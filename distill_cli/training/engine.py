@@ -83,7 +83,7 @@ class Engine:
         self.placed = place(config, objective, self.accelerator)
         self.plain = {name: each.state() for name, each in objective.trained.items()}
         self.main = next(iter(self.plain))
-        self.ema = EMA(self.plain[self.main], config.ema_halflife)
+        self.ema = EMA(self.plain[self.main], config.ema_halflife, config.ema_device)
         self.optimizers: dict[str, Any] = {}
         self.zero: zero.Zero | None = None
         for name, each in objective.trained.items():
@@ -281,12 +281,11 @@ class Engine:
 
     def sample_grid(self) -> None:
         """Write a grid of the average's images, from noise that is in no store of pairs."""
-        if self.ema.network is None:
-            return
-        model = self._model(self.ema.network)
-        if isinstance(model, Model) and model.codec.kind.drawn:
-            images, _ = model.examples(self.config.seed, model.shown)
-            save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
+        with self.ema.at(self.accelerator.device) as network:
+            model = None if network is None else self._model(network)
+            if isinstance(model, Model) and model.codec.kind.drawn:
+                images, _ = model.examples(self.config.seed, model.shown)
+                save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
 
     def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
         """The signal that any process got, and whether process 0's clock says to save: agreed by all processes after the same step."""
@@ -364,8 +363,10 @@ class Engine:
 
     def release(self) -> None:
         """Free the memory of training before the result is sampled."""
-        self.optimizers, self.zero, self.ema.network = {}, None, None
+        average, self.optimizers, self.zero, self.ema.network = self.ema.network, {}, None, None
         self.accelerator.free_memory()
+        if average is not None:
+            average.to(self.accelerator.device)  # the result, which is sampled next
         for name, each in self.objective.trained.items():
             each.module = self.modules[name]
             each.module.zero_grad(set_to_none=True)

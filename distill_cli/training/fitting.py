@@ -32,6 +32,8 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("gradient_checkpointing", True, 1.33, True, "a step takes about a third longer"),
+    Option("ema_device", "cpu", 1.05, True, "each step the weights travel to the host, for their average"),
+    Option("optimizer_device", "cpu", 1.3, True, "weights and gradients travel each step, and the CPU makes it"),
     Option("precision", "bf16", 0.6, False, "networks compute in bf16, with 8 bits of mantissa; faster"),
 )
 """In the order in which they are named."""
@@ -109,7 +111,8 @@ class Fitting:
         """The options that the config does not have yet, and that the trained networks know."""
         able_to = all(able(each.module) for each in self.objective.trained.values())
         mine = [one for one in OPTIONS if one.key not in self.config.changed(one.key)]
-        return [one for one in mine if able_to or one.key != "gradient_checkpointing"]
+        refused = {"gradient_checkpointing": not able_to, "optimizer_device": self.config.optimizer != "adamw"}
+        return [one for one in mine if not refused.get(one.key)]
 
     def combinations(self, exact: bool) -> Iterator[dict[str, Any]]:
         """The combinations of free options: those that change no number, or the others."""

@@ -61,8 +61,10 @@ def memory(objective: Objective, processes: int = 1) -> Memory:
     shared = processes > 1  # DistributedDataParallel holds the gradients of all networks, all the time
     return Memory(
         weights=sum(map(size_of, tensors_of(networks.values()).values())),
-        average=sum(map(size_of, tensors_of([next(iter(objective.trained.values())).state()]).values())),
-        moments=2 * sum(gradients),
+        average=0
+        if config.ema_device == "cpu"
+        else sum(map(size_of, tensors_of([next(iter(objective.trained.values())).state()]).values())),
+        moments=0 if config.optimizer_device == "cpu" else 2 * sum(gradients),
         gradients=sum(gradients) if shared else max(gradients),
         activations=activations,
         images=", ".join([str(Calls([call])).removeprefix("trains "), *([config.precision] if config.precision != "no" else [])]),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from distill_cli.config import TrainingConfig
 
@@ -35,4 +36,33 @@ def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], r
         from timm.optim import Muon
 
         return Muon(parameters, **settings, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
-    return torch.optim.AdamW(parameters, **settings, fused=True)
+    return HostAdamW(parameters, **settings) if config.optimizer_device == "cpu" else torch.optim.AdamW(parameters, **settings, fused=True)
+
+
+class HostAdamW(torch.optim.AdamW):
+    """AdamW with its moments in the host's memory: there it steps, one tensor at a time; weights and gradients travel.
+
+    Its state is that of AdamW, and on the CPU its steps are AdamW's to the bit.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                here, state = weight.to("cpu"), self.state[weight]
+                if not state:
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(here), "exp_avg_sq": torch.zeros_like(here)}
+                settings = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+                beta1, beta2 = group["betas"]
+                first, second, count = ([state[key]] for key in ("exp_avg", "exp_avg_sq", "step"))
+                gradients = [weight.grad.to("cpu")]
+                adamw([here], gradients, first, second, [], count, fused=True, beta1=beta1, beta2=beta2, **settings)
+                if here is not weight:
+                    weight.copy_(here)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # it takes moments to the weights' device
+        for state in self.state.values():
+            state.update({key: value.cpu() for key, value in state.items()})

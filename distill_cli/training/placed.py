@@ -52,8 +52,11 @@ def place(config: TrainingConfig, objective: Objective, accelerator: Any) -> dic
     where = accelerator.device
     modules = {name: each.module for name, each in objective.trained.items()}
     check(config, modules)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded and config.optimizer_device == "cpu":
+        raise UsageError(f"optimizer_device cpu: not with {accelerator.distributed_type.value}, which spreads moments", "leave it out")
     if config.compile != "none":
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if sharded:
             raise UsageError(f"compile {config.compile}: not with {accelerator.distributed_type.value}", "leave it out")
         compiled.check(where)
     counted: Counter[str] = Counter()

@@ -1,0 +1,42 @@
+"""What Stable Diffusion 1.5 takes on a card of 24 GB: python -m docs.one_card
+
+Each row is the memory that `distill dmd --teacher sd15 --batch-size 16 KEY=VALUE... --dry-run` plans, counted as one set of options after
+another is added. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.dmd.objective import open as opened
+from distill_cli.recipes import resolve
+from distill_cli.training.fitting import OPTIONS, Fitting
+from distill_cli.training.job import Job
+
+ADDED = (
+    {},
+    {"precision": "bf16"},
+    {"accumulate": 4},
+    {"gradient_checkpointing": True},
+    {"ema_device": "cpu"},
+    {"optimizer_device": "cpu"},
+)
+"""What each row adds to the one before."""
+
+
+def main() -> None:
+    objective = opened(resolve(DMDConfig, None, [], {"teacher": "sd15", "batch_size": 16, "memory": "24GB"}), Job("dmd", dry_run=True))
+    fitting, chosen = Fitting(objective), {}
+    print(
+        "| added | a step's time (estimated) | weights | average | moments | gradients | activations | in all |\n|---|---|---|---|---|---|---|---|"
+    )
+    for added in ADDED:
+        chosen |= added
+        needs = fitting.needs(**chosen)
+        factor = next((f"x {option.slower:g}" for option in OPTIONS if option.key in added), "")
+        sizes = (needs.weights, needs.average, needs.moments, needs.gradients, needs.activations, needs.total)
+        said = ", ".join(f"`{key}={str(value).lower()}`" for key, value in added.items()) or "nothing: float32"
+        print(f"| {said} | {factor} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} GB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
