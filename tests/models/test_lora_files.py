@@ -183,16 +183,16 @@ def test_names_are_cut_at_pluses_outside_of_paths(tmp_path, monkeypatch):
 
 def test_commands_take_them_and_a_run_goes_on_from_elsewhere(distill, tmp_path, monkeypatch):
     """The first line says what was merged, the student's lineage names it; --resume finds a file that was named relatively."""
-    low = pipelines.adapter(load("shapes").net, 2, 0, ["to_q"])
+    low = pipelines.adapter(load("tiny").net, 2, 0, ["conv1"])
     save_file({f"unet.{name}": value * 0.1 for name, value in low.items()}, "style.safetensors")
-    name = "shapes+style.safetensors@0.5"
+    name = "tiny+style.safetensors@0.5"
     assert distill("models", "show", name, "--json").json["name"] == name
     options = ["--steps", "1", "--out", "run", "--device", "cpu", "batch_size=1", "sample_every=100"]
-    done = distill("cm", "--method", "lcm", "--data", "shapes", "--teacher", name, *options)
+    done = distill("cm", "--method", "cd", "--data", "digits", "--teacher", name, *options)
     assert done.code == 0, done.err
     assert "LoRA style.safetensors merged at weight 0.5: layers" in done.err
     assert json.loads(Path("run/student/distill.json").read_text())["lineage"]["teacher"] == name
-    assert f"shapes+{tmp_path}/style.safetensors@0.5" in Path("run/recipe.yaml").read_text()
+    assert f"tiny+{tmp_path}/style.safetensors@0.5" in Path("run/recipe.yaml").read_text()
     monkeypatch.chdir("/")
     done = distill("cm", "--resume", tmp_path / "run", "--steps", "2")
     assert done.code == 0, done.err

@@ -118,10 +118,9 @@ def onto(model: Model, folder: Path) -> Model:
     if model.scheduler is not None:  # what the pipeline sets in every scheduler
         config |= {key: model.scheduler[key] for key in ("clip_sample", "steps_offset") if key in model.scheduler}
     denoiser = NetworkDenoiser(adapter, old.schedule, extra.parameterisation, old.scales, extra.time_input, extra.boundary)
-    out = replace(
-        model, denoiser=denoiser, lineage=extra.lineage, sampler=extra.sampler, recipe=extra.recipe, size=extra.size or model.size,
-        scheduler=None if model.scheduler is None else config,
-    )  # fmt: skip
+    scheduler = None if model.scheduler is None else config
+    out = replace(model, denoiser=denoiser, lineage=extra.lineage, sampler=extra.sampler, recipe=extra.recipe, scheduler=scheduler)
+    out = out.with_size(extra.size or model.size)
     tensors = read(folder, out)
     if weights:  # a trial has no weights
         adapter.adapter.load_state_dict(tensors)
