@@ -84,7 +84,8 @@ def main(counts: list[int]) -> None:
     for network in (model.denoiser, model.codec.vae):  # zeros: what is held does not depend on the weights
         for part in network.modules():
             for table in (part._parameters, part._buffers):
-                table.update({name: nn.Parameter(torch.zeros(value.shape)) for name, value in table.items() if value is not None})  # type: ignore[call-overload]
+                filled: dict[str, Any] = {name: nn.Parameter(torch.zeros(each.shape)) for name, each in table.items() if each is not None}
+                table.update(filled)
     unet = model.backbone
 
     def inputs(count: int) -> Callable[[Any], tuple[Any, ...]]:

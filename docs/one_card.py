@@ -26,9 +26,9 @@ ADDED = (
 def main() -> None:
     objective = opened(resolve(DMDConfig, None, [], {"teacher": "sd15", "batch_size": 16, "memory": "24GB"}), Job("dmd", dry_run=True))
     fitting, chosen = Fitting(objective), {}
-    print(
-        "| added | a step's time (estimated) | weights | average | moments | gradients | activations | in all |\n|---|---|---|---|---|---|---|---|"
-    )
+    heads = ("added", "a step's time (estimated)", "weights", "average", "moments", "gradients", "activations", "in all")
+    print(f"| {' | '.join(heads)} |")
+    print(f"{'|---' * len(heads)}|")
     for added in ADDED:
         chosen |= added
         needs = fitting.needs(**chosen)

@@ -85,4 +85,6 @@ class StudentConfig(TrainingConfig):
     def _of_lora(self) -> StudentConfig:
         if not self.lora and (given := self.changed("lora_alpha", "lora_targets", "quantize", "merge")):
             raise ValueError(f"{given[0]} is for a LoRA: lora=RANK")
+        if self.lora and self.ema_device != "same":
+            raise ValueError("ema_device cpu: not with lora, whose average is small and shares the base")
         return self

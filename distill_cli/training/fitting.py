@@ -12,8 +12,8 @@ from distill_cli.config import TrainingConfig
 from distill_cli.config.base import size
 from distill_cli.errors import UsageError
 from distill_cli.models.cost import amount
-from distill_cli.training.memory import Memory, memory
-from distill_cli.training.objective import Objective
+from distill_cli.training.memory import Memory, memory, worst
+from distill_cli.training.objective import Call, Objective
 from distill_cli.training.placed import able
 
 FEW = 4
@@ -63,13 +63,18 @@ class Fitting:
         self.objective, self.processes, self.config = objective, processes, objective.config
         assert self.config.memory is not None
         self.limit = size(self.config.memory)
+        self.counted: dict[tuple[int, bool, str], tuple[int, Call]] = {}
+        """Activations, by the keys on which they depend."""
         self.parts = parts(self.config, processes)
 
     def needs(self, **changes: Any) -> Memory:
         """The memory under some changes of the config."""
-        self.objective.config = self.config.model_copy(update=changes)
+        config = self.objective.config = self.config.model_copy(update=changes)
+        key = config.accumulate, config.gradient_checkpointing, config.precision
         try:
-            return memory(self.objective, self.processes)
+            if key not in self.counted:
+                self.counted[key] = worst(self.objective, self.processes)
+            return memory(self.objective, self.processes, self.counted[key])
         finally:
             self.objective.config = self.config
 
@@ -112,6 +117,7 @@ class Fitting:
         able_to = all(able(each.module) for each in self.objective.trained.values())
         mine = [one for one in OPTIONS if one.key not in self.config.changed(one.key)]
         refused = {"gradient_checkpointing": not able_to, "optimizer_device": self.config.optimizer != "adamw"}
+        refused["ema_device"] = bool(getattr(self.config, "lora", 0))
         return [one for one in mine if not refused.get(one.key)]
 
     def combinations(self, exact: bool) -> Iterator[dict[str, Any]]:

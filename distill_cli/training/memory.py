@@ -47,15 +47,25 @@ def networks_of(objective: Objective) -> dict[str, nn.Module]:
     return {**{name: each.module for name, each in objective.trained.items()}, **objective.kept, **objective.frozen}
 
 
-def memory(objective: Objective, processes: int = 1) -> Memory:
-    """What each of `processes` GPUs holds, at most, of a run with the objective's config; text encoders are on the CPU by then."""
-    config, made = objective.config, result(objective)
-    encoders = list(made.conditioner.parts().values()) if isinstance(made, Model) else []
-    networks = {name: each for name, each in networks_of(objective).items() if not any(each is one for one in encoders)}
+def worst(objective: Objective, processes: int = 1) -> tuple[int, Call]:
+    """The most bytes of activations in a turn of any step, on each of `processes` GPUs, and the call with gradient that they are of."""
+    made = result(objective)
     ends = [sum(phase.steps for phase in objective.phases[:k]) for k in range(len(objective.phases))]
-    found = [turn for calls in {str(each): each for each in map(objective.calls, ends)}.values()
-             for turn in _turns(objective, made, networks, calls, processes)]  # fmt: skip
-    activations, call = max(found, key=lambda turn: turn[0])
+    different = {str(calls): calls for calls in map(objective.calls, ends)}
+    found = [turn for calls in different.values() for turn in _turns(objective, made, _called(objective, made), calls, processes)]
+    return max(found, key=lambda turn: turn[0])
+
+
+def _called(objective: Objective, made: Any) -> dict[str, nn.Module]:
+    """The networks that are on the GPU while a run trains: text encoders are on the CPU by then."""
+    encoders = list(made.conditioner.parts().values()) if isinstance(made, Model) else []
+    return {name: each for name, each in networks_of(objective).items() if not any(each is one for one in encoders)}
+
+
+def memory(objective: Objective, processes: int = 1, counted: tuple[int, Call] | None = None) -> Memory:
+    """What each of `processes` GPUs holds, at most, of a run with the objective's config; `counted` is its `worst` if it is known."""
+    config, networks = objective.config, _called(objective, result(objective))
+    activations, call = counted or worst(objective, processes)
     trained = {name: list(each.parameters()) for name, each in objective.trained.items()}
     gradients = [4 * sum(each.numel() for each in parameters) for parameters in trained.values()]
     shared = processes > 1  # DistributedDataParallel holds the gradients of all networks, all the time

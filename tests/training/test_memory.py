@@ -19,6 +19,7 @@ from distill_cli.training.job import Job
 from distill_cli.training.memory import memory, networks_of
 from tests.options import options
 
+HOST = "ema_device=cpu optimizer_device=cpu"
 SMALL = dict(steps=2, batch_size=8, device="cpu", sample_every=0)
 
 
@@ -158,7 +159,7 @@ def test_a_size_below_the_smallest_plan(tmp_path):
     objective = opened(DMDConfig(**SMALL | {"batch_size": 2}, teacher="tiny", out=tmp_path, memory="1MB"))
     with pytest.raises(UsageError, match="memory 1MB: the smallest plan needs") as error:
         line(objective, 1, memory(objective))
-    assert error.value.hint == "that is gradient_checkpointing=true precision=bf16 accumulate=2"
+    assert error.value.hint == f"that is gradient_checkpointing=true {HOST} precision=bf16 accumulate=2"
 
 
 def test_processes_share_a_batch(tmp_path):
