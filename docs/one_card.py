@@ -1,7 +1,8 @@
-"""What Stable Diffusion 1.5 takes on a card of 24 GB: python -m docs.one_card
+"""What Stable Diffusion takes on a card of 24 GB: python -m docs.one_card
 
-Each row is the memory that `distill dmd --teacher sd15 --batch-size 16 KEY=VALUE... --dry-run` plans, counted as one set of options after
-another is added. Nothing is downloaded.
+First whole weights of Stable Diffusion 1.5. Each row is the memory that `distill dmd --teacher sd15 --batch-size 16 KEY=VALUE... --dry-run` plans, counted as one set of options after
+another is added. Then LoRAs of rank 64 in bf16, by `--lora 64 --precision bf16`, for parts of some pictures of 512 (sd15) and 1024 pixels
+(sdxl). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from distill_cli.methods.dmd.objective import open as opened
 from distill_cli.recipes import resolve
 from distill_cli.training.fitting import OPTIONS, Fitting
 from distill_cli.training.job import Job
+from distill_cli.training.memory import memory
 
 ADDED = (
     {},
@@ -21,6 +23,28 @@ ADDED = (
     {"optimizer_device": "cpu"},
 )
 """What each row adds to the one before."""
+
+
+LORAS = (
+    ("sd15", 4, {}),
+    ("sd15", 16, {"gradient_checkpointing": True}),
+    ("sdxl", 1, {}),
+    ("sdxl", 4, {"gradient_checkpointing": True}),
+)
+"""A teacher, the pictures of a part, and further options."""
+
+
+def loras() -> None:
+    heads = ("teacher", "pictures", "options", "weights", "average", "moments", "gradients", "activations", "in all")
+    print(f"\n| {' | '.join(heads)} |")
+    print(f"{'|---' * len(heads)}|")
+    for teacher, size, options in LORAS:
+        flags = {"teacher": teacher, "batch_size": size, "lora": 64, "precision": "bf16", **options}
+        objective = opened(resolve(DMDConfig, None, [], flags), Job("dmd", dry_run=True))
+        needs = memory(objective)
+        sizes = (needs.weights, needs.average, needs.moments, needs.gradients, needs.activations, needs.total)
+        said = ", ".join(f"`{key}={str(value).lower()}`" for key, value in options.items())
+        print(f"| {teacher} | {size} | {said} | {' | '.join(f'{size / 1e9:.1f}' for size in sizes)} GB |", flush=True)
 
 
 def main() -> None:
@@ -40,3 +64,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    loras()

@@ -92,7 +92,7 @@ class Backbone(nn.Module):
     def cast(self, dtype: torch.dtype | None) -> None:
         """Store the weights in half precision, once, instead of casting them at each call."""
         if dtype is not None and self.weight_type is None:
-            self.net.to(dtype)
+            nn.Module.to(self.net, dtype)  # diffusers' own `to` warns of networks that are cast
             self.weight_type = dtype
 
     def quantize(self) -> None:
