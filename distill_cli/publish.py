@@ -85,10 +85,19 @@ def _describe(out: Parcel, folder: Path, repo: str) -> None:
         raise DistillError(f"{folder / CARD}: missing", "the hub shows it as the model's card")
     with reading(folder / CARD):
         text = out.files.pop(CARD).read_text()
+    text = text.replace('"FOLDER"', f'"{repo}"').replace("--model FOLDER", f"--model {repo}")
     shown = [f"\n![{said}]({name})\n" for start, said in SHOWN.items() for name in out.files if name.startswith(start)]
-    out.card = re.sub(r"(?m)^# .*\n", lambda title: title[0] + "".join(shown), text.replace('"FOLDER"', f'"{repo}"'), count=1)
+    out.card = re.sub(
+        r"(?m)^# .*\n",
+        lambda title: title[0] + "".join(shown),
+        text.replace('"FOLDER"', f'"{repo}"').replace("--model FOLDER", f"--model {repo}"),
+        count=1,
+    )
     if not header.licence_of(text):
         out.remarks.append(f"{folder / CARD} names no licence in its header: the hub will show none")
+    lora = read_json(folder / "distill.json").get("lora")
+    if isinstance(lora, dict) and str(lora.get("base", "")).startswith("/"):
+        out.remarks.append(f"the LoRA's base is a path of this machine, {lora['base']}: others cannot load it by distill.json or the card")
     if "recipe.yaml" in out.files:
         with reading(out.files["recipe.yaml"]):
             paths = re.findall(r"(?m)^(\w+): ['\"]?(/\S*)", out.files["recipe.yaml"].read_text())

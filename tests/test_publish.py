@@ -198,7 +198,10 @@ def test_what_arrives_are_the_bytes_of_the_files_and_nothing_else(hub, run, tmp_
         ("The teacher and the student, from the same noise", "comparison.png"), ("Samples at the end of training", "samples/001000.png"),
     ))  # fmt: skip
     assert f'from_pretrained("{REPO}")' in card
-    assert card == own.replace("# tiny-dmd\n", f"# tiny-dmd\n{pictures}").replace('"FOLDER"', f'"{REPO}"')
+    named = own.replace('"FOLDER"', f'"{REPO}"').replace("--model FOLDER", f"--model {REPO}")
+    assert card == named.replace("# tiny-dmd\n", f"# tiny-dmd\n{pictures}")
+        "--model FOLDER", f"--model {REPO}"
+    )
     third, asked = push(hub.url, tmp_path, run), len(hub.asked)
     assert third.returncode == 0
     assert f"{REPO} was there; its other files are kept; nothing has changed since its last commit" in third.stdout
@@ -262,8 +265,10 @@ def test_a_models_folder_and_a_lora(run, distill, tmp_path):
     lora = {"distill.json", "README.md", "pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json"}
     for name in {*lora, "unet/diffusion_pytorch_model.safetensors", "optimizer.pt"}:
         (tmp_path / "lora/student" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "lora/student" / name).write_text("x")
-    assert set(distill("push", "lora", "--repo", REPO, "--dry-run", "--json").json["files"]) == lora
+        (tmp_path / "lora/student" / name).write_text('{"lora": {"base": "/home/me/base"}}' if name == "distill.json" else "x")
+    told = distill("push", "lora", "--repo", REPO, "--dry-run", "--json")
+    assert set(told.json["files"]) == lora
+    assert "the LoRA's base is a path of this machine, /home/me/base" in told.err
     (tmp_path / "lora/student/README.md").unlink()
     assert "README.md: missing" in distill("push", "lora", "--repo", REPO, "--dry-run").err
 

@@ -28,6 +28,7 @@ def show(
     """Show what a model is, how it is sampled, and where it came from."""
     from distill_cli.models import load
     from distill_cli.models.formats import comfyui, format_of
+    from distill_cli.models.lora import Adapter
     from distill_cli.models.sources import hub, published
     from distill_cli.models.sources.names import base_of
     from distill_cli.models.sources.registry import REGISTRY
@@ -46,6 +47,7 @@ def show(
         "name": model.lineage.name,
         "kind": model.lineage.kind,
         "parameters": sum(p.numel() for p in denoiser.parameters()),
+        **({"lora": f"rank {model.backbone.rank}, on {model.backbone.source}"} if isinstance(model.backbone, Adapter) else {}),
         "shape": list(model.shape),
         "makes": model.codec.kind.size(model.picture),
         **({"pixels": model.pixels if model.shape[1] == model.shape[2] else model.picture} if model.codec.kind.drawn else {}),

@@ -73,7 +73,7 @@ class TrainingConfig(Config):
 class StudentConfig(TrainingConfig):
     """Options that every method with a teacher shares."""
 
-    lora: Count = Field(0, description="rank of a LoRA, trained on the teacher's frozen network instead of a copy; 0: whole weights")
+    lora: Count = Field(0, description="rank of a LoRA on the frozen teacher, stored in the run's precision; 0: whole weights")
     lora_alpha: Rate | None = Field(None, description="lora: its scale is alpha / rank; default the rank")
     lora_targets: Annotated[list[str] | None, Names] = Field(
         None, description="lora: ends of the names of the layers that it changes; default the usual ones"
@@ -85,6 +85,8 @@ class StudentConfig(TrainingConfig):
     def _of_lora(self) -> StudentConfig:
         if not self.lora and (given := self.changed("lora_alpha", "lora_targets", "quantize", "merge")):
             raise ValueError(f"{given[0]} is for a LoRA: lora=RANK")
+        if self.merge and self.quantize != "none":
+            raise ValueError(f"quantize {self.quantize}: not with merge, which would save rounded weights")
         if self.lora and self.ema_device != "same":
             raise ValueError("ema_device cpu: not with lora, whose average is small and shares the base")
         return self

@@ -90,10 +90,13 @@ class Backbone(nn.Module):
         return self.net(x, time, **condition.parts, return_dict=False)[0]
 
     def cast(self, dtype: torch.dtype | None) -> None:
-        """Store the weights in half precision, once, instead of casting them at each call."""
-        if dtype is not None and self.weight_type is None:
-            nn.Module.to(self.net, dtype)  # diffusers' own `to` warns of networks that are cast
-            self.weight_type = dtype
+        """Store the weights in half precision, once, instead of casting them at each call; None: in float32. Adapters stay as they are."""
+        if dtype == self.weight_type or self.quantized:
+            return
+        for name, value in (*self.net.named_parameters(), *self.net.named_buffers()):
+            if ".lora_" not in name and value.is_floating_point():
+                value.data = value.data.to(dtype or torch.float32)
+        self.weight_type = dtype
 
     def quantize(self) -> None:
         """Store the matrices of linear layers as 8-bit integers with a scale a row, by torchao. Raises UsageError without it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from distill_cli.errors import DistillError, UsageError, nearest
 from distill_cli.files import write_atomic_lines
 from distill_cli.models import formats
+from distill_cli.models.formats import comfyui
 from distill_cli.models.lora_keys import Layer, kohya_name
 from distill_cli.models.lora_keys import split as split_key
 from distill_cli.models.model import Model
@@ -91,12 +92,14 @@ def _said(model: Model, version: Version | None) -> tuple[str, ...]:
     if version is None:
         width = model.net.config.cross_attention_dim
         out.append(
-            f"no published Stable Diffusion reads text of {width} channels: diffusers (with config=FOLDER) and distill read the file"
+            f"no published Stable Diffusion reads text of {width} channels: diffusers and distill read the file, other programs do not"
         )
     if model.lineage.kind == "student":
-        times = f", t {', '.join(f'{time:g}' for time in sampler.times)}" if sampler.times else ""
+        taken = sampler.times_for(model.denoiser.schedule, sampler.solver, sampler.steps).tolist()
+        times = f", t {', '.join(f'{time:g}' for time in taken)}" if sampler.times else ""
         steps = f"{sampler.steps} step{'s' * (sampler.steps > 1)}"
-        out.append(f"the file has weights alone: sample it with {steps}{times}, CFG {sampler.guidance_scale:g}")
+        out.append(f"the file has no sampler: sample it with {steps}{times}, CFG {sampler.guidance_scale:g}")
+        out.append(f"in ComfyUI: {comfyui.settings(model)}")
     return tuple(out)
 
 
@@ -182,7 +185,7 @@ def settled(name: str, target: str, out: Path | None, dtype: str) -> Path:
         if value not in known:
             raise UsageError(f"{flag} {value}: none of {', '.join(known)}", nearest(value, known))
     ending = TARGETS[target].ending
-    place = out or Path(f"{Path(base_of(name)).name.removesuffix('.safetensors')}{ending}")
+    place = out or Path(f"{Path(base_of(name)).resolve().name.removesuffix('.safetensors')}{ending}")
     if place.exists() or place.is_symlink():
         raise UsageError(f"--out {place}: exists already", "choose another name")
     if ending.endswith(".safetensors") and place.suffix != ".safetensors":

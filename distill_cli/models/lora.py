@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -165,12 +166,16 @@ def inject(net: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao, which peft imports where it is
     from peft import LoraConfig, inject_adapter_in_model
 
-    known = [path.replace(".base_layer", "") for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    known = [path for path in known if not any(half in path for half in PAIR)]
+    known = {path.replace(".base_layer", ""): module for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    known = {path: module for path, module in known.items() if not any(half in path for half in PAIR)}
     for target in targets:
         if not any(f".{path}".endswith(f".{target}") for path in known):
             ends = sorted({path.rpartition(".")[2] for path in known} - set("0123456789"))
             raise UsageError(f"lora_targets {target}: no layer of a {type(net).__name__} ends so", nearest(target, ends))
+    shapes = [module.weight.shape for path, module in known.items() if any(f".{path}".endswith(f".{target}") for target in targets)]
+    most = max(min(shape[0], math.prod(shape[1:])) for shape in shapes)
+    if rank > most:
+        raise UsageError(f"lora {rank}: more than the rank of any layer of the {type(net).__name__}", f"{most} at most")
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 from distill_cli.config import TrainingConfig
 from distill_cli.config.base import size
 from distill_cli.errors import UsageError
+from distill_cli.launch import HALF
+from distill_cli.models import compiled
 from distill_cli.models.cost import amount
+from distill_cli.models.lora import Adapter
+from distill_cli.processes import say
 from distill_cli.training.memory import Memory, memory, worst
 from distill_cli.training.objective import Call, Objective
 from distill_cli.training.placed import able
@@ -71,12 +75,21 @@ class Fitting:
         """The memory under some changes of the config."""
         config = self.objective.config = self.config.model_copy(update=changes)
         key = config.accumulate, config.gradient_checkpointing, config.precision
+        self._store(config)
         try:
             if key not in self.counted:
                 self.counted[key] = worst(self.objective, self.processes)
             return memory(self.objective, self.processes, self.counted[key])
         finally:
             self.objective.config = self.config
+            self._store(self.config)
+
+    def _store(self, config: TrainingConfig) -> None:
+        """Give a LoRA's base the type in which a run of `config` stores it."""
+        for each in self.objective.trained.values():
+            for backbone in compiled.backbones(each.module):
+                if isinstance(backbone, Adapter):
+                    backbone.base.cast(HALF.get(config.precision))
 
     def fewest(self, changes: dict[str, Any]) -> Choice | None:
         """The fewest parts of a batch with which some options fit; None if the most parts do not.
@@ -148,6 +161,7 @@ def line(objective: Objective, processes: int, planned: Memory) -> str:
     limit, config = objective.config.memory, objective.config
     if limit is None or planned.total <= size(limit):
         return f"fits in {limit} as it stands"
+    say(f"counting which options fit in {limit}: this takes a minute or two for large networks")
     choice = Fitting(objective, processes).choice()
     costs = [option.cost for option in OPTIONS if option.key in choice.changes]
     if "accumulate" in choice.changes:

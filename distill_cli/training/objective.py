@@ -189,12 +189,16 @@ class Objective:
         if not config.lora:
             return teacher.copy().denoiser
         backbone, old = teacher.backbone, teacher.denoiser
-        backbone.cast(HALF.get(config.precision))
+        merge = config.merge or formats.lora.base_of(teacher) is None
+        if merge and config.quantize != "none":
+            raise UsageError(f"quantize {config.quantize}: {config.teacher}'s students are saved as whole weights", "leave it out")
+        if not merge:  # what is saved whole keeps the teacher's weights to the last bit
+            backbone.cast(HALF.get(config.precision))
         if config.quantize == "int8":
             backbone.quantize()
-        adapter = adapted(backbone, config.lora, config.lora_alpha, config.lora_targets, config.seed, config.merge)
+        adapter = adapted(backbone, config.lora, config.lora_alpha, config.lora_targets, config.seed, merge)
         adapter.source = names.absolute(config.teacher, REGISTRY)
-        if base not in self.frozen and not config.merge and formats.lora.base_of(teacher) is None:
+        if base not in self.frozen and merge and not config.merge:
             say(f"lora: saved as whole weights: no pipeline of diffusers loads a LoRA of {config.teacher}")
         self.frozen[base] = old
         return NetworkDenoiser(adapter, old.schedule, old.parameterisation, old.scales, old.time_input, old.boundary)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from distill_cli.models import header
 from distill_cli.models.formats import comfyui
@@ -33,14 +35,17 @@ def adapted(there: InDiffusers, base: str, scheduler: str) -> InDiffusers:
 
     FOLDER holds the LoRA, and the configuration of a scheduler of class `scheduler`.
     """
-    lines = []
+    place = hub_id(base)
+    if not (header.HUB_ID.fullmatch(place) or Path(place).is_dir()):
+        place = "BASE"
+    lines = [] if place != "BASE" else [f"# BASE: distill export {shlex.quote(base)} --to folder --out BASE"]
     for line in there.snippet.splitlines():
         if line.startswith("from diffusers import "):
             line = f"from diffusers import {', '.join(sorted({scheduler, line.removeprefix('from diffusers import ')}))}"
         lines.append(line)
         if line.startswith("pipeline = "):
             own = f'pipeline.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")'
-            lines[-1:] = [line.replace('"FOLDER"', json.dumps(hub_id(base))), own, 'pipeline.load_lora_weights("FOLDER")']
+            lines[-1:] = [line.replace('"FOLDER"', json.dumps(place)), own, 'pipeline.load_lora_weights("FOLDER")']
     snippet = "".join(f"{line}\n" for line in lines)
     return replace(there, snippet=snippet, base=base)
 

@@ -22,6 +22,7 @@ from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, Extra, extra_of, read_extra
 from distill_cli.models.lineage import Lineage
+from distill_cli.models.lora import Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_named, load_network, own_names, read_json, save_network
 from distill_cli.models.sampler import Sampler
@@ -83,6 +84,13 @@ def write_labelled(
     kind, part = type(model.net).__name__, model.backbone.part
     index = {"_class_name": pipeline, part: [libraries.get(kind), kind]}
     write(model, folder, index, scheduler, lambda path: save_network(model.net, path / part, libraries, dtype), there)
+
+
+def asked_size(model: Model) -> str:
+    """What the pipeline is told of the size, in a card's program; '' where it is the network's own, which is a square."""
+    height, width = (side * model.codec.factor for side in model.shape[1:])
+    kept = isinstance(model.backbone, Adapter) and model.shape != model.backbone.shape  # a LoRA's folder cannot change its base's
+    return f"height={height}, width={width}, " if height != width or kept else ""
 
 
 def scheduler_of(folder: Path, known: tuple[str, ...]) -> tuple[dict[str, Any], Path]:

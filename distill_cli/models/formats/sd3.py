@@ -80,12 +80,11 @@ def in_diffusers(model: Model) -> InDiffusers:
     It gives FlowMatchLCMScheduler no generator, so the noise between several steps is torch's own.
     """
     sampler = model.sampler
-    height, width = (side * model.codec.factor for side in model.shape[1:])
     times = sampler.times_for(model.denoiser.schedule, sampler.solver, sampler.steps).tolist()
     snippet = SNIPPET.format(
         **flow_matching.seeding(model),
         without="" if "text_encoder_3" in model.parts() else ", text_encoder_3=None, tokenizer_3=None",
-        size="" if height == width else f"height={height}, width={width}, ",
+        size=shared.asked_size(model),
         steps=f"sigmas={times}" if sampler.times else f"num_inference_steps={sampler.steps}",
         scale=sampler.guidance_scale,
     )

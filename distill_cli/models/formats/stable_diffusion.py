@@ -139,8 +139,7 @@ def differs(model: Model) -> str:
 def in_diffusers(model: Model, pipeline: str = PIPELINES[0], options: str = "") -> InDiffusers:
     """The pipeline, opened with `options`, uses the folder's scheduler."""
     sampler = model.sampler
-    height, width = (side * model.pixels // model.shape[2] for side in model.shape[1:])
-    size = "" if height == width else f"height={height}, width={width}, "
+    size = shared.asked_size(model)
     ((key, value),) = paced(model).items()
     called = {"steps": f"{key}={value}", "scale": sampler.guidance_scale, "size": size}
     return InDiffusers(SNIPPET.format(pipeline=pipeline, options=options, **called), differs(model))

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_cli.errors import DistillError, printable, reason
 from distill_cli.models.parts import best_variant, has_vocabulary, read_json, variants
-from distill_cli.models.sources.catalog import HUB
+from distill_cli.models.sources.catalog import HUB, LORA
 from distill_cli.processes import say_hidden
 
 PARTS = {
@@ -21,6 +21,8 @@ PARTS = {
     **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "model"),
 }
 """Parts of a pipeline that have weights, and the names of their files."""
+ADAPTER = (LORA, "distill.json", "README.md", "scheduler/*.json")
+"""Files of a LoRA that this package wrote."""
 WANTED = ("model_index.json", "distill.json", "README.md", "scheduler/*.json", "tokenizer*/*", *(f"{part}/config.json" for part in PARTS))
 FLAT = ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
 """Files that unconditional models of 2022, such as google/ddpm-cifar10-32, have beside model_index.json instead of in folders."""
@@ -50,7 +52,9 @@ def cached(hub_id: str) -> Path | None:
     except ValueError:  # not a hub id
         return None
     if not isinstance(index, str):
-        return None
+        lora = try_to_load_from_cache(hub_id, LORA)
+        folder = Path(lora).parent if isinstance(lora, str) else Path()
+        return folder if isinstance(lora, str) and (folder / "scheduler").is_dir() and (folder / ADAPTER[1]).exists() else None
     folder = Path(index).parent
     named = read_json(Path(index))
     there = [part for part, value in named.items() if isinstance(value, list) and value and value[0]]
@@ -117,10 +121,13 @@ def download(hub_id: str, pipelines: Collection[str]) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
+        info = HfApi().model_info(hub_id, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        if LORA in sizes and "model_index.json" not in sizes:
+            return _snapshot(hub_id, info, {name: size for name, size in sizes.items() if any(fnmatch(name, like) for like in ADAPTER)})
         index = json.loads(Path(hf_hub_download(hub_id, "model_index.json")).read_text())
         kind = index.get("_class_name")
         if kind in pipelines:
-            info = HfApi().model_info(hub_id, files_metadata=True)
             wanted = files_of(info.siblings or [], half="vae" in index)
             return _snapshot(hub_id, info, wanted, known.licence if known else "")
     except DistillError:

@@ -43,7 +43,8 @@ IS = "a LoRA of diffusers or kohya's scripts for this model's architecture is ex
 
 def _opened(path: Path) -> Tensors:
     """The file, or that in the folder `path`."""
-    file = path / WEIGHTS if path.is_dir() else path
+    inside = (path / WEIGHTS, path / "student" / WEIGHTS)  # a folder, or a run
+    file = next((file for file in inside if file.is_file()), inside[0]) if path.is_dir() else path
     if not file.is_file():
         what = f"no {WEIGHTS} in the folder" if path.is_dir() else "no such LoRA file"
         raise DistillError(f"{path}: {what}", "a LoRA on a model is a .safetensors file or a folder: BASE+FILE@WEIGHT")
@@ -107,6 +108,8 @@ def _alpha(file: Tensors, layer: Layer, key: str | None, rank: int) -> float:
         alpha = values[0] if len(values) == 1 else math.nan
     else:
         pattern = options.get("alpha_pattern") or {}
+        if not isinstance(pattern, dict):
+            raise DistillError(f"{file.path}: lora_adapter_metadata is not readable (alpha_pattern)", "is the file complete?")
         own = [value for name, value in pattern.items() if layer.module == name or layer.module.endswith(f".{name}")]
         alpha = own[0] if own else options.get("lora_alpha", rank)
         if options.get("use_rslora"):

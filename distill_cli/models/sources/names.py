@@ -37,6 +37,8 @@ def split(name: str) -> tuple[str, tuple[LoRA, ...]]:
     """The base of a model's name, and the LoRAs on it. Raises UsageError for a weight that is no number, or 0."""
     base, *files = _pieces(name)
     loras = []
+    if files and not base:
+        raise UsageError(f"{name}: a + without a base before it", "a model with LoRAs is named BASE+FILE@WEIGHT")
     for piece in files:
         path, text = _read(piece)
         try:

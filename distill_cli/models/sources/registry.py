@@ -94,10 +94,14 @@ def open_folder(folder: Path, name: str) -> Model:
     if (folder / MARKS[0]).is_file() or not (folder / LORA).is_file():
         return formats.load(folder, name)
     base = formats.lora.source_of(folder)
+    place = folder_of(Path(split(base)[0])) if Path(split(base)[0]).is_dir() else None
+    if place is not None and not (place / MARKS[0]).is_file():
+        raise DistillError(f"{folder}: its base, {base}, is a LoRA itself", "a LoRA lies on a whole model")
     try:
         found = load(base)
     except UsageError as error:
-        raise DistillError(f"{folder}: its base is not here: {error.message}", error.hint) from error
+        hint = f"put it back, or write its new place into lora.base of {folder / 'distill.json'}"
+        raise DistillError(f"{folder}: its base is not here: {error.message}", hint) from error
     return formats.lora.onto(found, folder)
 
 
