@@ -200,8 +200,6 @@ def test_what_arrives_are_the_bytes_of_the_files_and_nothing_else(hub, run, tmp_
     assert f'from_pretrained("{REPO}")' in card
     named = own.replace('"FOLDER"', f'"{REPO}"').replace("--model FOLDER", f"--model {REPO}")
     assert card == named.replace("# tiny-dmd\n", f"# tiny-dmd\n{pictures}")
-        "--model FOLDER", f"--model {REPO}"
-    )
     third, asked = push(hub.url, tmp_path, run), len(hub.asked)
     assert third.returncode == 0
     assert f"{REPO} was there; its other files are kept; nothing has changed since its last commit" in third.stdout
