@@ -44,6 +44,8 @@ def compile_parts(parts: Iterable[nn.Module], **options: Any) -> Counter[str]:
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     counted: Counter[str] = Counter()
     for part in parts:
+        if part._compiled_call_impl is not None:  # a network that several share
+            continue
         part.compile(backend=BACKEND, dynamic=False, **options)
         counted[type(part).__name__] += 1
     return counted
