@@ -1,6 +1,6 @@
 """One LoRA step of dmd at full architecture, with random weights, on the CPU: what it keeps in memory.
 
-    python -m docs.lora_memory sd15 sdxl
+    python -m docs.lora_memory sd15:64 sd15:32 sdxl:64
 
 Each model runs in a process of its own, built in bf16, with latents of 32x32 and a batch of 1. It prints the peak of the process's
 resident memory, and the numbers in the base and in one LoRA.
@@ -48,7 +48,7 @@ def measured(name: str, rank: int) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--one":
-        print(measured(sys.argv[2], 64), flush=True)
+        print(measured(sys.argv[2], int(sys.argv[3])), flush=True)
     else:
-        for name in sys.argv[1:]:
-            subprocess.run([sys.executable, "-m", "docs.lora_memory", "--one", name], check=True)
+        for name, rank in (each.split(":") for each in sys.argv[1:]):
+            subprocess.run([sys.executable, "-m", "docs.lora_memory", "--one", name, rank], check=True)
