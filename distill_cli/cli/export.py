@@ -11,7 +11,9 @@ from distill_cli.cli import common
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A model: a run, a folder, a name, or a hub id.", callback=common.expand)],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A model: a run, a folder, a single file, a name, or a hub id.", callback=common.expand)
+    ],
     to: Annotated[str, typer.Option(help="single-file, lora-kohya, lora-comfyui, or folder.")],
     out: Annotated[
         Path | None, typer.Option(help="What is written; default the model's name and the target.", callback=common.expand)

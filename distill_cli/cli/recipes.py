@@ -24,7 +24,8 @@ def ls(json: common.Json = False) -> None:
         path = recipes.find(name)
         lines = recipes.describe(path).splitlines()
         rows[name] = {"command": recipes.read(path)["command"], "summary": lines[1] if len(lines) > 1 else ""}
-    common.result(rows, "\n".join(f"{name:16} {row['command']:7} {row['summary']}" for name, row in rows.items()), json)
+    widest = max(map(len, rows))
+    common.result(rows, "\n".join(f"{name:{widest}} {row['command']:7} {row['summary']}" for name, row in rows.items()), json)
 
 
 @app.command("show")

@@ -25,10 +25,21 @@ class Method:
     """Keys that `--help` shows besides COMMON; `--help-all` shows all."""
 
 
-COMMON = ("out", "steps", "batch_size", "lr", "precision", "seed", "device")
+COMMON = ("out", "steps", "batch_size", "lr", "precision", "memory", "seed", "device")
 IMAGES = ("data", "resolution")
-_DMD = ("teacher", "pairs", "prompts", "negative_prompt", "fake_lr", "fake_steps", "regression_loss", "regression_weight", "guidance_scale")
-_CM = ("method", "teacher", *IMAGES, "metric")
+_DMD = (
+    "teacher",
+    "lora",
+    "pairs",
+    "prompts",
+    "negative_prompt",
+    "fake_lr",
+    "fake_steps",
+    "regression_loss",
+    "regression_weight",
+    "guidance_scale",
+)
+_CM = ("method", "teacher", "lora", *IMAGES, "metric")
 
 # fmt: off
 METHODS = (
@@ -42,7 +53,7 @@ METHODS = (
     Method("lcm", "cm", "Distil a latent consistency model: few steps, guidance built in or told.", "lcm.config:LCMConfig",
            "lcm.objective:lcm", (*_CM, "guidance_scale", "guidance_range", "student_steps")),
     Method("pd", "pd", "Distil a student of few steps by halving them round by round.", "pd.config:PDConfig", "pd.objective:open",
-           ("teacher", *IMAGES, "first_steps", "last_steps", "guidance_scale")),
+           ("teacher", "lora", *IMAGES, "first_steps", "last_steps", "guidance_scale")),
     Method("vae", "vae", "Train the autoencoder of a latent model.", "vae.config:VAEConfig", "vae.objective:open", IMAGES),
     Method("classifier", "classifier", "Train the classifier in whose features `distill evaluate` measures.",
            "classifier.config:ClassifierConfig", "classifier.objective:open", IMAGES),

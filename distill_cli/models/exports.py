@@ -91,15 +91,14 @@ def _said(model: Model, version: Version | None) -> tuple[str, ...]:
     sampler, out = model.sampler, []
     if version is None:
         width = model.net.config.cross_attention_dim
-        out.append(
-            f"no published Stable Diffusion reads text of {width} channels: diffusers and distill read the file, other programs do not"
-        )
+        out.append(f"no published Stable Diffusion reads text of {width} channels: ComfyUI cannot load the file, diffusers and distill can")
     if model.lineage.kind == "student":
         taken = sampler.times_for(model.denoiser.schedule, sampler.solver, sampler.steps).tolist()
         times = f", t {', '.join(f'{time:g}' for time in taken)}" if sampler.times else ""
         steps = f"{sampler.steps} step{'s' * (sampler.steps > 1)}"
         out.append(f"the file has no sampler: sample it with {steps}{times}, CFG {sampler.guidance_scale:g}")
-        out.append(f"in ComfyUI: {comfyui.settings(model)}")
+        if version is not None:
+            out.append(f"in ComfyUI: {comfyui.settings(model)}")
     return tuple(out)
 
 

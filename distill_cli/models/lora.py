@@ -178,9 +178,8 @@ def inject(net: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
         raise UsageError(f"lora {rank}: more than the rank of any layer of the {type(net).__name__}", f"{most} at most")
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the network has another adapter
-        torch.manual_seed(seed % 2**63)
         try:
             inject_adapter_in_model(config, net, name)
         except (ValueError, TypeError) as error:
@@ -188,11 +187,16 @@ def inject(net: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
     net.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     for layer in _layers(net).values():
         layer._active_adapter = []
-        for half in PAIR:
-            if name in getattr(layer, half):
-                getattr(layer, half)[name].requires_grad_(True).to(layer.base_layer.weight.device, torch.float32)
+        if name in layer.scaling:
+            where = layer.base_layer.weight.device
+            for half in PAIR:
+                getattr(layer, half)[name].requires_grad_(True).to(where, torch.float32)
+            a = layer.lora_A[name].weight
+            if not a.is_meta:  # peft would draw it in the base's number type, by the device's own generator
+                a.data = nn.init.kaiming_uniform_(torch.empty(a.shape), math.sqrt(5), generator=generator).to(where)
 
 
 def adapted(base: Backbone, rank: int, alpha: float | None, targets: Sequence[str] | None, seed: int, merge: bool = False) -> Adapter:

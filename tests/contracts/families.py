@@ -117,4 +117,4 @@ FAMILIES = {
 }  # fmt: skip
 for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl"):
     own = FAMILIES[name]
-    FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2})
+    FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0})

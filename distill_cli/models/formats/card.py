@@ -36,7 +36,7 @@ def adapted(there: InDiffusers, base: str, scheduler: str) -> InDiffusers:
     FOLDER holds the LoRA, and the configuration of a scheduler of class `scheduler`.
     """
     place = hub_id(base)
-    if not (header.HUB_ID.fullmatch(place) or Path(place).is_dir()):
+    if not (header.HUB_ID.fullmatch(place) or (Path(place).is_absolute() and Path(place).is_dir())):
         place = "BASE"
     lines = [] if place != "BASE" else [f"# BASE: distill export {shlex.quote(base)} --to folder --out BASE"]
     for line in there.snippet.splitlines():

@@ -112,7 +112,7 @@ def load(name: str, steps: int | None = None) -> Model:
     Of a run whose rounds are kept, the student that takes `steps`, else that of the last round.
     Raises UsageError for an unknown name and DistillError for what cannot be read.
     """
-    base, loras = split(name)
+    base, loras = split(str(name))
     if loras:
         from distill_cli.models.sources import lora_files
 
