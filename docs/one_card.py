@@ -1,8 +1,8 @@
 """What Stable Diffusion takes on a card of 24 GB: python -m docs.one_card
 
-First whole weights of Stable Diffusion 1.5. Each row is the memory that `distill dmd --teacher sd15 --batch-size 16 KEY=VALUE... --dry-run` plans, counted as one set of options after
-another is added. Then LoRAs of rank 64 in bf16, by `--lora 64 --precision bf16`, for parts of some pictures of 512 (sd15) and 1024 pixels
-(sdxl). Nothing is downloaded.
+First whole weights of Stable Diffusion 1.5. Each row is the memory that `distill dmd --teacher sd15 --batch-size 16 KEY=VALUE... --dry-run`
+plans, counted as one set of options after another is added. Then LoRAs of rank 64 in bf16, by `--lora 64 --precision bf16`, for parts of
+some pictures of 512 (sd15) and 1024 pixels (sdxl). Nothing is downloaded.
 """
 
 from __future__ import annotations
