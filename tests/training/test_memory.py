@@ -93,7 +93,7 @@ def test_decoding_with_gradient():
     assert peak(lambda: decoded(GPU), [codec.vae], [], "no") == pytest.approx(most(lambda: decoded("cpu"), codec.vae), rel=0.1)
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 4}, {"guidance_scale": 2.0, "match_pairs": True}], ids=["plain", "parts", "guided"])
+@pytest.mark.parametrize("more", [{}, {"accumulate": 4}, {"guidance_scale": 2.0, "match_pairs": True}, {"lora": 4}], ids=str)
 def test_a_whole_step_holds_what_the_plan_says(tmp_path, tiny_pairs, more):
     config = DMDConfig(**SMALL, teacher="tiny", pairs=tiny_pairs, out=tmp_path / "r", **more)
     planned = memory(opened(config))
