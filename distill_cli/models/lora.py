@@ -164,7 +164,10 @@ def inject(net: nn.Module, name: str, rank: int, alpha: float, targets: Sequence
     if importlib.util.find_spec("peft") is None:
         raise UsageError("lora: peft is not installed", EXTRA)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao, which peft imports where it is
-    from peft import LoraConfig, inject_adapter_in_model
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UsageError(f"lora: peft cannot be imported ({reason(error)})", "pip install --upgrade peft") from error
 
     known = {path.replace(".base_layer", ""): module for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     known = {path: module for path, module in known.items() if not any(half in path for half in PAIR)}
