@@ -125,7 +125,7 @@ def test_text_models_are_timed_against_diffusers_pipeline(tmp_path, monkeypatch)
 
 def test_both_sides_of_latent_dmd_are_the_same_network(tmp_path):
     case = cases.training("dmd", DMDConfig(teacher="tiny-sd", batch_size=2, device="cpu", out=tmp_path / "o"), tmp_path)
-    assert case.calls == "3 forwards, 2 x (forward, backward, optimizer)"  # guided teacher, fake score
+    assert case.calls == "2 forwards, 2 x (forward, backward, optimizer)"  # guided teacher (twice the batch), fake score
     case.ours()
     case.bare()()
 
@@ -151,7 +151,8 @@ def test_the_arithmetic_of_a_step_is_counted_from_its_calls(tmp_path, tiny_pairs
     model = stand_ins.load("tiny")
     assert case.flop == (4 + 4 + 3 * (8 + 4)) * cost.evaluation(model)
     weights = sum(p.numel() for p in model.net.parameters())
-    assert case.planned == 4 * weights * 4 + 4 * 3 * 2 * weights  # three networks, an average; gradient and moments of two
+    held = 4 * weights * 4 + 4 * 2 * 2 * weights  # three networks, an average; moments of two
+    assert held + 4 * weights <= case.planned < held + 60 * weights * 4  # and a gradient, or activations, whichever is more
 
 
 def small(monkeypatch):
@@ -174,7 +175,7 @@ def test_a_recipe_of_stable_diffusion_runs_with_nothing_there(tmp_path, monkeypa
     settings = ["batch_size=4", "accumulate=2", "device=cpu"]
     case = cases.training("dmd", resolve(DMDConfig, "sd15-dmd", settings, {}), tmp_path, random=True)
     assert case.images == 2
-    assert case.calls == "3 forwards, 2 x (forward, backward, optimizer)"  # teacher with and without its prompt, fake score
+    assert case.calls == "2 forwards, 2 x (forward, backward, optimizer)"  # teacher with and without its prompt in one call, fake score
     case.ours()
     case.bare()()
 

@@ -301,7 +301,7 @@ def test_a_full_disk_in_the_words_of_other_libraries(words, tmp_path, monkeypatc
     def full(path, *content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("distill_cli.models.formats.stable_diffusion.save_tokenizer", said)
+    monkeypatch.setattr("distill_cli.models.formats.folder.save_tokenizer", said)
     with pytest.raises(DistillError, match="no space left on device") as error:
         save(model, tmp_path / "m")
     assert "free some space" in error.value.hint

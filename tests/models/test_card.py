@@ -191,13 +191,13 @@ SETTINGS = [
     ("shapes", lambda _: Sampler.renoising(LCM, 4), "SamplerCustom: sampler lcm, ManualSigmas 4518.764, ..."),
     ("shapes", lambda model: walking(model, 4), "KSampler: sampler euler, scheduler simple, 4 steps, denoise 1, CFG 1; "
      "the model through ModelSamplingDiscrete (v_prediction, zsnr)"),
-    ("tiny-sd3", one, "KSampler: sampler lcm, scheduler simple, 1 step, denoise 1, CFG 1; the model through ModelSamplingSD3 (shift 3)"),
+    ("tiny-sd3", one, "KSampler: sampler lcm, scheduler simple, 1 step, denoise 1, CFG 1; the model through ModelSamplingSD3 (shift 1)"),
     ("tiny-sd3", lambda _: Sampler.renoising([1.0, 0.9, 0.75, 0.5], 4), "KSampler: sampler lcm, scheduler simple, 4 steps, denoise 1, "
      "CFG 1; the model through ModelSamplingSD3 (shift 3)"),
     ("tiny-sd3", lambda model: walking(model, 3), "KSampler: sampler euler, scheduler normal, 3 steps, denoise 1, CFG 1; "
      "the model through ModelSamplingSD3 (shift 3)"),
     ("tiny-sd3", lambda _: Sampler.renoising([1.0, 0.8, 0.3], 3), "SamplerCustom: sampler lcm, ManualSigmas 1, 0.8, 0.3, 0 (no scheduler "
-     "has these times), CFG 1; the model through ModelSamplingSD3 (shift 3)"),
+     "has these times), CFG 1; the model through ModelSamplingSD3 (shift 1)"),
 ]  # fmt: skip
 
 

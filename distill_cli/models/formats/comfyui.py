@@ -22,6 +22,8 @@ SAMPLERS = {"few-step": "lcm", "ddim": "euler", "euler": "euler"}
 """Our solvers -> ComfyUI's samplers. Its Euler steps are over sigma / alpha, and so DDIM's."""
 KINDS = {"eps": "eps", "v": "v_prediction"}
 """What a network predicts, as the node ModelSamplingDiscrete calls it."""
+SHIFTS = (1.0, 3.0)
+"""Shifts of flow matching that are tried: a student's folder has its times, and not the shift that they came from; 3 is SD 3's."""
 LAST = 4.8973451890853435e-08
 """alpha^2 at the last time of a table that ends without signal: ComfyUI's, which has to divide by it."""
 
@@ -66,8 +68,7 @@ def choices(model: Model, steps: int) -> list[Choice]:
     """ComfyUI's schedulers for a model. The first one's node is needed in any case; [] if ComfyUI has no such noise levels."""
     schedule, kind = model.denoiser.schedule, KINDS.get(model.denoiser.parameterisation)
     if isinstance(schedule, FlowSchedule):
-        node, entries = f"ModelSamplingSD3 (shift {schedule.shift:g})", schedule.shifted(torch.arange(1, 1001).double() / 1000)
-        return [Choice(node, "simple", simple(entries, steps)), Choice(node, "normal", schedule.times(steps))]
+        return [choice for shift in SHIFTS for choice in shifted(FlowSchedule(shift, schedule.points), steps)]
     if not isinstance(schedule, TableSchedule) or kind is None:
         return []
     every = torch.arange(1000).double()
@@ -79,6 +80,12 @@ def choices(model: Model, steps: int) -> list[Choice]:
             lcm = simple(every[19::20], steps)
             return [Choice("", "simple", simple(every, steps)), Choice("ModelSamplingDiscrete (lcm)", "simple", lcm)]
     return []
+
+
+def shifted(schedule: FlowSchedule, steps: int) -> list[Choice]:
+    """ComfyUI's schedulers for flow matching at a shift."""
+    node, entries = f"ModelSamplingSD3 (shift {schedule.shift:g})", schedule.shifted(torch.arange(1, 1001).double() / 1000)
+    return [Choice(node, "simple", simple(entries, steps)), Choice(node, "normal", schedule.times(steps))]
 
 
 def levels_of(schedule: NoiseSchedule, times: Tensor) -> Tensor:
