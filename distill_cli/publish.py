@@ -11,11 +11,12 @@ from distill_cli.errors import DistillError, Interrupted, UsageError, reason
 from distill_cli.files import os_errors, reading
 from distill_cli.models import header
 from distill_cli.models.parts import read_json
+from distill_cli.models.sources.catalog import LORA
 from distill_cli.models.sources.hub import offline
 from distill_cli.models.sources.registry import PARTS
 
 CARD = "README.md"
-TOP = ("model_index.json", "distill.json", "pytorch_lora_weights.safetensors", CARD)
+TOP = ("model_index.json", "distill.json", LORA, CARD)
 """Files of a model's folder that go."""
 SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 """What files end in that go from the folder of a network, a tokenizer or a scheduler."""

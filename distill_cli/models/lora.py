@@ -146,8 +146,6 @@ class Adapter(Backbone):
         net = copy.deepcopy(self.net).float()
         for path, layer in _layers(net).items():
             plain = layer.base_layer
-            if hasattr(plain.weight, "dequantize"):
-                plain.weight = nn.Parameter(plain.weight.dequantize().float())
             if self.name in layer.scaling:
                 plain.weight.data += layer.get_delta_weight(self.name).to(plain.weight)
             parent, _, child = path.rpartition(".")

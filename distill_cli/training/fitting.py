@@ -89,7 +89,7 @@ class Fitting:
         for each in self.objective.trained.values():
             for backbone in compiled.backbones(each.module):
                 if isinstance(backbone, Adapter):
-                    backbone.base.cast(HALF.get(config.precision))
+                    backbone.base.cast(None if backbone.merge else HALF.get(config.precision))
 
     def fewest(self, changes: dict[str, Any]) -> Choice | None:
         """The fewest parts of a batch with which some options fit; None if the most parts do not.

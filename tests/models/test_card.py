@@ -20,9 +20,9 @@ from distill_cli.models.backbones import backbone_of
 from distill_cli.models.conditioners import ClassConditioner
 from distill_cli.models.edm import EDMUNet
 from distill_cli.models.formats import comfyui, format_of
-from distill_cli.models.formats.card import InDiffusers, adapted, card
+from distill_cli.models.formats.card import InDiffusers, card, with_lora
 from distill_cli.models.lineage import Lineage
-from distill_cli.models.lora import adapted as adapted_to
+from distill_cli.models.lora import adapted
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.sources.catalog import HUB
@@ -94,7 +94,7 @@ def test_the_header_says_what_the_model_is_made_from(models):
         assert of.items() <= lines(card(student(made, made.sampler, teacher=teacher), there)).items()
     for local in ("/home/me/sd", "a/b/c", "--- x/y"):
         assert "base_model" not in lines(card(student(made, made.sampler, teacher=local), there))
-    lora = lines(card(made, adapted(there, "sd15", "LCMScheduler")))
+    lora = lines(card(made, with_lora(there, "sd15", "LCMScheduler")))
     assert (lora["base_model"], lora["base_model_relation"], lora["tags"][-1]) == (HUB["sd15"].id, "adapter", "lora")
 
 
@@ -278,17 +278,17 @@ def one_step(model):
     return replace(model, sampler=one(model))
 
 
-def with_lora(model):
+def on_lora(model):
     """Of another size than the base's, which its folder cannot say."""
     denoiser = copy.copy(model.denoiser)
-    denoiser._modules = {"network": adapted_to(model.backbone, 2, None, ["to_q", "to_v"], 0)}
+    denoiser._modules = {"network": adapted(model.backbone, 2, None, ["to_q", "to_v"], 0)}
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, 0, 0.5)
     return replace(model, denoiser=denoiser, sampler=one(model)).with_size((16, 16))
 
 
 PROGRAMS = {
-    formats.lora: ("tiny-sd-lora", with_lora),
+    formats.lora: ("tiny-sd-lora", on_lora),
     formats.sdxl: ("tiny-sdxl", one_step),
     formats.consistency: ("tiny", one_step),
     formats.ddpm: ("tiny-eps", one_step),

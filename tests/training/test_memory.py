@@ -136,6 +136,14 @@ def test_what_is_judged_by_lpips_counts(tmp_path):
     assert judged.activations - plain.activations > 2 * 4 * pixels
 
 
+def test_a_loras_base_counts_in_the_type_of_each_option():
+    """A run in bf16 stores it so: what is found by changing the option is what that run's own plan counts."""
+    flags = dict(teacher="tiny-sd", prompts="shapes", lora=4, batch_size=2, device="cpu", memory="1GB")
+    fitting, half = Fitting(opened(DMDConfig(**flags))), memory(opened(DMDConfig(**flags, precision="bf16")))
+    assert fitting.needs(precision="bf16") == half
+    assert fitting.needs().weights > half.weights
+
+
 def test_options_that_fit(tmp_path):
     """The fewest parts that fit, for they cost nothing; with activations that are computed again fewer parts do."""
     config = DMDConfig(**SMALL, teacher="tiny", out=tmp_path)

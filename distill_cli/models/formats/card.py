@@ -30,7 +30,7 @@ class InDiffusers:
         return f"not as distill samples it: {self.differs}" if self.differs else "as distill samples it"
 
 
-def adapted(there: InDiffusers, base: str, scheduler: str) -> InDiffusers:
+def with_lora(there: InDiffusers, base: str, scheduler: str) -> InDiffusers:
     """How plain diffusers samples a LoRA for `base`, when `there` is how it samples the same model with whole weights.
 
     FOLDER holds the LoRA, and the configuration of a scheduler of class `scheduler`.

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import DistillError, printable_lines
@@ -40,7 +40,7 @@ class LoraOf(BaseModel):
     base: Text
     """The name by which the base was loaded."""
     rank: PositiveInt
-    targets: list[Text]
+    targets: Annotated[list[Text], Field(min_length=1)]
 
 
 class Extra(BaseModel):

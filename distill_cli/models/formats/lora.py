@@ -17,12 +17,14 @@ from torch import Tensor
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import folder_atomic
+from distill_cli.models import flow_matching
 from distill_cli.models.formats import latent_flow, sd3, sdxl, stable_diffusion
-from distill_cli.models.formats.card import InDiffusers, adapted, card
+from distill_cli.models.formats.card import InDiffusers, card, with_lora
 from distill_cli.models.formats.extra import EXTRA, extra_of, read_extra
 from distill_cli.models.lora import Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file, hold, quiet, read_json
+from distill_cli.models.schedulers import LATENT_SCHEDULERS, table_of
 from distill_cli.models.sources.catalog import LORA
 from distill_cli.tensors import Tensors
 
@@ -73,7 +75,7 @@ def in_diffusers(model: Model) -> InDiffusers:
     adapter, known = model.backbone, base_of(model)
     assert isinstance(adapter, Adapter)
     assert known is not None
-    return adapted(known.in_diffusers(model), adapter.source, type(known.scheduler_of(model)).__name__)
+    return with_lora(known.in_diffusers(model), adapter.source, type(known.scheduler_of(model)).__name__)
 
 
 def read(folder: Path, model: Model) -> dict[str, Tensor]:
@@ -100,6 +102,17 @@ def source_of(folder: Path) -> str:
     return lora["base"]
 
 
+def check_scheduler(model: Model, config: dict[str, Any], path: Path) -> None:
+    """Raise DistillError for a scheduler that is not read, or that says other noise levels or another prediction than the base has."""
+    if model.scheduler is None:
+        flow_matching.schedule_of(config, str(path))
+        return
+    schedule, prediction = table_of(config, str(path), LATENT_SCHEDULERS)
+    base: Any = model.denoiser.schedule
+    if prediction != model.denoiser.parameterisation or not torch.equal(schedule.alphas_cumprod, base.alphas_cumprod):
+        raise DistillError(f"{path}: other noise levels, or another prediction, than those of the LoRA's base", "is it of another model?")
+
+
 def onto(model: Model, folder: Path) -> Model:
     """The student in a folder, on its base. Raises DistillError for another base than the LoRA was trained on."""
     old = model.denoiser
@@ -114,7 +127,9 @@ def onto(model: Model, folder: Path) -> Model:
         )
     adapter = Adapter(model.backbone, extra.lora.rank, extra.lora.rank, extra.lora.targets, 0)
     adapter.source = source
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    check_scheduler(model, config, path)
     if model.scheduler is not None:  # what the pipeline sets in every scheduler
         config |= {key: model.scheduler[key] for key in ("clip_sample", "steps_offset") if key in model.scheduler}
     denoiser = NetworkDenoiser(adapter, old.schedule, extra.parameterisation, old.scales, extra.time_input, extra.boundary)

@@ -24,11 +24,11 @@ from distill_cli.models import lora_keys
 from distill_cli.models.lora_keys import Half, Layer
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file
+from distill_cli.models.sources.catalog import LORA
 from distill_cli.models.sources.convert import trimmed
 from distill_cli.models.sources.names import LoRA
 from distill_cli.tensors import Tensors
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 OTHERS = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA"),
     (r"\.hada_w", "a LoHa"),
@@ -43,10 +43,10 @@ IS = "a LoRA of diffusers or kohya's scripts for this model's architecture is ex
 
 def _opened(path: Path) -> Tensors:
     """The file, or that in the folder `path`."""
-    inside = (path / WEIGHTS, path / "student" / WEIGHTS)  # a folder, or a run
+    inside = (path / LORA, path / "student" / LORA)  # a folder, or a run
     file = next((file for file in inside if file.is_file()), inside[0]) if path.is_dir() else path
     if not file.is_file():
-        what = f"no {WEIGHTS} in the folder" if path.is_dir() else "no such LoRA file"
+        what = f"no {LORA} in the folder" if path.is_dir() else "no such LoRA file"
         raise DistillError(f"{path}: {what}", "a LoRA on a model is a .safetensors file or a folder: BASE+FILE@WEIGHT")
     if file.suffix.lower() != ".safetensors":
         raise DistillError(f"{file}: not a .safetensors file", "only safetensors are read: other files may run code")
