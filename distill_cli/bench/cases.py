@@ -61,6 +61,12 @@ class Raw:
         with torch.set_grad_enabled(grad), self.autocast():
             return self.network(self.x, self.t, self.condition)
 
+    def through(self) -> None:
+        """A call and the gradient of its input."""
+        x = self.x.clone().requires_grad_(True)
+        with self.autocast():
+            self.network(x, self.t, self.condition).float().square().mean().backward()
+
     def step(self) -> None:
         self.call(grad=True).float().square().mean().backward()
         self.optimizer.step()
@@ -83,24 +89,34 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
     model = objective.model(engine.plain[engine.main], 0)
     if not isinstance(model, Model):
         raise UsageError(f"bench {command}: it trains no denoiser")
-    asked, where = objective.calls(), engine.accelerator.device
+    asked, where = [objective.calls(step) for step in range(objective.cycle)], engine.accelerator.device
 
     def bare() -> Callable[[], None]:
-        sizes = {call.images for call in asked.forwards}
+        sizes = {call.images for each in asked for call in (*each.forwards, *each.through)}
         answering = {size: Raw(model, size, where, config) for size in sizes}
-        trained = {call.images: Raw(model, call.images, where, config, trained=True) for call in asked.trainings}
+        trained = {call.images: Raw(model, call.images, where, config, trained=True) for each in asked for call in each.trainings}
 
         def calls() -> None:
-            for call in asked.forwards:
-                answering[call.images].call()
-            for call in asked.trainings:
-                trained[call.images].step()
+            for each in asked:
+                for call in each.forwards:
+                    answering[call.images].call()
+                for call in each.through:
+                    answering[call.images].through()
+                for call in each.trainings:
+                    trained[call.images].step()
 
         return calls
 
-    text = f"{len(asked.forwards)} forwards, {len(asked.trainings)} x (forward, backward, optimizer)"
-    flop = plan.flop(model, asked.evaluations(), asked.decoded)
-    return Case(engine.advance, bare, config.batch_size, text, where, config.precision, flop, planned)
+    def steps() -> None:
+        for _ in asked:
+            engine.advance()
+
+    counts = [sum(len(part) for part in parts) for parts in zip(*((c.forwards, c.through, c.trainings) for c in asked), strict=True)]
+    kinds = ("forwards", "x (forward, gradient of the input)", "x (forward, backward, optimizer)")
+    text = ", ".join(f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count or kind == kinds[0])
+    text += f" in {len(asked)} steps" if len(asked) > 1 else ""
+    flop = sum(plan.flop(model, each.evaluations(), each.decoded) for each in asked)
+    return Case(steps, bare, config.batch_size * len(asked), text, where, config.precision, flop, planned)
 
 
 def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int], Any]) -> Case:

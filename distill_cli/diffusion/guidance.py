@@ -27,15 +27,19 @@ class Guided:
         if scale is None:
             told, condition = condition.parted(GUIDANCE_SCALE)
             scale = expand(told, x)
+        cond, uncond = self.both(x, t, condition)
+        return uncond + scale * (cond - uncond)
+
+    def both(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """The conditional and the unconditional estimate."""
         if not condition:
             raise ValueError("guidance needs a condition")
         self.null = self.null.to(x.device)  # copied once
         null = self.null.like(condition)
         if self.calls == 1:
             cond, uncond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([condition, null])).chunk(2)
-        else:
-            cond, uncond = self.denoiser(x, t, condition), self.denoiser(x, t, null)
-        return uncond + scale * (cond - uncond)
+            return cond, uncond
+        return self.denoiser(x, t, condition), self.denoiser(x, t, null)
 
 
 def guided(denoiser: Denoiser, scale: float | None, null: Condition | None, calls: int = 1) -> Denoiser:

@@ -15,6 +15,7 @@ from torch import Tensor
 PURPOSES = (
     "prior", "solver", "matching_noise", "matching_time", "score_noise", "score_time", "label",
     "label_dropout", "augment", "order", "noise", "time", "guidance",
+    "critic_noise", "critic_time", "nudge",
 )  # fmt: skip
 """Purposes of random streams. Append only: the position is part of the key, so moving one changes every run."""
 

@@ -95,6 +95,9 @@ class NoiseSchedule(Protocol):
     def at(self, fraction: Tensor) -> Tensor:
         """Times at fractions of the range: 0 is the smallest, 1 the largest, spaced as in training."""
 
+    def fraction(self, t: Tensor) -> Tensor:
+        """The inverse of `at`: the fractions of the range at which times t lie."""
+
     def point(self, index: Tensor, intervals: int) -> Tensor:
         """Times of points `index` (any shape) of a consistency model's grid: 0 is the largest time, `intervals` the smallest."""
         return self.at(1 - index.double() / intervals)
@@ -185,6 +188,10 @@ class EDMSchedule(NoiseSchedule):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + fraction * (high - low)) ** self.rho
 
+    def fraction(self, t: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (t ** (1 / self.rho) - low) / (high - low)
+
     def between(self, t: Tensor, r: Tensor, share: float) -> Tensor:
         """Evenly in sigma^(1/rho)."""
         high, low = t ** (1 / self.rho), r ** (1 / self.rho)
@@ -261,6 +268,9 @@ class TableSchedule(NoiseSchedule):
     def at(self, fraction: Tensor) -> Tensor:
         """Whole times at fractions of the range: 0 is t = 0, 1 is t = N - 1."""
         return (fraction * self.t_max).round()
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return t / self.t_max
 
     def point(self, index: Tensor, intervals: int) -> Tensor:
         """By "trailing" spacing and then 0: latent consistency models' times where `intervals` divide N, else not whole."""
@@ -342,6 +352,10 @@ class FlowSchedule(NoiseSchedule):
         """Times at fractions of the range: 0 is the shifted 1 / points, 1 is pure noise, evenly before the shift."""
         low = 1 / self.points
         return self.shifted(low + fraction * (1 - low))
+
+    def fraction(self, t: Tensor) -> Tensor:
+        low = 1 / self.points
+        return (t / (self.shift - (self.shift - 1) * t) - low) / (1 - low)
 
     def times(self, steps: int) -> Tensor:
         """(steps,) decreasing times of diffusers' FlowMatchEulerDiscreteScheduler: evenly from 1 to the smallest of training, then shifted.

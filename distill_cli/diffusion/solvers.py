@@ -72,6 +72,15 @@ def heun(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Tensor, 
     return _call(denoiser, a * (x / a), times[-1], condition)  # rounded as in every step
 
 
+def renoised(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor, sigma_min: float = 0.0) -> Tensor:
+    """x at the time t, a scalar, from an estimate x0 (B, ...) and new standard-normal noise of its shape.
+
+    The noise has standard deviation sqrt(sigma^2 - sigma_min^2); consistency models give their sigma_min.
+    """
+    a, s = _at(schedule, t)
+    return a * x0 + max(0.0, s**2 - sigma_min**2) ** 0.5 * noise
+
+
 def few_step(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -85,15 +94,14 @@ def few_step(
 ) -> Tensor:
     """x0, renoise, x0, ...: the sampler of one- and few-step students (Song et al. 2303.01469, algorithm 1).
 
-    Renoising has standard deviation sqrt(sigma^2 - sigma_min^2); consistency models give their sigma_min. `project` takes
-    each x0 before it is used: zero-shot edits put back there what is known (the paper's algorithm 4).
+    Between two steps x0 is `renoised`. `project` takes each x0 before it is used: zero-shot edits put back there what is known (the
+    paper's algorithm 4).
     """
     x0 = x
     for k, t in enumerate(times):
         if k:
             assert noise is not None, "several steps need noise"
-            a, s = _at(schedule, t)
-            x = a * x0 + max(0.0, s**2 - sigma_min**2) ** 0.5 * noise(k)
+            x = renoised(schedule, x0, t, noise(k), sigma_min)
         x0 = _call(denoiser, x, t, condition)
         if project:
             x0 = project(x0)

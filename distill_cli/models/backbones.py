@@ -89,6 +89,14 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.net(x, time, **condition.parts, return_dict=False)[0]
 
+    def middle(self) -> tuple[nn.Module, int]:
+        """The layer whose answer a discriminator reads, half-way through the network, and the answer's width."""
+        raise UsageError(f"gan: no layer of a {type(self.net).__name__} is known for a discriminator", "gan=none")
+
+    def features(self, answer: Any) -> Tensor:
+        """The answer of that layer as (B, N, width): N places of pictures (B, width, H, W), or tokens."""
+        return answer.flatten(2).mT if answer.ndim == 4 else answer
+
     def cast(self, dtype: torch.dtype | None) -> None:
         """Store the weights in half precision, once, instead of casting them at each call; None: in float32. Adapters stay as they are."""
         if dtype == self.weight_type or self.quantized:
@@ -171,6 +179,13 @@ class TimeFeatures(nn.Module):
         return torch.cat(pair, 1).to(torch.promote_types(time.dtype, torch.float32))
 
 
+def middle_block(net: Any) -> tuple[nn.Module, int]:
+    """The block between the halves of a diffusers UNet, where its answer is smallest, and the width of that."""
+    if net.mid_block is None:
+        raise UsageError("gan: the network has no middle block, which a discriminator reads", "gan=none")
+    return net.mid_block, net.config.block_out_channels[-1]
+
+
 class UNet2D(Backbone):
     """diffusers' UNet2DModel: pixels, with or without classes."""
 
@@ -182,6 +197,9 @@ class UNet2D(Backbone):
         config = net.config
         if config.time_embedding_type == "positional" and config.block_out_channels[0] % 2 == 0:
             net.time_proj = TimeFeatures(config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+
+    def middle(self) -> tuple[nn.Module, int]:
+        return middle_block(self.net)
 
 
 def embedded(scale: Tensor, width: int) -> Tensor:
@@ -215,6 +233,9 @@ class UNet2DCondition(Backbone):
         """The network's arguments for the parts of a condition."""
         return parts
 
+    def middle(self) -> tuple[nn.Module, int]:
+        return middle_block(self.net)
+
     def told(self) -> Backbone:
         """Its weights of the embedding begin at zero."""
         if self.net.config.time_cond_proj_dim:
@@ -236,6 +257,11 @@ class EDM(Backbone):
     @property
     def multiple(self) -> int:
         return 2 ** (len(self.net.config.channel_mult) - 1)
+
+    def middle(self) -> tuple[nn.Module, int]:
+        """The last block of the encoder."""
+        config = self.net.config
+        return list(self.net.enc.values())[-1], config.model_channels * config.channel_mult[-1]
 
 
 BACKBONES: dict[str, type[Backbone]] = {"UNet2DModel": UNet2D, "UNet2DConditionModel": UNet2DCondition, "EDMUNet": EDM}

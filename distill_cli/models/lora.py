@@ -116,6 +116,12 @@ class Adapter(Backbone):
     def fresh(self, **changes: Any) -> Backbone:
         return self.base.fresh(**changes)
 
+    def middle(self) -> tuple[nn.Module, int]:
+        return self.base.middle()
+
+    def features(self, answer: Any) -> Tensor:
+        return self.base.features(answer)
+
     def told(self) -> Backbone:
         hint = "guidance_scale=S fixes one inside, or train without lora"
         raise UsageError("guidance_range: a LoRA has no place for the scale's embedding", hint)

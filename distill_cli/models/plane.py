@@ -87,6 +87,14 @@ class Plane(Backbone):
     lora = ("first", "second", "modulation")
     multiple = 1
 
+    def middle(self) -> tuple[nn.Module, int]:
+        """The last block of the network's first half."""
+        blocks = [(block, width) for level, width in zip(self.net.blocks, self.net.config.block_out_channels) for block in level]
+        return blocks[(len(blocks) - 1) // 2]
+
+    def features(self, answer: Any) -> Tensor:
+        return answer[:, None]
+
 
 class PlaneCodec(Codec):
     """The identity on points, which have no range."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from distill_cli.config import TextConfig, VAENetworkConfig
@@ -55,6 +55,13 @@ class SD3Transformer(Backbone):
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.net(x, timestep=time, **condition.parts, return_dict=False)[0]
+
+    def middle(self) -> tuple[nn.Module, int]:
+        return self.net.transformer_blocks[(len(self.net.transformer_blocks) - 1) // 2], self.net.inner_dim
+
+    def features(self, answer: Any) -> Tensor:
+        """The tokens of the picture; the block answers with those of the text before them."""
+        return answer[1]
 
 
 class SD3Prompts(PromptConditioner):

@@ -113,10 +113,11 @@ def _turns(objective: Objective, made: Any, networks: dict[str, nn.Module], call
         out = forward(calls.trainings[0])
         if calls.between:
             between()
-        if not calls.decoded:
-            return out
-        x = out[-share(calls.decoded) :].float()
-        return out, objective.judge(x, torch.empty_like(x, requires_grad=False))
+        answers = [out, *map(forward, calls.through)]
+        if calls.decoded:
+            x = out[-share(calls.decoded) :].float()
+            answers.append(objective.judge(x, torch.empty_like(x, requires_grad=False)))
+        return answers
 
     out = []
     for k, call in enumerate(dict.fromkeys(calls.trainings)):

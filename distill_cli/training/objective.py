@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -121,14 +121,27 @@ class Calls:
     """Images of the first training call that are decoded, and judged, with gradient; for each one a reference without."""
     between: bool = False
     """Whether the calls without gradient come between the first training call and its backward pass, else before it."""
+    through: Sequence[Call] = ()
+    """Calls whose gradient is that of their input alone, as through a discriminator: after the first training call, in its turn."""
 
     def evaluations(self) -> int:
-        """Network evaluations; a backward pass counts as two."""
-        return sum(call.images for call in self.forwards) + 3 * sum(call.images for call in self.trainings)
+        """Network evaluations; a backward pass counts as two, one through a network that is not trained as one."""
+        times = ((self.forwards, 1), (self.through, 2), (self.trainings, 3))
+        return sum(count * call.images for calls, count in times for call in calls)
+
+    @classmethod
+    def mean(cls, several: Sequence[Calls]) -> Calls:
+        """The calls of one step on average, where steps differ in their calls without gradient: one for each network that is called."""
+        first = several[0]
+        if all(each == first for each in several):
+            return first
+        forwards = [call for each in several for call in each.forwards]
+        totals = {name: sum(call.images for call in forwards if call.network == name) for name, _ in forwards}
+        return replace(first, forwards=[Call(name, round(total / len(several))) for name, total in totals.items()])
 
     def __str__(self) -> str:
         said = []
-        for verb, calls in (("trains", self.trainings), ("evaluates", self.forwards)):
+        for verb, calls in (("trains", self.trainings), ("passes through", self.through), ("evaluates", self.forwards)):
             totals = {name: sum(call.images for call in calls if call.network == name) for name, _ in calls}
             said += [f"{verb} {', '.join(f'{name} on {images} images' for name, images in totals.items())}"] if totals else []
         return "; ".join(said)
@@ -175,6 +188,8 @@ class Objective:
     """The order in which images or pairs are drawn."""
     guidance: float | None = None
     """The teacher's guidance scale."""
+    cycle: int = 1
+    """Steps over which a step's calls are averaged, for methods whose steps differ."""
 
     def __init__(self, config: TrainingConfig, result: str) -> None:
         self.config, self.phases = config, [Phase(config.steps, result)]
@@ -242,8 +257,13 @@ class Objective:
         return {}, ""
 
     def calls(self, step: int = 0) -> Calls:
-        """The network calls of a step; the same in all steps of a phase."""
+        """The network calls of a step; those of `cycle` steps together are the same in all of a phase."""
         raise NotImplementedError
+
+    def usual(self, step: int = 0) -> Calls:
+        """The network calls of a step on average, in the phase of `step`."""
+        steps = range(step, step + self.cycle)
+        return Calls.mean([self.calls(k) for k in steps if phase_at(self.phases, k) == phase_at(self.phases, step)])
 
     def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
         """Call a network on `count` samples whose values do not matter, for plans: by default a denoiser's backbone.

@@ -49,7 +49,7 @@ def plan(objective: Objective, processes: int = 1) -> dict[str, Any]:
     config, phases = objective.config, objective.phases
     check(config, {name: each.module for name, each in objective.trained.items()})
     ends = list(accumulate(phase.steps for phase in phases))
-    steps, calls = ends[-1], [objective.calls(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
+    steps, calls = ends[-1], [objective.usual(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
     changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if later != one]
     main, networks = next(iter(objective.trained.values())), _networks(objective)
     parameters = {name: count(own(network)) for name, network in networks.items()}

@@ -133,7 +133,7 @@ class Source:
         if self.store is not None:
             self.identity["data"] = self.store.manifest.settings_hash
         variants = config.variants if self.captioned else 1
-        some, _ = split(data, config.holdout, config.seed)  # type: ignore[arg-type]
+        some, _ = split(data, getattr(config, "holdout", 0.0), config.seed)  # type: ignore[arg-type]
         self.seen = [k * len(data) + position for k in range(variants) for position in some]
         self.order = Order(config.seed, len(self.seen))
 
@@ -147,7 +147,7 @@ class Source:
                 latents = Latents(self.images, self.model.codec, where, self.config.variants, self.config.seed, stop)
                 source = Encoded(latents, len(self.images))
             self.model.conditioner.complete(where, stop)
-        return Examples(source, self.order, self.model.conditioner, self.config.label_dropout, self.seen)
+        return Examples(source, self.order, self.model.conditioner, getattr(self.config, "label_dropout", 0.0), self.seen)
 
     @property
     def name(self) -> str:

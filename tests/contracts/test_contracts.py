@@ -141,9 +141,9 @@ def calls_of(text):
     out = []
     for step in range(STEPS):
         calls = Counter()
-        for verb, rest in re.findall(r"(trains|evaluates) ([^;]*)", said[max(begin for begin in said if begin <= step)]):
+        for verb, rest in re.findall(r"(trains|passes through|evaluates) ([^;]*)", said[max(begin for begin in said if begin <= step)]):
             for name, count in re.findall(r"(\S+) on (\d+) images", rest):
-                calls[name, verb == "trains"] += int(count)
+                calls[name, verb != "evaluates"] += int(count)
         out.append(calls)
     return out
 

@@ -113,13 +113,6 @@ class DMD(Objective):
         of_prompts = planned and teacher.conditioner.takes == "prompts"  # the prompts may not be there yet
         self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
 
-    def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
-        """(B,) times between the shares `low` and `high` of the range, both included: whole times of a table, or one of t_bins."""
-        bins = self.schedule.bins or self.config.t_bins
-        first, last = round(low * bins), min(bins - 1, round(high * bins))
-        place = (first + uniform * (last - first + 1)).floor()
-        return self.schedule.at(place / max(1, bins - 1)).float()
-
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's images (B, C, H, W) from standard-normal noise, which it takes for x at its time."""
         t = torch.full((len(noise),), self.start, device=noise.device)
@@ -159,7 +152,8 @@ class DMD(Objective):
         loss = images.new_zeros(())
         metrics: dict[str, Tensor] = {}
         if self.config.matching_weight:
-            t = self.times(each(draws.uniform, "matching_time"), self.config.t_low, self.config.t_high)
+            uniform = each(draws.uniform, "matching_time")
+            t = times_at(self.schedule, self.config.t_bins, uniform, self.config.t_low, self.config.t_high)
             gradient, metrics = self._match(x, each(draws.normal, "matching_noise", shape), t, condition)
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
@@ -174,7 +168,7 @@ class DMD(Objective):
         if "fake" in self.trained:
             x = x.detach()
             for turn in range(self.config.fake_steps):
-                t = self.times(each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
+                t = times_at(self.schedule, self.config.t_bins, each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
                 eps = each(draws.normal, "score_noise", shape, turn=turn)
                 sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.teacher.denoiser.error
                 errors = denoising_loss(self.network("fake"), self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
@@ -224,14 +218,29 @@ class DMD(Objective):
         return one_by_one(self.distance, x, reference) if apart else self.distance(x, reference)
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
-        real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
-        if fake > FAKE_BEHIND * real > 0:
-            found = f"its error on the student's images is {fake / real:.2f} times the teacher's"
-            return f"the fake score has fallen behind: {found}. Lower lr, or raise fake_steps or fake_lr"
+        if late := behind(metrics):
+            return late
         if done > 0.25 and metrics.get("spread", 1.0) < SPREAD_LOST * metrics.get("pairs_spread", 0.0):
             found = f"their spread inside a class is {metrics['spread'] / metrics['pairs_spread']:.2f} times the teacher's"
             return f"the student's images are collapsing: {found}. Lower lr, or raise regression_weight"
         return ""
+
+
+def times_at(schedule: NoiseSchedule, t_bins: int, uniform: Tensor, low: float, high: float) -> Tensor:
+    """(B,) times between the shares `low` and `high` of the range, both included: whole times of a table, or one of `t_bins`."""
+    bins = schedule.bins or t_bins
+    first, last = round(low * bins), min(bins - 1, round(high * bins))
+    place = (first + uniform * (last - first + 1)).floor()
+    return schedule.at(place / max(1, bins - 1)).float()
+
+
+def behind(metrics: Mapping[str, float]) -> str:
+    """A warning where the fake score's error on the student's images is far above the teacher's, or ''."""
+    real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
+    if not fake > FAKE_BEHIND * real > 0:
+        return ""
+    found = f"its error on the student's images is {fake / real:.2f} times the teacher's"
+    return f"the fake score has fallen behind: {found}. Lower lr, or raise fake_steps or fake_lr"
 
 
 def student_time(config: DMDConfig, schedule: NoiseSchedule) -> float:
@@ -259,7 +268,7 @@ def measure(config: DMDConfig, codec: Codec, planned: bool) -> tuple[Callable[[T
 
 
 def prompted(
-    config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = (), planned: bool = False
+    config: Any, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = (), planned: bool = False
 ) -> tuple[Model, Conditioner]:
     """The teacher with the prompts of a run, read here unless given, and the conditioner for the pairs' labels.
 
@@ -304,13 +313,15 @@ def spread(images: Tensor, labels: Tensor) -> Tensor:
     return (x - means).square().mean(0).sqrt().mean()
 
 
-def check_pairs(pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str, classes: list[int] | None = None) -> None:
+def check_pairs(
+    pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str, classes: list[int] | None = None, flag: str = "--pairs"
+) -> None:
     """Raise UsageError for pairs of another teacher, of another resolution, or of classes that the student does not learn."""
     manifest = pairs.manifest
     if tuple(manifest.shape) != shape:
-        raise UsageError(f"--pairs {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
+        raise UsageError(f"{flag} {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
     if manifest.teacher_hash != teacher_hash and teacher_hash:
-        raise UsageError(f"--pairs {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")
+        raise UsageError(f"{flag} {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")
     others = sorted(set(manifest.classes) - set(classes if classes is not None else manifest.classes))
     if others:
-        raise UsageError(f"--pairs {pairs.folder}: has class {others[0]}, which is not in classes", "make pairs of the same --classes")
+        raise UsageError(f"{flag} {pairs.folder}: has class {others[0]}, which is not in classes", "make pairs of the same --classes")

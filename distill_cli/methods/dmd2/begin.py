@@ -1,0 +1,89 @@
+"""What `distill dmd2` begins with: teacher, a student, real images, prompts, pairs, and the student's own times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_cli.data import Images
+from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.errors import UsageError
+from distill_cli.methods.dmd2.config import DMD2Config
+from distill_cli.models.lora import PAIR, Adapter
+from distill_cli.models.model import Model
+from distill_cli.models.times import parse
+from distill_cli.pairs.store import MANIFEST, PairStore
+from distill_cli.processes import rank
+from distill_cli.training.job import Job
+from distill_cli.training.source import read
+
+
+def times_of(config: DMD2Config, schedule: NoiseSchedule, student: Model | None) -> Tensor:
+    """(N,) float64: the student's own times, decreasing. Raises UsageError for times that schedule or given student do not have."""
+    count, known = config.count, () if student is None or student.sampler.edits else student.sampler.times
+    if config.times is not None:
+        own = config.times
+    elif known and len(known) == count:
+        own = list(known)
+    elif schedule.grid:
+        own = parse("even", schedule, count)
+    else:
+        own = schedule.point(torch.arange(count), count).tolist()
+        own = [round(time) for time in own] if schedule.bins is not None else own
+    whole = schedule.bins is not None
+    for time in own:
+        if not schedule.floor < time <= schedule.t_max or (whole and time % 1):
+            has = f"{'whole times' if whole else 'times'} above {schedule.floor:g}, up to {schedule.t_max:g}"
+            raise UsageError(f"times {time:g}: {config.teacher} has {has}", "leave times out for even ones")
+        if known and not any(abs(time - other) <= 1e-6 * schedule.t_max for other in known):
+            shown = ", ".join(f"{other:g}" for other in known)
+            raise UsageError(f"times {time:g}: student {config.student} was trained at {shown}", "those, or leave student out")
+    return torch.tensor(own, dtype=torch.float64)
+
+
+def take_over(config: DMD2Config, student: Model, teacher_hash: str, own: NetworkDenoiser) -> None:
+    """Give the new student the weights of a trained one. Raises UsageError for a student of another teacher, network or LoRA."""
+    what, theirs, ours = f"student {config.student}", student.backbone, own.network
+    if student.lineage.teacher_hash != teacher_hash and teacher_hash:
+        raise UsageError(f"{what}: not a student of {config.teacher}", "give the teacher that it was distilled from")
+    if isinstance(ours, Adapter):
+        if not isinstance(theirs, Adapter) or (theirs.rank, set(theirs.targets)) != (ours.rank, set(ours.targets)):
+            kind = f"a LoRA of rank {theirs.rank}" if isinstance(theirs, Adapter) else "no LoRA"
+            raise UsageError(f"{what}: {kind}, lora={config.lora} begins with one of its rank and its layers", "leave lora or student out")
+        scale = ours.alpha / ours.rank
+        state = {name: value / scale if f".{PAIR[1]}." in name else value for name, value in theirs.tensors().items()}
+        ours.adapter.load_state_dict(state)
+        return
+    state, wanted = student.whole().backbone.state_dict(), ours.state_dict()
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in wanted.items()}:
+        raise UsageError(f"{what}: another network than {config.teacher}'s", "it may be told its guidance scale; begin with another")
+    ours.load_state_dict(state)
+
+
+def open(config: DMD2Config, job: Job) -> Any:
+    """Read teacher, student, real images, pairs and prompts; a plan needs no pairs."""
+    from distill_cli.methods.dmd2.objective import DMD2
+
+    teacher = job.teacher(config.teacher, config.device)
+    student = job.teacher(config.student, config.device) if config.student else None
+    data: Images | PairStore | None = None
+    if config.resolution is not None and teacher.codec.factor > 1:
+        teacher = teacher.with_resolution(config.resolution)
+    if config.data is not None:
+        config, data = read(config, teacher, job, "dmd2")
+    there = config.init_pairs is not None and (not job.dry_run or (config.init_pairs / MANIFEST).is_file())
+    pairs = PairStore(config.init_pairs, config.out) if config.init_pairs is not None and there else None
+    if config.prompts is not None or (data is None and pairs is None):
+        job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
+    job.say_read(*([] if data is not None else [teacher]), student, pairs, job.prompts)
+    if each := teacher.conditioner.embedding * 2:
+        job.plan["text embeddings"] = f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"
+    if pairs is not None and not job.dry_run:
+        pairs.verify()
+    objective = DMD2(config, teacher, data, student, pairs, job.prompts)
+    if config.prompts is not None and job.resume is None and not job.dry_run and rank() == 0:
+        objective.teacher.conditioner.say_cut(range(len(objective.teacher.conditioner.prompts)))
+    return objective

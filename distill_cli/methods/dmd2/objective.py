@@ -1,0 +1,320 @@
+"""DMD2 (Yin et al. 2405.14867): a student of one or a few steps, by distribution matching without pairs.
+
+One step of a run is one step of the student and `fake_steps` of the fake score, each on new images. Image i of the j-th of these turns has
+the random numbers of sample fake_steps * i + j. The student's images of a turn come from one of its steps k, the same for all images and
+processes: it makes x0 in steps 0 to k - 1, gives it new noise, and is trained at step k alone (backward simulation). Dropout is off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill_cli.data import Images
+from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.guidance import Guided
+from distill_cli.diffusion.losses import matching_loss, regression_loss
+from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.schedule import add_noise
+from distill_cli.diffusion.solvers import few_step, renoised
+from distill_cli.launch import preparing
+from distill_cli.methods.dmd.objective import behind, check_pairs, prompted, times_at
+from distill_cli.methods.dmd2 import begin, critic
+from distill_cli.methods.dmd2.config import DMD2Config
+from distill_cli.methods.dmd2.maths import guidance_part, matching_part, shares
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler
+from distill_cli.pairs.store import PairStore
+from distill_cli.runs import Run
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Rows, freeze, refuse_student, student_of
+from distill_cli.training.source import Source
+
+
+@dataclass
+class Batch:
+    """The student's images of a turn."""
+
+    draws: Draws
+    step: int
+    """The student's step 0, 1, ... that made them."""
+    x: Tensor
+    """(B, C, H, W)."""
+    condition: Condition
+    real: tuple[Tensor, Condition] | None
+    """Real images for the discriminator."""
+
+
+class DMD2(Objective):
+    """The objective. The fake score starts as a copy of the teacher, the student as another or as a given student."""
+
+    config: DMD2Config
+    guidance: float
+
+    def __init__(
+        self,
+        config: DMD2Config,
+        teacher: Model,
+        data: Images | PairStore | None = None,
+        student: Model | None = None,
+        pairs: PairStore | None = None,
+        prompts: Sequence[str] = (),
+    ) -> None:
+        super().__init__(config, "student")
+        refuse_student(teacher, config.teacher, "dmd2")
+        self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
+        planned = not self.teacher_hash
+        self.identity["teacher"] = self.teacher_hash
+        self.own = begin.times_of(config, self.schedule, student)
+        self.source = None if data is None else Source(config, teacher, data, planned)
+        if self.source is not None:
+            self.order, self.images = self.source.order, self.source.images
+            self.identity |= self.source.identity
+            prompts = prompts or self.source.model.conditioner.prompts
+        self.pairs = pairs
+        if config.init_pairs:
+            self.phases = [Phase(config.init_steps, "start"), Phase(config.steps, "student", anew=True)]
+        if pairs is not None:
+            teacher = teacher.at(pairs.manifest.shape)
+            check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes, "--init-pairs")
+            self.identity["init_pairs"], self.of_pairs = pairs.manifest.settings_hash, Order(config.seed, len(pairs))
+        teacher, self.paired = prompted(config, teacher, pairs, prompts, planned)
+        self.teacher = teacher
+        if not planned:
+            self.identity |= teacher.conditioner.digests()
+        self.sampling = teacher.with_defaults(None, None, config.guidance_scale, config.guidance_calls)
+        self.guidance = self.sampling.guidance_scale
+        self.discriminator = config.discriminator
+        if self.discriminator != "none":
+            critic.check(config.compile, teacher.backbone)
+        fake, own = self.begun_from(teacher), self.begun_from(teacher)
+        if student is not None:
+            begin.take_over(config, student, self.teacher_hash, own)
+            self.identity["student"] = student.weights_hash()
+        if self.schedule.grid:
+            own.parameterisation = "consistency"  # as its pipeline has it, also after the first step
+        critics: nn.Module = fake if self.discriminator == "none" else critic.Critic(fake, config.seed)
+        for name, network, rate in (("student", own, config.lr), ("fake", critics, config.fake_lr or config.lr)):
+            self.trained[name] = Full(network.eval().requires_grad_(True), rate)
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts()}
+        working = [] if planned else teacher.conditioner.working()
+        self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working}
+        of_prompts = planned and teacher.conditioner.takes == "prompts"  # the prompts may not be there yet
+        self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
+        self.steps = Order(config.seed, len(self.own))
+        self.cycle = len(self.own) // math.gcd(len(self.own), config.fake_steps)
+
+    @cached_property
+    def both(self) -> Guided:
+        """The teacher's conditional and unconditional estimates."""
+        null = self.teacher.conditioner.null
+        assert null is not None
+        return Guided(self.teacher.denoiser, self.guidance, null, self.sampling.guidance_calls)
+
+    def prepare(self, where: torch.device, run: Run) -> None:
+        """Encode real images, and make missing embeddings; processes share the work."""
+        if self.pairs is not None:
+            self.pairs.verified.save(elsewhere=True)
+        if self.source is not None:
+            self.examples = self.source.prepare(where, run)
+        with preparing(where, f"resume with --resume {run.folder}") as stop:
+            for conditioner in dict.fromkeys((self.teacher.conditioner, self.paired)):
+                conditioner.complete(where, stop)
+
+    def step_of(self, step: int, turn: int) -> int:
+        """The student's step that a turn trains: each of them once in as many turns, in a drawn order."""
+        return self.steps[step * self.config.fake_steps + turn]
+
+    def batch(self, step: int, draws: Draws, turn: int, grad: bool = False) -> Batch:
+        """The student's images of a turn, with a gradient or without."""
+        own = Draws(draws.seed, [self.config.fake_steps * index + turn for index in draws.indices])
+        k, where, shape = self.step_of(step, turn), self.device, self.teacher.shape
+        real = None if self.source is None else self.examples.batch(own, where)
+        if real is not None and self.config.input == "data":
+            condition = real[1]
+        else:
+            labels = self.labels[(own.uniform("label") * len(self.labels)).long()]
+            condition = self.teacher.conditioner(labels).to(where)
+        network, schedule = self.network("student"), self.schedule
+        x = schedule.prior(self.own[0].item()) * own.normal("noise", shape).to(where)
+        if k and self.config.input == "data":
+            assert real is not None
+            x = renoised(schedule, real[0], self.own[k], own.normal("solver", shape, turn=k).to(where), schedule.floor)
+        elif k:
+            with torch.no_grad():
+                made = few_step(
+                    network,
+                    schedule,
+                    x,
+                    self.own[:k],
+                    condition,
+                    sigma_min=schedule.floor,
+                    noise=lambda j: own.normal("solver", shape, turn=j).to(where),
+                    project=self.teacher.codec.project,
+                )
+            torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it
+            x = renoised(schedule, made, self.own[k], own.normal("solver", shape, turn=k).to(where), schedule.floor)
+        with torch.set_grad_enabled(grad):
+            x = network(x, self.own[k].to(x).expand(len(x)), condition)
+        return Batch(own, k, x, condition, real)
+
+    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
+        if step < self.config.init_steps:
+            yield self.regression(draws)
+            return
+        made = self.batch(step, draws, 0, grad=True)
+        gradient, metrics = self.gradient(made)
+        loss = metrics["matching_loss"] = matching_loss(made.x, gradient)
+        fake = self.trained["fake"].state()
+        if self.discriminator != "none":
+            fake.requires_grad_(False)  # until the student's gradient is there; a wrapper for processes would wait for the fake's
+            metrics["gan_loss"] = F.softplus(-self.logits_of(made)).mean()
+            loss = loss + self.config.gan_weight * metrics["gan_loss"]
+        yield Loss("student", loss, metrics)
+        fake.requires_grad_(True)
+        for turn in range(self.config.fake_steps):
+            made = self.batch(step, draws, turn) if turn else replace(made, x=made.x.detach())
+            yield self.fake_loss(made)
+
+    def regression(self, draws: Draws) -> Loss:
+        """The loss of the first phase: the distance from the teacher's pictures of the same noise."""
+        assert self.pairs is not None
+        stored, time = self.pairs.batch([self.of_pairs[i] for i in draws.indices]), self.own[0]
+        noise, x0 = (stored[key].to(self.device) for key in ("noise", "x0"))
+        condition = self.paired(stored["label"]).to(self.device)
+        made = self.network("student")(self.schedule.prior(time.item()) * noise, time.to(noise).expand(len(noise)), condition)
+        return Loss("student", regression_loss(self.config.init_loss, made, x0).mean())
+
+    def noised(self, x: Tensor, draws: Draws, what: str, low: float, high: float, turn: int = 0) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) with noise of the purpose `what` at times between two shares of the range, and these times (B,)."""
+        t = times_at(self.schedule, self.config.t_bins, draws.uniform(f"{what}_time", turn=turn), low, high).to(x.device)
+        return add_noise(self.schedule, x, draws.normal(f"{what}_noise", x.shape[1:], turn=turn).to(x.device), t), t
+
+    @torch.no_grad()
+    def gradient(self, made: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient at the student's images, and the errors of teacher and fake score on them."""
+        config, x = self.config, wide(made.x.detach())
+
+        def at(where: str, turn: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """Noisy images, their times, the conditional and the guided teacher's estimates."""
+            low, high = shares(where, self.schedule, self.own, made.step, config.t_low, config.t_high)
+            noisy, t = self.noised(x, made.draws, "matching", low, high, turn)
+            if self.guidance == 1:
+                cond = self.teacher.denoiser(noisy, t, made.condition)
+                return noisy, t, cond, cond
+            cond, uncond = self.both.both(noisy, t, made.condition)
+            return noisy, t, cond, uncond + self.guidance * (cond - uncond)
+
+        noisy, t, cond, guided = at(config.matching_times, 0)
+        fake = self.fake(noisy, t, made.condition)
+        weight = self.schedule.weight(t, self.teacher.denoiser.scales.sigma_data, "noise")
+        metrics = {
+            f"{name}_error": (weight * (estimate - x).square().flatten(1).mean(1)).mean()
+            for name, estimate in (("real", guided), ("fake", fake))
+        }
+        gradient = config.matching_weight * matching_part(x, fake, cond, guided)
+        if self.guided:
+            if config.guidance_times != "same":
+                _, _, cond, guided = at(config.guidance_times, 1)
+            gradient = gradient + config.guidance_weight * guidance_part(x, cond, guided)
+        return gradient, metrics
+
+    @property
+    def guided(self) -> bool:
+        """Whether the gradient has a guidance part."""
+        return self.guidance != 1 and self.config.guidance_weight > 0
+
+    def fake(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The fake score's estimate of x0."""
+        answer = self.network("fake")(x, t, condition)
+        return answer if self.discriminator == "none" else answer[0]
+
+    def logits_of(self, made: Batch) -> Tensor:
+        """(B,) logits of the student's images, with the gradient of the images alone."""
+        noisy, t = self.noised(made.x, made.draws, "critic", 0.0, 1.0, turn=1)
+        network: Any = self.trained["fake"].state()
+        if self.discriminator == "fake":
+            return network(noisy, t, made.condition)[1]
+        return network.head(critic.features_of(self.teacher.denoiser, noisy, t, made.condition)[1])
+
+    def fake_loss(self, made: Batch) -> Loss:
+        """The fake score's denoising loss on the student's images, and the discriminator's on them and on real ones."""
+        config, x, denoiser = self.config, wide(made.x), self.teacher.denoiser
+        noisy, t = self.noised(x, made.draws, "score", 0.0, 1.0)
+        weight = self.schedule.weight(t, denoiser.scales.sigma_data, denoiser.error)
+
+        def errors(estimate: Tensor) -> Tensor:
+            return (weight * (estimate[: len(x)] - x).square().flatten(1).mean(1)).mean()
+
+        if self.discriminator == "none":
+            return Loss("fake", errors(self.network("fake")(noisy, t, made.condition)))
+        assert made.real is not None
+        real, condition = made.real
+        others = [self.noised(real, made.draws, "critic", 0.0, 1.0)]
+        conditions = [made.condition, condition]
+        if config.r1_weight:
+            nudge = critic.NUDGE * made.draws.normal("nudge", real.shape[1:]).to(real)
+            others.append(self.noised(real + nudge, made.draws, "critic", 0.0, 1.0))
+            conditions.append(condition)
+        every, times = torch.cat([noisy, *(each for each, _ in others)]), torch.cat([t, *(each for _, each in others)])
+        if self.discriminator == "fake":
+            estimate, logits = self.network("fake")(every, times, Condition.cat(conditions))
+        else:
+            with torch.no_grad():
+                _, features = critic.features_of(denoiser, every, times, Condition.cat(conditions))
+            torch.clear_autocast_cache()
+            estimate, logits = self.network("fake")(noisy, t, made.condition, features)
+        of_fake, of_real, *of_nudged = logits.split(len(x))
+        score, judged = errors(estimate), (F.softplus(of_fake) + F.softplus(-of_real)).mean()
+        metrics = {"score_loss": score, "critic_loss": judged, "critic_right": ((of_real > 0).float() + (of_fake < 0)).mean() / 2}
+        if of_nudged:
+            metrics["r1"] = ((of_real - of_nudged[0]) / critic.NUDGE).square().mean()
+            judged = judged + config.r1_weight * metrics["r1"]
+        return Loss("fake", score + config.critic_weight * judged, metrics)
+
+    def model(self, network: nn.Module, step: int) -> Model:
+        assert isinstance(network, NetworkDenoiser)
+        teacher, times = self.teacher, self.own.tolist()
+        few = len(times) > 1
+        sampler = Sampler.renoising(times, len(times)) if few else Sampler.one_step(self.schedule, times[0])
+        lineage = student_of(teacher.lineage, "dmd2", self.teacher_hash)
+        conditioner = teacher.conditioner.taught(self.config.classes)
+        return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=sampler)
+
+    def compared(self, made: Model) -> Rows:
+        return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
+
+    def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
+        return super().trial(network.denoiser if isinstance(network, critic.Critic) else network, made, count, where)
+
+    def calls(self, step: int = 0) -> Calls:
+        config, size = self.config, self.config.batch_size
+        if step < config.init_steps:
+            return Calls([Call("student", size)])
+        before = [self.step_of(step, turn) + (turn > 0) for turn in range(config.fake_steps)] if config.input == "simulation" else []
+        forwards = [Call("student", size)] * (sum(before) if before else config.fake_steps - 1)
+        combined = 1 if self.guidance == 1 else config.guidance_calls
+        teacher = [Call("teacher", size * (1 if self.guidance == 1 else 2) // combined)] * combined
+        apart = self.guided and config.guidance_times != "same"
+        forwards += [*teacher * (2 if apart else 1), Call("fake", size)]
+        judged, images = self.discriminator, size * (1 if self.discriminator == "none" else 3 if config.r1_weight else 2)
+        through = [Call(judged, size)] if judged != "none" else []
+        if judged == "teacher":
+            forwards += [Call("teacher", images)] * config.fake_steps
+        scores = Call("fake", size if judged == "teacher" else images)
+        return Calls([Call("student", size), *[scores] * config.fake_steps], forwards, between=True, through=through)
+
+    def advice(self, metrics: Mapping[str, float], done: float) -> str:
+        return behind(metrics)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is where that is better."""
+    return x if x.dtype == torch.float64 else x.float()
