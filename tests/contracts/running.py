@@ -25,7 +25,7 @@ LOOKED = 3
 """The step after which runs are compared inside: a method whose networks begin alike learns nothing from their difference in the first."""
 SETTINGS = dict(
     steps=STEPS, batch_size=4, seed=3, device="cpu", lr=1e-3, optimizer="radam", log_every=2, save_every=2, sample_every=0,
-    keep=3, ema_halflife=20, warmup_steps=2, dropout=0.1, width=8,
+    keep=3, ema_halflife=20, warmup_steps=2, dropout=0.1, width=8, student_steps=2, fake_steps=2,
     network=dict(channels=[8, 16], attention=[False, True], groups=4, head=8, latent_channels=4, dropout=0.1),
 )  # fmt: skip
 """Values of config keys: a method gets those that its config has. RAdam's first steps are linear in the gradients, so that weights

@@ -89,7 +89,9 @@ def scheduler_of(model: Model) -> Any:
     kind = lcm.SCHEDULER if model.sampler.answers == "endpoint" else config["_class_name"]
     made = schedulers.own(config) if kind == config["_class_name"] else schedulers.make(config, kind)
     if model.denoiser.boundary is not None:
-        made.register_to_config(original_inference_steps=len(model.sampler.times), timestep_scaling=model.denoiser.boundary)
+        made.register_to_config(timestep_scaling=model.denoiser.boundary)
+    if model.denoiser.boundary is not None or (model.sampler.answers == "endpoint" and model.sampler.knows == "own times"):
+        made.register_to_config(original_inference_steps=len(model.sampler.times))
     return made
 
 
