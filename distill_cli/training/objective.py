@@ -274,7 +274,8 @@ class Objective:
         assert isinstance(made, Model)
         backbone: Any = network.network
         condition = {name: part for name, part in made.example(count, where).parts.items() if name in backbone.inputs}
-        return backbone(torch.empty(count, *made.shape, device=where), torch.ones(count, device=where), Condition(condition))
+        x = torch.empty(count, *made.shape, device=where, requires_grad=torch.is_grad_enabled())  # a frozen network's calls count too
+        return backbone(x, torch.ones(count, device=where), Condition(condition))
 
     def judge(self, x: Tensor, reference: Tensor) -> Tensor:
         """(B,) distances of what is decoded (`calls().decoded`) from its reference, by frozen networks."""

@@ -52,4 +52,4 @@ def test_two_processes_train_as_one(method, family, runs, workers):
     for name, state in mine.items():
         for moment in ("exp_avg", "exp_avg_sq"):
             mean, same = (torch.cat([moments[moment].flatten() for moments in s["state"].values()]) for s in (state, other[name]))
-            assert (mean - same).norm() < 3e-5 * mean.norm(), name
+            assert (mean - same).norm() < 1e-4 * mean.norm(), name

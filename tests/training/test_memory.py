@@ -8,6 +8,7 @@ from distill_cli.commands import method_of
 from distill_cli.config.base import size
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.dmd2.config import DMD2Config
 from distill_cli.methods.registry import load as opener
 from distill_cli.models import load
 from distill_cli.recipes import resolve
@@ -93,9 +94,20 @@ def test_decoding_with_gradient():
     assert peak(lambda: decoded(GPU), [codec.vae], [], "no") == pytest.approx(most(lambda: decoded("cpu"), codec.vae), rel=0.1)
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 4}, {"guidance_scale": 2.0, "match_pairs": True}, {"lora": 4}], ids=str)
-def test_a_whole_step_holds_what_the_plan_says(tmp_path, tiny_pairs, more):
-    config = DMDConfig(**SMALL, teacher="tiny", pairs=tiny_pairs, out=tmp_path / "r", **more)
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        *[(DMDConfig, more) for more in ({}, {"accumulate": 4}, {"guidance_scale": 2.0, "match_pairs": True}, {"lora": 4})],
+        *[
+            (DMD2Config, more)
+            for more in ({"fake_steps": 1}, {"fake_steps": 1, "data": "digits"}, {"fake_steps": 1, "data": "digits", "gan": "teacher"})
+        ],
+    ],
+    ids=str,
+)
+def test_a_whole_step_holds_what_the_plan_says(tmp_path, tiny_pairs, kind, more):
+    given = {"pairs": tiny_pairs} if kind is DMDConfig else {}
+    config = kind(**SMALL, teacher="tiny", out=tmp_path / "r", **given, **more)
     planned = memory(opened(config))
     objective = opened(config, dry_run=False)
     assert memory(objective) == planned

@@ -30,9 +30,10 @@ class Head(nn.Module):
             self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, WIDTH), nn.Linear(WIDTH, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B,) logits: above 0 for what looks real."""
-        inner = F.silu(self.inner(self.norm(features.float())))
-        return self.outer(inner.mean(1))[:, 0].float()
+        """(B,) logits, above 0 for what looks real; in float32, because R1 compares logits that are near to each other."""
+        with torch.autocast(features.device.type, enabled=False):
+            inner = F.silu(self.inner(self.norm(features.float())))
+            return self.outer(inner.mean(1))[:, 0]
 
 
 @contextmanager

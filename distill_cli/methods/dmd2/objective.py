@@ -292,7 +292,18 @@ class DMD2(Objective):
         return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
 
     def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
-        return super().trial(network.denoiser if isinstance(network, critic.Critic) else network, made, count, where)
+        if not isinstance(network, critic.Critic):
+            return super().trial(network, made, count, where)
+        backbone: Any = network.denoiser.network
+        with critic.tapped(backbone) as found:
+            estimate = super().trial(network.denoiser, made, count, where)
+        features = found[0] if self.discriminator == "fake" else torch.cat([found[0].detach()] * self.judged)
+        return torch.cat([estimate.flatten(), network.head(features)])
+
+    @property
+    def judged(self) -> int:
+        """Pictures that the discriminator sees for each of the student's: that one, a real one, and for R1 the real one with more noise."""
+        return 3 if self.config.r1_weight else 2
 
     def calls(self, step: int = 0) -> Calls:
         config, size = self.config, self.config.batch_size
@@ -304,7 +315,7 @@ class DMD2(Objective):
         teacher = [Call("teacher", size * (1 if self.guidance == 1 else 2) // combined)] * combined
         apart = self.guided and config.guidance_times != "same"
         forwards += [*teacher * (2 if apart else 1), Call("fake", size)]
-        judged, images = self.discriminator, size * (1 if self.discriminator == "none" else 3 if config.r1_weight else 2)
+        judged, images = self.discriminator, size * (1 if self.discriminator == "none" else self.judged)
         through = [Call(judged, size)] if judged != "none" else []
         if judged == "teacher":
             forwards += [Call("teacher", images)] * config.fake_steps
