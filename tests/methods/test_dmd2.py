@@ -141,8 +141,8 @@ class TestSimulation:
             assert torch.equal(made.x, x)
 
     def test_the_exact_consistency_function_gives_the_mixture(self):
-        """Of 10,000 points: 0.024, 0.022, 0.022, 0.023 of the standard deviation from fresh ones at steps 0 to 3; the teacher's own
-        estimate of x0 in the place of the function is 1.16 away at step 0."""
+        """Measured: 10,000 points are 0.012, 0.007, 0.012 and 0.010 of the standard deviation away from fresh ones at steps 0 to 3, and
+        other fresh ones 0.017. The teacher's own estimate of x0, in the place of the function, is 0.82 away at step 0."""
 
         class Exact(Plane):
             def forward(self, x, t, condition):
