@@ -111,6 +111,18 @@ def test_prompts_are_encoded_in_a_thread_while_the_step_goes_on(monkeypatch):
     assert len(live(torch.tensor([], dtype=torch.long)).parts[live.part]) == 0
 
 
+def test_a_step_announces_what_the_next_one_asks_for_and_the_last_one_nothing():
+    """Of the same part of the batch."""
+    config = DMDConfig(teacher="tiny-sd", device="cpu", text="live", steps=3, batch_size=4, accumulate=2, seed=7)
+    dmd = DMD(config, load("tiny-sd"), None, PROMPTS * 9)
+    coming = dmd.teacher.conditioner.table.coming
+    for step in range(3):
+        for part in (0, 2):
+            list(dmd.turns(step, Draws(7, range(4 * step + part, 4 * step + part + 2))))
+        later = [Draws(7, range(4 * step + part, 4 * step + part + 2)).uniform("label") for part in (4, 6)]
+        assert [*coming] == [tuple((27 * uniform).long().tolist()) for uniform in later if step < 2]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
