@@ -80,7 +80,7 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
         say(f"bench: one of the {config.accumulate} parts of a batch, {size} images")
         config = config.model_copy(update={"batch_size": size, "accumulate": 1})
     job = StandIns(command, folder=folder, random=random)
-    config = job.complete(config)
+    config = job.complete(config).model_copy(update={"out": folder / "run"})
     objective: Objective = opener(f"methods.{method_of(config).objective}")(config, job)
     job.say()
     planned = memory(objective).total

@@ -150,6 +150,11 @@ Size = Annotated[str, BeforeValidator(lambda value: None if value is None else _
 Precision = Annotated[
     Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # as YAML reads no
 ]
+Texts = Annotated[
+    Literal["stored", "live"],
+    Field(description="text-to-image: stored: all prompts are encoded before the first step, on disk; live: each step's, ahead of it"),
+]
+"""For methods that draw prompts."""
 Compile = Literal["none", "blocks", "whole"]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes)]
 

@@ -68,6 +68,7 @@ class PromptFile(Sequence[str]):
         self.name = "standard input" if str(path) in STDIN else str(path)
         self.unit = "line"
         self._open = self._opened()
+        self._state = self._now()
         self.doubt = ""
         forms, first = self._forms(self._head()), None
         for k, form in enumerate(forms):
@@ -101,6 +102,16 @@ class PromptFile(Sequence[str]):
         except OSError as error:
             raise DistillError(f"--prompts {self.name}: {(error.strerror or str(error)).lower()}") from error
 
+    def _now(self) -> tuple[int, int]:
+        """Size and time of the last change of the file that is open."""
+        found = os.fstat(self._open.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise DistillError if the file has changed since its prompts were found: positions in it mean other prompts then."""
+        if self._now() != self._state:
+            raise self._fault("has changed since the run began", "put back what was in it, then --resume")
+
     def _head(self) -> str:
         """The beginning of the file; raises DistillError if it is not UTF-8 text."""
         head = os.pread(self._open.fileno(), PIECE, 0)
@@ -116,6 +127,7 @@ class PromptFile(Sequence[str]):
         first = next((line.strip() for line in re.split(r"[\r\n]+", head) if line.strip()), "")
         if first.startswith("[") and (suffix in JSON or begins_array(first)) and not self.own:
             self._unroll()
+            self._state = self._now()  # of the copy
             return [Form("json")]
         like = re.match(r"\{\s*\"", first) is not None
         if self.own or suffix in JSON or (like and (len(first) >= PIECE // 2 or begins_object(first))):

@@ -29,6 +29,10 @@ class Draws:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def later(self, samples: int) -> Draws:
+        """Those of the samples that come so many later in the job: by the batch's size, of the same part of the next step."""
+        return Draws(self.seed, [index + samples for index in self.indices])
+
     def _generators(self, purpose: str, turn: int) -> Iterator[np.random.Generator]:
         """The generator at the beginning of each sample's stream: one that is moved, as a new one takes nine times as long."""
         bits = np.random.Philox(key=np.array([self.seed, PURPOSES.index(purpose)], dtype=np.uint64))

@@ -20,7 +20,11 @@ from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop
 from distill_cli.models.embeddings import Embeddings
+from distill_cli.models.live import Live
 from distill_cli.models.text import Reader, clip_reader
+
+CUT = 100_000
+"""Prompts at most whose tokens are counted, to say how many are truncated: others are passed over evenly."""
 
 
 class Conditioner(ABC):
@@ -63,6 +67,11 @@ class Conditioner(ABC):
         """(N,) all labels that training draws from, each once."""
         return self.labels(len(self.prompts or self.drawn(classes)) or 1, classes)
 
+    def at_random(self, uniform: Tensor, classes: list[int] | None = None) -> Tensor:
+        """(B,) labels that training draws, by uniform numbers (B,) in [0, 1)."""
+        labels = self.every(classes)
+        return labels[(uniform * len(labels)).long()]
+
     def drawn(self, classes: list[int] | None = None) -> list[int]:
         """The classes that a job goes through in turn; [] for prompts."""
         return []
@@ -73,7 +82,7 @@ class Conditioner(ABC):
 
     @abstractmethod
     def __call__(self, labels: Tensor) -> Condition:
-        """The condition of labels (B,), on their device."""
+        """The condition of labels (B,), on their device; of prompts that are encoded live, on the text encoders'."""
 
     def example(self, count: int, device: str | torch.device) -> Condition:
         """A condition of `count` samples with the right shapes, for trial calls and timings."""
@@ -96,8 +105,15 @@ class Conditioner(ABC):
         """The conditioner with its embeddings on disk, for the first `count` images only; unchanged if it has no embeddings."""
         return self
 
+    def live(self, dtype: str, name: str = "the model") -> Conditioner:
+        """The conditioner that encodes prompts while a run trains, rounded to `dtype`. Raises UsageError if the model has no text."""
+        raise UsageError(f"text live: {name} has no text", "leave it out")
+
+    def ahead(self, labels: Tensor) -> None:  # noqa: B027
+        """Begin to encode the prompts of labels (B,), which are asked for together later; nothing to do unless they are encoded live."""
+
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:  # noqa: B027
-        """Make missing embeddings, until a signal comes; several processes share the work."""
+        """Make missing embeddings, until a signal comes; several processes share the work. Text encoders go where they are used next."""
 
     def taught(self, learned: Sequence[int] | None = None, null: bool = True) -> Conditioner:
         """The conditioner of a student that was distilled on the labels `learned`, with or without the null condition."""
@@ -175,7 +191,7 @@ class ClassConditioner(Conditioner):
 class PromptConditioner(Conditioner):
     """Prompts by their position in `prompts`, which is the label of an image; `negative` is the null condition.
 
-    Image i of a job has prompt i // repeat, in turn. Embeddings are computed on demand, or read from `table`.
+    Image i of a job has prompt i // repeat, in turn. Embeddings are computed on demand, or come from `table`: from disk, or live.
     """
 
     takes: Literal["prompts"] = "prompts"
@@ -194,7 +210,7 @@ class PromptConditioner(Conditioner):
         self.readers, self.shapes = readers, shapes
         self.embedding = sum(math.prod(shape) for shape in shapes.values())
         self.repeat = 1
-        self.table: Embeddings | None = None
+        self.table: Embeddings | Live | None = None
         self._null: Condition | None = None
 
     def given(self, prompts: Sequence[str], negative: str | None = None, repeat: int = 1, name: str = "the model") -> PromptConditioner:
@@ -216,6 +232,10 @@ class PromptConditioner(Conditioner):
             raise UsageError("the model makes pictures of prompts", hint)
         return torch.arange(start, start + count) // self.repeat % len(self.prompts)
 
+    def at_random(self, uniform: Tensor, classes: list[int] | None = None) -> Tensor:
+        """As for all models, without a list of all labels."""
+        return (uniform * len(self.prompts)).long()
+
     def spread(self, count: int, classes: list[int] | None = None) -> Tensor:
         """Spread over the whole list, because neighbours in a list may be alike."""
         return self.labels(count, classes) * max(1, len(self.prompts) // count) % len(self.prompts)
@@ -233,12 +253,17 @@ class PromptConditioner(Conditioner):
         return Counter(named)
 
     def say_cut(self, positions: Iterable[int]) -> None:
-        labels = sorted({position // self.repeat % len(self.prompts) for position in positions})
+        labels: Sequence[int] = range(len(self.prompts))
+        if positions != labels or self.repeat > 1:
+            labels = sorted({position // self.repeat % len(self.prompts) for position in positions})
+        each = max(1, -(-len(labels) // CUT))
+        some = labels[::each]
         cut: Counter[str] = Counter()
-        for first in range(0, len(labels), 1000):
-            cut += self.cut(self.prompts[label] for label in labels[first : first + 1000])
+        for first in range(0, len(some), 1000):
+            cut += self.cut(self.prompts[label] for label in some[first : first + 1000])
+        of = f", one in {each} of {len(labels)}," if each > 1 else ""
         for read, count in cut.items():
-            print(f"{count} of {len(labels)} prompts are longer than {read}: cut there", file=sys.stderr)
+            print(f"{count} of {len(some)} prompts{of} are longer than {read}: cut there", file=sys.stderr)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """The condition of prompts (B), float32, on the encoders' device."""
@@ -265,7 +290,7 @@ class PromptConditioner(Conditioner):
         return self._null
 
     def __call__(self, labels: Tensor) -> Condition:
-        """The condition of the prompts at positions (B,), on their device; equal prompts are encoded once."""
+        """The condition of the prompts at positions (B,); equal prompts are encoded once."""
         if self.table is not None:
             return self.table(labels)
         texts = [self.prompts[position] for position in labels.tolist()]
@@ -283,8 +308,16 @@ class PromptConditioner(Conditioner):
         out.table, out._null = Embeddings(used, folder, dtype), None
         return out
 
+    def live(self, dtype: str, name: str = "the model") -> PromptConditioner:
+        out = copy.copy(self)
+        out.table, out._null = Live(self, dtype), None
+        return out
+
+    def ahead(self, labels: Tensor) -> None:
+        if isinstance(self.table, Live):
+            self.table.ahead(labels)
+
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
-        """Afterwards the encoders are on the CPU."""
         if self.table is not None:
             self.table.complete(device, stop)
 
@@ -300,7 +333,7 @@ class PromptConditioner(Conditioner):
         return {name.replace("text_encoder", "tokenizer"): reader.tokenizer for name, reader in self.readers.items()}
 
     def working(self) -> list[nn.Module]:
-        return list(self.parts().values()) if self.table is None else []
+        return [] if isinstance(self.table, Embeddings) else list(self.parts().values())
 
     def named(self, label: int) -> dict[str, Any]:
         return {"prompt": self.prompts[label]}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distill_cli.models.conditioners import Conditioner
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.sources import lora_files
@@ -51,6 +52,19 @@ def evaluation(model: Model) -> int:
 def decoding(model: Model) -> int:
     """FLOP of decoding one image."""
     return counted(lambda: model.codec.fresh().raw(torch.empty(1, *model.shape)))
+
+
+def text_cost(conditioner: Conditioner, text: str, prompts: int, images: int) -> dict[str, str]:
+    """A plan's line about the text of a method that draws `images` prompts a step, of so many: on disk, or on the GPU and in each step."""
+    each, parts = conditioner.embedding * 2, conditioner.parts()
+    if not each:
+        return {}
+    if text == "live":
+        weights = sum(value.numel() * value.element_size() for part in parts.values() for value in part.parameters())
+        kept = f"{' and '.join(parts)} on the GPU ({amount(weights, 'B')}), evaluated on {images} prompts a step, ahead of it"
+        return {"text embeddings": f"live: none on disk; {kept}"}
+    total = f": {amount(each * prompts, 'B')} of disk for {prompts:,} prompts, if all differ" if prompts else ""
+    return {"text embeddings": f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step{total}"}
 
 
 def time_of(flop: float) -> str:

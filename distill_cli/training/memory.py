@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.models.cost import amount
-from distill_cli.models.model import Model
 from distill_cli.training.activations import GPU, peak, size_of, tensors_of
 from distill_cli.training.objective import Call, Calls, Objective
 from distill_cli.training.rehearsal import unmeasured
@@ -43,7 +42,7 @@ class Memory:
 
 
 def networks_of(objective: Objective) -> dict[str, nn.Module]:
-    """The networks that a step may call, by name."""
+    """The networks that are on the GPU while a run trains, by name; text encoders are there if text is live."""
     return {**{name: each.module for name, each in objective.trained.items()}, **objective.kept, **objective.frozen}
 
 
@@ -52,19 +51,13 @@ def worst(objective: Objective, processes: int = 1) -> tuple[int, Call]:
     made = result(objective)
     ends = [sum(phase.steps for phase in objective.phases[:k]) for k in range(len(objective.phases))]
     different = {str(calls): calls for calls in map(objective.calls, ends)}
-    found = [turn for calls in different.values() for turn in _turns(objective, made, _called(objective, made), calls, processes)]
+    found = [turn for calls in different.values() for turn in _turns(objective, made, networks_of(objective), calls, processes)]
     return max(found, key=lambda turn: turn[0])
-
-
-def _called(objective: Objective, made: Any) -> dict[str, nn.Module]:
-    """The networks that are on the GPU while a run trains: text encoders are on the CPU by then."""
-    encoders = list(made.conditioner.parts().values()) if isinstance(made, Model) else []
-    return {name: each for name, each in networks_of(objective).items() if not any(each is one for one in encoders)}
 
 
 def memory(objective: Objective, processes: int = 1, counted: tuple[int, Call] | None = None) -> Memory:
     """What each of `processes` GPUs holds, at most, of a run with the objective's config; `counted` is its `worst` if it is known."""
-    config, networks = objective.config, _called(objective, result(objective))
+    config, networks = objective.config, networks_of(objective)
     activations, call = counted or worst(objective, processes)
     trained = {name: list(each.parameters()) for name, each in objective.trained.items()}
     gradients = [4 * sum(each.numel() for each in parameters) for parameters in trained.values()]

@@ -44,8 +44,8 @@ def options(method: Method, family: str) -> dict[str, Any]:
     for key in sorted(method.fields & asked.keys()):
         value = asked[key]
         if isinstance(value, dict):
-            kind: Any = method.config.model_fields[key].annotation
-            found |= {f"{key}.{name}": each for name, each in value.items() if name in kind.model_fields}
+            kind: Any = method.config.model_fields[key].annotation  # dmd's text is one word
+            found |= {f"{key}.{name}": each for name, each in value.items() if name in getattr(kind, "model_fields", ())}
         elif value is not None:
             found[key] = value
     drop = {"prompts"} if "pairs" in found else set()  # whose prompts they are

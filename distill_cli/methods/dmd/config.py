@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from distill_cli.config import StudentConfig
-from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Rate, Text, Weight
+from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Rate, Text, Texts, Weight
 
 
 class DMDConfig(StudentConfig):
@@ -17,6 +17,7 @@ class DMDConfig(StudentConfig):
     pairs: Place | None = Field(None, description="a folder of `distill pairs`, batch_size pairs a step; default no regression")
     classes: Classes = Field(None, description="classes that the student learns; default all")
     prompts: Name | None = Field(None, description="text-to-image: prompts as for distill pairs; default the pairs' own")
+    text: Texts = "stored"
     negative_prompt: Text | None = Field(None, description="text-to-image: the teacher's negative prompt; default the pairs' own")
     match_pairs: bool = Field(False, description="apply the matching loss to the paired batch too, as in DMD's runs on LAION")
     lr: Rate = Field(5e-5, description="learning rate of the student")
@@ -46,6 +47,8 @@ class DMDConfig(StudentConfig):
             raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
         if self.regression_loss != "lpips" and (given := self.changed("lpips_weights", "decoder")):
             raise ValueError(f"{given[0]} is for regression_loss=lpips")
+        if self.text == "live" and self.pairs and self.prompts is None:
+            raise ValueError("text live: the text of the pairs' prompts is stored beside them; leave it out, or give other prompts")
         if self.match_pairs and not self.pairs:
             raise ValueError("match_pairs needs pairs")
         if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):

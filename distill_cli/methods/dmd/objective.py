@@ -28,6 +28,7 @@ from distill_cli.launch import preparing
 from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import Conditioner
+from distill_cli.models.cost import text_cost
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.sampler import Sampler
@@ -52,8 +53,7 @@ def open(config: DMDConfig, job: Job) -> Objective:
     asked = config.prompts is not None or config.pairs is None
     job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data) if asked else ()
     job.say_read(teacher, store, job.prompts)
-    if each := teacher.conditioner.embedding * 2:
-        job.plan["text embeddings"] = f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"
+    job.plan |= text_cost(teacher.conditioner, config.text, len(job.prompts), config.batch_size)
     if store is not None and not job.dry_run:
         store.verify()
     elif not job.dry_run:
@@ -107,11 +107,9 @@ class DMD(Objective):
         if config.matching_weight and config.fake_score:
             rates["fake"] = config.fake_lr or config.lr
         self.trained |= {name: Full(self.begun_from(teacher).eval().requires_grad_(True), rate) for name, rate in rates.items()}
-        working = [] if planned else teacher.conditioner.working()
+        working = teacher.conditioner.working() if config.text == "live" or not planned else []
         self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts()}
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
-        of_prompts = planned and teacher.conditioner.takes == "prompts"  # the prompts may not be there yet
-        self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
 
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's images (B, C, H, W) from standard-normal noise, which it takes for x at its time."""
@@ -119,19 +117,24 @@ class DMD(Objective):
         return self.network("student")(self.schedule.prior(self.start) * noise, t, condition)
 
     def prepare(self, where: torch.device, run: Run) -> None:
-        """Make missing embeddings; processes share the work. Afterwards the text encoder is on the CPU."""
+        """Make missing embeddings; processes share the work. Afterwards the text encoder is on the CPU, unless text is live."""
         if self.pairs is not None:
             self.pairs.verified.save(elsewhere=True)  # for a read-only store in the run's folder
         with preparing(where, f"resume with --resume {run.folder}") as stop:
-            for conditioner in dict.fromkeys((self.teacher.conditioner, self.of_pairs)):
+            for conditioner in dict.fromkeys((self.of_pairs, self.teacher.conditioner)):  # which may keep the text encoder there
                 conditioner.complete(where, stop)
+
+    def labels(self, draws: Draws) -> Tensor:
+        """(B,) labels of what is matched, on the CPU: a look-up by labels on a GPU would wait for it."""
+        return self.teacher.conditioner.at_random(draws.uniform("label"), self.config.classes)
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         where, shape = self.device, self.teacher.shape
         count = len(draws) if self.config.matching_weight else 0
         noise = draws.normal("noise", shape)[:count]
-        labels = self.labels[(draws.uniform("label") * len(self.labels)).long()][:count]  # a look-up by labels on a GPU would wait for it
-        condition = self.teacher.conditioner(labels).to(where)
+        condition = self.teacher.conditioner(self.labels(draws)[:count]).to(where)
+        if step + 1 < self.config.steps:
+            self.teacher.conditioner.ahead(self.labels(draws.later(self.config.batch_size))[:count])
         paired = None
         if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
             stored = self.pairs.batch([self.order[i] for i in draws.indices])
@@ -272,7 +275,8 @@ def prompted(
 ) -> tuple[Model, Conditioner]:
     """The teacher with the prompts of a run, read here unless given, and the conditioner for the pairs' labels.
 
-    Embeddings are stored beside the pairs, or in the run's folder, so training needs no text encoder. A plan stores none.
+    Embeddings are stored beside the pairs, or in the run's folder, so training needs no text encoder, unless the run's text is live.
+    A plan stores none.
     """
     stored = pairs.manifest.negative_prompt if pairs is not None else None
     negative = stored if config.negative_prompt is None else config.negative_prompt
@@ -281,14 +285,18 @@ def prompted(
         prompts = theirs if theirs and config.prompts is None else teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
     if prompts or config.prompts is not None or negative:
         teacher = teacher.with_prompts(prompts, negative)
-    if planned:
-        return teacher, teacher.conditioner
     own = of_pairs = teacher.conditioner
+    dtype = pairs.manifest.dtype if pairs is not None else "float16"
+    if config.text == "live":
+        own = own.live(dtype, config.teacher)
+    elif not planned and (pairs is None or config.prompts is not None):
+        own = own.stored(config.out, dtype)
+    if planned:
+        return replace(teacher, conditioner=own), own
     if pairs is not None:
-        of_pairs = (own if config.prompts is None else own.given(theirs, negative)).stored(pairs.folder, pairs.manifest.dtype)
+        of_pairs = (of_pairs if config.prompts is None else of_pairs.given(theirs, negative)).stored(pairs.folder, dtype)
     shared = pairs is not None and config.prompts is None
-    own = of_pairs if shared else own.stored(config.out, pairs.manifest.dtype if pairs is not None else "float16")
-    return replace(teacher, conditioner=own), of_pairs if pairs is not None else own
+    return replace(teacher, conditioner=of_pairs if shared else own), of_pairs if pairs is not None else own
 
 
 def of_decoded(metric: Callable[[Tensor, Tensor], Tensor], codec: Codec, x: Tensor, reference: Tensor) -> Tensor:

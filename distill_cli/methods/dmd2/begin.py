@@ -12,6 +12,7 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd2.config import DMD2Config
+from distill_cli.models.cost import text_cost
 from distill_cli.models.lora import PAIR, Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.times import parse
@@ -79,8 +80,7 @@ def open(config: DMD2Config, job: Job) -> Any:
     if config.prompts is not None or (data is None and pairs is None):
         job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
     job.say_read(*([] if data is not None else [teacher]), student, pairs, job.prompts)
-    if each := teacher.conditioner.embedding * 2:
-        job.plan["text embeddings"] = f"{each / 1e3:.0f} kB a prompt in fp16, of all prompts, before the first step"
+    job.plan |= text_cost(teacher.conditioner, config.text, len(job.prompts), config.batch_size * config.fake_steps)
     if pairs is not None and not job.dry_run:
         pairs.verify()
     objective = DMD2(config, teacher, data, student, pairs, job.prompts)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distill_cli.config import StudentConfig
-from distill_cli.config.base import Classes, Count, Fraction, Name, Numbers, Place, Positive, Rate, Text, Weight
+from distill_cli.config.base import Classes, Count, Fraction, Name, Numbers, Place, Positive, Rate, Text, Texts, Weight
 
 Where = Literal["range", "stretch", "noisier"]
 WHERE = (
@@ -30,6 +30,7 @@ class DMD2Config(StudentConfig):
     )
     classes: Classes = Field(None, description="classes that the student learns; default all")
     prompts: Name | None = Field(None, description="text-to-image: prompts, as for distill pairs; default the real images' captions")
+    text: Texts = "stored"
     negative_prompt: Text | None = Field(None, description="text-to-image: the teacher's negative prompt")
     data: Name | None = Field(None, description="real images, for gan or input=data: a built-in set, or a folder of images or latents")
     resolution: Positive | None = Field(None, description="width of the pictures in pixels; default the teacher's own")
@@ -87,6 +88,9 @@ class DMD2Config(StudentConfig):
             f"init_pairs: pairs of noise and pictures are for a student of one step, not of {self.count}": bool(self.init_pairs)
             and self.count > 1,
             "init_pairs: not with student, which has begun already": bool(self.init_pairs and self.student),
+            "text live: the text of init_pairs' prompts is stored beside them; leave it out, or give other prompts": self.text == "live"
+            and bool(self.init_pairs)
+            and not self.prompts,
         } | {
             f"{key} is for {what}": True
             for keys, what, there in (

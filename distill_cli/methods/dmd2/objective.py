@@ -104,10 +104,8 @@ class DMD2(Objective):
         for name, network, rate in (("student", own, config.lr), ("fake", critics, config.fake_lr or config.lr)):
             self.trained[name] = Full(network.eval().requires_grad_(True), rate)
         self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts()}
-        working = [] if planned else teacher.conditioner.working()
+        working = teacher.conditioner.working() if config.text == "live" or not planned else []
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working}
-        of_prompts = planned and teacher.conditioner.takes == "prompts"  # the prompts may not be there yet
-        self.labels = torch.zeros(1, dtype=torch.long) if of_prompts else teacher.conditioner.every(config.classes)
         self.steps = Order(config.seed, len(self.own))
         self.cycle = len(self.own) // math.gcd(len(self.own), config.fake_steps)
 
@@ -125,28 +123,42 @@ class DMD2(Objective):
         if self.source is not None:
             self.examples = self.source.prepare(where, run)
         with preparing(where, f"resume with --resume {run.folder}") as stop:
-            for conditioner in dict.fromkeys((self.teacher.conditioner, self.paired)):
+            for conditioner in dict.fromkeys((self.paired, self.teacher.conditioner)):  # which may keep the text encoder there
                 conditioner.complete(where, stop)
 
     def step_of(self, step: int, turn: int) -> int:
         """The student's step that a turn trains: each of them once in as many turns, in a drawn order."""
         return self.steps[step * self.config.fake_steps + turn]
 
+    def turn(self, draws: Draws, turn: int) -> Draws:
+        """The random numbers of a turn."""
+        return Draws(draws.seed, [self.config.fake_steps * index + turn for index in draws.indices])
+
+    def labels(self, own: Draws) -> Tensor:
+        """(B,) labels of the student's images of a turn, on the CPU."""
+        return self.teacher.conditioner.at_random(own.uniform("label"), self.config.classes)
+
+    def condition(self, step: int, draws: Draws, turn: int) -> Condition:
+        """The condition of the student's images of a turn; the prompts of the next turn are announced."""
+        conditioner = self.teacher.conditioner
+        out = conditioner(self.labels(self.turn(draws, turn))).to(self.device)
+        if turn + 1 < self.config.fake_steps:
+            conditioner.ahead(self.labels(self.turn(draws, turn + 1)))
+        elif step + 1 < sum(phase.steps for phase in self.phases):
+            conditioner.ahead(self.labels(self.turn(draws.later(self.config.batch_size), 0)))
+        return out
+
     def batch(self, step: int, draws: Draws, turn: int, grad: bool = False) -> Batch:
         """The student's images of a turn, with a gradient or without."""
-        own = Draws(draws.seed, [self.config.fake_steps * index + turn for index in draws.indices])
+        own = self.turn(draws, turn)
         k, where, shape = self.step_of(step, turn), self.device, self.teacher.shape
         real = None if self.source is None else self.examples.batch(own, where)
-        if real is not None and self.config.input == "data":
-            condition = real[1]
-        else:
-            labels = self.labels[(own.uniform("label") * len(self.labels)).long()]
-            condition = self.teacher.conditioner(labels).to(where)
+        given = real if self.config.input == "data" else None
+        condition = self.condition(step, draws, turn) if given is None else given[1]
         network, schedule = self.network("student"), self.schedule
         x = schedule.prior(self.own[0].item()) * own.normal("noise", shape).to(where)
-        if k and self.config.input == "data":
-            assert real is not None
-            x = renoised(schedule, real[0], self.own[k], own.normal("solver", shape, turn=k).to(where), schedule.floor)
+        if k and given is not None:
+            x = renoised(schedule, given[0], self.own[k], own.normal("solver", shape, turn=k).to(where), schedule.floor)
         elif k:
             with torch.no_grad():
                 made = few_step(
