@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from distill_cli.files import write_atomic
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
 WHOLE, SHRUNK, QUALITY = 128, 384, 90
 """Pictures up to WHOLE pixels stand in the page as they are; larger ones as JPEG of at most SHRUNK pixels."""
-SMALL, LARGE = 64, 192
-"""Widths in pixels: small pictures are enlarged to SMALL by a whole number, large ones are shown at LARGE."""
+SMALL, CAPTIONED, LARGE = 64, 128, 192
+"""Widths in pixels: pictures are enlarged by a whole number to SMALL, to CAPTIONED under captions, and shown at LARGE at most."""
 TABLES = ("rows", "warnings", "columns")
 """Parts of a report that have a place of their own in the page."""
 
@@ -53,14 +54,16 @@ def address(picture: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def strip(title: str, images: np.ndarray, captions: Sequence[str]) -> dict[str, Any]:
-    """A row of pictures as the template takes it."""
-    width, longest = images.shape[2] * max(1, SMALL // images.shape[2]), max(images.shape[1:3])
+def table(strips: Sequence[Strip], heading: Sequence[str] = ()) -> dict[str, Any]:
+    """Rows of pictures as the template takes them. Neighbouring columns with the same heading share it; without one they are numbered."""
+    widest, longest = (max(measured(images) for _, images, _ in strips) for measured in (lambda x: x.shape[2], lambda x: max(x.shape[1:3])))
+    least = CAPTIONED if heading or any(captions for *_, captions in strips) else SMALL
+    count = max(len(images) for _, images, _ in strips)
     return {
-        "title": title,
-        "images": list(map(address, images)),
-        "captions": captions,
-        "width": min(width, LARGE),
+        "rows": [{"title": title, "images": list(map(address, images)), "captions": captions} for title, images, captions in strips],
+        "heading": [(text, len(list(same))) for text, same in groupby(heading or map(str, range(count)))],
+        "count": count,
+        "width": min(LARGE, widest * max(1, least // widest)),
         "large": longest > WHOLE,
     }
 
@@ -79,7 +82,10 @@ def page(
     captions: Sequence[str],
     worst: Sequence[Strip],
 ) -> str:
-    """The page as HTML. `sampled` are the columns about sampling; `captions` are those of the columns of pictures; without them columns are numbered."""
+    """The page as HTML.
+
+    `sampled` are the table's columns about sampling, as in the report. `captions` say what the pictures of a column have in common.
+    """
     measured: dict[str, tuple[str, str]] = report["columns"]
     rows = report["rows"]
     columns = sampled | measured
@@ -98,10 +104,9 @@ def page(
         curves=curves,
         charts={title: [each for each in two if each] for title, two in drawn.items() if any(two)},
         at=charts,
-        strips=[strip(title, images, ()) for title, images in pictures],
-        same=" and the same prompt" if captions else "",
-        heading=list(captions) or list(map(str, range(max((len(images) for _, images in pictures), default=0)))),
-        worst=[strip(*each) for each in worst],
+        pictures=table([(title, images, ()) for title, images in pictures], captions) if pictures else None,
+        prompted=bool(captions),
+        worst=[table([each]) for each in worst],
         about={"settings": settings} | {key: value for key, value in report.items() if isinstance(value, dict) and key not in TABLES},
         words=words,
     )
