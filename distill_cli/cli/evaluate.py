@@ -48,4 +48,4 @@ def evaluate(
         common.say(f"warning: {warning}")
     assert config.out is not None
     places = [f"picture: {config.out}/picture.png"] if (config.out / "picture.png").exists() else []
-    common.result(report, "\n".join([kind.table(report), "", *places, f"report: {config.out}/report.json"]), json)
+    common.result(report, "\n".join([kind.table(report), "", *places, f"report: {config.out}/report.html, report.json"]), json)

@@ -20,6 +20,7 @@ from distill_cli.data import Images, npz, open_images
 from distill_cli.data.kinds import PICTURES, Kind
 from distill_cli.data.pictures import save_comparison, to_uint8
 from distill_cli.errors import UsageError
+from distill_cli.evaluate import page
 from distill_cli.files import bounded, remove_temporaries, write_atomic
 from distill_cli.methods.registry import load as named
 from distill_cli.models import load
@@ -73,8 +74,8 @@ class Evaluation:
         assert config.out is not None
         self.folder, self.rates, self.where = config.out, config.out / "rates.json", launch.device(config.device)
         unsaid = {"negative_prompt"} if config.negative_prompt is None else set()  # as in folders of earlier versions
-        settings = config.model_dump(mode="json", exclude={"out", "device"} | unsaid)
-        settle(self.folder / "evaluation.json", settings, "an evaluation")
+        self.settings = config.model_dump(mode="json", exclude={"out", "device"} | unsaid)
+        settle(self.folder / "evaluation.json", self.settings, "an evaluation")
         remove_temporaries(self.folder)
         try:
             self.known: dict[str, float | None] = dict(json.loads(self.rates.read_text()))
@@ -92,11 +93,24 @@ class Evaluation:
             write_atomic(self.rates, json.dumps(self.known) + "\n")
         return {"network_evaluations": made["network_evaluations"], "images_per_second": self.known[spec]}
 
-    def finish(self, report: dict[str, Any], table: str, pictures: Sequence[tuple[str, np.ndarray]], columns: int, scale: int = 4) -> None:
-        """Write report.json, report.md and, of pictures, picture.png."""
+    def finish(
+        self,
+        report: dict[str, Any],
+        table: str,
+        pictures: Sequence[tuple[str, np.ndarray]],
+        columns: int,
+        scale: int = 4,
+        captions: Sequence[str] = (),
+        worst: Sequence[page.Strip] = (),
+    ) -> None:
+        """Write report.json, report.md, report.html and, of pictures, picture.png.
+
+        `captions` say what pictures at one place have in common; `worst` are the pictures with the lowest scores, with captions.
+        """
         if processes.rank() == 0:
             write_atomic(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
             write_atomic(self.folder / "report.md", table + "\n")
+            page.write(self.folder, report, SAMPLED, self.settings, pictures, captions, worst)
             if pictures:
                 save_comparison(pictures, self.folder / "picture.png", columns, scale)
 
@@ -222,7 +236,7 @@ class Row:
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Sample and measure the models in `config.model`, and write report.json, report.md and picture.png; returns the report.
+    """Sample and measure the models in `config.model`, and write the report and picture.png; returns the report.
 
     `say_read` is called with what was read, before sampling. Processes share the work; all return the same report, process 0 writes it.
     """

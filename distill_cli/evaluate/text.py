@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
 CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")
-COLUMNS = SAMPLED | {"CLIP score": ("clip_score", ".2f")}
+COLUMNS = {"CLIP score": ("clip_score", ".2f")}
+WORST = 8
+"""Pictures with the lowest scores that the page shows of each model."""
 
 
 class CLIP:
@@ -55,7 +57,7 @@ class CLIP:
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Sample the prompts with each model in `config.model`, and write report.json, report.md and picture.png; returns the report.
+    """Sample the prompts with each model in `config.model`, and write the report and picture.png; returns the report.
 
     `say_read` is called with what was read, before sampling. Processes share the work. Images stay on disk, one model is in memory.
     """
@@ -71,7 +73,11 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     say_read(prompts, *said)
     folder = Evaluation(config)
     options = config.model_dump(include={"seed", "device", "precision", "prompts", "images_per_prompt", "resolution"}) | {"num": count}
-    rows, pictures = [], []
+    rows, pictures, worst = [], [], []
+
+    def prompts_of(places: Iterable[int]) -> list[str]:
+        return [prompts[i // config.images_per_prompt % len(prompts)] for i in places]
+
     for k, spec in enumerate(config.model):
         model, steps, scale = prepared(spec, config, prompts)
         size = config.batch_size or (100 if model.pixels < LARGE else 8)
@@ -80,14 +86,20 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
         cost = folder.cost(spec, batch.sample(asked, model, samples))
 
         def scores(part: range, samples: Path = samples) -> tuple[Tensor]:
-            return (clip.scores(pictures_of(samples, part), [prompts[i // config.images_per_prompt % len(prompts)] for i in part]),)
+            return (clip.scores(pictures_of(samples, part), prompts_of(part)),)
 
-        rows.append({"model": spec, "images": count, **cost, "clip_score": shared(count, PART, scores, where)[0].mean().item()})
+        (found,) = shared(count, PART, scores, where)
+        rows.append({"model": spec, "images": count, **cost, "clip_score": found.mean().item()})
+        lowest = found.argsort(stable=True)[:WORST].tolist()
+        captions = [f"{found[i]:.2f}: {prompt}" for i, prompt in zip(lowest, prompts_of(lowest), strict=True)]
+        worst.append((spec, pictures_of(samples, lowest), captions))
         shown = pictures_of(samples, range(min(count, SHOWN)))
         pictures.append((f"{spec}: CLIP score {rows[-1]['clip_score']:.2f}", shown))
         del model  # frees memory for the next one
-    report = {"prompts": config.prompts, "clip": config.clip, "seed": config.seed, "rows": rows, "warnings": [], "versions": versions()}
-    folder.finish(report, table(report), pictures, columns=8, scale=max(1, 64 // shown.shape[1]))
+    report = {"prompts": config.prompts, "clip": config.clip, "seed": config.seed, "columns": COLUMNS, "rows": rows}
+    report |= {"warnings": [], "versions": versions()}
+    said = prompts_of(range(len(shown)))
+    folder.finish(report, table(report), pictures, columns=8, scale=max(1, 64 // shown.shape[1]), captions=said, worst=worst)
     return report
 
 
@@ -109,12 +121,12 @@ def count_of(config: EvaluateConfig, prompts: int) -> int:
     return config.num if "num" in config.model_fields_set else prompts * config.images_per_prompt
 
 
-def pictures_of(folder: Path, part: range) -> np.ndarray:
-    """Images `part` (B, H, W, 3) uint8 from a folder of samples."""
-    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png").convert("RGB")) for i in part])
+def pictures_of(folder: Path, places: Iterable[int]) -> np.ndarray:
+    """Images `places` (B, H, W, 3) uint8 from a folder of samples."""
+    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png").convert("RGB")) for i in places])
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     about = f"CLIP score: 100 max(cos, 0) by {report['clip']}, prompts {report['prompts']}, seed {report['seed']}."
-    return "\n".join([*markdown(COLUMNS, report["rows"]), "", about])
+    return "\n".join([*markdown(SAMPLED | COLUMNS, report["rows"]), "", about])

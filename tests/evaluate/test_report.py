@@ -51,6 +51,9 @@ def test_worse_pictures_get_worse_numbers(distill, tmp_path, real):
     stored = json.loads((tmp_path / "e/report.json").read_text())
     assert stored == result.json
     assert f"{good['frechet']:.4f}" in (tmp_path / "e/report.md").read_text()
+    page = (tmp_path / "e/report.html").read_text()
+    assert f"<td>{good['frechet']:.4f}</td>" in page
+    assert page.count("<img") == 5 * 40
     assert (tmp_path / "e/picture.png").stat().st_size > 10_000
 
 
