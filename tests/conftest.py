@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +19,28 @@ GOLDEN = Path(__file__).parent / "golden"
 def pytest_collection_modifyitems(items):
     """The slow ones first, so that of several processes none is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """A kill leaves what was written to the system, so nothing waits for the disk."""
+    with patch.object(os, "fsync", lambda _: None):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def looked_at_little():
+    from tests.looking import little
+
+    with little():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """What is there when a module's tests begin stays: the collections of every run need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

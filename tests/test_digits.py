@@ -24,22 +24,24 @@ def test_the_teacher_ships_small(distill):
 
 @pytest.mark.slow
 def test_the_teacher_is_good(distill):
-    figures = judged(distill, "digits", "--num", 2000, "--seed", 7)
+    """By 500 pictures: the real ones, drawn 500 times, are 0.115 from themselves; 2,000 of the teacher's are 0.070 away (0.026)."""
+    figures = judged(distill, "digits", "--num", 500, "--seed", 7)
     assert figures["accuracy"] >= 0.97
-    assert figures["frechet"] <= 0.08
+    assert figures["frechet"] <= 0.2
     assert figures["nearest"] >= 0.9
     assert 0.9 < figures["spread"] < 1.1
-    assert figures["hue"] < 6  # 4.6 here; a teacher without one of the hues would have 12
+    assert figures["hue"] < 5.5  # a teacher without one of the hues would have 6.7
 
 
 @pytest.mark.slow
 def test_a_short_distillation_goes_most_of_the_way(distill):
-    """80 steps take one evaluation from a blur (Frechet distance above 1) to digits that are mostly read right."""
+    """40 steps take one evaluation from a blur (4.1) to digits that are mostly read right (0.42, an accuracy of 0.98)."""
     before = judged(distill, "digits", "--num", 400, "--seed", 7, "--solver", "few-step")
-    assert distill("pairs", "--num", 300, "--out", "p").code == 0
-    run = distill("dmd", "--recipe", "demo-dmd", "--pairs", "p", "--out", "r", "--steps", 80, "--batch-size", 32, "sample_every=0")
+    assert distill("pairs", "--num", 200, "--steps", 9, "--out", "p").code == 0
+    short = ("--steps", 40, "--batch-size", 32, "warmup_steps=10", "ema_halflife=600", "sample_every=0")
+    run = distill("dmd", "--recipe", "demo-dmd", "--pairs", "p", "--out", "r", *short)
     assert run.code == 0, run.err
     after = judged(distill, "r", "--num", 400, "--seed", 7)
     assert before["frechet"] > 1.0
-    assert after["frechet"] < 0.5 * before["frechet"]
-    assert after["accuracy"] > 0.8
+    assert after["frechet"] < 0.2 * before["frechet"]
+    assert after["accuracy"] > 0.95 > before["accuracy"]

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.fake_card import COUNTS, Card, WrongDeviceError, card
+from tests.looking import few_shapes
 from tests.unchanged.record import FOLDERS, RUNS
 
 TEACHER_PAIRS = ("--num", 4, "--steps", 2, "shard_size=4", "batch_size=4", "--device", "cpu")
@@ -79,7 +80,7 @@ def trained(name, *more):
         steps.append((COUNTS.numbers(), dict(COUNTS.where)))
         return out
 
-    with patch("distill_cli.cli.common.compare"), patch.object(Engine, "advance", advance), card():
+    with patch("distill_cli.cli.common.compare"), patch.object(Engine, "advance", advance), few_shapes(), card():
         call(*CASES[name], "--device", "cuda", "--steps", 3, "log_every=1000", "sample_every=0", "save_every=2", *more, "--out", name)
     return steps[1]
 

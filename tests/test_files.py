@@ -58,3 +58,22 @@ def test_a_file_in_the_way_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DistillError, match="file"):
         files.write_atomic(tmp_path / "file" / "inner", "x")
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its name is before the writer goes on: a power cut leaves the old or the new."""
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+
+    def renamed(source, target):
+        done.append(f"{os.path.basename(source)} is {os.path.basename(target)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    place, own = tmp_path / "place", f"{files._OURS}{os.getpid()}"
+    files.write_atomic(place / "a", "1")
+    assert done == [f"{own}-a", f"{own}-a is a", "place"]
+    done.clear()
+    with files.folder_atomic(place / "f") as temporary:
+        (temporary / "x").write_text("1")
+    assert done == ["x", f"{own}-f", f"{own}-f is f", "place"]

@@ -12,6 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from distill_cli.models.model import Model
+from tests import looking
+
 SMALL = ("batch_size=4", "log_every=1", "sample_every=2", "warmup_steps=1")
 
 
@@ -48,7 +51,8 @@ def test_from_nothing_to_pictures(distill, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["cd", "ct", "ict", "ect"])
-def test_consistency_models_from_nothing_to_pictures(method, distill, tmp_path):
+def test_consistency_models_from_nothing_to_pictures(method, distill, tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "shown", looking.SHOWN)
     network = ["network.channels=[16, 16]", "network.attention=[0, 0]", "network.groups=4", "network.head=8"]
     options = ["--teacher", "tiny"] if method in ("cd", "ect") else network
     arguments = (

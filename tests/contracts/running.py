@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import os
@@ -111,15 +110,15 @@ class Seen:
 
 @contextmanager
 def watched(seen: Seen, again: bool = False):
-    """Look at the engine while it trains; after `seen.stop_after` steps a SIGTERM comes. Pictures to look at are few.
+    """Look at the engine while it trains; after `seen.stop_after` steps a SIGTERM comes.
 
-    What is trained `again` is not saved and read before the first step.
+    Pictures to look at are few, and so are the captioned ones. What is trained `again` is not saved and read before the first step.
     """
     import torch
     from accelerate.state import AcceleratorState
 
-    from distill_cli.models.model import Model
     from distill_cli.training import engine as engine_module
+    from tests.looking import few_shapes, little
 
     Engine = engine_module.Engine
     step, train = Engine.train_step, Engine.train
@@ -173,7 +172,8 @@ def watched(seen: Seen, again: bool = False):
     with ExitStack() as stack:
         stack.enter_context(patch.object(Engine, "train_step", train_step))
         stack.enter_context(patch.object(Engine, "train", whole))
-        stack.enter_context(patch.object(Model, "shown", 4))
+        stack.enter_context(little())
+        stack.enter_context(few_shapes())
         if again:
             stack.enter_context(patch.object(engine_module, "rehearse"))
         AcceleratorState._reset_state(True)  # accelerate keeps one precision a process
@@ -233,7 +233,6 @@ class Runs:
         self.place, self.made = place, {}
         self.wholes: dict[tuple[str, ...], Run] = {}
         self.plans: dict[tuple[str, str], Ended] = {}
-        gc.freeze()  # what is imported by now is there to stay: the engine's collections need not look at it
 
     def folder(self, thing: Made, family: str = "") -> Path:
         """What an option names, made on first use."""

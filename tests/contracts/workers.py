@@ -1,4 +1,4 @@
-"""Commands in processes of their own, forked from one that has imported everything, so that each begins in no time."""
+"""Commands and functions in processes of their own, forked from one that has imported everything, so that each begins in no time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from distill_cli.processes import TOGETHER
@@ -16,23 +16,27 @@ from distill_cli.processes import TOGETHER
 PRELOADED = ("tests.contracts.preloaded",)
 
 
-def work(arguments: list[str], variables: dict[str, str], place: str | Path, said: str, few: bool) -> None:
-    """What a process does in the folder `place`: the command, with its own words in `said`.out and `said`.err.
-
-    Pictures to look at are `few` in contracts.
-    """
+def work(task: Callable[[], None], variables: dict[str, str], place: str | Path, said: str) -> None:
+    """What a process does in the folder `place`: the task, with its own words in `said`.out and `said`.err."""
     import torch
 
-    from distill_cli.cli.app import main
-    from tests.contracts.running import Seen, watched
-
+    os.fsync = lambda _: None  # as in this process' parent: a kill is no power cut
     os.environ.update(variables)
     os.chdir(place)
     torch.set_num_threads(1)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    task()
+
+
+def command(arguments: list[str], few: bool) -> None:
+    """A command line; in contracts captioned pictures are `few`."""
+    from distill_cli.cli.app import main
+    from tests.contracts.running import Seen, watched
+    from tests.looking import little
+
     sys.argv = ["distill", *arguments]
-    with watched(Seen()) if few else nullcontext():
+    with watched(Seen()) if few else little():
         main()
 
 
@@ -55,9 +59,11 @@ class Workers:
             del os.environ["OMP_NUM_THREADS"]
 
     def start(
-        self, arguments: list[str], processes: int = 1, place: str | Path = ".", few: bool = True, **variables: str
+        self, task: list[str] | Callable[[], None], processes: int = 1, place: str | Path = ".", few: bool = True, **variables: str
     ) -> list[multiprocessing.process.BaseProcess]:
-        """Start a command in the folder `place`, as `processes` like those that --num-processes starts."""
+        """Start a command, or a function by its name, in the folder `place`, as `processes` like those that --num-processes starts."""
+        if isinstance(task, list):
+            task = partial(command, task, few)
         places: list[dict[str, str]] = [{}]
         if processes > 1:
             with socket.socket() as probe:
@@ -71,22 +77,23 @@ class Workers:
         for own in places:
             self.count += 1
             said = str(self.place / f"said-{self.count}")
-            process = self.context.Process(target=work, args=(arguments, {**own, **variables}, os.path.abspath(place), said, few))
+            process = self.context.Process(target=work, args=(task, {**own, **variables}, os.path.abspath(place), said))
             process.said = said
             process.start()
             out.append(process)
         return out
 
-    def finish(self, arguments: list[str], processes: int = 1) -> None:
-        """Run a command to its end, which has to be a good one."""
-        started = self.start(arguments, processes)
+    def finish(self, task: list[str] | Callable[[], None], processes: int = 1, **variables: str) -> list[str]:
+        """Run a command or a function to its end, which has to be a good one; returns the results of each process."""
+        started = self.start(task, processes, **variables)
         for process in started:
             process.join(120)
         for process in started:
             assert process.exitcode == 0, told(process, "err")
+        return [told(process, "out") for process in started]
 
     def ended(self, place: Path, *arguments: str, processes: int = 1, **variables: str) -> tuple[int, str, str]:
-        """The highest exit code, results and messages of a command in the folder `place`, just as it is."""
+        """The highest exit code, results and messages of a command in the folder `place`, on all captioned pictures."""
         started = self.start([*arguments], processes, place, few=False, **variables)
         for process in started:
             process.join(240)

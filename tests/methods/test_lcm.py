@@ -21,8 +21,15 @@ from distill_cli.models.formats import save
 from distill_cli.models.sampler import Sampler
 from distill_cli.runs import Run
 from tests.conditions import of
+from tests.looking import few_shapes
 from tests.models.test_stable_diffusion import PROMPTS, edit_json, made
 from tests.options import consistency, options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_shapes():
+        yield
 
 
 def close(ours, theirs, relative=1e-4):

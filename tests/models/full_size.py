@@ -23,9 +23,13 @@ def filled(kind, config):
         network = kind(config) if "Text" in kind.__name__ else kind(**config)
     network = network.half().to_empty(device="cpu")
     torch.manual_seed(0)
+    drawn = 0.02 * torch.randn(2**20)  # again and again: a billion numbers take a while to draw
     with torch.no_grad():
         for name, value in network.named_parameters():
-            value.fill_(1) if "norm" in name and name.endswith("weight") else value.normal_(0, 0.02)
+            count = value.numel()
+            value.copy_(
+                torch.ones(()) if "norm" in name and name.endswith("weight") else drawn.repeat(-(-count // 2**20))[:count].view(value.shape)
+            )
         for name, value in network.named_buffers():
             value.copy_(torch.arange(value.numel()).view(value.shape) if "position_ids" in name else torch.zeros(value.shape))
     return network

@@ -7,6 +7,7 @@ it, and the types that came out.
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 
@@ -17,16 +18,26 @@ from distill_cli.models import load
 from distill_cli.runs import Run
 from distill_cli.training.engine import Engine
 
-with tempfile.TemporaryDirectory() as folder:
-    config = DMDConfig(teacher="tiny-sd", device=sys.argv[1], batch_size=4, precision="bf16", lr=1e-3, steps=2, out=Path(folder, "run"))
-    objective = DMD(config, load("tiny-sd"), None, chosen("shapes", ""))
-    student = objective.trained["student"].module
-    engine = Engine(config, objective)
-    engine.open(Run.create(config.out, "", "dmd"))
-    got, given = [], []
-    inner = next(module for module in student.modules() if isinstance(module, UNet2DConditionModel))
-    inner.register_forward_pre_hook(lambda module, args, kwargs: got.append((str(args[0].dtype), args[1].max().item())), with_kwargs=True)
-    outer = objective.trained["student"].module
-    outer.register_forward_hook(lambda module, args, out: given.append(str(out.dtype)))
-    engine.train_step()
-    sys.stdout.write(f"SEEN {type(outer).__name__} {got} {given}\n")  # in one piece: two processes write
+
+def main(device: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = DMDConfig(teacher="tiny-sd", device=device, batch_size=4, precision="bf16", lr=1e-3, steps=2, out=Path(folder, "run"))
+        objective = DMD(config, load("tiny-sd"), None, chosen("shapes", ""))
+        student = objective.trained["student"].module
+        engine = Engine(config, objective)
+        engine.open(Run.create(config.out, "", "dmd"))
+        got, given = [], []
+        inner = next(module for module in student.modules() if isinstance(module, UNet2DConditionModel))
+
+        def came(_: Any, args: Any, __: Any) -> None:
+            got.append((str(args[0].dtype), args[1].max().item()))
+
+        inner.register_forward_pre_hook(came, with_kwargs=True)
+        outer = objective.trained["student"].module
+        outer.register_forward_hook(lambda module, args, out: given.append(str(out.dtype)))
+        engine.train_step()
+        sys.stdout.write(f"SEEN {type(outer).__name__} {got} {given}\n")  # in one piece: two processes write
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

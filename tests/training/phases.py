@@ -1,10 +1,7 @@
-"""A method of three phases, small enough for many runs: python -m tests.training.phases FOLDER [STEPS AT ONCE]
+"""A method of three phases, small enough for many runs.
 
 Each round a point learns, from noisy samples, to be half of what its teacher is, and the teacher is the average of the round before.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -87,6 +84,5 @@ def everything(folder):
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    engine(Path(sys.argv[1])).train()
+def trained(folder):
+    engine(folder).train()

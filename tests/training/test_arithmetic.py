@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +22,7 @@ from distill_cli.runs import Run
 from distill_cli.training.engine import Engine
 from distill_cli.training.zero import honour_fsdp
 from tests.options import consistency, options
+from tests.training import fsdp_times
 
 GPU = torch.device("cuda", 0)
 
@@ -135,14 +134,10 @@ def test_fp16_is_refused_under_fsdp():
 
 
 @pytest.mark.slow
-def test_under_fsdp_networks_get_their_times_unrounded():
+def test_under_fsdp_networks_get_their_times_unrounded(workers):
     """With the plugin that GPUs get (honour_fsdp): a student of one step is asked at 999, which bf16 would make 1000."""
-    script = Path(__file__).with_name("fsdp_times.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), "cpu"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
+    said = workers.finish(partial(fsdp_times.main, "cpu"), 2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    lines = [line for each in said for line in each.splitlines() if line.startswith("SEEN")]
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("SEEN FSDP"), line

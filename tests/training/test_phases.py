@@ -1,12 +1,9 @@
 """Phases: each begins as the average of the one before, with new moments, and a run resumes to the bit wherever it was stopped."""
 
 import json
-import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -102,27 +99,11 @@ def test_phases_of_other_lengths_are_refused(tmp_path, whole, monkeypatch):
         phases.engine(tmp_path / "r")
 
 
-def spread(folder, **variables):
-    """A run by two processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.training.phases", str(folder)]
-    started = [
-        subprocess.Popen(command, env=os.environ | place | variables | {"RANK": k, "LOCAL_RANK": k}, stderr=subprocess.PIPE, text=True)
-        for k in "01"
-    ]
-    for process in started:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_are_one(kind, tmp_path, whole):
+def test_two_processes_are_one(kind, tmp_path, whole, workers):
     """Up to the order of sums, with the weights whole on each or spread; and one process goes on with what two have begun."""
     variables = {} if kind == "ddp" else {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    spread(tmp_path / "r", **variables)
+    workers.finish(partial(phases.trained, tmp_path / "r"), 2, **variables)
     for name in ("student-4", "student-2", "student"):
         theirs, ours = (load_file(folder / name / "point.safetensors")["where"] for folder in (tmp_path / "r", whole))
         assert torch.allclose(theirs, ours, rtol=1e-5)
