@@ -27,7 +27,7 @@ def test_the_teacher_is_good(distill):
     """By 500 pictures: the real ones, drawn 500 times, are 0.115 from themselves; 2,000 of the teacher's are 0.070 away (0.026)."""
     figures = judged(distill, "digits", "--num", 500, "--seed", 7)
     assert figures["accuracy"] >= 0.97
-    assert figures["frechet"] <= 0.2
+    assert figures["frechet"] <= 0.22
     assert figures["nearest"] >= 0.9
     assert 0.9 < figures["spread"] < 1.1
     assert figures["hue"] < 5.5  # a teacher without one of the hues would have 6.7
