@@ -7,51 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from distill_cli import launch
 from distill_cli.config import EvaluateConfig, SampleConfig
 from distill_cli.data.prompts import open_prompts
-from distill_cli.errors import DistillError, UsageError, reason
+from distill_cli.errors import UsageError
+from distill_cli.evaluate.networks import CLIP
 from distill_cli.evaluate.report import SAMPLED, Evaluation, markdown, samples_of, shared, split
 from distill_cli.models import load
 from distill_cli.models.model import LARGE, Model
-from distill_cli.models.parts import load_network
-from distill_cli.models.sources.hub import find
 from distill_cli.runs import versions
 from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
-CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")
 COLUMNS = SAMPLED | {"CLIP score": ("clip_score", ".2f")}
-
-
-class CLIP:
-    """transformers' CLIPModel and its processor, from a folder or a hub id, which is downloaded on first use."""
-
-    def __init__(self, name: str, where: torch.device) -> None:
-        from transformers import CLIPModel, CLIPProcessor
-
-        folder = find(name, CLIP_FILES, f"clip {name}")
-        self.model = load_network(CLIPModel, folder, "model").to(where)
-        try:
-            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises many types for a missing folder or network
-            hint = "a folder, or a hub id such as openai/clip-vit-large-patch14"
-            raise DistillError(f"clip {name}: no CLIP model ({reason(error)})", hint) from error
-
-    @torch.no_grad()
-    def scores(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
-        """(B,) 100 max(cos, 0) between uint8 images (B, H, W, 3) and their prompts, truncated to the model's length."""
-        length = self.model.config.text_config.max_position_embeddings
-        given = self.processor(
-            text=list(prompts), images=list(images), return_tensors="pt", padding="max_length", max_length=length, truncation=True
-        ).to(self.model.device)
-        made = self.model(**given)
-        cosines = torch.nn.functional.cosine_similarity(made.image_embeds.float(), made.text_embeds.float(), dim=1)
-        return 100 * cosines.clamp(min=0).cpu()
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
