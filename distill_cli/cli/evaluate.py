@@ -24,7 +24,7 @@ def evaluate(
     json: common.Json = False,
     help_all: HelpAll = False,
 ) -> None:
-    """Measure models against real images: accuracy, Fréchet distance, precision, recall, in one table."""
+    """Measure models or finished pictures against real ones: FID, KID, precision, recall and more, in one table."""
     config: EvaluateConfig = common.asked(context, recipe, overrides, "evaluation")
     if dry_run:
         from distill_cli.data.prompts import open_prompts

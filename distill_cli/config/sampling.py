@@ -62,7 +62,9 @@ class SampleConfig(GenerateConfig):
 
 
 Network = Literal["classifier", "inception", "dinov2", "clip"]
-Measured = Literal["accuracy", "frechet", "kid", "inception-score", "precision-recall", "density-coverage", "memorisation"]
+Measured = Literal[
+    "accuracy", "frechet", "kid", "inception-score", "precision-recall", "density-coverage", "diversity", "memorisation"
+]  # fmt: skip
 
 
 class EvaluateConfig(Config):
@@ -79,7 +81,10 @@ class EvaluateConfig(Config):
     )
     measures: Annotated[list[Measured] | None, Names] = Field(
         None,
-        description="accuracy, frechet, kid, inception-score, precision-recall, density-coverage, memorisation; default the usual ones",
+        description="accuracy, frechet, kid, inception-score, precision-recall, density-coverage, diversity, memorisation; default: some",
+    )
+    attributes: Annotated[list[Name], Names] = Field(
+        [], description="judges of each picture and what was asked for: shapes, or your own module:function"
     )
     inception: Place | None = Field(None, description="torch-fidelity's file of Inception's weights; default the one in torch's cache")
     dinov2: Name | None = Field(None, description="a DINOv2 of transformers: a folder or a hub id")
@@ -90,7 +95,7 @@ class EvaluateConfig(Config):
     bootstrap: Count = Field(10, description="frechet: number of resamples, whose standard deviation is given; 0: none")
     save_statistics: Place | None = Field(None, description="write mean and covariance of the real images' features to this .npz")
     classifier: Name = Field("digits", description="classifier whose features are used: built in, or of `distill classifier`")
-    prompts: Name | None = Field(None, description="text-to-image: prompts as for sample; the models are measured by clip alone")
+    prompts: Name | None = Field(None, description="text-to-image: prompts as for sample; measured by clip, attributes, features")
     images_per_prompt: Positive = Field(1, description="images for each prompt, one after another")
     negative_prompt: Text | None = Field(None, description="text-to-image: negative prompt, from which guidance leads away")
     guidance_scale: Rate | None = Field(None, description="text-to-image: guidance scale of teachers; default each one's own")
@@ -107,8 +112,10 @@ class EvaluateConfig(Config):
         of_prompts = ["clip"] * ("clip" not in self.features) + ["images_per_prompt", "negative_prompt", "guidance_scale"]
         if self.prompts is None and (given := self.changed(*of_prompts)):
             raise ValueError(f"{given[0]} needs prompts")
-        if self.prompts is not None and (given := self.changed("data", "classifier", "classes")):
+        if self.prompts is not None and (given := self.changed("classifier", "classes")):
             raise ValueError(f"{given[0]} is not for prompts: they are measured by clip")
+        if self.prompts is not None and "classifier" in self.features and (given := self.changed("data", "features", "measures")):
+            raise ValueError(f"{given[0]} is not for prompts unless features are of inception, dinov2 or clip")
         return self
 
 

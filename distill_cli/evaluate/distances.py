@@ -102,7 +102,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 2020) -> tuple
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def _distances(x: Tensor, centres: Tensor) -> Iterator[Tensor]:
+def distances_between(x: Tensor, centres: Tensor) -> Iterator[Tensor]:
     """(B, M) Euclidean distances of x (N, D) to all `centres` (M, D), a block of rows at a time."""
     centres = centres.double()
     for part in x.split(max(1, BLOCK // len(centres))):
@@ -111,17 +111,17 @@ def _distances(x: Tensor, centres: Tensor) -> Iterator[Tensor]:
 
 def radii(x: Tensor, neighbours: int) -> Tensor:
     """(N,) distance from each row to its k-th nearest other row."""
-    return torch.cat([block.kthvalue(neighbours + 1).values for block in _distances(x, x)])
+    return torch.cat([block.kthvalue(neighbours + 1).values for block in distances_between(x, x)])
 
 
 def covered(x: Tensor, centres: Tensor, reach: Tensor) -> Tensor:
     """(N,) in how many of the balls around `centres` (M, D) of radii `reach` (M,) each row of x (N, D) lies."""
-    return torch.cat([(block <= reach).sum(1) for block in _distances(x, centres)])
+    return torch.cat([(block <= reach).sum(1) for block in distances_between(x, centres)])
 
 
 def nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) distance of each row of x to the nearest of `centres`, and (N,) which one that is."""
-    found = [block.min(1) for block in _distances(x, centres)]
+    found = [block.min(1) for block in distances_between(x, centres)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 

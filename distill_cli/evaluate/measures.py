@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from distill_cli.config import EvaluateConfig
 from distill_cli.evaluate.distances import (
     Statistics,
     covered,
+    distances_between,
     frechet_of,
     frechet_spread,
     inception_score,
@@ -31,6 +34,12 @@ Score = tuple[float, float | None]
 """A value and its spread."""
 
 
+class Needs(IntEnum):
+    """What a measure needs of the real pictures, and what there is of them."""
+
+    NOTHING, STATISTICS, PICTURES = range(3)
+
+
 class Reference:
     """What a network sees of the real pictures; of a file of statistics, mean and covariance alone."""
 
@@ -41,11 +50,6 @@ class Reference:
     def seen(self) -> Seen:
         assert self._seen is not None
         return self._seen
-
-    @property
-    def pictures(self) -> bool:
-        """Whether there are pictures, and not statistics alone."""
-        return self._seen is not None
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -117,18 +121,35 @@ def _memorisation(real: Reference, fake: Seen, config: EvaluateConfig) -> Sequen
     return [share(distance < real.alone[which]), ((distance.median() / own).item(), None)]
 
 
+def _diversity(real: Reference, fake: Seen, config: EvaluateConfig) -> Sequence[Score]:
+    """The mean distance between pictures of the same prompt or class, over that between any two pictures.
+
+    1: a prompt's pictures differ as much as all pictures do; 0: they are all the same.
+    """
+    assert fake.labels is not None
+    between = _apart(fake.features)
+    inside = [_apart(fake.features[fake.labels == label]) for label in fake.labels.unique() if (fake.labels == label).sum() > 1]
+    return [share(torch.tensor(inside, dtype=torch.float64) / between) if inside and between else (float("nan"), None)]
+
+
+def _apart(x: Tensor) -> float:
+    """The mean distance between two different rows of x (N, D)."""
+    return sum(block.sum().item() for block in distances_between(x, x)) / (len(x) * (len(x) - 1))
+
+
 @dataclass(frozen=True)
 class Measure:
     """A measure: its scores by the ends of their keys, with titles and formats; what it needs; and how it is made."""
 
     scores: Mapping[str, tuple[str, str]]
     made: Callable[[Reference, Seen, EvaluateConfig], Sequence[Score]]
-    pictures: bool = True
-    """Whether it needs real pictures; statistics alone do not do."""
+    needs: Needs = Needs.PICTURES
     logits: bool = False
     """Whether it needs a network that classifies."""
     labels: bool = False
     """Whether it needs labels of the samples, and a network that knows them."""
+    groups: bool = False
+    """Whether it needs to know which samples have the same prompt or class."""
 
     def fits(self, network: type[Network]) -> bool:
         """Whether it can be made of what a network gives."""
@@ -142,22 +163,23 @@ class Measure:
     def of(self, network: Network, real: Reference, fake: Seen, config: EvaluateConfig) -> dict[str, float | None]:
         """The scores of samples by their keys, each with its spread; None without the labels that it needs."""
         keys = [key for key, _ in self.keys(network).values()]
-        if self.labels and fake.labels is None:
+        if (self.labels or self.groups) and fake.labels is None:
             return dict.fromkeys(keys)
         out: dict[str, float | None] = {}
         for key, (value, spread) in zip(keys, self.made(real, fake, config), strict=True):
-            out[key] = value
+            out[key] = None if isnan(value) else value
             if spread is not None:
                 out[key + SPREAD] = spread
         return out
 
 
 MEASURES = {
-    "accuracy": Measure({"accuracy": ("accuracy", ".3f")}, _accuracy, pictures=False, logits=True, labels=True),
-    "frechet": Measure({"frechet": ("Fréchet distance", ".4f")}, _frechet, pictures=False),
+    "accuracy": Measure({"accuracy": ("accuracy", ".3f")}, _accuracy, Needs.NOTHING, logits=True, labels=True),
+    "frechet": Measure({"frechet": ("Fréchet distance", ".4f")}, _frechet, Needs.STATISTICS),
     "kid": Measure({"kid": ("KID", ".6f")}, _kid),
-    "inception-score": Measure({"inception_score": ("IS", ".3f")}, _inception_score, pictures=False, logits=True),
+    "inception-score": Measure({"inception_score": ("IS", ".3f")}, _inception_score, Needs.NOTHING, logits=True),
     "precision-recall": Measure({"precision": ("precision", ".3f"), "recall": ("recall", ".3f")}, _precision_recall),
     "density-coverage": Measure({"density": ("density", ".3f"), "coverage": ("coverage", ".3f")}, _density_coverage),
+    "diversity": Measure({"diversity": ("diversity", ".3f")}, _diversity, Needs.NOTHING, groups=True),
     "memorisation": Measure({"copies": ("copies", ".3f"), "nearness": ("nearness", ".3f")}, _memorisation),
 }

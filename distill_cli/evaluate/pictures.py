@@ -16,9 +16,10 @@ from distill_cli.data.kinds import PICTURES
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.evaluate import statistics
+from distill_cli.evaluate.attributes import judge, judged
 from distill_cli.evaluate.distances import Statistics
 from distill_cli.evaluate.kept import Seen, compute, seen
-from distill_cli.evaluate.measures import MEASURES, Reference, subset
+from distill_cli.evaluate.measures import MEASURES, Needs, Reference, subset
 from distill_cli.evaluate.networks import NETWORKS, Network
 from distill_cli.evaluate.report import AGAIN, AGAIN_SEED, REFERENCE_SEED, SHOWN, Measure
 from distill_cli.evaluate.sources import Drawn, File, Pictures, Source
@@ -43,10 +44,15 @@ class Against(Measure):
 
     kind = PICTURES
 
-    def __init__(self, config: EvaluateConfig, images: Images | None) -> None:
+    def __init__(self, config: EvaluateConfig, images: Images | None, there: bool = True) -> None:
+        """`there`: whether there are real data at all; what needs none is measured without them."""
         assert config.out is not None
         self.config, self.job, self.where = config, config.out, launch.device(config.device)
-        self.source = real_pictures(config, images)
+        self.source, self.has = real_pictures(config, images) if there else None, Needs.PICTURES
+        if self.source is None:
+            self.has = Needs.STATISTICS if there else Needs.NOTHING
+        for name in config.attributes:
+            judge(name)
         self.networks = [NETWORKS[name](config, self.where) for name in dict.fromkeys(config.features)]
         if self.source is not None:
             self.shape, self.classes = self.source.shape, self.source.classes
@@ -69,9 +75,10 @@ class Against(Measure):
         count = self._count()
         if self.source is not None and count < self.least:
             raise UsageError(f"--data {config.data}: {count} images are too few to measure against", "take more of them")
-        self._refuse_subset(f"--data {config.data} has", count)
+        if self.source is not None:
+            self._refuse_subset(f"--data {config.data} has", count)
         self.published = {network: self._published(network) for network in self.networks}
-        self.read = f"statistics in {config.data}" if self.source is None else self.source.about
+        self.read = ("", f"statistics in {config.data}", "" if self.source is None else self.source.about)[self.has]
 
     def begin(self) -> None:
         found = {network: self._reference(network) for network in self.networks}
@@ -86,7 +93,7 @@ class Against(Measure):
     def _refuse_subset(self, whose: str, count: int) -> None:
         """Raise UsageError if `count` pictures are fewer than the subset that is asked for."""
         size = self.config.kid_subset_size or 0
-        if size > count and self.source is not None and any("kid" in names for names in self.chosen.values()):
+        if size > count and any("kid" in names for names in self.chosen.values()):
             raise UsageError(f"kid_subset_size {size}: {whose} {count} images", "take fewer")
 
     def _of_classes(self, classes: list[int]) -> list[int]:
@@ -99,12 +106,11 @@ class Against(Measure):
         """The measures in the features of a network. Raises UsageError for one that needs pictures where there are statistics alone."""
         asked = self.config.measures
         names = [name for name in asked or network.measures if MEASURES[name].fits(type(network))]
-        if self.source is not None:
-            return names
-        refused = [name for name in names if MEASURES[name].pictures]
+        refused = [name for name in names if MEASURES[name].needs > self.has]
         if asked and refused:
             said = f"--data {self.config.data}: statistics, of which {refused[0]} cannot be made: it needs the pictures"
-            raise UsageError(said, "measures=frechet, or --data FOLDER")
+            said = said if self.has else f"measures {refused[0]}: measured against real pictures, and none are given"
+            raise UsageError(said, "measures=frechet, or --data FOLDER" if self.has else "--data FOLDER")
         return [name for name in names if name not in refused]
 
     def _published(self, network: Network) -> tuple[Statistics | None, str]:
@@ -112,13 +118,15 @@ class Against(Measure):
 
         guided-diffusion's files hold some pictures beside the statistics of all: those are for the measures that need pictures.
         """
-        path, given = Path(self.config.data), self.source is None
+        path, given = Path(self.config.data), self.has is Needs.STATISTICS
         holds = given or (isinstance(self.source, File) and self.positions is None and statistics.holds(path)[0])
         return statistics.read(path, network) if holds and (given or statistics.width(path) == network.width) else (None, "")
 
     def _reference(self, network: Network) -> tuple[Reference, str]:
         """What a network sees of the real pictures, or the statistics in their file; and what that is, in words."""
         config, (found, said) = self.config, self.published[network]
+        if self.source is None and found is None:
+            return Reference(None, None, config.neighbours), "none"
         if self.source is None:
             return Reference(None, found, config.neighbours), f"{said}; they give the {network.distance} alone"
         saw = seen(network, self.source, self.job, self.where)
@@ -150,6 +158,15 @@ class Against(Measure):
         for network in self.networks:
             saw = seen(network, source, self.job, self.where)
             out |= self._scores(network, saw)
+        return out
+
+    def judged(self, source: Source) -> dict[str, float | None]:
+        if not self.config.attributes:
+            return {}
+        labels = source.labels
+        names = source.classes or self.classes
+        out, more = judged(self.config.attributes, source, lambda i: "" if labels is None else names[int(labels[i])], self.where)
+        self.columns = self.columns | more
         return out
 
     def _scores(self, network: Network, saw: Seen) -> dict[str, float | None]:

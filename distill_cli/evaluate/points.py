@@ -52,7 +52,7 @@ class Sliced(Measure):
 
     def __init__(self, config: EvaluateConfig, images: Images) -> None:
         self.kind, self.shape, self.read = images.kind, images.shape, images.about
-        if given := config.changed("classifier", "neighbours", "features", "measures", "save_statistics"):
+        if given := config.changed("classifier", "neighbours", "features", "measures", "attributes", "save_statistics"):
             images.kind.needs_pictures(given[0])
         if config.classes and max(config.classes) >= max(1, len(images.classes)):
             raise UsageError(f"--classes {max(config.classes)}: {config.data} has {len(images.classes)} classes")

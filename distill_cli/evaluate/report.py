@@ -75,7 +75,7 @@ def samples_of(out: Path, k: int, spec: str) -> Path:
     return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
 
 
-LATER = ("negative_prompt", "features", "measures", "inception", "dinov2", "kid_subsets", "kid_subset_size", "bootstrap")
+LATER = ("negative_prompt", "features", "measures", "inception", "dinov2", "kid_subsets", "kid_subset_size", "bootstrap", "attributes")
 """Settings that folders of earlier versions lack; they stand in a folder only if they are not the default."""
 
 
@@ -154,6 +154,10 @@ class Measure(ABC):
 
         A generator that has memorised the set would get these scores. They are no bound, but a scale for reading the others.
         """
+
+    def judged(self, source: Source) -> dict[str, float | None]:
+        """The scores by judges of each sample and the class that was asked for; `columns` has them from then on."""
+        return {}
 
     def refuse(self, spec: str, count: int) -> None:
         """Raise UsageError if `count` samples are too few."""
@@ -294,13 +298,11 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     shown: list[tuple[str, Tensor]] = []
     for k, row in enumerate(todo):
         source, cost = row.sampled(config, folder, k, reference)
-        rows.append({"model": row.spec, "images": len(source), **cost, **reference.measure(source)})
+        rows.append({"model": row.spec, "images": len(source), **cost, **reference.measure(source), **reference.judged(source)})
         shown.append((reference.title(rows[-1]), source.batch(range(min(SHOWN, len(source))))))
-    for count in sorted({row["images"] for row in rows}):
-        if found := reference.again(count):
-            scores, first = found
-            rows.append({"model": AGAIN, "images": count, "network_evaluations": None, "images_per_second": None, **scores})
-    if rows and rows[-1]["model"] == AGAIN:
+    more, first = resampled(reference, rows, SAMPLED | reference.columns)
+    rows += more
+    if first is not None:
         shown.append((AGAIN, first))
     report = {
         "reference": reference.text,
@@ -314,6 +316,16 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     pictures = [(title, to_uint8(x)) for title, x in shown] if kind.drawn else []
     folder.finish(report, table(report), pictures, columns=20)
     return report
+
+
+def resampled(reference: Measure, rows: Sequence[dict[str, Any]], columns: Columns) -> tuple[list[dict[str, Any]], Tensor | None]:
+    """A row of the reference itself for every number of samples in the table, and a few of its samples; none of statistics alone."""
+    out, first = [], None
+    for count in sorted({row["images"] for row in rows}):
+        if found := reference.again(count):
+            scores, first = found
+            out.append({**dict.fromkeys(key for key, _ in columns.values()), "model": AGAIN, "images": count, **scores})
+    return out, first
 
 
 def table(report: dict[str, Any]) -> str:
