@@ -55,13 +55,13 @@ def seen_in(picture: Tensor) -> Thing:
     if off.max() < FAR:
         return Thing("", "", "", "", background)
     inside = off > 0.5 * off[off > 0.5 * off.max()].median()
-    grid = torch.arange(PIXELS, dtype=picture.dtype) + 0.5
-    down, across = (grid[:, None] - (inside.sum(1) @ grid) / inside.sum(), grid - (inside.sum(0) @ grid) / inside.sum())
-    centre = torch.stack([(inside.sum(0) @ grid), (inside.sum(1) @ grid)]) / inside.sum()
+    grid, mass = torch.arange(PIXELS, dtype=picture.dtype) + 0.5, inside.to(picture.dtype)
+    centre = torch.stack([mass.sum(0) @ grid, mass.sum(1) @ grid]) / mass.sum()
+    down, across = torch.meshgrid(grid - centre[1], grid - centre[0], indexing="ij")
     radius = {shape: (inside.sum() / AREAS[shape]).sqrt() for shape in SHAPES}
     fits = {}
     for shape in SHAPES:
-        other = distance(shape, across.expand(PIXELS, PIXELS), down.expand(PIXELS, PIXELS), radius[shape]) <= 0
+        other = distance(shape, across, down, radius[shape]) <= 0
         fits[shape] = ((inside & other).sum() / (inside | other).sum()).item()
     shape = max(fits, key=lambda each: fits[each])
     size = min(SIZES, key=lambda each: abs(torch.log(radius[shape] / SIZES[each]).item()))

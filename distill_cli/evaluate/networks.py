@@ -46,6 +46,10 @@ class Network(ABC):
     """Whether its classes are those of the pictures."""
     batch: ClassVar[int] = 64
     """Pictures in a batch: always the same, because the last bit of a sum may depend on it."""
+    shape: tuple[int, ...] | None = None
+    """(C, H, W) of the only pictures that it knows; None: any."""
+    classes: tuple[str, ...] = ()
+    """The names of the labels that it knows."""
     digest: str
     about: str
     width: int
@@ -86,6 +90,7 @@ class Own(Network):
     def __init__(self, config: EvaluateConfig, where: torch.device) -> None:
         self.given, self.network = config.classifier, classifier.load(config.classifier).to(where)
         self.info = self.network.info
+        self.shape, self.classes = self.info.shape, self.info.classes
         self.width = self.network.head.in_features
         self.digest = _digest(self.network, "classifier")
         self.about = f"{self.width} features of the classifier {self.given}, trained on {self.info.data}"

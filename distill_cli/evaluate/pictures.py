@@ -54,10 +54,12 @@ class Against(Measure):
         for name in config.attributes:
             judge(name)
         self.networks = [NETWORKS[name](config, self.where) for name in dict.fromkeys(config.features)]
-        if self.source is not None:
-            self.shape, self.classes = self.source.shape, self.source.classes
+        self.shape = next((network.shape for network in self.networks if network.shape), None) if self.source is None else self.source.shape
+        named = isinstance(self.source, Pictures | Drawn)  # a file has no names of classes: they are the network's
+        self.classes = self.source.classes if named and self.source else next(filter(None, (each.classes for each in self.networks)), ())
+        if self.shape is not None:
             for network in self.networks:
-                network.check(self.source.shape, self.classes, config.data)
+                network.check(self.shape, self.classes if named else network.classes, config.data)
         labelled = "classifier" in config.features
         self.knows, self.least = f"--classifier {config.classifier} knows" if labelled else "the reference has", config.neighbours + 2
         self.positions = None if config.classes is None else self._of_classes(config.classes)
