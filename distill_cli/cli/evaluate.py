@@ -48,4 +48,5 @@ def evaluate(
         common.say(f"warning: {warning}")
     assert config.out is not None
     places = [f"picture: {config.out}/picture.png"] if (config.out / "picture.png").exists() else []
+    places += [f"statistics: {config.save_statistics}"] if config.save_statistics is not None else []
     common.result(report, "\n".join([kind.table(report), "", *places, f"report: {config.out}/report.json"]), json)

@@ -191,8 +191,8 @@ class Against(Measure):
             scores |= self._scores(network, self.references[network].seen[chosen])
         return scores, self.source.batch(range(min(count, SHOWN, len(self.source))))
 
-    def refuse(self, spec: str, count: int) -> None:
-        super().refuse(spec, count)
+    def refuse(self, spec: str, count: int, shape: tuple[int, ...]) -> None:
+        super().refuse(spec, count, shape)
         self._refuse_subset(f"--model {spec} has", count)
 
     def title(self, row: dict[str, Any]) -> str:

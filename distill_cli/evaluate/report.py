@@ -75,6 +75,8 @@ def samples_of(out: Path, k: int, spec: str) -> Path:
     return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
 
 
+FILES = (".npz", ".pkl", ".pickle", ".pt", ".pth")
+"""Suffixes of files that --data may name, though most are refused."""
 LATER = ("negative_prompt", "features", "measures", "inception", "dinov2", "kid_subsets", "kid_subset_size", "bootstrap", "attributes")
 """Settings that folders of earlier versions lack; they stand in a folder only if they are not the default."""
 
@@ -159,8 +161,11 @@ class Measure(ABC):
         """The scores by judges of each sample and the class that was asked for; `columns` has them from then on."""
         return {}
 
-    def refuse(self, spec: str, count: int) -> None:
-        """Raise UsageError if `count` samples are too few."""
+    def refuse(self, spec: str, count: int, shape: tuple[int, ...]) -> None:
+        """Raise UsageError if samples have another shape (C, H, W) than the real data, or are too few."""
+        if self.shape is not None and shape != tuple(self.shape):
+            hint = "--data FOLDER --resolution N --classifier RUN measure against images of your own"
+            raise UsageError(f"--model {spec}: {self.kind.name} of {shape}, the reference has {tuple(self.shape)}", hint)
         if count < self.least:
             said = f"--model {spec}: {count} {self.kind.name} are too few to measure anything"
             raise UsageError(said, f"more than {self.least - 1}")
@@ -217,7 +222,7 @@ class Row:
     @classmethod
     def of(cls, spec: str, config: EvaluateConfig, reference: Measure) -> Row:
         """Load the model or samples that `spec` names; raises UsageError before anything is sampled."""
-        kind, shape = reference.kind, reference.shape
+        kind = reference.kind
         row = cls(spec, opened(spec, kind, config.resolution))
         if row.source is not None:
             _relabel(row.source, spec, reference)
@@ -234,10 +239,7 @@ class Row:
             if made is not kind:
                 raise UsageError(f"--model {spec}: makes {made.name}, --data {config.data} has {kind.name}", "give a --data of its kind")
             found, count = made.written(row.model.shape), config.num
-        if shape is not None and found != tuple(shape):
-            hint = "--data FOLDER --resolution N --classifier RUN measure against images of your own"
-            raise UsageError(f"--model {spec}: {kind.name} of {found}, the reference has {tuple(shape)}", hint)
-        reference.refuse(spec, count)
+        reference.refuse(spec, count, found)
         return row
 
     def sampled(self, config: EvaluateConfig, to: Evaluation, k: int, reference: Measure) -> tuple[Source, dict[str, Any]]:
@@ -275,7 +277,7 @@ def _relabel(source: Source, spec: str, reference: Measure) -> None:
 def reference_images(config: EvaluateConfig) -> Images | None:
     """The set that --data names; None for what is measured against as it stands: a file, or a folder whose pictures are not cropped."""
     path = Path(config.data)
-    as_it_is = path.is_file() or (config.resolution is None and "classifier" not in config.features and path.is_dir())
+    as_it_is = path.suffix.lower() in FILES or (config.resolution is None and "classifier" not in config.features and path.is_dir())
     return None if config.data not in BUILTIN_SETS and as_it_is else open_images(config.data, config.resolution)
 
 

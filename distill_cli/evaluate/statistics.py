@@ -74,7 +74,7 @@ def write(path: Path, statistics: Statistics, network: Network, images: int) -> 
 
 def refuse_pickle(name: str) -> None:
     """Raise UsageError for a file that would have to be unpickled."""
-    if name.lower().endswith((".pkl", ".pickle", ".pt", ".pth")):
+    if not name.lower().endswith(".npz"):
         raise UsageError(
             f"--data {name}: a pickle, which may run code, is not read", "np.savez(FILE, mu=..., sigma=...) where you trust it"
         )

@@ -64,13 +64,13 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
         raise UsageError("measures diversity: one image for each prompt", "images_per_prompt=N, N from 2 on")
     # errors of any model come before sampling
     finished = [opened(spec, PICTURES, config.resolution) for spec in config.model]
-    said = [
-        source.about if source else f"{spec} ({prepared(spec, config, prompts)[0].about})"
-        for spec, source in zip(config.model, finished, strict=True)
-    ]
+    said = []
     for spec, source in zip(config.model, finished, strict=True):
+        model = None if source else prepared(spec, config, prompts)[0]
+        shape = source.shape if source else PICTURES.written(model.shape) if model else ()
+        said.append(source.about if source else f"{spec} ({model.about})" if model else "")
         if reference is not None:
-            reference.refuse(spec, len(source) if source else count)
+            reference.refuse(spec, len(source) if source else count, shape)
     say_read(prompts, *([reference.read] if reference else []), *said)
     folder = Evaluation(config)
     if reference is not None:
