@@ -95,7 +95,7 @@ def _kid(real: Reference, fake: Seen, config: EvaluateConfig) -> Sequence[Score]
 
 def _inception_score(real: Reference, fake: Seen, config: EvaluateConfig) -> Sequence[Score]:
     assert fake.logits is not None
-    return [inception_score(fake.logits, SPLITS)]
+    return [inception_score(fake.logits, min(SPLITS, len(fake)))]
 
 
 def _precision_recall(real: Reference, fake: Seen, config: EvaluateConfig) -> Sequence[Score]:
@@ -177,7 +177,7 @@ MEASURES = {
     "accuracy": Measure({"accuracy": ("accuracy", ".3f")}, _accuracy, Needs.NOTHING, logits=True, labels=True),
     "frechet": Measure({"frechet": ("Fréchet distance", ".4f")}, _frechet, Needs.STATISTICS),
     "kid": Measure({"kid": ("KID", ".6f")}, _kid),
-    "inception-score": Measure({"inception_score": ("IS", ".3f")}, _inception_score, Needs.NOTHING, logits=True),
+    "inception-score": Measure({"score": ("IS", ".3f")}, _inception_score, Needs.NOTHING, logits=True),
     "precision-recall": Measure({"precision": ("precision", ".3f"), "recall": ("recall", ".3f")}, _precision_recall),
     "density-coverage": Measure({"density": ("density", ".3f"), "coverage": ("coverage", ".3f")}, _density_coverage),
     "diversity": Measure({"diversity": ("diversity", ".3f")}, _diversity, Needs.NOTHING, groups=True),

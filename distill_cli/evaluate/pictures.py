@@ -79,7 +79,11 @@ class Against(Measure):
             raise UsageError(f"--data {config.data}: {count} images are too few to measure against", "take more of them")
         if self.source is not None:
             self._refuse_subset(f"--data {config.data} has", count)
+        if config.save_statistics is not None and len(self.networks) > 1:
+            raise UsageError(f"save_statistics: of one network, and features are {', '.join(config.features)}", "features=NAME")
         self.published = {network: self._published(network) for network in self.networks}
+        if config.save_statistics is not None and (self.source is None or self.published[self.networks[0]][0] is not None):
+            raise UsageError(f"save_statistics: --data {config.data} is no set of pictures alone", "--data FOLDER, or an .npz of pictures")
         self.read = ("", f"statistics in {config.data}", "" if self.source is None else self.source.about)[self.has]
 
     def begin(self) -> None:
@@ -149,9 +153,7 @@ class Against(Measure):
 
     def save_statistics(self, path: Path) -> None:
         """Write mean and covariance of the real pictures' features to a file."""
-        network, *others = self.networks
-        if others:
-            raise UsageError(f"save_statistics: of one network, and features are {', '.join(self.config.features)}", "features=NAME")
+        network = self.networks[0]
         reference = self.references[network]
         statistics.write(path, reference.statistics, network, len(reference.seen))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distill_cli.data import Images
+from distill_cli.data.folders import pictures_below
 from distill_cli.data.images import Folder
 from distill_cli.data.kinds import PICTURES, Kind, check_pictures
 from distill_cli.data.npz import Rows
@@ -198,9 +199,11 @@ class Drawn(Source):
 
 
 def is_pictures(spec: str) -> bool:
-    """Whether a name is that of a folder which is no model's and no run's."""
+    """Whether a name is that of a folder with pictures which is no model's and no run's."""
     path = Path(spec)
-    return path.is_dir() and not any((path / each / name).exists() for each in ("", *PARTS) for name in (*MARKS, RUN))
+    if not path.is_dir() or any((path / each / name).exists() for each in ("", *PARTS) for name in (*MARKS, RUN)):
+        return False
+    return bool(pictures_below(path).files)
 
 
 def open_source(spec: str, flag: str, resolution: int | None = None) -> Source | None:

@@ -71,8 +71,8 @@ def test_the_numbers_are_torch_fidelitys(weights, distill, tmp_path):
     row, again = ended.json["rows"]
     assert row["inception_kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
     assert row["inception_kid_spread"] == pytest.approx(theirs["kernel_inception_distance_std"], abs=1e-6)
-    assert row["inception_inception_score"] == pytest.approx(theirs["inception_score_mean"], abs=1e-6)
-    assert row["inception_inception_score_spread"] == pytest.approx(theirs["inception_score_std"], abs=1e-6)
+    assert row["inception_score"] == pytest.approx(theirs["inception_score_mean"], abs=1e-6)
+    assert row["inception_score_spread"] == pytest.approx(theirs["inception_score_std"], abs=1e-6)
     assert (row["inception_precision"], row["inception_recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
     # the covariances have rank 19 and 11, so the truth is known from the few pictures: tr (A B)^(1/2) = sum of singular values of X Y^T
     x, y = (each - each.mean(0) for each in (kept(tmp_path / "fake"), kept(tmp_path / "real")))
