@@ -66,11 +66,14 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     finished = [opened(spec, PICTURES, config.resolution) for spec in config.model]
     said = []
     for spec, source in zip(config.model, finished, strict=True):
-        model = None if source else prepared(spec, config, prompts)[0]
-        shape = source.shape if source else PICTURES.written(model.shape) if model else ()
-        said.append(source.about if source else f"{spec} ({model.about})" if model else "")
+        if source is None:
+            model = prepared(spec, config, prompts)[0]
+            shape, images, about = PICTURES.written(model.shape), count, f"{spec} ({model.about})"
+        else:
+            shape, images, about = source.shape, len(source), source.about
+        said.append(about)
         if reference is not None:
-            reference.refuse(spec, len(source) if source else count, shape)
+            reference.refuse(spec, images, shape)
     say_read(prompts, *([reference.read] if reference else []), *said)
     folder = Evaluation(config)
     if reference is not None:
