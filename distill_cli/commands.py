@@ -54,7 +54,8 @@ SHOWN = {
     "sample": ("model", "num", "out", "classes", "prompts", "negative_prompt", "images_per_prompt", "solver", "steps", "times",
                "search_times", "classifier", "guidance_scale", "batch_size", "format", "grid", "precision", "seed", "device"),
     "edit": ("model", "input", "mask", "patch", "times", "classes", "out", "seed", "device"),
-    "evaluate": ("model", "data", "resolution", "classifier", "num", "prompts", "clip", "out", "batch_size", "precision", "seed", "device"),
+    "evaluate": ("model", "data", "resolution", "features", "measures", "classifier", "save_statistics", "num", "prompts", "clip",
+                 "attributes", "out", "batch_size", "precision", "seed", "device"),
 }  # fmt: skip
 
 

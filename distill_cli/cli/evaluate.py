@@ -24,16 +24,16 @@ def evaluate(
     json: common.Json = False,
     help_all: HelpAll = False,
 ) -> None:
-    """Measure models against real images: accuracy, Fréchet distance, precision, recall, in one table."""
+    """Measure models or finished pictures against real ones: FID, KID, precision, recall and more, in one table."""
     config: EvaluateConfig = common.asked(context, recipe, overrides, "evaluation")
     if dry_run:
-        from distill_cli.data import open_images
         from distill_cli.data.prompts import open_prompts
+        from distill_cli.evaluate.report import reference_images
         from distill_cli.evaluate.text import count_of
 
-        given = open_prompts(config.prompts) if config.prompts is not None else open_images(config.data, config.resolution)
-        common.say_read("evaluate", given)
-        count = config.num if config.prompts is None else count_of(config, len(given))
+        given = open_prompts(config.prompts) if config.prompts is not None else reference_images(config)
+        common.say_read("evaluate", config.data if given is None else given)
+        count = count_of(config, len(open_prompts(config.prompts))) if config.prompts is not None else config.num
         plan = {"images": f"{count} of each of {len(config.model)} models, kept in {config.out}/samples"}
         common.dry_run(config.model_copy(update={"num": count}), plan)
     common.start_processes(num_processes, config.prompts)
@@ -48,4 +48,5 @@ def evaluate(
         common.say(f"warning: {warning}")
     assert config.out is not None
     places = [f"picture: {config.out}/picture.png"] if (config.out / "picture.png").exists() else []
+    places += [f"statistics: {config.save_statistics}"] if config.save_statistics is not None else []
     common.result(report, "\n".join([kind.table(report), "", *places, f"report: {config.out}/report.html, report.json"]), json)

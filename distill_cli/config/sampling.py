@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from distill_cli.config.base import Classes, Compile, Config, Name, Place, Positive, Precision, Rate, Solver, Text
+from distill_cli.config.base import Classes, Compile, Config, Count, Name, Names, Place, Positive, Precision, Rate, Solver, Text
 
 
 class GenerateConfig(Config):
@@ -61,20 +61,45 @@ class SampleConfig(GenerateConfig):
         return self
 
 
+Network = Literal["classifier", "inception", "dinov2", "clip"]
+Measured = Literal[
+    "accuracy", "frechet", "kid", "inception-score", "precision-recall", "density-coverage", "diversity", "memorisation"
+]  # fmt: skip
+
+
 class EvaluateConfig(Config):
     """distill evaluate"""
 
     model: Annotated[list[Name], BeforeValidator(lambda one: [one] if isinstance(one, str) else one), Field(min_length=1)] = Field(
-        ["digits"], description="models as for sample (NAME@STEPS: in that many steps), or .npz files; one flag for each"
+        ["digits"],
+        description="models as for sample (NAME@STEPS: in that many steps), or finished pictures: .npz files, folders; one flag each",
     )
-    data: Name = Field("digits", description="the real images: a built-in set or a folder")
-    resolution: Positive | None = Field(None, description="image width in pixels; a folder needs it, a built-in set has its own")
+    data: Name = Field("digits", description="the real images: a built-in set, a folder, or an .npz of pictures or of statistics")
+    resolution: Positive | None = Field(None, description="image width in pixels to which folders are cropped; default as they are")
+    features: Annotated[list[Network], Names, Field(min_length=1)] = Field(
+        ["classifier"], description="networks that see the pictures: classifier, inception, dinov2, clip; one, or several"
+    )
+    measures: Annotated[list[Measured] | None, Names] = Field(
+        None,
+        description="accuracy, frechet, kid, inception-score, precision-recall, density-coverage, diversity, memorisation; default: some",
+    )
+    attributes: Annotated[list[Name], Names] = Field(
+        [], description="judges of each picture and what was asked for: shapes, or your own module:function"
+    )
+    inception: Place | None = Field(None, description="torch-fidelity's file of Inception's weights; default the one in torch's cache")
+    dinov2: Name | None = Field(None, description="a DINOv2 of transformers: a folder or a hub id")
+    kid_subsets: Positive = Field(100, description="kid: number of subsets, whose mean and standard deviation are given")
+    kid_subset_size: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="kid: pictures in a subset; default 1000, or all where there are fewer"
+    )
+    bootstrap: Count = Field(10, description="frechet: number of resamples, whose standard deviation is given; 0: none")
+    save_statistics: Place | None = Field(None, description="write mean and covariance of the real images' features to this .npz")
     classifier: Name = Field("digits", description="classifier whose features are used: built in, or of `distill classifier`")
-    prompts: Name | None = Field(None, description="text-to-image: prompts as for sample; the models are measured by clip alone")
+    prompts: Name | None = Field(None, description="text-to-image: prompts as for sample; measured by clip, attributes, features")
     images_per_prompt: Positive = Field(1, description="images for each prompt, one after another")
     negative_prompt: Text | None = Field(None, description="text-to-image: negative prompt, from which guidance leads away")
     guidance_scale: Rate | None = Field(None, description="text-to-image: guidance scale of teachers; default each one's own")
-    clip: Name | None = Field(None, description="text-to-image: the CLIP model (folder or hub id) that gives the score")
+    clip: Name | None = Field(None, description="the CLIP model (folder or hub id) that scores pictures of prompts, or sees pictures")
     num: Positive = Field(2000, description="images of each model")
     seed: int = Field(7, ge=0, lt=2**63, description="seed of the noise; not that of the pairs, whose noise a student has seen")
     classes: Classes = Field(None, description="classes of the images in turn; default all, balanced")
@@ -84,10 +109,13 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _of_prompts(self) -> EvaluateConfig:
-        if self.prompts is None and (given := self.changed("clip", "images_per_prompt", "negative_prompt", "guidance_scale")):
+        of_prompts = ["clip"] * ("clip" not in self.features) + ["images_per_prompt", "negative_prompt", "guidance_scale"]
+        if self.prompts is None and (given := self.changed(*of_prompts)):
             raise ValueError(f"{given[0]} needs prompts")
-        if self.prompts is not None and (given := self.changed("data", "classifier", "classes")):
+        if self.prompts is not None and (given := self.changed("classifier", "classes")):
             raise ValueError(f"{given[0]} is not for prompts: they are measured by clip")
+        if self.prompts is not None and "classifier" in self.features and (given := self.changed("data", "features", "measures")):
+            raise ValueError(f"{given[0]} is not for prompts unless features are of inception, dinov2 or clip")
         return self
 
 

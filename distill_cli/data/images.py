@@ -128,7 +128,7 @@ class Folder:
 
     def _read(self, position: int) -> tuple[np.ndarray, str]:
         picture = open_picture(self.files[position])
-        return np.asarray(cover(picture.image, self.resolution, self.resolution)), picture.dark
+        return np.asarray(cover(picture.image, *self.shape[1:])), picture.dark
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
         read, dark = zip(*self.readers.map(self._read, positions), strict=True)

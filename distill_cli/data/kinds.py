@@ -57,7 +57,7 @@ class Kind(ABC):
 class Pictures(Kind):
     """Pictures (B, C, H, W) in [-1, 1], grey or in colour; uint8 in files."""
 
-    name, new, measure = "images", "models.pixel:new", "evaluate.features:Features"
+    name, new, measure = "images", "models.pixel:new", "evaluate.pictures:Against"
     formats, drawn = ("png", "npz"), True
 
     def size(self, picture: str) -> str:
@@ -70,9 +70,14 @@ class Pictures(Kind):
         return finished(x)
 
     def read(self, stored: np.ndarray, where: str) -> Tensor:
-        if stored.dtype != np.uint8 or stored.ndim != 4 or stored.shape[3] != 3:
-            raise UsageError(f"{where}: arr_0 is {stored.dtype} {stored.shape}, not uint8 (N, H, W, 3)", _as_expected(stored))
+        check_pictures(stored, where)
         return from_uint8(stored)
+
+
+def check_pictures(stored: np.ndarray, where: str) -> None:
+    """Raise UsageError, which begins with `where`, unless arr_0 of an npz file is pictures."""
+    if stored.dtype != np.uint8 or stored.ndim != 4 or stored.shape[3] != 3:
+        raise UsageError(f"{where}: arr_0 is {stored.dtype} {stored.shape}, not uint8 (N, H, W, 3)", _as_expected(stored))
 
 
 def _as_expected(images: np.ndarray) -> str:

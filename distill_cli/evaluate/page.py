@@ -26,6 +26,8 @@ WHOLE, SHRUNK, QUALITY = 128, 384, 90
 """Pictures up to WHOLE pixels stand in the page as they are; larger ones as JPEG of at most SHRUNK pixels."""
 SMALL, CAPTIONED, LARGE = 64, 128, 192
 """Widths in pixels: pictures are enlarged by a whole number to SMALL, to CAPTIONED under captions, and shown at LARGE at most."""
+SPREAD = "_spread"
+"""The end of the key of a score's spread: its standard error, or standard deviation over subsets or resamples."""
 TABLES = ("rows", "warnings", "columns")
 """Parts of a report that have a place of their own in the page."""
 
@@ -34,9 +36,9 @@ Strip = tuple[str, np.ndarray, Sequence[str]]
 
 
 def cell(row: dict[str, Any], key: str, form: str) -> str:
-    """A value of the table as it stands in report.md; '' for one that a row does not have."""
-    value = row.get(key)
-    return "" if value is None else f"{value:{form}}"
+    """A value of the table, here and in report.md, with its spread behind it; '' for one that a row does not have."""
+    value, spread = row.get(key), row.get(key + SPREAD)
+    return "" if value is None else f"{value:{form}}{'' if spread is None else f' ± {spread:{form}}'}"
 
 
 def words(value: Any) -> str:

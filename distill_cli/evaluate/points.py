@@ -12,6 +12,7 @@ from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.evaluate.report import AGAIN_SEED, REFERENCE_SEED, Measure
+from distill_cli.evaluate.sources import Source
 
 DIRECTIONS = 128
 
@@ -50,8 +51,8 @@ class Sliced(Measure):
     least = 2
 
     def __init__(self, config: EvaluateConfig, images: Images) -> None:
-        super().__init__(config, images)
-        if given := config.changed("classifier", "neighbours"):
+        self.kind, self.shape, self.read = images.kind, images.shape, images.about
+        if given := config.changed("classifier", "neighbours", "features", "measures", "attributes", "save_statistics"):
             images.kind.needs_pictures(given[0])
         if config.classes and max(config.classes) >= max(1, len(images.classes)):
             raise UsageError(f"--classes {max(config.classes)}: {config.data} has {len(images.classes)} classes")
@@ -64,9 +65,12 @@ class Sliced(Measure):
         self.text = f"{which} {len(self.points)} points of {config.data}"
         self.about = f"Sliced Wasserstein-1 distance over {DIRECTIONS} directions, as a share of the reference's standard deviation"
 
-    def measure(self, x: Tensor, labels: Tensor | None) -> dict[str, float | None]:
+    def measure(self, source: Source) -> dict[str, float | None]:
+        return self._scores(source.batch(range(len(source))))
+
+    def _scores(self, x: Tensor) -> dict[str, float | None]:
         return {"sliced_wasserstein": sliced_wasserstein(x.flatten(1), self.points.flatten(1)) / self.spread}
 
     def again(self, count: int) -> tuple[dict[str, float | None], Tensor]:
         drawn = self.points[(Draws(AGAIN_SEED, range(count)).uniform("order") * len(self.points)).long()]
-        return self.measure(drawn, None), drawn
+        return self._scores(drawn), drawn

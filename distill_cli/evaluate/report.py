@@ -8,19 +8,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill_cli import launch, processes
-from distill_cli.config import EvaluateConfig, SampleConfig
+from distill_cli.config import BUILTIN_SETS, EvaluateConfig, SampleConfig
 from distill_cli.data import Images, npz, open_images
 from distill_cli.data.kinds import PICTURES, Kind
 from distill_cli.data.pictures import save_comparison, to_uint8
 from distill_cli.errors import UsageError
 from distill_cli.evaluate import page
+from distill_cli.evaluate.sources import AGAIN as AGAIN_NPZ
+from distill_cli.evaluate.sources import Given, Source, labels_of, open_source
 from distill_cli.files import bounded, remove_temporaries, write_atomic
 from distill_cli.methods.registry import load as named
 from distill_cli.models import load
@@ -30,7 +32,7 @@ from distill_cli.sample import batch
 
 AGAIN = "the reference, resampled"
 REFERENCE_SEED, AGAIN_SEED = 0, 1
-SHOWN, PART = 40, 500
+SHOWN = 40
 Columns = dict[str, tuple[str, str]]
 """The columns of a table: their titles, each with a key of the rows and the format of its values."""
 SAMPLED: Columns = {
@@ -56,8 +58,8 @@ def shared(count: int, part: int, of: Callable[[range], tuple[Tensor, ...]], whe
 
 
 def markdown(columns: Columns, rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The lines of a Markdown table; None is an empty cell."""
-    cells = [["" if row[key] is None else f"{row[key]:{form}}" for key, form in columns.values()] for row in rows]
+    """The lines of a Markdown table; None is an empty cell, and a spread stands behind its score."""
+    cells = [[page.cell(row, key, form) for key, form in columns.values()] for row in rows]
     head, *lines = ["| " + " | ".join(line) + " |" for line in (columns, *cells)]
     return [head, "|" + "---|" * len(columns), *lines]
 
@@ -67,14 +69,20 @@ def samples_of(out: Path, k: int, spec: str) -> Path:
     return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
 
 
+FILES = (".npz", ".pkl", ".pickle", ".pt", ".pth")
+"""Suffixes of files that --data may name, though most are refused."""
+LATER = ("negative_prompt", "features", "measures", "inception", "dinov2", "kid_subsets", "kid_subset_size", "bootstrap", "attributes")
+"""Settings that folders of earlier versions lack; they stand in a folder only if they are not the default."""
+
+
 class Evaluation:
     """The folder of an evaluation, begun or continued: settings, samples, the speed at which they were made, the report."""
 
     def __init__(self, config: EvaluateConfig) -> None:
         assert config.out is not None
         self.folder, self.rates, self.where = config.out, config.out / "rates.json", launch.device(config.device)
-        unsaid = {"negative_prompt"} if config.negative_prompt is None else set()  # as in folders of earlier versions
-        self.settings = config.model_dump(mode="json", exclude={"out", "device"} | unsaid)
+        unsaid = {key for key in LATER if not config.changed(key)}
+        self.settings = config.model_dump(mode="json", exclude={"out", "device", "save_statistics"} | unsaid)
         settle(self.folder / "evaluation.json", self.settings, "an evaluation")
         remove_temporaries(self.folder)
         try:
@@ -116,16 +124,22 @@ class Evaluation:
 
 
 class Measure(ABC):
-    """How samples are measured against a set of real data."""
+    """How samples are measured against real data."""
 
-    columns: ClassVar[Columns]
+    columns: Columns
     """The columns of the scores."""
+    kind: Kind
+    """The kind of data."""
+    shape: tuple[int, ...] | None = None
+    """(C, H, W) of the real data; None where they are not there, and their statistics are."""
     least: int
     """Fewer samples cannot be measured."""
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
     """The names of the labels that it can compare."""
     knows: str = "the reference has"
     """Who knows the labels, for errors."""
+    read: str
+    """What was read, for the job's first line."""
     text: str
     """The reference, in words."""
     about: str
@@ -134,48 +148,73 @@ class Measure(ABC):
     @abstractmethod
     def __init__(self, config: EvaluateConfig, images: Images) -> None:
         """Raises UsageError for a set that cannot be measured against."""
-        self.images = images
+
+    def begin(self) -> None:
+        """Do what takes long, once the evaluation's folder is there; `text` and `about` are known then."""
+        return
 
     @abstractmethod
-    def measure(self, x: Tensor, labels: Tensor | None) -> dict[str, float | None]:
-        """The scores of x (N, C, H, W); `labels` (N,) are those asked for."""
+    def measure(self, source: Source) -> dict[str, float | None]:
+        """The scores of samples, and their spreads under the keys that end in SPREAD."""
 
     @abstractmethod
-    def again(self, count: int) -> tuple[dict[str, float | None], Tensor]:
-        """The scores of `count` samples drawn from the set with replacement, and the first few of them.
+    def again(self, count: int) -> tuple[dict[str, float | None], Tensor] | None:
+        """The scores of `count` samples drawn from the set with replacement, and a few to show; None of statistics alone.
 
         A generator that has memorised the set would get these scores. They are no bound, but a scale for reading the others.
         """
+
+    def judged(self, source: Source) -> dict[str, float | None]:
+        """The scores by judges of each sample and the class that was asked for; `columns` has them from then on."""
+        return {}
+
+    def refuse(self, spec: str, count: int, shape: tuple[int, ...]) -> None:
+        """Raise UsageError if samples have another shape (C, H, W) than the real data, or are too few."""
+        if self.shape is not None and shape != tuple(self.shape):
+            hint = "--data FOLDER --resolution N --classifier RUN measure against images of your own"
+            raise UsageError(f"--model {spec}: {self.kind.name} of {shape}, the reference has {tuple(self.shape)}", hint)
+        if count < self.least:
+            said = f"--model {spec}: {count} {self.kind.name} are too few to measure anything"
+            raise UsageError(said, f"more than {self.least - 1}")
+
+    def save_statistics(self, path: Path) -> None:
+        """Write what a later evaluation needs of the reference. Raises UsageError if there is no such thing."""
+        self.kind.needs_pictures("save_statistics")
 
     def title(self, row: dict[str, Any]) -> str:
         """The title of a model's pictures in picture.png."""
         return str(row["model"])
 
-    def warning(self, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-        """Why a row of the table says little, or ''."""
-        return ""
+    def warnings(self, row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+        """Why a row of the table says little."""
+        return []
 
 
 def read_npz(path: Path, kind: Kind = PICTURES) -> tuple[Tensor, Tensor | None]:
     """Data (N, C, H, W) of a kind and labels (N,) from a file as `distill sample` writes it; None if all labels are 0."""
     if not path.exists():
         raise UsageError(f"--model {path}: no such file")
-    images, labels = npz.read_npz(path, "write it again with `distill sample --format npz`")
+    images, labels = npz.read_npz(path, AGAIN_NPZ)
     x = kind.read(images, f"--model {path}")
-    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(images),)):
-        raise UsageError(f"--model {path}: arr_1 is {labels.dtype} {labels.shape}", "whole numbers, one an image, are expected")
-    labelled = labels is not None and labels.any()  # models without classes have label 0 throughout
-    return x, torch.from_numpy(np.asarray(labels, np.int64)) if labelled else None
+    return x, labels_of(labels, len(images), f"--model {path}")
+
+
+def opened(spec: str, kind: Kind, resolution: int | None) -> Source | None:
+    """Finished samples of an npz file or a folder; None for what must be a model."""
+    if kind.drawn:
+        return open_source(spec, "--model", resolution)
+    if not spec.lower().endswith(".npz"):
+        return None
+    x, labels = read_npz(Path(spec), kind)
+    return Given(x, labels, kind, f"{len(x)} {kind.name} of {spec}")
 
 
 @dataclass
 class Row:
-    """A line of the table before measurement: images from a file, or a model that will make them."""
+    """A line of the table before measurement: finished samples, or a model that will make them."""
 
     spec: str
-    kind: Kind
-    images: Tensor | None = None
-    labels: Tensor | None = None
+    source: Source | None = None
     model: Model | None = None
     steps: int | None = None
 
@@ -184,27 +223,20 @@ class Row:
         """A short description of what was read, for the job's first line."""
         if self.model is not None:
             return f"{self.spec} ({self.model.about})"
-        assert self.images is not None
-        return f"{len(self.images)} {self.kind.name} of {self.spec}{', no labels' if self.labels is None else ''}"
+        assert self.source is not None
+        return f"{self.source.about}{', no labels' if self.source.labels is None else ''}"
 
     @classmethod
     def of(cls, spec: str, config: EvaluateConfig, reference: Measure) -> Row:
-        """Load the model or images that `spec` names; raises UsageError before anything is sampled."""
-        kind, shape, classes = reference.images.kind, tuple(reference.images.shape), reference.classes
-        if spec.lower().endswith(".npz"):
-            row = cls(spec, kind, *read_npz(Path(spec), kind))
-            assert row.images is not None
-            row.labels = row.labels if classes else None
-            wrong = [] if row.labels is None else row.labels[(row.labels < 0) | (row.labels >= len(classes))].tolist()
-            if wrong:
-                raise UsageError(
-                    f"--model {spec}: arr_1 has label {wrong[0]}, and {reference.knows} 0 to {len(classes) - 1}",
-                    "labels count from 0; a file without arr_1 is measured without them",
-                )
-            found, count = tuple(row.images.shape[1:]), len(row.images)
+        """Load the model or samples that `spec` names; raises UsageError before anything is sampled."""
+        kind = reference.kind
+        row = cls(spec, opened(spec, kind, config.resolution))
+        if row.source is not None:
+            _relabel(row.source, spec, reference)
+            found, count = tuple(row.source.shape), len(row.source)
         else:
             name, steps = split(spec)
-            row = cls(spec, kind, model=load(name, steps), steps=steps)
+            row = cls(spec, model=load(name, steps), steps=steps)
             assert row.model is not None
             if row.model.conditioner.takes == "prompts":
                 raise UsageError(f"--model {spec}: makes pictures of prompts", "--prompts FILE clip=FOLDER measures how well they fit them")
@@ -214,25 +246,46 @@ class Row:
             if made is not kind:
                 raise UsageError(f"--model {spec}: makes {made.name}, --data {config.data} has {kind.name}", "give a --data of its kind")
             found, count = made.written(row.model.shape), config.num
-        if found != shape:
-            hint = "--data FOLDER --resolution N --classifier RUN measure against images of your own"
-            raise UsageError(f"--model {spec}: {kind.name} of {found}, the reference has {shape}", hint)
-        if count < reference.least:
-            raise UsageError(f"--model {spec}: {count} {kind.name} are too few to measure anything", f"more than {reference.least - 1}")
+        reference.refuse(spec, count, found)
         return row
 
-    def sampled(self, config: EvaluateConfig, to: Evaluation, k: int, reference: Measure) -> dict[str, Any]:
-        """Make the images of row k, and the labels if the reference has the same classes; returns the cost of sampling."""
+    def sampled(self, config: EvaluateConfig, to: Evaluation, k: int, reference: Measure) -> tuple[Source, dict[str, Any]]:
+        """Make the samples of row k, with labels if the reference has the same classes; returns them and the cost of sampling."""
         if self.model is None:
-            return to.cost(self.spec, {"network_evaluations": None, "images_per_second": None})
+            assert self.source is not None
+            return self.source, to.cost(self.spec, {"network_evaluations": None, "images_per_second": None})
         options = config.model_dump(include={"num", "seed", "device", "precision", "classes"})
         asked = SampleConfig(model=self.spec, steps=self.steps, format="npz", batch_size=config.batch_size or 100, **options)
         folder = samples_of(to.folder, k, self.spec)
         cost = to.cost(self.spec, batch.sample(asked, self.model, folder))  # the parts are joined then
-        self.images, _ = read_npz(folder / "samples.npz", reference.images.kind)
-        if self.model.conditioner.classes == reference.classes:
-            self.labels = self.model.conditioner.labels(config.num, config.classes)
-        return cost
+        source = opened(str(folder / "samples.npz"), reference.kind, None)
+        assert source is not None
+        same = bool(reference.classes) and self.model.conditioner.classes == reference.classes
+        source.labels = self.model.conditioner.labels(config.num, config.classes) if same else None
+        self.model = None  # the next row's needs the room
+        return source, cost
+
+
+def _relabel(source: Source, spec: str, reference: Measure) -> None:
+    """Number the labels of finished samples as the reference does, or drop them. Raises UsageError for labels that it does not have."""
+    classes = reference.classes
+    if source.labels is not None and source.classes:
+        numbers = [classes.index(name) if name in classes else -1 for name in source.classes]
+        source.labels = None if -1 in numbers else torch.tensor(numbers)[source.labels]
+    source.labels = source.labels if classes else None
+    wrong = [] if source.labels is None else source.labels[(source.labels < 0) | (source.labels >= len(classes))].tolist()
+    if wrong:
+        raise UsageError(
+            f"--model {spec}: arr_1 has label {wrong[0]}, and {reference.knows} 0 to {len(classes) - 1}",
+            "labels count from 0; a file without arr_1 is measured without them",
+        )
+
+
+def reference_images(config: EvaluateConfig) -> Images | None:
+    """The set that --data names; None for what is measured against as it stands: a file, or a folder whose pictures are not cropped."""
+    path = Path(config.data)
+    as_it_is = path.suffix.lower() in FILES or (config.resolution is None and "classifier" not in config.features and path.is_dir())
+    return None if config.data not in BUILTIN_SETS and as_it_is else open_images(config.data, config.resolution)
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
@@ -240,35 +293,48 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
 
     `say_read` is called with what was read, before sampling. Processes share the work; all return the same report, process 0 writes it.
     """
-    images = open_images(config.data, config.resolution)
-    reference: Measure = named(images.kind.measure)(config, images)
-    todo = [Row.of(spec, config, reference) for spec in config.model]
-    say_read(images, *todo)
+    images = reference_images(config)
+    kind = PICTURES if images is None else images.kind
+    reference: Measure = named(kind.measure)(config, images)
+    asked = config.model if "model" in config.model_fields_set or config.save_statistics is None else []
+    todo = [Row.of(spec, config, reference) for spec in asked]
+    say_read(reference.read, *todo)
     folder = Evaluation(config)
+    reference.begin()
+    if config.save_statistics is not None and processes.rank() == 0:
+        reference.save_statistics(config.save_statistics)
     rows: list[dict[str, Any]] = []
     shown: list[tuple[str, Tensor]] = []
     for k, row in enumerate(todo):
-        cost = row.sampled(config, folder, k, reference)
-        assert row.images is not None
-        rows.append({"model": row.spec, "images": len(row.images), **cost, **reference.measure(row.images, row.labels)})
-        shown.append((reference.title(rows[-1]), row.images[:SHOWN]))
-        row.images = row.model = None  # the next row's need the room
-    for count in sorted({row["images"] for row in rows}):
-        scores, first = reference.again(count)
-        rows.append({"model": AGAIN, "images": count, "network_evaluations": None, "images_per_second": None, **scores})
-    shown.append((AGAIN, first))
+        source, cost = row.sampled(config, folder, k, reference)
+        rows.append({"model": row.spec, "images": len(source), **cost, **reference.measure(source), **reference.judged(source)})
+        shown.append((reference.title(rows[-1]), source.batch(range(min(SHOWN, len(source))))))
+    more, first = resampled(reference, rows, SAMPLED | reference.columns)
+    rows += more
+    if first is not None:
+        shown.append((AGAIN, first))
     report = {
         "reference": reference.text,
         "features": reference.about,
         "columns": reference.columns,
         "seed": config.seed,
         "rows": rows,
-        "warnings": [text for row in rows if (text := reference.warning(row, rows))],
+        "warnings": [text for row in rows for text in reference.warnings(row, rows)],
         "versions": versions(),
     }
-    pictures = [(title, to_uint8(x)) for title, x in shown] if images.kind.drawn else []
+    pictures = [(title, to_uint8(x)) for title, x in shown] if kind.drawn else []
     folder.finish(report, table(report), pictures, columns=20)
     return report
+
+
+def resampled(reference: Measure, rows: Sequence[dict[str, Any]], columns: Columns) -> tuple[list[dict[str, Any]], Tensor | None]:
+    """A row of the reference itself for every number of samples in the table, and a few of its samples; none of statistics alone."""
+    out, first = [], None
+    for count in sorted({row["images"] for row in rows}):
+        if found := reference.again(count):
+            scores, first = found
+            out.append({**dict.fromkeys(key for key, _ in columns.values()), "model": AGAIN, "images": count, **scores})
+    return out, first
 
 
 def table(report: dict[str, Any]) -> str:

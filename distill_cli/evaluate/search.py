@@ -15,8 +15,9 @@ from distill_cli.data import open_images
 from distill_cli.data.pictures import finished, from_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
-from distill_cli.evaluate.features import ENOUGH, Features
-from distill_cli.models.classifier import load as load_classifier
+from distill_cli.evaluate.distances import Statistics, frechet_of
+from distill_cli.evaluate.networks import Own
+from distill_cli.evaluate.pictures import ENOUGH, statistics_of
 from distill_cli.models.model import Model
 from distill_cli.models.times import from_indices
 
@@ -53,15 +54,14 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
         raise UsageError("--search-times: runs in one process", "start one")
     where = launch.device(config.device)
     model.to(where)
-    classifier = load_classifier(config.classifier).to(where)
-    if classifier.info.shape != model.shape:
-        made = f"--classifier {config.classifier}: knows images of {classifier.info.shape}, the student makes {model.shape}"
+    network = Own(EvaluateConfig(classifier=config.classifier), where)
+    if network.info.shape != model.shape:
+        made = f"--classifier {config.classifier}: knows images of {network.info.shape}, the student makes {model.shape}"
         raise UsageError(made, "distill classifier trains one for your images")
-    data = classifier.info.data
-    measure = EvaluateConfig(data=data, classifier=config.classifier, classes=config.classes)
-    reference = Features(measure, open_images(data, model.shape[-1]), classifier)
-    if config.num < ENOUGH * classifier.info.width:
-        few = f"warning: {config.num} images for {classifier.info.width} features: the distances are mostly their number; raise --num"
+    data = network.info.data
+    reference = statistics_of(network, open_images(data, model.shape[-1]), config.classes, where)
+    if config.num < ENOUGH * network.width:
+        few = f"warning: {config.num} images for {network.width} features: the distances are mostly their number; raise --num"
         print(few, file=sys.stderr)
     labels = model.conditioner.labels(config.num, config.classes)
     found: list[int] = [0]
@@ -79,8 +79,8 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
                 draws = Draws(config.seed, range(UNUSED + first, UNUSED + min(config.num, first + config.batch_size)))
                 with launch.autocast(where, config.precision):
                     images = at.sample(draws, labels[first : first + config.batch_size])
-                features.append(from_uint8(finished(images)))
-            known[indices] = reference.frechet(torch.cat(features))
+                features.append(network(from_uint8(finished(images)).to(where))["features"].cpu())
+            known[indices] = frechet_of(Statistics.of(torch.cat(features)), reference)
             print(f"index:{','.join(map(str, indices))}  Fréchet distance {known[indices]:.4f}", file=sys.stderr)
         return known[indices]
 

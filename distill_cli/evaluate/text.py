@@ -2,105 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from distill_cli import launch
 from distill_cli.config import EvaluateConfig, SampleConfig
+from distill_cli.data.kinds import PICTURES
+from distill_cli.data.pictures import to_uint8
 from distill_cli.data.prompts import open_prompts
-from distill_cli.errors import DistillError, UsageError, reason
-from distill_cli.evaluate.report import SAMPLED, Evaluation, markdown, samples_of, shared, split
+from distill_cli.errors import UsageError
+from distill_cli.evaluate.attributes import judge, judged
+from distill_cli.evaluate.measures import share
+from distill_cli.evaluate.networks import CLIP
+from distill_cli.evaluate.page import SPREAD
+from distill_cli.evaluate.pictures import Against
+from distill_cli.evaluate.report import (
+    SAMPLED,
+    Columns,
+    Evaluation,
+    markdown,
+    opened,
+    reference_images,
+    resampled,
+    samples_of,
+    shared,
+    split,
+)
+from distill_cli.evaluate.sources import Pictures, Source
 from distill_cli.models import load
 from distill_cli.models.model import LARGE, Model
-from distill_cli.models.parts import load_network
-from distill_cli.models.sources.hub import find
 from distill_cli.runs import versions
 from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
-CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")
-COLUMNS = {"CLIP score": ("clip_score", ".2f")}
+COLUMNS: Columns = {"CLIP score": ("clip_score", ".2f")}
 WORST = 8
 """Pictures with the lowest scores that the page shows of each model."""
-
-
-class CLIP:
-    """transformers' CLIPModel and its processor, from a folder or a hub id, which is downloaded on first use."""
-
-    def __init__(self, name: str, where: torch.device) -> None:
-        from transformers import CLIPModel, CLIPProcessor
-
-        folder = find(name, CLIP_FILES, f"clip {name}")
-        self.model = load_network(CLIPModel, folder, "model").to(where)
-        try:
-            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises many types for a missing folder or network
-            hint = "a folder, or a hub id such as openai/clip-vit-large-patch14"
-            raise DistillError(f"clip {name}: no CLIP model ({reason(error)})", hint) from error
-
-    @torch.no_grad()
-    def scores(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
-        """(B,) 100 max(cos, 0) between uint8 images (B, H, W, 3) and their prompts, truncated to the model's length."""
-        length = self.model.config.text_config.max_position_embeddings
-        given = self.processor(
-            text=list(prompts), images=list(images), return_tensors="pt", padding="max_length", max_length=length, truncation=True
-        ).to(self.model.device)
-        made = self.model(**given)
-        cosines = torch.nn.functional.cosine_similarity(made.image_embeds.float(), made.text_embeds.float(), dim=1)
-        return 100 * cosines.clamp(min=0).cpu()
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
     """Sample the prompts with each model in `config.model`, and write the report and picture.png; returns the report.
 
-    `say_read` is called with what was read, before sampling. Processes share the work. Images stay on disk, one model is in memory.
+    Finished pictures, of any program, are in the order of the prompts. `say_read` is called with what was read, before sampling. Processes
+    share the work. Images stay on disk, one model is in memory.
     """
     assert config.prompts is not None
-    if config.clip is None:
+    against = config.features != ["classifier"]
+    if config.clip is None and not config.attributes and not against:
         raise UsageError("--prompts: pictures of prompts are measured by a CLIP model: none given", "clip=FOLDER or a hub id")
     prompts = open_prompts(config.prompts)
     count = count_of(config, len(prompts))
     where = launch.device(config.device)
-    clip = CLIP(config.clip, where)
+    clip = None if config.clip is None else CLIP(config.clip, where)
+    for name in config.attributes:
+        judge(name)
+    there = bool(config.changed("data"))
+    reference = Against(config, reference_images(config) if there else None, there) if against else None
+    if "diversity" in (config.measures or ()) and config.images_per_prompt < 2:
+        raise UsageError("measures diversity: one image for each prompt", "images_per_prompt=N, N from 2 on")
     # errors of any model come before sampling
-    said = [f"{spec} ({prepared(spec, config, prompts)[0].about})" for spec in config.model]
-    say_read(prompts, *said)
+    finished = [opened(spec, PICTURES, config.resolution) for spec in config.model]
+    said = []
+    for spec, source in zip(config.model, finished, strict=True):
+        if source is None:
+            model = prepared(spec, config, prompts)[0]
+            shape, images, about = PICTURES.written(model.shape), count, f"{spec} ({model.about})"
+        else:
+            shape, images, about = source.shape, len(source), source.about
+        said.append(about)
+        if reference is not None:
+            reference.refuse(spec, images, shape)
+    say_read(prompts, *([reference.read] if reference else []), *said)
     folder = Evaluation(config)
-    options = config.model_dump(include={"seed", "device", "precision", "prompts", "images_per_prompt", "resolution"}) | {"num": count}
-    rows, pictures, worst = [], [], []
-
-    def prompts_of(places: Iterable[int]) -> list[str]:
-        return [prompts[i // config.images_per_prompt % len(prompts)] for i in places]
-
-    for k, spec in enumerate(config.model):
-        model, steps, scale = prepared(spec, config, prompts)
-        size = config.batch_size or (100 if model.pixels < LARGE else 8)
-        negative, samples = model.conditioner.negative, samples_of(folder.folder, k, spec)
-        asked = SampleConfig(model=spec, steps=steps, guidance_scale=scale, batch_size=size, negative_prompt=negative, **options)
-        cost = folder.cost(spec, batch.sample(asked, model, samples))
-
-        def scores(part: range, samples: Path = samples) -> tuple[Tensor]:
-            return (clip.scores(pictures_of(samples, part), prompts_of(part)),)
-
-        (found,) = shared(count, PART, scores, where)
-        rows.append({"model": spec, "images": count, **cost, "clip_score": found.mean().item()})
-        lowest = found.argsort(stable=True)[:WORST].tolist()
-        captions = [f"{found[i]:.2f}: {prompt}" for i, prompt in zip(lowest, prompts_of(lowest), strict=True)]
-        worst.append((spec, pictures_of(samples, lowest), captions))
-        shown = pictures_of(samples, range(min(count, SHOWN)))
-        pictures.append((f"{spec}: CLIP score {rows[-1]['clip_score']:.2f}", shown))
-        del model  # frees memory for the next one
-    report = {"prompts": config.prompts, "clip": config.clip, "seed": config.seed, "columns": COLUMNS, "rows": rows}
-    report |= {"warnings": [], "versions": versions()}
-    said = prompts_of(range(len(shown)))
+    if reference is not None:
+        reference.begin()
+    columns: Columns = COLUMNS if clip else {}
+    rows: list[dict[str, Any]] = []
+    pictures: list[tuple[str, Any]] = []
+    worst: list[tuple[str, Any, list[str]]] = []
+    for k, (spec, source) in enumerate(zip(config.model, finished, strict=True)):
+        cost = {"network_evaluations": None, "images_per_second": None}
+        if source is None:
+            source, cost = sampled(config, folder, k, prompts, count)
+        else:
+            folder.cost(spec, cost)
+        which = torch.tensor([i // config.images_per_prompt % len(prompts) for i in range(len(source))])
+        row: dict[str, Any] = {"model": spec, "images": len(source), **cost}
+        if clip is not None:
+            part = partial(scores, clip, source, which, prompts)
+            (found,) = shared(len(source), PART, part, where)
+            row["clip_score"], row["clip_score" + SPREAD] = share(found)
+            lowest = found.argsort(stable=True)[:WORST].tolist()
+            said = [f"{found[i]:.2f}: {prompts[int(which[i])]}" for i in lowest]
+            worst.append((spec, to_uint8(torch.cat([source.batch(range(i, i + 1)) for i in lowest])), said))
+        if config.attributes:
+            values, more = judged(config.attributes, source, lambda i, which=which: prompts[int(which[i])], where)  # type: ignore[misc]
+            row, columns = row | values, columns | more
+        if reference is not None:
+            source.labels = which
+            row, columns = row | reference.measure(source), columns | reference.columns
+        rows.append(row)
+        shown = to_uint8(source.batch(range(min(len(source), SHOWN))))
+        title = f": CLIP score {row['clip_score']:.2f}" if clip else ""
+        pictures.append((f"{spec}{title}", shown))
+    if reference is not None:
+        rows += resampled(reference, rows, SAMPLED | columns)[0]
+    warnings = [] if reference is None else [text for row in rows for text in reference.warnings(row, rows)]
+    report: dict[str, Any] = {
+        "prompts": config.prompts,
+        "clip": config.clip,
+        "seed": config.seed,
+        "rows": rows,
+        "warnings": warnings,
+        "versions": versions(),
+    }
+    report |= {"columns": columns} | ({} if reference is None else {"reference": reference.text, "features": reference.about})
+    said = [prompts[int(which[i])] for i in range(len(shown))]
     folder.finish(report, table(report), pictures, columns=8, scale=max(1, 64 // shown.shape[1]), captions=said, worst=worst)
     return report
+
+
+def scores(clip: CLIP, source: Source, which: Tensor, prompts: Sequence[str], part: range) -> tuple[Tensor]:
+    """(B,) the CLIP scores of pictures `part`; picture i has prompt `which[i]`."""
+    return (clip.scores(to_uint8(source.batch(part)), [prompts[int(which[i])] for i in part]),)
+
+
+def sampled(config: EvaluateConfig, folder: Evaluation, k: int, prompts: Sequence[str], count: int) -> tuple[Source, dict[str, Any]]:
+    """The pictures that the k-th model makes of the prompts, and what they cost."""
+    spec = config.model[k]
+    model, steps, scale = prepared(spec, config, prompts)
+    options = config.model_dump(include={"seed", "device", "precision", "prompts", "images_per_prompt", "resolution"}) | {"num": count}
+    size = config.batch_size or (100 if model.pixels < LARGE else 8)
+    negative, samples = model.conditioner.negative, samples_of(folder.folder, k, spec)
+    asked = SampleConfig(model=spec, steps=steps, guidance_scale=scale, batch_size=size, negative_prompt=negative, **options)
+    cost = folder.cost(spec, batch.sample(asked, model, samples))
+    return Pictures(samples, "--model"), cost
 
 
 def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple[Model, int | None, float | None]:
@@ -121,12 +161,11 @@ def count_of(config: EvaluateConfig, prompts: int) -> int:
     return config.num if "num" in config.model_fields_set else prompts * config.images_per_prompt
 
 
-def pictures_of(folder: Path, places: Iterable[int]) -> np.ndarray:
-    """Images `places` (B, H, W, 3) uint8 from a folder of samples."""
-    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png").convert("RGB")) for i in places])
-
-
 def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
-    about = f"CLIP score: 100 max(cos, 0) by {report['clip']}, prompts {report['prompts']}, seed {report['seed']}."
-    return "\n".join([*markdown(SAMPLED | COLUMNS, report["rows"]), "", about])
+    """The report as a Markdown table, followed by what was measured and any warnings."""
+    score = f"CLIP score: 100 max(cos, 0) by {report['clip']}, prompts" if report["clip"] else "Prompts"
+    about = [f"{score} {report['prompts']}, seed {report['seed']}."]
+    if "reference" in report:
+        about.append(f"Reference: {report['reference']}. {report['features']}.")
+    warnings = [f"Warning: {warning}." for warning in report["warnings"]]
+    return "\n".join([*markdown(SAMPLED | report["columns"], report["rows"]), "", " ".join(about), *warnings])

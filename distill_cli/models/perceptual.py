@@ -26,13 +26,21 @@ PIXELS = 224
 
 def find_weights(given: Path | None) -> Path:
     """The file of VGG-16's weights: the given one, or the one in torchvision's cache. Nothing is downloaded."""
-    path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    return cached(given, "lpips_weights", "lpips: VGG's weights", URL, "528 MB")
+
+
+def cached(given: Path | None, key: str, what: str, url: str, size: str) -> Path:
+    """A file of weights: the `given` one, or the one of that URL in torch's cache. Nothing is downloaded.
+
+    Raises DistillError that says both ways out, and for a file whose checksum is not the one in its name.
+    """
+    path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
-        message = f"lpips_weights {path}: no such file" if given else f"lpips: VGG's weights are not in {path}"
-        raise DistillError(message, f"put {URL} (528 MB) there, or give a copy of it: lpips_weights=FILE")
+        message = f"{key} {path}: no such file" if given else f"{what} are not in {path}"
+        raise DistillError(message, f"put {url} ({size}) there, or give a copy of it: {key}=FILE")
     promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if promised and not sha256(path).startswith(promised[1]):
-        raise DistillError(f"{path}: corrupt: its checksum is not the one in its name", f"fetch {URL} again")
+        raise DistillError(f"{path}: corrupt: its checksum is not the one in its name", f"fetch {url} again")
     return path
 
 

@@ -52,7 +52,7 @@ def test_worse_pictures_get_worse_numbers(distill, tmp_path, real):
     assert stored == result.json
     assert f"{good['frechet']:.4f}" in (tmp_path / "e/report.md").read_text()
     page = (tmp_path / "e/report.html").read_text()
-    assert f"<td>{good['frechet']:.4f}</td>" in page
+    assert f"<td>{good['frechet']:.4f} ± {good['frechet_spread']:.4f}</td>" in page
     assert page.count("<img") == 5 * 40
     assert (tmp_path / "e/picture.png").stat().st_size > 10_000
 
