@@ -36,7 +36,7 @@ from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, freeze, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, freeze, refuse_student, student_of
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
 """Frozen networks -> the option that names each."""
@@ -202,8 +202,11 @@ class DMD(Objective):
         sampler = Sampler.one_step(self.schedule, self.start)
         return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=sampler)
 
+    def reference(self) -> Row:
+        return self.teacher, self.sampling
+
     def compared(self, made: Model) -> Rows:
-        return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
+        return {"teacher": self.reference(), "student": (made, made.sampling)}
 
     def calls(self, step: int = 0) -> Calls:
         config, size, paired = self.config, self.config.batch_size, bool(self.regression_weight)
