@@ -25,7 +25,7 @@ from distill_cli.data.images import Folder
 from distill_cli.data.listing import noting
 from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import UsageError
 from distill_cli.launch import (
     PATIENCE,
     Progress,
@@ -52,9 +52,6 @@ from distill_cli.training.objective import Loss, Objective, phase_at, span_at
 from distill_cli.training.optimizer import learning_rate, make_optimizer
 from distill_cli.training.placed import place
 from distill_cli.training.rehearsal import check_space, rehearse, save
-
-SKIPPED_AT_MOST = 50
-"""After so many steps in a row without a finite gradient the run stops."""
 
 
 class Engine:
@@ -98,8 +95,7 @@ class Engine:
         self.ready = False
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
-        self.skipped = {name: torch.zeros(2, dtype=torch.int64, device=where) for name in self.plain}
-        """Skipped updates of each network: in a row until now, and in all."""
+        self.health.skipped = {name: torch.zeros(2, dtype=torch.int64, device=where) for name in self.plain}
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
         self.started = time.monotonic()
@@ -181,10 +177,8 @@ class Engine:
         loss = self.turn[f"{name}_loss"]
         skips = self.config.on_nan == "skip" and not scaler
         if skips or scaler:  # a scaler skips such steps itself
-            bad = (~(loss.isfinite() & norm.isfinite())).to(self.skipped[name])
-            row, total = self.skipped[name]
-            self.skipped[name] = torch.stack([(row + bad) * bad, total + bad])
-        if skips and self.skipped[name][0]:
+            self.health.skip(name, ~(loss.isfinite() & norm.isfinite()))
+        if skips and self.health.skipped[name][0]:
             self._check_skipped(self.step + 1)
         else:
             for key, value in {**self.turn, f"{name}_grad_norm": norm.detach().float()}.items():
@@ -214,7 +208,7 @@ class Engine:
         self.window = {}
         counts = {"spikes": int(self.health.spikes.item())}
         if self.config.on_nan == "skip" or self.accelerator.scaler:
-            counts["skipped"] = sum(int(count) for _, count in self.skipped.values())
+            counts["skipped"] = sum(int(count) for _, count in self.health.skipped.values())
         if rank() == 0:
             numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
             self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts})
@@ -237,7 +231,7 @@ class Engine:
             state = {
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
                 "health": self.health.state_dict(),
-                "skipped": {name: counts.tolist() for name, counts in self.skipped.items()},
+                "skipped": {name: counts.tolist() for name, counts in self.health.skipped.items()},
                 "scaler": scaler.state_dict() if scaler else None,
                 "begun": self.begun,
                 "score": (self.since[0] / self.since[1]).item() if self.since[1] else None,
@@ -262,7 +256,7 @@ class Engine:
             where = self.accelerator.device
             self.window = {name: (torch.tensor(total, device=where), count) for name, (total, count) in state["window"].items()}
             self.health.load_state_dict(state["health"], where)
-            self.skipped = {name: torch.tensor(counts, device=where) for name, counts in state["skipped"].items()}
+            self.health.skipped = {name: torch.tensor(counts, device=where) for name, counts in state["skipped"].items()}
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.talk is not None:
@@ -382,19 +376,10 @@ class Engine:
 
     def _check_skipped(self, step: int) -> None:
         """Stop the run if too many updates up to `step` were skipped in a row."""
-        if self.config.on_nan != "skip" and not self.accelerator.scaler:  # nothing is skipped; reading would wait for the device
-            return
-        for name, (row, _) in self.skipped.items():
-            if row >= SKIPPED_AT_MOST:
-                hint = "use --precision bf16" if self.accelerator.scaler else self._hint()
-                raise DistillError(f"{int(row)} steps in a row up to {step} had no finite gradient of {name}", hint)
+        if self.config.on_nan == "skip" or self.accelerator.scaler:  # else nothing is skipped, and reading would wait for the device
+            self.health.check_skipped(step, "use --precision bf16" if self.accelerator.scaler else self._hint())
 
     def _check_finite(self) -> None:
-        """Stop the run if a loss or a weight is not finite, so no checkpoint ever has one."""
-        bad = self.health.first_bad()
-        if bad:
-            raise DistillError(f"{bad[0]} is not a number at step {bad[1]}", self._hint())
+        """Stop the run if a loss or a weight is not finite, or too many updates were skipped."""
+        self.health.check(self.step, self.plain, self._hint())
         self._check_skipped(self.step)
-        for name, network in self.plain.items():
-            if not torch.stack([whole(torch.isfinite(p).all()) for p in network.parameters()]).all():
-                raise DistillError(f"the weights of {name} are not numbers at step {self.step}", self._hint())
