@@ -50,6 +50,7 @@ from distill_cli.training.ema import EMA, hand_on
 from distill_cli.training.health import Health
 from distill_cli.training.objective import Loss, Objective, phase_at, span_at
 from distill_cli.training.optimizer import learning_rate, make_optimizer
+from distill_cli.training.pictures import Pictures
 from distill_cli.training.placed import place
 from distill_cli.training.rehearsal import check_space, rehearse, save
 
@@ -80,6 +81,7 @@ class Engine:
         self.placed = place(config, objective, self.accelerator)
         self.plain = {name: each.state() for name, each in objective.trained.items()}
         self.main = next(iter(self.plain))
+        self.pictures = Pictures(objective, where)
         self.ema = EMA(self.plain[self.main], config.ema_halflife, config.ema_device)
         self.optimizers: dict[str, Any] = {}
         self.zero: zero.Zero | None = None
@@ -90,7 +92,7 @@ class Engine:
                 each.module = self.zero.engine
             else:
                 each.module, self.optimizers[name] = self.accelerator.prepare(each.module, optimizer)
-        self.step, self.steps = 0, sum(phase.steps for phase in objective.phases)
+        self.step, self.chosen, self.steps = 0, 0, sum(phase.steps for phase in objective.phases)
         self.borders = set(accumulate(phase.steps for phase in objective.phases))
         self.ready = False
         self.window: dict[str, tuple[Tensor, int]] = {}
@@ -113,6 +115,8 @@ class Engine:
         if not self.ready:
             self.objective.prepare(self.accelerator.device, self.run)
             self.ready = True
+            if self.step == 0 and self.pictures.due(0):
+                self._look()
         phase = self.objective.phases[phase_at(self.objective.phases, self.step)]
         if phase.anew and self.step in self.borders:
             self._begin_anew()
@@ -197,13 +201,16 @@ class Engine:
     def advance(self) -> dict[str, float]:
         """One step. Returns the means of the line that it wrote to metrics.jsonl; {} if no line was due."""
         self.train_step()
-        if self.step % self.config.log_every and self.step not in self.borders:
+        looks = self.pictures.due(self.step)
+        if self.step % self.config.log_every and self.step not in self.borders and not looks:
             return {}
         self._check_finite()
+        if looks:
+            self._look()
         return self._log()
 
     def _log(self) -> dict[str, float]:
-        """Write the means since the last line to metrics.jsonl, and the speed to speed.jsonl. Returns the means."""
+        """Write the means since the last line, and the look of this step, to metrics.jsonl. Returns the means."""
         means = {name: (total / count).item() for name, (total, count) in self.window.items()}
         self.window = {}
         counts = {"spikes": int(self.health.spikes.item())}
@@ -211,7 +218,9 @@ class Engine:
             counts["skipped"] = sum(int(count) for _, count in self.health.skipped.values())
         if rank() == 0:
             numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
-            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts})
+            numbers |= self.pictures.numbers(self.step)
+            warnings = self.pictures.warn(means, self.step, self.steps)
+            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts, **warnings})
             self.run.log_speed(self.step, self.config.batch_size)
             if self.config.tracker != "none":
                 finite = {name: value for name, value in numbers.items() if value is not None} | counts
@@ -234,9 +243,10 @@ class Engine:
                 "skipped": {name: counts.tolist() for name, counts in self.health.skipped.items()},
                 "scaler": scaler.state_dict() if scaler else None,
                 "begun": self.begun,
-                "score": (self.since[0] / self.since[1]).item() if self.since[1] else None,
+                "looks": self.pictures.history,
+                "score": self.pictures.score(self.step, (self.since[0] / self.since[1]).item() if self.since[1] else None),
             }
-            keep = (self.config.keep, self.config.keep_best)
+            keep = (self.config.keep, self.config.keep_best, span_at(self.objective.phases, self.step - 1)[0])
             checkpoint.save(self.run.checkpoints, self.step, self._kept(), self.optimizers, state, *keep)
         self.saved, self.since, self.started = self.step, (torch.zeros_like(self.since[0]), 0), time.monotonic()
 
@@ -256,6 +266,7 @@ class Engine:
             where = self.accelerator.device
             self.window = {name: (torch.tensor(total, device=where), count) for name, (total, count) in state["window"].items()}
             self.health.load_state_dict(state["health"], where)
+            self.pictures.history = state.get("looks", [])
             self.health.skipped = {name: torch.tensor(counts, device=where) for name, counts in state["skipped"].items()}
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -266,7 +277,7 @@ class Engine:
         if rank() == 0:
             identity.write(run.folder, self.begun)
             run.note(arithmetic(self.config.precision) | self.placed, self.accelerator.device)
-            checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best)
+            checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best, span_at(self.objective.phases, self.step - 1)[0])
             run.forget_after(self.step)
             if self.config.tracker != "none":
                 settings = {key: str(value) for key, value in self.config.model_dump(mode="json").items()}
@@ -280,6 +291,12 @@ class Engine:
             if isinstance(model, Model) and model.codec.kind.drawn:
                 images, _ = model.examples(self.config.seed, model.shown)
                 save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
+
+    def _look(self) -> None:
+        """Measure the average's pictures."""
+        with self.ema.at(self.accelerator.device) as network:
+            if network is not None:
+                self.pictures.look(self._model(network), self.step, self.run.folder)
 
     def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
         """The signal that any process got, and whether process 0's clock says to save: agreed by all processes after the same step."""
@@ -300,7 +317,7 @@ class Engine:
 
     def _train(self) -> Any:
         config, made = self.config, self.step < self.steps
-        progress, warned = Progress(self.steps, self.run.folder.name, "steps", done=self.step), ""
+        progress = Progress(self.steps, self.run.folder.name, "steps", done=self.step)
         if made and rank() == 0:
             check_space(self.run.folder, self._kept().values(), self.plain.values())
         if self.step == 0 and self.ema.network is not None:
@@ -312,14 +329,7 @@ class Engine:
             while self.step < self.steps:
                 means = self.advance()
                 ends, last = self.step in self.borders, self.step == self.steps
-                note = ""
-                if means:
-                    note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
-                    advice = self.objective.advice(means, self.step / self.steps)
-                    if advice.partition(":")[0] not in ("", warned) and rank() == 0:
-                        print(f"warning: step {self.step}: {advice}", file=sys.stderr)
-                    warned = advice.partition(":")[0]
-                progress.add(1, note)
+                progress.add(1, " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss")))
                 if config.sample_every and (self.step % config.sample_every == 0 or ends):
                     self.sample_grid()
                 late = every is not None and rank() == 0 and time.monotonic() - self.started >= every
@@ -345,6 +355,8 @@ class Engine:
         """
         if self.ema.network is None:
             return None
+        if self.step == self.steps:
+            self.chosen = self.pictures.choose(self.run.checkpoints, self.step, self.ema.network)
         place = self.run.folder / self.objective.phases[phase_at(self.objective.phases, self.step - 1)].result
         model = self._model(self.ema.network)
         newest = checkpoint.path_of(self.run.checkpoints, self.step)
