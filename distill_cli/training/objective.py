@@ -269,3 +269,7 @@ class Objective:
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
         """A warning that follows from the mean metrics when the share `done` of all steps is made, or ''."""
         return ""
+
+    def remedies(self, metrics: Mapping[str, float]) -> Mapping[str, str]:
+        """What to change at a sign of sickness in the pictures, by its name in training/signs.py, where the method knows better."""
+        return {}

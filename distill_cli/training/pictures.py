@@ -230,7 +230,7 @@ class Pictures:
         """The warnings of a line of metrics.jsonl, as they stand there; prints those that the line before does not have."""
         first, _ = span_at(self.objective.phases, step - 1)
         looks = [look for look in self.history if look["step"] >= first]
-        found = [*signs.shown(looks, step / steps), self.objective.advice(means, step / steps)]
+        found = [*signs.shown(looks, step / steps, self.objective.remedies(means)), self.objective.advice(means, step / steps)]
         named = {text.partition(":")[0]: text for text in found if text}
         for name, text in named.items():
             if name not in self.shown:
