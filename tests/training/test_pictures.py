@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.dmd.objective import behind, remedies
 from distill_cli.models.model import Model
 from distill_cli.training import checkpoint, pictures, signs
 from distill_cli.training.pictures import FILE, LOOKS, SHARE, drift, measures, scheduled, spread
@@ -178,3 +180,37 @@ def test_a_beginning_is_no_sign_and_a_lasting_one_is():
     assert [name for name, _ in signs.found([begun, near, {**WELL, "step": 30, "drift": 0.3}], 0.3)] == ["swinging"]
     said = list(signs.shown([WELL, {**WELL, "saturation": 1.3}], 0.1, {"over-saturated": "Do this"}))
     assert said == ["the student's pictures are over-saturated: their colours are 1.30 times as strong as the teacher's. Do this"]
+
+
+RECORDED = json.loads((Path(__file__).parents[2] / "docs/curves.json").read_text())
+
+
+def warned(name):
+    """Every look of a recorded run with a sign: its share of the run, the names of the signs, the look, and the first remedy."""
+    run = RECORDED[name]
+    for count in range(2, len(run["looks"]) + 1):
+        look = run["looks"][count - 1]
+        done = look["step"] / run["steps"]
+        ratio = run["error_ratio"][str(look["step"] // 10 * 10)]
+        found = [sign for sign, _ in signs.found(run["looks"][:count], done)]
+        if found:
+            yield done, found, look, remedies({"real_error": 1.0, "fake_error": ratio}, 1.0, name not in ("no-regression", "lagging"))
+
+
+@pytest.mark.parametrize("name", ["healthy", "slow-fake"])
+def test_runs_that_are_well_raise_nothing(name):
+    assert list(warned(name)) == []
+    assert all(behind({"real_error": 1.0, "fake_error": ratio}) == "" for ratio in RECORDED[name]["error_ratio"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "change"),
+    [("rates", "diverging", "Lower lr"), ("no-regression", "swinging", "give pairs"), ("lagging", "collapsing", "fake score lags")],
+)
+def test_runs_that_were_made_sick_are_named(name, sign, change):
+    """Within a quarter of the run, and of the two whose looks are frequent before the judge's score has fallen by a tenth."""
+    done, found, look, known = next(warned(name))
+    assert done <= 0.25
+    assert found[0] == sign
+    assert change in known.get(sign, signs.GENERAL[sign])
+    assert name == "rates" or look["accuracy"] > 0.9
