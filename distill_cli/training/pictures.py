@@ -137,9 +137,12 @@ def scheduled(objective: Objective) -> Plan | None:
     once, look = count * row[1].evaluations, count * made.sampling.evaluations
     every = config.health_every
     if every is None:
-        most = min(LOOKS, int((SHARE * whole - once) // look) - len(phases))  # they look at the ends of phases too
+        most = min(
+            LOOKS, int((SHARE * whole - once) // look) - len(phases) - 1
+        )  # they look before the first step and at ends of phases too
         every = math.ceil(ends[-1] / most / config.log_every) * config.log_every if most >= FEWEST else 0
-    return Plan(count, every, (once + look * (ends[-1] // every + len(phases))) / whole if every else 0.0)
+    looks = {0, *ends, *range(every, ends[-1] + 1, every)} if every else ()
+    return Plan(count, every, (once + look * len(looks)) / whole if every else 0.0)
 
 
 class Pictures:
@@ -228,9 +231,10 @@ class Pictures:
 
     def warn(self, means: Mapping[str, float], step: int, steps: int) -> dict[str, list[str]]:
         """The warnings of a line of metrics.jsonl, as they stand there; prints those that the line before does not have."""
-        first, _ = span_at(self.objective.phases, step - 1)
-        looks = [look for look in self.history if look["step"] >= first]
-        found = [*signs.shown(looks, step / steps, self.objective.remedies(means)), self.objective.advice(means, step / steps)]
+        first, length = span_at(self.objective.phases, step - 1)
+        looks = [look for look in self.history if look["step"] > first or not first]  # at its first step the phase before is seen
+        remedies = self.objective.remedies(means)
+        found = [*signs.shown(looks, (step - first) / length, remedies), self.objective.advice(means, step / steps)]
         named = {text.partition(":")[0]: text for text in found if text}
         for name, text in named.items():
             if name not in self.shown:
