@@ -137,9 +137,7 @@ def scheduled(objective: Objective) -> Plan | None:
     once, look = count * row[1].evaluations, count * made.sampling.evaluations
     every = config.health_every
     if every is None:
-        most = min(
-            LOOKS, int((SHARE * whole - once) // look) - len(phases) - 1
-        )  # they look before the first step and at ends of phases too
+        most = min(LOOKS, int((SHARE * whole - once) // look) - len(phases) - 1)  # those before the first step, at ends of phases
         every = math.ceil(ends[-1] / most / config.log_every) * config.log_every if most >= FEWEST else 0
     looks = {0, *ends, *range(every, ends[-1] + 1, every)} if every else ()
     return Plan(count, every, (once + look * len(looks)) / whole if every else 0.0)
