@@ -1,4 +1,4 @@
-"""A run's folder as one HTML page: losses, sample grids, throughput, warnings. The page needs no network and no script."""
+"""A run's folder as one HTML page: losses, health, sample grids, throughput, warnings. The page needs no network and no script."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ WIDE, HIGH, LEFT, BOTTOM = 440, 190, 64, 22
 POINTS, GRIDS = 400, 9
 SMALL, LARGE = 1e-100, 1e100
 """Smallest and largest magnitude that a chart can show."""
+HEALTH = "health_"
+"""What the metrics of a look at the student's pictures begin with."""
+TEACHERS = {f"{HEALTH}{name}": 1.0 for name in ("luminance", "saturation", "contrast", "sharpness", "spread")}
+"""Metrics that are ratios to the teacher's -> the teacher's own value, drawn as a dashed line."""
 Points = list[tuple[float, float]]
 STYLE = """
 :root { color-scheme: light dark; --line: #2563a8; --rule: #8884; }
@@ -30,7 +34,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } dt { 
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; }
 figcaption { font-size: .9rem; } svg text { font-size: 11px; fill: currentColor; }
 svg .rule { stroke: var(--rule); } svg polyline { fill: none; stroke: var(--line); stroke-width: 1.5; }
-svg circle { fill: var(--line); } .grids { display: flex; flex-wrap: wrap; gap: 1rem; }
+svg .teacher { stroke: currentColor; stroke-dasharray: 4 3; opacity: .6; }
+.warnings { color: #b3261e; } svg circle { fill: var(--line); } .grids { display: flex; flex-wrap: wrap; gap: 1rem; }
 img { max-width: 100%; image-rendering: pixelated; } pre { overflow-x: auto; font-size: .85rem; }
 """
 
@@ -91,12 +96,25 @@ def ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def warned(lines: Iterable[dict[str, Any]]) -> list[str]:
+    """The warnings of the newest line, each with the step since which it has been shown."""
+    since: dict[str, tuple[int, str]] = {}
+    for line in lines:
+        found = line.get("warnings")
+        texts = {text.partition(":")[0]: text for text in found if isinstance(text, str)} if isinstance(found, list) else {}
+        since = {name: (since.get(name, (line["step"], ""))[0], text) for name, text in texts.items()}
+    return [f"since step {step:,}: {text}" for step, text in since.values()]
+
+
 def chart(name: str, points: Points) -> str:
-    """A metric as SVG; logarithmic if it spans more than a factor of 50."""
-    values = [value for _, value in points]
+    """A metric as SVG, with the teacher's value where it is known; logarithmic if it spans more than a factor of 50."""
+    level = TEACHERS.get(name)
+    values = [value for _, value in points] + ([] if level is None else [level])
     logarithmic = min(values) > 0 and max(values) > 50 * min(values)
     shape = [(step, math.log10(value) if logarithmic else value) for step, value in thinned(points)]
-    low, high = min(y for _, y in shape), max(y for _, y in shape)
+    at = None if level is None else math.log10(level) if logarithmic else level
+    heights = [y for _, y in shape] + ([] if at is None else [at])
+    low, high = min(heights), max(heights)
     pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
     low, high, first, last = low - pad, high + pad, min(x for x, _ in shape), max(x for x, _ in shape)
 
@@ -113,6 +131,9 @@ def chart(name: str, points: Points) -> str:
     for step in sorted({first, last}):
         x, anchor = place(step, low)[0], "end" if step == last > first else "start"
         parts.append(f'<text x="{x:.1f}" y="{HIGH - 6}" text-anchor="{anchor}">{step:,.0f}</text>')
+    if at is not None:
+        y = place(first, at)[1]
+        parts.append(f'<line class="teacher" x1="{LEFT}" x2="{WIDE - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in shape))
     x, y = place(*shape[-1])
     parts.append(f'<polyline points="{path}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
@@ -176,7 +197,9 @@ def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
     done = made and bool(lines) and lines[-1]["step"] == recipe.get("steps")
     metrics = series(lines)
     losses = [name for name in metrics if name.endswith("_loss")]
-    rest = [name for name in metrics if name not in losses]
+    looks = [name for name in metrics if name.startswith(HEALTH)]
+    rest = [name for name in metrics if name not in losses and name not in looks]
+    health = "".join(chart(name, metrics[name]) for name in looks)
     charts = [chart(name, metrics[name]) for name in (*losses, *rest)]
     rates = series(speed).get("images_per_second")
     if rates:
@@ -189,11 +212,15 @@ def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh and not done else ""
     described = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in known.items())
     nothing = "<p>Nothing is logged yet.</p>"
+    warnings = "".join(f"<li>{escape(text)}</li>" for text in warned(lines))
+    warnings = f'<h2>Warnings</h2><ul class="warnings">{warnings}</ul>' if warnings else ""
+    told = "<p>The student's pictures beside the teacher's of the same noise; a dashed line is the teacher.</p>"
+    health = f'<h2>Health</h2>{told}<div class="charts">{health}</div>' if health else ""
     html = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{again}
 <title>{name}</title><style>{STYLE}</style></head><body>
-<h1>{name}</h1><dl>{described}</dl>
-<h2>Metrics</h2><div class="charts">{"".join(charts) or nothing}</div>
+<h1>{name}</h1><dl>{described}</dl>{warnings}
+<h2>Metrics</h2><div class="charts">{"".join(charts) or nothing}</div>{health}
 <h2>Pictures</h2><div class="grids">{"".join(pictures) or "<p>None yet.</p>"}</div>
 <h2>Recipe</h2><pre>{escape(text)}</pre>
 </body></html>

@@ -70,6 +70,35 @@ def test_what_the_page_says(run):
     assert len(reader.all("polyline")) == 4  # two losses, spikes, throughput
 
 
+LOOK = {"health_saturation": 1.5, "health_frechet": 0.4}
+STRONG = "the student's pictures are over-saturated: their colours are {} times as strong as the teacher's. Lower <lr>"
+
+
+def looked_at(run):
+    """Two looks; the newest warning has been there since the first of them, an older one is gone."""
+    run.forget_after(300)
+    for step, saturation, warnings in ((310, 1.25, [STRONG.format(1.25), "gone: by now"]), (320, 1.5, [STRONG.format("1.50")])):
+        run.log({"step": step, "images": 8 * step, "student_loss": 0.1, **LOOK, "health_saturation": saturation, "warnings": warnings})
+
+
+def test_looks_stand_beside_the_losses_with_their_warnings(run):
+    assert "Warnings" not in Reader(watch.page(run)[0]).text
+    looked_at(run)
+    reader = Reader(watch.page(run)[0])
+    assert f"since step 310: {STRONG.format('1.50')}" in reader.text
+    assert "gone" not in reader.text
+    assert "health_saturation: 1.5 at step 320" in reader.text
+    (teacher,) = [line for line in reader.all("line") if line["class"] == "teacher"]  # the distance has none
+    high, low = 1.5 + 0.025, 1.0 - 0.025  # 5% of air around the teacher's 1 and the student's 1.5
+    assert float(teacher["y1"]) == pytest.approx((watch.HIGH - watch.BOTTOM - 8) * (high - 1) / (high - low) + 8, abs=0.06)
+
+
+def test_warnings_of_a_foreign_file_are_only_text(run):
+    run.log({"step": 330, "student_loss": 1, "warnings": [7, None, "<b>: x"]})
+    run.log({"step": 340, "student_loss": 1, "warnings": "none"})
+    assert "<b>" not in watch.page(run)[0]
+
+
 def test_the_page_needs_nothing_from_outside(run):
     html, _ = watch.page(run)
     addresses = [value for _, attributes in Reader(html).tags for key, value in attributes.items() if key in ("src", "href")]
@@ -223,12 +252,15 @@ def test_pictures_that_are_none(run):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_draws_the_page(run, tmp_path):
-    """Headless Chromium without a network: the lines are where the numbers say, the pictures are decoded, the page is not empty."""
+    """Headless Chromium without a network: the lines are where the numbers say, the pictures are decoded, the warnings are seen."""
+    looked_at(run)
     path, _ = watch.write(run.folder, tmp_path / "page.html")
     probe = """<script>addEventListener("load", () => {
       const boxes = [...document.querySelectorAll("polyline")].map(line => line.getBBox());
       const images = [...document.images].map(image => image.naturalWidth);
-      document.body.dataset.found = JSON.stringify({boxes: boxes.map(b => [b.width, b.height]), images});
+      const teacher = document.querySelector("line.teacher").getBBox(), warning = document.querySelector(".warnings li");
+      document.body.dataset.found = JSON.stringify({boxes: boxes.map(b => [b.width, b.height]), images,
+        teacher: [teacher.width, teacher.height], warning: warning.getBoundingClientRect().height});
     });</script></body>"""
     path.write_text(path.read_text().replace("</body>", probe))
     flags = [
@@ -246,3 +278,5 @@ def test_a_browser_draws_the_page(run, tmp_path):
     loss = found["boxes"][0]
     assert loss[0] == pytest.approx(watch.WIDE - watch.LEFT - 8, abs=1)  # from the first step to the last
     assert loss[1] == pytest.approx((watch.HIGH - watch.BOTTOM - 8) / 1.1, abs=1)  # 5% of air above and below
+    assert found["teacher"] == [pytest.approx(watch.WIDE - watch.LEFT - 8, abs=1), 0]
+    assert found["warning"] > 10

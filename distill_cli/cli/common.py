@@ -200,7 +200,7 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
         return
     folder, name = engine.run.folder, objective.result
     picture, text, (data, remark) = folder / "comparison.png", f"{name}: {folder / name}", objective.remarks(made)
-    data = {"run": str(folder), name: str(folder / name), "steps": config.steps} | data
+    data = {"run": str(folder), name: str(folder / name), "steps": config.steps, "result_step": engine.chosen} | data
     engine.release()
     rows = objective.compared(made)
     if kinds := {model.codec.kind.name for model, _ in rows.values() if not model.codec.kind.drawn}:

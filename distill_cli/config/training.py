@@ -59,7 +59,7 @@ class TrainingConfig(Config):
     sample_every: Count = Field(500, description="steps between sample grids; 0: none")
     save_every: Every = Field(500, description="steps between checkpoints, or a time such as 30s, 10m, 2h")
     keep: Positive = Field(2, description="newest checkpoints to keep")
-    keep_best: Count = Field(0, description="older checkpoints to keep besides: those with the lowest loss since the one before")
+    keep_best: Count = Field(0, description="older checkpoints to keep besides: the best, by the lowest loss since the one before")
     on_nan: Literal["stop", "skip"] = Field("stop", description="at a gradient that is not finite: end the run, or leave the step out")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field("none", description="tracker beside metrics.jsonl; wandb offline")
 
@@ -82,6 +82,26 @@ class StudentConfig(TrainingConfig):
     )
     quantize: Literal["none", "int8"] = Field("none", description="lora: how the frozen network's matrices are stored; int8 needs torchao")
     merge: bool = Field(False, description="lora: save whole weights instead of a LoRA's file")
+
+    health_every: Count | None = Field(
+        None, description="steps between looks at the student's pictures beside the teacher's; 0: none; default 20 looks or fewer, "
+        "at most 2% of the run's network evaluations"
+    )  # fmt: skip
+    best_by: Literal["loss", "drift", "frechet"] = Field(
+        "loss", description="what ranks checkpoints: the loss, or at checkpoints' steps the pictures' drift from the teacher's, or their "
+        "Fréchet distance in a built-in classifier's features"
+    )  # fmt: skip
+    result: Literal["last", "best"] = Field("last", description="the step that becomes the student: the last, or the best checkpoint's")
+
+    @model_validator(mode="after")
+    def _of_health(self) -> StudentConfig:
+        if self.best_by != "loss" and self.health_every == 0:
+            raise ValueError(f"best_by {self.best_by}: looks at pictures, and health_every is 0")
+        if self.best_by != "loss" and isinstance(self.save_every, str):
+            raise ValueError(f"best_by {self.best_by}: save_every {self.save_every} is a time; give steps")
+        if self.result == "best" and not self.keep_best:
+            raise ValueError("result best: keeps the best checkpoint: keep_best=1")
+        return self
 
     @model_validator(mode="after")
     def _of_lora(self) -> StudentConfig:

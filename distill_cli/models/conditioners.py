@@ -119,10 +119,6 @@ class Conditioner(ABC):
         """The conditioner of a student that was distilled on the labels `learned`, with or without the null condition."""
         return self
 
-    def alike(self, labels: Tensor) -> Tensor:
-        """(B,) numbers that are equal for images of one kind (one class)."""
-        return labels
-
     def parts(self) -> dict[str, Any]:
         """Its networks, by their names in a pipeline."""
         return {}
@@ -320,10 +316,6 @@ class PromptConditioner(Conditioner):
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
         if self.table is not None:
             self.table.complete(device, stop)
-
-    def alike(self, labels: Tensor) -> Tensor:
-        """A prompt is hardly ever twice in a batch, so all images count as one kind."""
-        return torch.zeros_like(labels)
 
     def parts(self) -> dict[str, Any]:
         return {name: reader.encoder for name, reader in self.readers.items()}

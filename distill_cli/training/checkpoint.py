@@ -34,8 +34,9 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(
-    folder: Path, step: int, networks: Networks, optimizers: Mapping[str, Any], state: Mapping[str, Any], keep: int, best: int = 0
-) -> None:
+    folder: Path, step: int, networks: Networks, optimizers: Mapping[str, Any], state: Mapping[str, Any], keep: int, best: int = 0,
+    since: int = 0,
+) -> None:  # fmt: skip
     """Write checkpoint `step`, then delete all but the newest `keep` and the `best` of lowest state["score"]. `state` is JSON.
 
     All processes have to call. Process 0 writes whole tensors, so any number of processes can resume.
@@ -54,14 +55,29 @@ def save(
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / STATE).write_text(sealed({"step": step, "sha256": sums, "state": state}))
-    prune(folder, keep, best)
+    prune(folder, keep, best, since)
 
 
-def prune(folder: Path, keep: int, best: int) -> None:
-    """Delete all but the newest `keep` and, of the older ones, the `best` of lowest state["score"]."""
+def prune(folder: Path, keep: int, best: int, since: int = 0) -> None:
+    """Delete all but the newest `keep` and, of the older ones, the `best` of lowest state["score"], those after step `since` first."""
     old = steps(folder)[:-keep]
-    for number in sorted(old, key=lambda number: _score(folder, number))[best:]:
+    for number in sorted(old, key=lambda number: (number <= since, _score(folder, number)))[best:]:
         remove_folder(path_of(folder, number))
+
+
+def best(folder: Path, since: int = 0) -> tuple[int, float]:
+    """The step after `since` whose checkpoint has the lowest state["score"], the newest of equal ones, and that score."""
+    scores = {number: _score(folder, number) for number in steps(folder) if number > since}
+    step = min(sorted(scores, reverse=True), key=lambda number: scores[number])
+    return step, scores[step]
+
+
+def fill(folder: Path, step: int, name: str, network: nn.Module) -> None:
+    """Fill one network from checkpoint `step`. Raises DistillError if its file is damaged."""
+    path = path_of(folder, step) / f"{name}.safetensors"
+    if sha256_plain(path) != unsealed(read_plain(path.parent / STATE))["sha256"].get(path.name):
+        raise DistillError(f"{path}: corrupt: its checksum does not match", f"delete {path.parent}, and the next best is taken")
+    network.load_state_dict(load_file(path))
 
 
 def _kept(state: Any) -> Any:

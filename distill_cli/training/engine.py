@@ -25,7 +25,7 @@ from distill_cli.data.images import Folder
 from distill_cli.data.listing import noting
 from distill_cli.data.pictures import save_grid
 from distill_cli.diffusion.noise import Draws
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import UsageError
 from distill_cli.launch import (
     PATIENCE,
     Progress,
@@ -50,11 +50,9 @@ from distill_cli.training.ema import EMA, hand_on
 from distill_cli.training.health import Health
 from distill_cli.training.objective import Loss, Objective, phase_at, span_at
 from distill_cli.training.optimizer import learning_rate, make_optimizer
+from distill_cli.training.pictures import Pictures
 from distill_cli.training.placed import place
 from distill_cli.training.rehearsal import check_space, rehearse, save
-
-SKIPPED_AT_MOST = 50
-"""After so many steps in a row without a finite gradient the run stops."""
 
 
 class Engine:
@@ -83,6 +81,7 @@ class Engine:
         self.placed = place(config, objective, self.accelerator)
         self.plain = {name: each.state() for name, each in objective.trained.items()}
         self.main = next(iter(self.plain))
+        self.pictures = Pictures(objective, where)
         self.ema = EMA(self.plain[self.main], config.ema_halflife, config.ema_device)
         self.optimizers: dict[str, Any] = {}
         self.zero: zero.Zero | None = None
@@ -93,13 +92,12 @@ class Engine:
                 each.module = self.zero.engine
             else:
                 each.module, self.optimizers[name] = self.accelerator.prepare(each.module, optimizer)
-        self.step, self.steps = 0, sum(phase.steps for phase in objective.phases)
+        self.step, self.chosen, self.steps = 0, 0, sum(phase.steps for phase in objective.phases)
         self.borders = set(accumulate(phase.steps for phase in objective.phases))
         self.ready = False
         self.window: dict[str, tuple[Tensor, int]] = {}
         self.health = Health()
-        self.skipped = {name: torch.zeros(2, dtype=torch.int64, device=where) for name in self.plain}
-        """Skipped updates of each network: in a row until now, and in all."""
+        self.health.skipped = {name: torch.zeros(2, dtype=torch.int64, device=where) for name in self.plain}
         self.saved = -1
         self.since: tuple[Tensor, int] = (torch.zeros((), device=where), 0)
         self.started = time.monotonic()
@@ -117,6 +115,8 @@ class Engine:
         if not self.ready:
             self.objective.prepare(self.accelerator.device, self.run)
             self.ready = True
+            if self.step == 0 and self.pictures.due(0):
+                self._look()
         phase = self.objective.phases[phase_at(self.objective.phases, self.step)]
         if phase.anew and self.step in self.borders:
             self._begin_anew()
@@ -181,10 +181,8 @@ class Engine:
         loss = self.turn[f"{name}_loss"]
         skips = self.config.on_nan == "skip" and not scaler
         if skips or scaler:  # a scaler skips such steps itself
-            bad = (~(loss.isfinite() & norm.isfinite())).to(self.skipped[name])
-            row, total = self.skipped[name]
-            self.skipped[name] = torch.stack([(row + bad) * bad, total + bad])
-        if skips and self.skipped[name][0]:
+            self.health.skip(name, ~(loss.isfinite() & norm.isfinite()))
+        if skips and self.health.skipped[name][0]:
             self._check_skipped(self.step + 1)
         else:
             for key, value in {**self.turn, f"{name}_grad_norm": norm.detach().float()}.items():
@@ -203,21 +201,26 @@ class Engine:
     def advance(self) -> dict[str, float]:
         """One step. Returns the means of the line that it wrote to metrics.jsonl; {} if no line was due."""
         self.train_step()
-        if self.step % self.config.log_every and self.step not in self.borders:
+        looks = self.pictures.due(self.step)
+        if self.step % self.config.log_every and self.step not in self.borders and not looks:
             return {}
         self._check_finite()
+        if looks:
+            self._look()
         return self._log()
 
     def _log(self) -> dict[str, float]:
-        """Write the means since the last line to metrics.jsonl, and the speed to speed.jsonl. Returns the means."""
+        """Write the means since the last line, and the look of this step, to metrics.jsonl. Returns the means."""
         means = {name: (total / count).item() for name, (total, count) in self.window.items()}
         self.window = {}
         counts = {"spikes": int(self.health.spikes.item())}
         if self.config.on_nan == "skip" or self.accelerator.scaler:
-            counts["skipped"] = sum(int(count) for _, count in self.skipped.values())
+            counts["skipped"] = sum(int(count) for _, count in self.health.skipped.values())
         if rank() == 0:
             numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}  # fp16 looks for its scale
-            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts})
+            numbers |= self.pictures.numbers(self.step)
+            warnings = self.pictures.warn(means, self.step, self.steps)
+            self.run.log({"step": self.step, "images": self.step * self.config.batch_size, **numbers, **counts, **warnings})
             self.run.log_speed(self.step, self.config.batch_size)
             if self.config.tracker != "none":
                 finite = {name: value for name, value in numbers.items() if value is not None} | counts
@@ -237,12 +240,13 @@ class Engine:
             state = {
                 "window": {name: [total.item(), count] for name, (total, count) in self.window.items()},
                 "health": self.health.state_dict(),
-                "skipped": {name: counts.tolist() for name, counts in self.skipped.items()},
+                "skipped": {name: counts.tolist() for name, counts in self.health.skipped.items()},
                 "scaler": scaler.state_dict() if scaler else None,
                 "begun": self.begun,
-                "score": (self.since[0] / self.since[1]).item() if self.since[1] else None,
+                "looks": self.pictures.history,
+                "score": self.pictures.score(self.step, (self.since[0] / self.since[1]).item() if self.since[1] else None),
             }
-            keep = (self.config.keep, self.config.keep_best)
+            keep = (self.config.keep, self.config.keep_best, span_at(self.objective.phases, self.step - 1)[0])
             checkpoint.save(self.run.checkpoints, self.step, self._kept(), self.optimizers, state, *keep)
         self.saved, self.since, self.started = self.step, (torch.zeros_like(self.since[0]), 0), time.monotonic()
 
@@ -262,7 +266,8 @@ class Engine:
             where = self.accelerator.device
             self.window = {name: (torch.tensor(total, device=where), count) for name, (total, count) in state["window"].items()}
             self.health.load_state_dict(state["health"], where)
-            self.skipped = {name: torch.tensor(counts, device=where) for name, counts in state["skipped"].items()}
+            self.pictures.history = state.get("looks", [])
+            self.health.skipped = {name: torch.tensor(counts, device=where) for name, counts in state["skipped"].items()}
             if self.accelerator.scaler and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.talk is not None:
@@ -272,7 +277,7 @@ class Engine:
         if rank() == 0:
             identity.write(run.folder, self.begun)
             run.note(arithmetic(self.config.precision) | self.placed, self.accelerator.device)
-            checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best)
+            checkpoint.prune(run.checkpoints, self.config.keep, self.config.keep_best, span_at(self.objective.phases, self.step - 1)[0])
             run.forget_after(self.step)
             if self.config.tracker != "none":
                 settings = {key: str(value) for key, value in self.config.model_dump(mode="json").items()}
@@ -286,6 +291,12 @@ class Engine:
             if isinstance(model, Model) and model.codec.kind.drawn:
                 images, _ = model.examples(self.config.seed, model.shown)
                 save_grid(images, self.run.samples / f"{self.step:06d}.png", scale=model.enlarged)
+
+    def _look(self) -> None:
+        """Measure the average's pictures."""
+        with self.ema.at(self.accelerator.device) as network:
+            if network is not None:
+                self.pictures.look(self._model(network), self.step, self.run.folder)
 
     def _agreed(self, number: int, due: bool) -> tuple[int, bool]:
         """The signal that any process got, and whether process 0's clock says to save: agreed by all processes after the same step."""
@@ -306,7 +317,7 @@ class Engine:
 
     def _train(self) -> Any:
         config, made = self.config, self.step < self.steps
-        progress, warned = Progress(self.steps, self.run.folder.name, "steps", done=self.step), ""
+        progress = Progress(self.steps, self.run.folder.name, "steps", done=self.step)
         if made and rank() == 0:
             check_space(self.run.folder, self._kept().values(), self.plain.values())
         if self.step == 0 and self.ema.network is not None:
@@ -318,14 +329,7 @@ class Engine:
             while self.step < self.steps:
                 means = self.advance()
                 ends, last = self.step in self.borders, self.step == self.steps
-                note = ""
-                if means:
-                    note = " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss"))
-                    advice = self.objective.advice(means, self.step / self.steps)
-                    if advice.partition(":")[0] not in ("", warned) and rank() == 0:
-                        print(f"warning: step {self.step}: {advice}", file=sys.stderr)
-                    warned = advice.partition(":")[0]
-                progress.add(1, note)
+                progress.add(1, " ".join(f"{name} {value:.4g}" for name, value in means.items() if name.endswith("loss")))
                 if config.sample_every and (self.step % config.sample_every == 0 or ends):
                     self.sample_grid()
                 late = every is not None and rank() == 0 and time.monotonic() - self.started >= every
@@ -351,6 +355,8 @@ class Engine:
         """
         if self.ema.network is None:
             return None
+        if self.step == self.steps:
+            self.chosen = self.pictures.choose(self.run.checkpoints, self.step, self.ema.network)
         place = self.run.folder / self.objective.phases[phase_at(self.objective.phases, self.step - 1)].result
         model = self._model(self.ema.network)
         newest = checkpoint.path_of(self.run.checkpoints, self.step)
@@ -382,19 +388,10 @@ class Engine:
 
     def _check_skipped(self, step: int) -> None:
         """Stop the run if too many updates up to `step` were skipped in a row."""
-        if self.config.on_nan != "skip" and not self.accelerator.scaler:  # nothing is skipped; reading would wait for the device
-            return
-        for name, (row, _) in self.skipped.items():
-            if row >= SKIPPED_AT_MOST:
-                hint = "use --precision bf16" if self.accelerator.scaler else self._hint()
-                raise DistillError(f"{int(row)} steps in a row up to {step} had no finite gradient of {name}", hint)
+        if self.config.on_nan == "skip" or self.accelerator.scaler:  # else nothing is skipped, and reading would wait for the device
+            self.health.check_skipped(step, "use --precision bf16" if self.accelerator.scaler else self._hint())
 
     def _check_finite(self) -> None:
-        """Stop the run if a loss or a weight is not finite, so no checkpoint ever has one."""
-        bad = self.health.first_bad()
-        if bad:
-            raise DistillError(f"{bad[0]} is not a number at step {bad[1]}", self._hint())
+        """Stop the run if a loss or a weight is not finite, or too many updates were skipped."""
+        self.health.check(self.step, self.plain, self._hint())
         self._check_skipped(self.step)
-        for name, network in self.plain.items():
-            if not torch.stack([whole(torch.isfinite(p).all()) for p in network.parameters()]).all():
-                raise DistillError(f"the weights of {name} are not numbers at step {self.step}", self._hint())

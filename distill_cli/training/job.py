@@ -85,6 +85,8 @@ class Job:
                 trouble = error
         identity.first_error(trouble, engine.talk)  # else the other processes would wait for it
         engine.open(run)
+        if engine.pictures.plan is not None:
+            say(f"health: {engine.pictures.plan}")
         images = engine.objective.images
         if rank() == 0 and isinstance(images, Folder):
             listing.keep(images, run.folder)

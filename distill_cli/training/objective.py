@@ -28,8 +28,10 @@ from distill_cli.models.sources.registry import REGISTRY
 from distill_cli.processes import say
 from distill_cli.runs import Run
 
-Rows = dict[str, tuple[Model, Sampling]]
-"""Rows of a comparison: title -> model, and how it is sampled."""
+Row = tuple[Model, Sampling]
+"""A model, and how it is sampled."""
+Rows = dict[str, Row]
+"""Rows of a comparison, by their titles."""
 
 
 @dataclass
@@ -248,6 +250,10 @@ class Objective:
         """The result after `step` steps, made of `network` (the average, or its copy): a Model, or another thing with `save(folder)`."""
         raise NotImplementedError
 
+    def reference(self) -> Row | None:
+        """The teacher as it is sampled for comparisons; None for a method, or a run, without one."""
+        return None
+
     def compared(self, made: Any) -> Rows:
         """The rows of comparison.png: models, and how they are sampled."""
         return {}
@@ -284,3 +290,7 @@ class Objective:
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
         """A warning that follows from the mean metrics when the share `done` of all steps is made, or ''."""
         return ""
+
+    def remedies(self, metrics: Mapping[str, float]) -> Mapping[str, str]:
+        """What to change at a sign of sickness in the pictures, by its name in training/signs.py, where the method knows better."""
+        return {}

@@ -14,6 +14,7 @@ from distill_cli.models.model import Model
 from distill_cli.training import fitting
 from distill_cli.training.memory import memory, result
 from distill_cli.training.objective import Objective
+from distill_cli.training.pictures import scheduled
 from distill_cli.training.placed import check
 
 CARRIED = re.compile(r"\.lora_[AB]\.\w+\.")
@@ -65,6 +66,8 @@ def plan(objective: Objective, processes: int = 1) -> dict[str, Any]:
         "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
         "memory": str(needs),
     }
+    if (looks := scheduled(objective)) is not None:
+        out["health"] = str(looks)
     if config.memory is not None:
         out["to fit"] = fitting.line(objective, processes, needs)
     if config.compile != "none":

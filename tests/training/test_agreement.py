@@ -19,7 +19,7 @@ from distill_cli.models import load
 from distill_cli.models.autoencoder import create
 from distill_cli.models.classifier import Classifier, ClassifierInfo
 from distill_cli.pairs.generate import generate
-from distill_cli.training import checkpoint, engine, identity
+from distill_cli.training import checkpoint, health, identity
 from distill_cli.training.rehearsal import rehearse
 from tests.cli.test_bad_input import one_line
 from tests.training.test_engine import NETWORK, engine_of, poison
@@ -369,4 +369,4 @@ def test_fp16_ends_by_steps_left_out_in_a_row(tmp_path, tiny, tiny_pairs):
     with pytest.raises(DistillError, match="5[0-9] steps in a row up to [0-9]+ had no finite gradient of teacher") as error:
         again._train()
     assert error.value.hint == "use --precision bf16"
-    assert again.step < 22 + engine.SKIPPED_AT_MOST + 10
+    assert again.step < 22 + health.SKIPPED_AT_MOST + 10

@@ -40,7 +40,7 @@ from distill_cli.training.ema import follow
 from distill_cli.training.examples import without_null
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, freeze, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, freeze, refuse_student, student_of
 from distill_cli.training.source import Source, read
 
 OWN = 50
@@ -179,8 +179,13 @@ class Consistency(Objective):
         """The condition with what the student is told besides; nothing by default."""
         return condition
 
+    def reference(self) -> Row | None:
+        return None if self.teacher is None else (self.teacher, self.sampling())
+
     def compared(self, made: Model) -> Rows:
-        rows = {} if self.teacher is None else {"teacher": (self.teacher.to(next(made.denoiser.parameters()).device), self.sampling())}
+        rows = {} if (teacher := self.reference()) is None else {"teacher": teacher}
+        for model, _ in rows.values():
+            model.to(next(made.denoiser.parameters()).device)
         steps = {n: made.sampling.model_copy(update={"steps": n}) for n in (1, max(2, made.sampler.steps))}
         return rows | {f"student, {n} step{'s' * (n > 1)}": (made, sampling) for n, sampling in steps.items()}
 

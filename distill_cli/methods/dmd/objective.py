@@ -37,12 +37,13 @@ from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Rows, freeze, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, freeze, refuse_student, student_of
+from distill_cli.training.signs import GENERAL as SIGNS
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
 """Frozen networks -> the option that names each."""
-FAKE_BEHIND = 1.15
-SPREAD_LOST = 0.7
+FAKE_BEHIND, FAKE_STILL = 1.6, 0.05
+"""The fake score's error over the teacher's above which it has fallen behind, and how near to 1 it is where it has not yet learned."""
 
 
 def open(config: DMDConfig, job: Job) -> Objective:
@@ -160,12 +161,9 @@ class DMD(Objective):
             gradient, metrics = self._match(x, each(draws.normal, "matching_noise", shape), t, condition)
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
-        if paired is not None:
-            if self.distance is not None:
-                regression = self.judge(generated, paired["x0"]).mean()
-                loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
-            drawn = self.of_pairs.alike(paired["label"])
-            metrics |= {"spread": spread(generated, drawn), "pairs_spread": spread(paired["x0"], drawn)}
+        if paired is not None and self.distance is not None:
+            regression = self.judge(generated, paired["x0"]).mean()
+            loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
         yield Loss("student", loss, metrics)
 
         if "fake" in self.trained:
@@ -199,8 +197,11 @@ class DMD(Objective):
         sampler = Sampler.one_step(self.schedule, self.start)
         return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=sampler)
 
+    def reference(self) -> Row:
+        return self.teacher, self.sampling
+
     def compared(self, made: Model) -> Rows:
-        return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
+        return {"teacher": self.reference(), "student": (made, made.sampling)}
 
     def calls(self, step: int = 0) -> Calls:
         config, size, paired = self.config, self.config.batch_size, bool(self.regression_weight)
@@ -221,20 +222,10 @@ class DMD(Objective):
         return one_by_one(self.distance, x, reference) if apart else self.distance(x, reference)
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
-        if late := behind(metrics):
-            return late
-        if done > 0.25 and metrics.get("spread", 1.0) < SPREAD_LOST * metrics.get("pairs_spread", 0.0):
-            found = f"their spread inside a class is {metrics['spread'] / metrics['pairs_spread']:.2f} times the teacher's"
-            return f"the student's images are collapsing: {found}. Lower lr, or raise regression_weight"
-        return ""
+        return behind(metrics)
 
-
-def times_at(schedule: NoiseSchedule, t_bins: int, uniform: Tensor, low: float, high: float) -> Tensor:
-    """(B,) times between the shares `low` and `high` of the range, both included: whole times of a table, or one of `t_bins`."""
-    bins = schedule.bins or t_bins
-    first, last = round(low * bins), min(bins - 1, round(high * bins))
-    place = (first + uniform * (last - first + 1)).floor()
-    return schedule.at(place / max(1, bins - 1)).float()
+    def remedies(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        return remedies(metrics, self.guidance, bool(self.regression_weight))
 
 
 def behind(metrics: Mapping[str, float]) -> str:
@@ -244,6 +235,29 @@ def behind(metrics: Mapping[str, float]) -> str:
         return ""
     found = f"its error on the student's images is {fake / real:.2f} times the teacher's"
     return f"the fake score has fallen behind: {found}. Lower lr, or raise fake_steps or fake_lr"
+
+
+def remedies(metrics: Mapping[str, float], guidance: float | None, held: bool) -> dict[str, str]:
+    """What to change at signs of sickness, where distribution matching made them; `held`: whether a regression on pairs holds the student.
+
+    A fake score whose error on the student's images is still the teacher's own has hardly learned them.
+    """
+    real, fake = metrics.get("real_error", 0.0), metrics.get("fake_error", 0.0)
+    if abs(fake - real) < FAKE_STILL * real:
+        lags = f"The fake score lags: its error on them is still {fake / real:.2f} times the teacher's. Raise fake_lr or fake_steps"
+        return dict.fromkeys(SIGNS, lags)
+    if not held:
+        return dict.fromkeys(SIGNS, "Nothing holds the student to pictures of the teacher: give pairs for a regression, or lower lr")
+    strong = {"over-saturated": f"Lower guidance_scale, now {guidance:g}"} if guidance not in (None, 1) else {}
+    return {"collapsing": "Lower lr, or raise regression_weight", **strong}
+
+
+def times_at(schedule: NoiseSchedule, t_bins: int, uniform: Tensor, low: float, high: float) -> Tensor:
+    """(B,) times between the shares `low` and `high` of the range, both included: whole times of a table, or one of `t_bins`."""
+    bins = schedule.bins or t_bins
+    first, last = round(low * bins), min(bins - 1, round(high * bins))
+    place = (first + uniform * (last - first + 1)).floor()
+    return schedule.at(place / max(1, bins - 1)).float()
 
 
 def student_time(config: DMDConfig, schedule: NoiseSchedule) -> float:
@@ -311,14 +325,6 @@ def one_by_one(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, referenc
     """The same distances a picture at a time, computed again in the backward pass: of each picture only its latents are kept."""
     pairs = zip(x.split(1), reference.split(1), strict=True)
     return torch.cat([torch.utils.checkpoint.checkpoint(distance, one, there, use_reentrant=False) for one, there in pairs])
-
-
-def spread(images: Tensor, labels: Tensor) -> Tensor:
-    """How much images (B, C, H, W) differ inside their classes (B,): the mean standard deviation of a value."""
-    x = images.detach().float().flatten(1)
-    same = (labels[:, None] == labels[None]).to(x)
-    means = same @ x / same.sum(1, keepdim=True)
-    return (x - means).square().mean(0).sqrt().mean()
 
 
 def check_pairs(

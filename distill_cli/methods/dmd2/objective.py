@@ -34,7 +34,8 @@ from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Rows, freeze, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, freeze, refuse_student, student_of
+from distill_cli.training.signs import GENERAL
 from distill_cli.training.source import Source
 
 
@@ -300,8 +301,11 @@ class DMD2(Objective):
         conditioner = teacher.conditioner.taught(self.config.classes)
         return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=sampler)
 
+    def reference(self) -> Row:
+        return self.teacher, self.sampling
+
     def compared(self, made: Model) -> Rows:
-        return {"teacher": (self.teacher, self.sampling), "student": (made, made.sampling)}
+        return {"teacher": self.reference(), "student": (made, made.sampling)}
 
     def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
         if not isinstance(network, critic.Critic):
@@ -336,6 +340,13 @@ class DMD2(Objective):
 
     def advice(self, metrics: Mapping[str, float], done: float) -> str:
         return behind(metrics)
+
+    def remedies(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        hint = "Raise fake_steps, or lower lr" + (
+            "" if self.source is not None else ", or give real images for a discriminator: data=FOLDER"
+        )
+        strong = {"over-saturated": f"Lower guidance_scale, now {self.guidance:g}"} if self.guided else {}
+        return dict.fromkeys(GENERAL, hint) | strong
 
 
 def wide(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from distill_cli.runs import Run
 from distill_cli.training.ema import follow
 from distill_cli.training.examples import without_null
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Rows, phase_at, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, phase_at, refuse_student, student_of
 from distill_cli.training.source import Source, read
 
 SHOWN = 4
@@ -133,12 +133,15 @@ class Progressive(Objective):
             scheduler=scheduler,
         )
 
-    def compared(self, made: Model) -> Rows:
-        """The teacher at its steps, and the students of few steps."""
-        n = self.config.first_steps
+    def reference(self) -> Row:
+        """The teacher at its steps."""
         teacher = replace(self.teacher, sampler=Sampler.walking("euler", self.grid[:-1].tolist()))
-        asked = Sampling(solver="euler", steps=n, guidance_scale=self.sampling.guidance_scale)
-        rows = {f"teacher, {n} steps": (teacher.to(next(made.denoiser.parameters()).device), asked)}
+        return teacher, Sampling(solver="euler", steps=self.config.first_steps, guidance_scale=self.sampling.guidance_scale)
+
+    def compared(self, made: Model) -> Rows:
+        """The teacher, and the students of few steps."""
+        teacher, asked = self.reference()
+        rows = {f"teacher, {asked.steps} steps": (teacher.to(next(made.denoiser.parameters()).device), asked)}
         for count, phase in zip(self.rounds, self.phases, strict=True):
             if phase is self.phases[-1] or count <= SHOWN:
                 student = made if phase is self.phases[-1] else self.student_in(phase, made)

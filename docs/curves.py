@@ -1,0 +1,89 @@
+"""Runs that are well and runs that were made sick on purpose, for docs/curves.md.
+
+python docs/curves.py make [NAME...]     # runs/curves/NAME, a few minutes each on one idle core
+python docs/curves.py table              # the looks of the runs that are there, and the first warning of each
+python docs/curves.py draw               # docs/curves.png from their sample grids
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+HERE, RUNS = Path(__file__).parent, Path("runs/curves")
+PAIRS = "pairs --recipe digits-pairs --num 1000"
+SHAPES = "pairs --recipe shapes-pairs --num 120 --steps 20 --guidance-scale {0} shard_size=40 batch_size=40"
+SMALL = "batch_size=8 warmup_steps=20 ema_halflife=400 log_every=10 sample_every=30 save_every=1000"
+DMD = f"dmd --recipe demo-dmd {SMALL}"
+HELD, ALONE = f"{DMD} steps=240 health_every=15 --pairs {RUNS}/pairs", f"{DMD} steps=120 health_every=10 regression_weight=null lr=2e-4"
+OF_SHAPES = "dmd --recipe shapes-dmd batch_size=6 steps=60 warmup_steps=20 log_every=6 health_every=6 sample_every=30 save_every=1000"
+MADE = {
+    "pairs": PAIRS,
+    "healthy": HELD,
+    "slow-fake": f"{HELD} fake_lr=2e-5",
+    "rates": f"{HELD} lr=8e-3 fake_lr=1e-2",
+    "no-regression": f"{ALONE} pairs=null fake_lr=4e-4",
+    "lagging": f"{ALONE} pairs=null fake_lr=1e-5",
+    "shapes-pairs": SHAPES.format(9),
+    "guidance": f"{OF_SHAPES} ema_halflife=300 guidance_scale=9 --pairs {RUNS}/shapes-pairs",
+    "healthy-cd": f"cm --recipe digits-cd precision=no steps=120 health_every=10 {SMALL}",
+    "healthy-pd": f"pd --recipe digits-pd precision=no steps=120 health_every=10 first_steps=4 shares=null {SMALL}",
+}
+"""Folder below RUNS -> the command, without distill and --out."""
+SHOWN, STEPS, DIGITS, SIDE = ("healthy", "rates", "no-regression", "lagging"), (30, 60, 120), 10, 64
+COLUMNS = ("luminance", "saturation", "contrast", "sharpness", "spread", "drift", "frechet", "accuracy")
+
+
+def make(names: list[str]) -> None:
+    for name in names or MADE:
+        if not (RUNS / name).exists():
+            command = [sys.executable, "-m", "distill_cli", *MADE[name].split(), "--out", str(RUNS / name)]
+            print(" ".join(command[2:]), file=sys.stderr)
+            subprocess.run(command, check=True)
+
+
+def lines(name: str) -> list[dict]:
+    path = RUNS / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def table() -> None:
+    for name in MADE:
+        found = lines(name)
+        if not found:
+            continue
+        print(f"\n{name}\n{'step':>5} " + " ".join(f"{column[:10]:>10}" for column in COLUMNS))
+        for line in found:
+            if "health_drift" in line:
+                print(f"{line['step']:5} " + " ".join(f"{line.get(f'health_{column}', float('nan')):10.3f}" for column in COLUMNS))
+        warned = next((line for line in found if "warnings" in line), None)
+        print("no warning" if warned is None else f"step {warned['step']} of {found[-1]['step']}: {'; '.join(warned['warnings'])}")
+
+
+def strip(path: Path) -> np.ndarray:
+    """The first row of a sample grid: the ten digits from the same noise in every run."""
+    return np.asarray(Image.open(path).convert("RGB"))[: SIDE + 4]
+
+
+def draw() -> None:
+    rows = [(name, [strip(RUNS / name / f"samples/{step:06d}.png") for step in STEPS]) for name in SHOWN]
+    height, width = rows[0][1][0].shape[:2]
+    bar, scale = 16, 0.5
+    cell = (round(width * scale), round(height * scale))
+    canvas = Image.new("RGB", (len(STEPS) * (cell[0] + 6), len(rows) * (cell[1] + bar)), "white")
+    for k, (name, strips) in enumerate(rows):
+        for n, (step, picture) in enumerate(zip(STEPS, strips, strict=True)):
+            x, y = n * (cell[0] + 6), k * (cell[1] + bar)
+            ImageDraw.Draw(canvas).text((x + 2, y + 2), f"{name}, step {step}", fill="black")
+            canvas.paste(Image.fromarray(picture).resize(cell, Image.Resampling.BOX), (x, y + bar))
+    canvas.save(HERE / "curves.png", optimize=True)
+
+
+if __name__ == "__main__":
+    verb, *rest = sys.argv[1:] or ["table"]
+    {"make": make, "table": lambda _: table(), "draw": lambda _: draw()}[verb](rest)
