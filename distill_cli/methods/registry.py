@@ -61,7 +61,7 @@ METHODS = (
     Method("train", "train", "Train a teacher from images.", "train.config:TrainConfig", "train.objective:open", IMAGES),
     Method("dmd", "dmd", "Distil a one-step student by distribution matching.", "dmd.config:DMDConfig", "dmd.objective:open", _DMD),
     Method("dmd2", "dmd2", "Distil a student of few steps by distribution matching, without pairs.", "dmd2.config:DMD2Config",
-           "dmd2.begin:open", _DMD2),
+           "dmd2.objective:open", _DMD2),
     Method("cd", "cm", "Distil a consistency model, a student of one or a few steps.", "cm.config:CDConfig", "cm.objective:cd",
            (*_CM, "guidance_scale")),
     Method("ct", "cm", "Train a consistency model from images alone.", "cm.config:CTConfig", "cm.objective:ct", _CM),

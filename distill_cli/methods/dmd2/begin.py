@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd2.config import DMD2Config
-from distill_cli.models.cost import text_cost
 from distill_cli.models.lora import PAIR, Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.times import parse
-from distill_cli.pairs.store import MANIFEST, PairStore
-from distill_cli.processes import rank
-from distill_cli.training.job import Job
-from distill_cli.training.source import read
 
 
 def times_of(config: DMD2Config, schedule: NoiseSchedule, student: Model | None) -> Tensor:
@@ -62,28 +54,3 @@ def take_over(config: DMD2Config, student: Model, teacher_hash: str, own: Networ
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in wanted.items()}:
         raise UsageError(f"{what}: another network than {config.teacher}'s", "it may be told its guidance scale; begin with another")
     ours.load_state_dict(state)
-
-
-def open(config: DMD2Config, job: Job) -> Any:
-    """Read teacher, student, real images, pairs and prompts; a plan needs no pairs."""
-    from distill_cli.methods.dmd2.objective import DMD2
-
-    teacher = job.teacher(config.teacher, config.device)
-    student = job.teacher(config.student, config.device) if config.student else None
-    data: Images | PairStore | None = None
-    if config.resolution is not None and teacher.codec.factor > 1:
-        teacher = teacher.with_resolution(config.resolution)
-    if config.data is not None:
-        config, data = read(config, teacher, job, "dmd2")
-    there = config.init_pairs is not None and (not job.dry_run or (config.init_pairs / MANIFEST).is_file())
-    pairs = PairStore(config.init_pairs, config.out) if config.init_pairs is not None and there else None
-    if config.prompts is not None or (data is None and pairs is None):
-        job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
-    job.say_read(*([] if data is not None else [teacher]), student, pairs, job.prompts)
-    job.plan |= text_cost(teacher.conditioner, config.text, len(job.prompts), config.batch_size * config.fake_steps)
-    if pairs is not None and not job.dry_run:
-        pairs.verify()
-    objective = DMD2(config, teacher, data, student, pairs, job.prompts)
-    if config.prompts is not None and job.resume is None and not job.dry_run and rank() == 0:
-        objective.teacher.conditioner.say_cut(range(len(objective.teacher.conditioner.prompts)))
-    return objective

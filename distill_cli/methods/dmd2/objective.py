@@ -30,13 +30,39 @@ from distill_cli.methods.dmd.objective import behind, check_pairs, prompted, tim
 from distill_cli.methods.dmd2 import begin, critic
 from distill_cli.methods.dmd2.config import DMD2Config
 from distill_cli.methods.dmd2.maths import guidance_part, matching_part, shares
+from distill_cli.models.cost import text_cost
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
-from distill_cli.pairs.store import PairStore
+from distill_cli.pairs.store import MANIFEST, PairStore
+from distill_cli.processes import rank
 from distill_cli.runs import Run
+from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, freeze, refuse_student, student_of
 from distill_cli.training.signs import GENERAL
-from distill_cli.training.source import Source
+from distill_cli.training.source import Source, read
+
+
+def open(config: DMD2Config, job: Job) -> Objective:
+    """Read teacher, student, real images, pairs and prompts; a plan needs no pairs."""
+    teacher = job.teacher(config.teacher, config.device)
+    student = job.teacher(config.student, config.device) if config.student else None
+    data: Images | PairStore | None = None
+    if config.resolution is not None and teacher.codec.factor > 1:
+        teacher = teacher.with_resolution(config.resolution)
+    if config.data is not None:
+        config, data = read(config, teacher, job, "dmd2")
+    there = config.init_pairs is not None and (not job.dry_run or (config.init_pairs / MANIFEST).is_file())
+    pairs = PairStore(config.init_pairs, config.out) if config.init_pairs is not None and there else None
+    if config.prompts is not None or (data is None and pairs is None):
+        job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
+    job.say_read(*([] if data is not None else [teacher]), student, pairs, job.prompts)
+    job.plan |= text_cost(teacher.conditioner, config.text, len(job.prompts), config.batch_size * config.fake_steps)
+    if pairs is not None and not job.dry_run:
+        pairs.verify()
+    objective = DMD2(config, teacher, data, student, pairs, job.prompts)
+    if config.prompts is not None and job.resume is None and not job.dry_run and rank() == 0:
+        objective.teacher.conditioner.say_cut(range(len(objective.teacher.conditioner.prompts)))
+    return objective
 
 
 @dataclass
