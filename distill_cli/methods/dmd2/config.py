@@ -19,6 +19,12 @@ WHERE = (
 class DMD2Config(StudentConfig):
     """distill dmd2: improved distribution matching distillation (Yin et al. 2405.14867)"""
 
+    elsewhere = {
+        "pairs": "dmd2 needs none: init_pairs=DIR init_steps=N begins a one-step student on them, distill dmd keeps to them",
+        "student_time": "times=399 makes a one-step student that is told 399",
+        **dict.fromkeys(("regression_weight", "regression_loss"), "regression is a beginning here: init_pairs, init_steps, init_loss"),
+    }
+
     teacher: Name = Field("digits", description="the model to distil: a name of `distill models ls`, a folder, or a hub id")
     student: Name | None = Field(None, description="a student of the same network to begin from; default the teacher's weights")
     student_steps: Positive | None = Field(None, description="steps in which the student makes a picture; default 4, or those of times")
