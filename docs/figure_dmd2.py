@@ -20,9 +20,9 @@ from docs.figure3 import REAL, command, draw, numbers
 
 ALONE = ("gan=none", "data=null")
 CASES = {
-    "own": ("(a) the teacher's start", ("student=null", *ALONE)),
-    "own-gan": ("(b) the same, discriminator", ("student=null",)),
-    "dmd2": ("(c) covering start, discriminator", ()),
+    "dmd2": ("(a) covering start, discriminator", ()),
+    "own": ("(b) teacher's start, none", ("student=null", *ALONE)),
+    "own-gan": ("(c) teacher's start, discriminator", ("student=null",)),
     "ten": ("(d) covering start, fake_steps=10", (*ALONE, "fake_steps=10")),
 }
 """Folder of the student -> title, and what is given besides the recipe two-modes-dmd2."""
