@@ -38,6 +38,11 @@ def config_of(command: str) -> type[Config]:
     return next(shared for shared in first.__mro__ if all(issubclass(other, shared) for other in others))
 
 
+def instead(command: str, key: str) -> str:
+    """What a command has in place of another command's key, as a hint; '' if nothing is said."""
+    return next((kind.elsewhere[key] for kind in kinds(command).values() if key in kind.elsewhere), "")
+
+
 def method_of(config: Config) -> Method:
     """The method whose options these are."""
     return next(method for method in METHODS if kinds(method.command)[method.name] is type(config))

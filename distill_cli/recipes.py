@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from distill_cli.commands import COMMANDS, command_of, config_of, kinds
+from distill_cli.commands import COMMANDS, command_of, config_of, instead, kinds
 from distill_cli.config.base import Config, expanded, unexpanded
 from distill_cli.errors import UsageError, nearest
 from distill_cli.files import reading, write_atomic
@@ -240,7 +240,7 @@ def _chosen(config: type[ConfigT], given: dict[str, _Given], errors: list[str]) 
         wrong = given.pop(key)
         if not others:
             where = f"{wrong.name}: " if wrong.how == "flag" else wrong.name.removesuffix(key)
-            errors.append(f"{where}unknown key {key} ({nearest(key, known)})")
+            errors.append(f"{where}unknown key {key} ({instead(command_of(config), key) or nearest(key, known)})")
         elif out is not None and not (wrong.how == "file" and _is_default(wrong.value, key, others)):
             errors.append(f"{wrong.name}: not a key of method {name} ({nearest(key, known)})")
     return out or choices[first]

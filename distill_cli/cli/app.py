@@ -26,7 +26,7 @@ from distill_cli.cli.push import push
 from distill_cli.cli.sample import sample
 from distill_cli.cli.training import summary, training
 from distill_cli.cli.watch import watch
-from distill_cli.commands import TRAINING
+from distill_cli.commands import COMMANDS, TRAINING, instead
 from distill_cli.errors import DistillError, Interrupted, UsageError, nearest, printable, printable_lines
 
 app = typer.Typer(
@@ -90,7 +90,9 @@ def _usage(error: Any) -> int:
     wrong = getattr(error, "option_name", None)
     if wrong and context and "no such option" in message.lower():
         known = [name for param in context.command.get_params(context) for name in param.opts]
-        return _fail(f"{wrong}: no such option", nearest(wrong, known, "options"), 2)
+        command, key = context.info_name, wrong.lstrip("-").replace("-", "_")
+        said = instead(command, key) if command in COMMANDS else ""
+        return _fail(f"{wrong}: no such option", said or nearest(wrong, known, "options"), 2)
     if message.lower().startswith("no such command") and context:
         name = message.split("'")[1]
         return _fail(f"{name}: no such command", nearest(name, context.command.list_commands(context), "commands"), 2)

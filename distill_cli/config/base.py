@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -163,6 +164,8 @@ class Config(BaseModel):
     """Options of one command; extra keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Keys of other commands -> what this one has in their place, as a hint."""
 
     out: Place | None = Field(None, description="folder of the results; default runs/ and the name of the recipe or command")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random: noise, order, times")

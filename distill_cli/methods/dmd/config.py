@@ -13,6 +13,8 @@ from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Posit
 class DMDConfig(StudentConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
+    elsewhere = dict.fromkeys(("student_steps", "times", "gan", "data"), "distill dmd2: students of several steps, a discriminator")
+
     teacher: Name = Field("digits", description="the model to distil: a name of `distill models ls`, a folder, or a hub id")
     pairs: Place | None = Field(None, description="a folder of `distill pairs`, batch_size pairs a step; default no regression")
     classes: Classes = Field(None, description="classes that the student learns; default all")

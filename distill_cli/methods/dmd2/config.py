@@ -19,6 +19,12 @@ WHERE = (
 class DMD2Config(StudentConfig):
     """distill dmd2: improved distribution matching distillation (Yin et al. 2405.14867)"""
 
+    elsewhere = {
+        "pairs": "dmd2 needs none: init_pairs=DIR init_steps=N begins a one-step student on them, distill dmd keeps to them",
+        "student_time": "times=399 makes a one-step student that is told 399",
+        **dict.fromkeys(("regression_weight", "regression_loss"), "regression is a beginning here: init_pairs, init_steps, init_loss"),
+    }
+
     teacher: Name = Field("digits", description="the model to distil: a name of `distill models ls`, a folder, or a hub id")
     student: Name | None = Field(None, description="a student of the same network to begin from; default the teacher's weights")
     student_steps: Positive | None = Field(None, description="steps in which the student makes a picture; default 4, or those of times")
@@ -42,11 +48,13 @@ class DMD2Config(StudentConfig):
     warmup_steps: Count = Field(0, description="steps of linear learning-rate warm-up, for student and fake score")
     guidance_scale: Rate | None = Field(None, description="guidance scale of the teacher; default the teacher's own")
     guidance_calls: Literal[1, 2] = Field(1, description="guidance: 1 call with twice the batch, or 2 calls with half the memory")
-    matching_weight: Weight = Field(1.0, description="weight of the matching part of the gradient: fake score minus conditional teacher")
+    matching_weight: Weight = Field(1.0, description="weight of the gradient's matching part: fake score minus conditional teacher")
     matching_times: Where = Field("range", description=f"times of the matching part: {WHERE}")
-    guidance_weight: Weight = Field(1.0, description="weight of the guidance part: (scale - 1) (unconditional - conditional teacher)")
+    guidance_weight: Weight = Field(
+        1.0, description="weight of the gradient's guidance part: (scale - 1) (unconditional - conditional teacher)"
+    )
     guidance_times: Literal["same", "range", "stretch", "noisier"] = Field(
-        "same", description="times of the guidance part; same: those of the matching part, and one call for both"
+        "same", description="times of the guidance part; same: those of the matching part, with one call for both; others: a further call"
     )
     t_low: Fraction = Field(0.02, description="smallest time of both parts, as a share of the range of times")
     t_high: Fraction = Field(0.98, description="largest time of both parts, as a share of the range of times")
@@ -59,7 +67,9 @@ class DMD2Config(StudentConfig):
     gan_weight: Weight = Field(3e-3, description="gan: weight of the student's loss; DMD2: 3e-3 ImageNet-64, 1e-3 SD 1.5, 5e-3 SDXL")
     critic_weight: Weight = Field(1e-2, description="gan: weight of the discriminator's loss beside the fake score's")
     r1_weight: Weight = Field(0.0, description="gan: weight of the discriminator's R1 penalty, by finite differences (2501.08316)")
-    init_pairs: Place | None = Field(None, description="one step: a folder of `distill pairs`, on which the student begins")
+    init_pairs: Place | None = Field(
+        None, description="for one step: a folder of `distill pairs`; the student begins by regression on them"
+    )
     init_steps: Count = Field(0, description="steps of regression on init_pairs before the first step of dmd2")
     init_loss: Literal["l2", "huber"] = Field("huber", description="distance of that regression")
 
@@ -84,7 +94,7 @@ class DMD2Config(StudentConfig):
             "input data needs real images: data=FOLDER": self.input == "data" and not self.data,
             "data has no use here: real images are for gan and input=data": bool(self.data) and not real,
             "matching_weight and guidance_weight 0 leave the student without a teacher": not (self.matching_weight or self.guidance_weight),
-            "init_pairs and init_steps go together": bool(self.init_pairs) != bool(self.init_steps),
+            "init_pairs and init_steps go together: give both or none": bool(self.init_pairs) != bool(self.init_steps),
             f"init_pairs: pairs of noise and pictures are for a student of one step, not of {self.count}": bool(self.init_pairs)
             and self.count > 1,
             "init_pairs: not with student, which has begun already": bool(self.init_pairs and self.student),
