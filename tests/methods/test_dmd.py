@@ -7,7 +7,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, TableSchedule, add_noise
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.config import DMDConfig
-from distill_cli.methods.dmd.objective import DMD, check_pairs, remedies
+from distill_cli.methods.dmd.objective import DMD, check_pairs, remedies, times_at
 from distill_cli.models import pixel
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.sampler import Sampler
@@ -23,7 +23,7 @@ def test_matching_times_are_2_to_98_percent_and_score_times_all(tiny):
     dmd = objective(tiny)
     u = torch.linspace(0, 1 - 1e-9, 20_000, dtype=torch.float64)
     sigma = EDMSchedule().at(torch.arange(1000, dtype=torch.float64) / 999).float()
-    matching, score = dmd.times(u, 0.02, 0.98), dmd.times(u, 0.0, 1.0)
+    matching, score = (times_at(dmd.schedule, 1000, u, *shares) for shares in ((0.02, 0.98), (0.0, 1.0)))
     assert torch.equal(matching.unique(), sigma[20:981])
     assert torch.equal(score.unique(), sigma)
     assert matching[0] < matching[-1]  # the first bins are the small sigmas
@@ -35,7 +35,7 @@ def test_matching_times_of_a_table_are_20_to_980(tiny):
         resolution=8, channels=[8], attention=[False], groups=4, head=8, classes=[], schedule=table, parameterisation="eps",
         lineage=Lineage(name="x"),
     )  # fmt: skip
-    times = DMD(DMDConfig(device="cpu"), model, None).times(torch.linspace(0, 1 - 1e-9, 20_000, dtype=torch.float64), 0.02, 0.98)
+    times = times_at(model.denoiser.schedule, 7, torch.linspace(0, 1 - 1e-9, 20_000, dtype=torch.float64), 0.02, 0.98)
     assert times.unique().tolist() == list(range(20, 981))
 
 
@@ -59,7 +59,7 @@ def test_one_step_by_hand(tiny, tiny_pairs):
     with torch.no_grad():
         x = tiny.denoiser(80 * draws.normal("noise", tiny.shape), t80, of(labels))
         again = tiny.denoiser(80 * pairs["noise"], t80, of(pairs["label"]))
-        t = dmd.times(draws.uniform("matching_time"), 0.02, 0.98)
+        t = times_at(dmd.schedule, 1000, draws.uniform("matching_time"), 0.02, 0.98)
         noisy = x + t.view(-1, 1, 1, 1) * draws.normal("matching_noise", tiny.shape)
         cond, uncond = tiny.denoiser(noisy, t, of(labels)), tiny.denoiser(noisy, t, of(torch.full((4,), 10)))
         real, fake = uncond + 3.0 * (cond - uncond), dmd.trained["fake"].module(noisy, t, of(labels))
@@ -84,7 +84,7 @@ def test_the_fake_score_learns_the_images_of_before_the_students_step(tiny):
     losses = list(turns)
     assert [loss.network for loss in losses] == ["fake", "fake"]
     for turn, loss in enumerate(losses):
-        t = dmd.times(draws.uniform("score_time", turn), 0.0, 1.0)
+        t = times_at(dmd.schedule, 1000, draws.uniform("score_time", turn), 0.0, 1.0)
         noisy = add_noise(EDMSchedule(), x, draws.normal("score_noise", tiny.shape, turn), t)
         with torch.no_grad():
             error = (dmd.trained["fake"].module(noisy, t, of(labels)) - x).square().mean((1, 2, 3))

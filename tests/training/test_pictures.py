@@ -117,7 +117,7 @@ def test_the_best_checkpoint_becomes_the_result(tmp_path, tiny, tiny_pairs, monk
     assert (engine.chosen, checkpoint.steps(engine.run.checkpoints)) == (3, [3, 6])
     saved = load_file(tmp_path / "run/student/unet/diffusion_pytorch_model.safetensors")
     best, last = (weights(tmp_path / "run", step)["average.safetensors"] for step in (3, 6))
-    named = {key.removeprefix("network.net."): value for key, value in best.items()}
+    named = {key.removeprefix("network.unet."): value for key, value in best.items()}
     assert saved.keys() == named.keys()
     assert all(torch.equal(value, named[key]) for key, value in saved.items())
     assert not same(best, last)
