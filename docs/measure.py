@@ -36,6 +36,7 @@ def made_by(run: Path, recipe: str) -> bool:
     if isinstance(had, CMConfig) and isinstance(wanted, CMConfig) and own_times(had, EDMSchedule()) != own_times(wanted, EDMSchedule()):
         return False
     without = {"out", "device", "pairs", "data", "times", "sample_every", "log_every", "save_every", "keep", "keep_best", "tracker"}
+    without |= {"health_every", "best_by"}
     return had.model_dump(exclude=without) == wanted.model_dump(exclude=without)
 
 
