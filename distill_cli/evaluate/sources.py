@@ -184,7 +184,8 @@ class Drawn(Source):
 
     def __init__(self, images: Images, positions: Sequence[int], seed: int) -> None:
         self.images, self.positions, self.seed = images, positions, seed
-        self.shape, self.classes, self.about, self.kind = tuple(images.shape), tuple(images.classes), images.about, images.kind  # type: ignore[assignment]
+        self.shape = tuple(images.shape)  # type: ignore[assignment]
+        self.classes, self.about, self.kind = tuple(images.classes), images.about, images.kind
         labels = getattr(images, "labels", None)
         self.labels = torch.as_tensor(labels)[list(positions)] if self.classes and labels is not None else None
 
