@@ -36,7 +36,7 @@ class Live:
 
     @cached_property
     def null(self) -> Condition:
-        return self.conditioner.without().map(lambda part: part.to(self.dtype).float().cpu())
+        return self.thread.submit(self.conditioner.without).result().map(lambda part: part.to(self.dtype).float().cpu())
 
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:
         """Move the text encoders to `device`, where they stay."""

@@ -114,6 +114,10 @@ class TestTimes:
             assert maths.shares("noisier", schedule, own, step, 0.02, 0.98) == pytest.approx((noisier, 0.98), abs=1e-3)
             assert maths.shares("range", schedule, own, step, 0.02, 0.98) == (0.02, 0.98)
 
+    def test_a_student_told_an_earlier_time_begins_with_pure_noise_all_the_same(self):
+        own = torch.tensor([399.0], dtype=torch.float64)
+        assert maths.shares("stretch", TableSchedule.from_config({}), own, 0, 0.02, 0.98) == (0.02, 0.98)
+
     def test_a_stretch_is_where_its_step_is_matched(self):
         one = of(matching_times="stretch", t_low=0.0, t_high=1.0)
         for step in range(4):
@@ -122,6 +126,16 @@ class TestTimes:
             after = one.own[step + 1] if step < 3 else 0.0
             assert after * 0.99 <= t.min()
             assert t.max() <= one.own[step] * 1.01
+
+    def test_the_fake_score_learns_a_steps_images_in_its_stretch(self):
+        one, seen = of(matching_times="stretch"), []
+        one.trained["fake"].module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+        for turn in range(4):
+            made = one.batch(0, drawn(), turn)
+            one.fake_loss(made)
+            after = one.own[made.step + 1] if made.step < 3 else 0.0
+            assert after * 0.99 <= seen[-1].min()
+            assert seen[-1].max() <= one.own[made.step] * 1.01
 
 
 class TestSimulation:
@@ -345,6 +359,7 @@ def test_both_sides_of_bench_call_the_networks_alike(options, tmp_path, monkeypa
         ({"init_steps": 5}, "init_pairs and init_steps go together"),
         ({"init_steps": 5, "init_pairs": "x"}, "for a student of one step, not of 4"),
         ({"matching_weight": 0, "guidance_weight": 0}, "leave the student without a teacher"),
+        ({"classes": [0, 1], "data": "digits"}, "classes: not with data"),
     ],
 )
 def test_conflicts_are_refused(options, said):
@@ -352,7 +367,29 @@ def test_conflicts_are_refused(options, said):
         DMD2Config(**options)
 
 
+def test_what_means_nothing_without_guidance_is_refused():
+    with pytest.raises(UsageError, match="matching_weight 0: without guidance nothing else"):
+        of("digits", matching_weight=0.0)
+    with pytest.raises(UsageError, match="guidance_times has no use here"):
+        of("digits", guidance_times="range")
+
+
+def test_pairs_keep_their_own_prompts_beside_captioned_images(tmp_path, distill):
+    from distill_cli.pairs.store import PairStore
+
+    (tmp_path / "p.txt").write_text("one red thing\nanother\n")
+    made = distill("pairs", "--teacher", "tiny-sd", "--prompts", "p.txt", "--num", 4, "--steps", 2, "--out", "pairs")
+    assert made.code == 0, made.err
+    begun = dict(student_steps=1, init_pairs=tmp_path / "pairs", init_steps=1, data="shapes", out=tmp_path / "run")
+    config = DMD2Config(teacher="tiny-sd", device="cpu", batch_size=2, **begun)
+    one = DMD2(config, load("tiny-sd"), open_images("shapes"), pairs=PairStore(tmp_path / "pairs"))
+    assert list(one.paired.prompts)[:2] == list(one.teacher.conditioner.prompts)[:2] == ["one red thing", "another"]
+    assert len(one.source.model.conditioner.prompts) == 864
+
+
 def test_times_that_nobody_has_are_refused():
+    with pytest.raises(UsageError, match="student_steps 1500: tiny-sd has not so many times"):
+        of("tiny-sd", student_steps=1500)
     with pytest.raises(UsageError, match="times 100: digits has times above 0.002, up to 80"):
         of("digits", times=[100.0, 3.0])
     with pytest.raises(UsageError, match="times 3.5: tiny-sd has whole times above 0, up to 999"):
@@ -361,6 +398,7 @@ def test_times_that_nobody_has_are_refused():
     made = first.model(first.network("student"), 0)
     with pytest.raises(UsageError, match="times 7: student run was trained at 80, "):
         of(student=made, times=[80, 7.0])
+    assert of(student=of(student_steps=2).model(of().network("student"), 0)).own.tolist() == pytest.approx([80, 2.24], rel=1e-2)
     with pytest.raises(UsageError, match="trained at 80, "):  # a list longer than its training
         of(student=made, student_steps=8)
     with pytest.raises(UsageError, match="not a student of digits"):

@@ -16,7 +16,8 @@ from distill_cli.models.times import parse
 
 def times_of(config: DMD2Config, schedule: NoiseSchedule, student: Model | None) -> Tensor:
     """(N,) float64: the student's own times, decreasing. Raises UsageError for times that schedule or given student do not have."""
-    count, known = config.count, () if student is None or student.sampler.edits else student.sampler.times
+    known = () if student is None or student.sampler.edits else student.sampler.times
+    count = len(known) if known and config.student_steps is None and config.times is None else config.count
     if config.times is not None:
         own = config.times
     elif known and len(known) == count:
@@ -26,6 +27,8 @@ def times_of(config: DMD2Config, schedule: NoiseSchedule, student: Model | None)
     else:
         own = schedule.point(torch.arange(count), count).tolist()
         own = [round(time) for time in own] if schedule.bins is not None else own
+    if own[-1] <= schedule.floor or any(a <= b for a, b in zip(own, own[1:], strict=False)):
+        raise UsageError(f"student_steps {count}: {config.teacher} has not so many times", "a few steps, or times=A,B,...")
     whole = schedule.bins is not None
     for time in own:
         if not schedule.floor < time <= schedule.t_max or (whole and time % 1):

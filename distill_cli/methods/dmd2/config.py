@@ -35,10 +35,14 @@ class DMD2Config(StudentConfig):
         "simulation", description="what later steps get in training: simulation: the student's own x0, renoised; data: noised real images"
     )
     classes: Classes = Field(None, description="classes that the student learns; default all")
-    prompts: Name | None = Field(None, description="text-to-image: prompts, as for distill pairs; default the real images' captions")
+    prompts: Name | None = Field(
+        None, description="text-to-image: prompts as for distill pairs; default those of init_pairs, else of data"
+    )
     text: Texts = "stored"
     negative_prompt: Text | None = Field(None, description="text-to-image: the teacher's negative prompt")
-    data: Name | None = Field(None, description="real images, for gan or input=data: a built-in set, or a folder of images or latents")
+    data: Name | None = Field(
+        None, description="real images, for gan or input=data: a built-in set, a folder of images, or for text one of `distill pairs`"
+    )
     resolution: Positive | None = Field(None, description="width of the pictures in pixels; default the teacher's own")
     flip: bool = Field(False, description="mirror real images at random")
     variants: Positive = Field(1, description="for a latent teacher: random versions of each real image, encoded once")
@@ -66,7 +70,7 @@ class DMD2Config(StudentConfig):
     )
     gan_weight: Weight = Field(3e-3, description="gan: weight of the student's loss; DMD2: 3e-3 ImageNet-64, 1e-3 SD 1.5, 5e-3 SDXL")
     critic_weight: Weight = Field(1e-2, description="gan: weight of the discriminator's loss beside the fake score's")
-    r1_weight: Weight = Field(0.0, description="gan: weight of the discriminator's R1 penalty, by finite differences (2501.08316)")
+    r1_weight: Weight = Field(0.0, description="gan: weight of the discriminator's R1 penalty; 2501.08316's 100 is 0.01 here")
     init_pairs: Place | None = Field(
         None, description="for one step: a folder of `distill pairs`; the student begins by regression on them"
     )
@@ -97,6 +101,7 @@ class DMD2Config(StudentConfig):
             "init_pairs and init_steps go together: give both or none": bool(self.init_pairs) != bool(self.init_steps),
             f"init_pairs: pairs of noise and pictures are for a student of one step, not of {self.count}": bool(self.init_pairs)
             and self.count > 1,
+            "classes: not with data, whose real images are of all classes": bool(self.classes and self.data),
             "init_pairs: not with student, which has begun already": bool(self.init_pairs and self.student),
             "text live: the text of init_pairs' prompts is stored beside them; leave it out, or give other prompts": self.text == "live"
             and bool(self.init_pairs)

@@ -30,9 +30,10 @@ def distance_to(x: Tensor, guided: Tensor) -> Tensor:
 def shares(where: str, schedule: NoiseSchedule, times: Tensor, step: int, low: float, high: float) -> tuple[float, float]:
     """The smallest and the largest share of the range of times at which the answer of step 0, 1, ... is given noise again.
 
-    times (N,): the student's own, decreasing. `where`: range, stretch, noisier (see the key matching_times); all within low to high.
+    times (N,): the student's own, decreasing; the first step begins with pure noise, whatever time it is told. `where`: range, stretch,
+    noisier (see the key matching_times); all within low to high.
     """
-    borders = [*schedule.fraction(times).tolist(), 0.0]
+    borders = [1.0, *schedule.fraction(times).tolist()[1:], 0.0]
     first, last = {"range": (0.0, 1.0), "stretch": (borders[step + 1], borders[step]), "noisier": (borders[step + 1], 1.0)}[where]
     first = min(max(first, low), high)
     return first, max(first, min(last, high))

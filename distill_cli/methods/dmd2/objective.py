@@ -25,6 +25,7 @@ from distill_cli.diffusion.losses import matching_loss, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.diffusion.solvers import few_step, renoised
+from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.dmd.objective import behind, check_pairs, prompted, times_at
 from distill_cli.methods.dmd2 import begin, critic
@@ -104,12 +105,18 @@ class DMD2(Objective):
         if self.source is not None:
             self.order, self.images = self.source.order, self.source.images
             self.identity |= self.source.identity
-            prompts = prompts or self.source.model.conditioner.prompts
+            if "prompts" in self.source.identity:
+                self.identity["captions"] = self.source.identity["prompts"]
+            teacher = teacher.at(self.source.model.shape)
+            if not config.init_pairs:
+                prompts = prompts or self.source.model.conditioner.prompts
+        self.identity["times of the student"] = self.own.tolist()
         self.pairs = pairs
         if config.init_pairs:
             self.phases = [Phase(config.init_steps, "start"), Phase(config.steps, "student", anew=True)]
         if pairs is not None:
-            teacher = teacher.at(pairs.manifest.shape)
+            if config.resolution is None and self.source is None:
+                teacher = teacher.at(pairs.manifest.shape)
             check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes, "--init-pairs")
             self.identity["init_pairs"], self.of_pairs = pairs.manifest.settings_hash, Order(config.seed, len(pairs))
         teacher, self.paired = prompted(config, teacher, pairs, prompts, planned)
@@ -118,6 +125,7 @@ class DMD2(Objective):
             self.identity |= teacher.conditioner.digests()
         self.sampling = teacher.with_defaults(None, None, config.guidance_scale, config.guidance_calls)
         self.guidance = self.sampling.guidance_scale
+        self.check()
         self.discriminator = config.discriminator
         if self.discriminator != "none":
             critic.check(config.compile, teacher.backbone)
@@ -135,6 +143,14 @@ class DMD2(Objective):
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working}
         self.steps = Order(config.seed, len(self.own))
         self.cycle = len(self.own) // math.gcd(len(self.own), config.fake_steps)
+
+    def check(self) -> None:
+        """Raise UsageError for keys that mean nothing without guidance."""
+        config = self.config
+        if not config.matching_weight and not self.guided:
+            raise UsageError("matching_weight 0: without guidance nothing else trains the student", "a guidance_scale above 1")
+        if not self.guided and (given := config.changed("guidance_times")):
+            raise UsageError(f"{given[0]} has no use here: there is no guidance part", "a guidance_scale above 1, or leave it out")
 
     @cached_property
     def both(self) -> Guided:
@@ -286,7 +302,9 @@ class DMD2(Objective):
     def fake_loss(self, made: Batch) -> Loss:
         """The fake score's denoising loss on the student's images, and the discriminator's on them and on real ones."""
         config, x, denoiser = self.config, wide(made.x), self.teacher.denoiser
-        noisy, t = self.noised(x, made.draws, "score", 0.0, 1.0)
+        # with stretches the fake score of one step's images is asked in that step's stretch alone
+        where = "stretch" if config.matching_times == "stretch" else "range"
+        noisy, t = self.noised(x, made.draws, "score", *shares(where, self.schedule, self.own, made.step, 0.0, 1.0))
         weight = self.schedule.weight(t, denoiser.scales.sigma_data, denoiser.error)
 
         def errors(estimate: Tensor) -> Tensor:
