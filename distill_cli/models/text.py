@@ -57,10 +57,17 @@ def make_tokenizer(captions: Iterable[str], length: int) -> Any:
 
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
-    trained.train_from_iterator(sorted(set(captions)), trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False))
+    texts = sorted(set(captions))
+    letters = sorted(set("".join("".join(texts).split())))
+    first = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+    ]  # else numbered at random, which orders equally frequent pairs
+    trainer = trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False, special_tokens=first)
+    trained.train_from_iterator(texts, trainer)
     pairs = merges_of(json.loads(trained.to_str())["model"])
-    letters = byte_letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair.split()) for pair in pairs), START, END]
+    known = byte_letters()
+    words = [*known, *(f"{letter}</w>" for letter in known), *("".join(pair.split()) for pair in pairs), START, END]
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "bos_token": START, "eos_token": END, "unk_token": END}
     files = {
         "vocab.json": json.dumps({word: number for number, word in enumerate(dict.fromkeys(words))}),

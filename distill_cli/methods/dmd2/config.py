@@ -35,9 +35,7 @@ class DMD2Config(StudentConfig):
         "simulation", description="what later steps get in training: simulation: the student's own x0, renoised; data: noised real images"
     )
     classes: Classes = Field(None, description="classes that the student learns; default all")
-    prompts: Name | None = Field(
-        None, description="text-to-image: prompts as for distill pairs; default those of init_pairs, else of data"
-    )
+    prompts: Name | None = Field(None, description="text-to-image: prompts as for distill pairs; default those of init_pairs, else of data")
     text: Texts = "stored"
     negative_prompt: Text | None = Field(None, description="text-to-image: the teacher's negative prompt")
     data: Name | None = Field(
