@@ -36,9 +36,10 @@ class Seen:
 
 
 def _folder(source: Source, network: Network, job: Path) -> Path:
-    """Where the features are kept: beside the pictures, else in the folder of the evaluation."""
+    """Where the features are kept: beside the pictures, or in the folder of the evaluation, also where a path is no UTF-8."""
     place = source.place
-    if place is None or not os.access(place if place.exists() else place.parent, os.W_OK):
+    named = place is not None and os.fsencode(place).decode(errors="replace") == str(place)
+    if place is None or not named or not os.access(place if place.exists() else place.parent, os.W_OK):
         place = job / "features" / source.digest(range(len(source)))[:16]
     return place / f"{network.name}-{network.digest[:16]}"
 

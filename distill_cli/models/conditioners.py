@@ -325,7 +325,7 @@ class PromptConditioner(Conditioner):
         return {name.replace("text_encoder", "tokenizer"): reader.tokenizer for name, reader in self.readers.items()}
 
     def working(self) -> list[nn.Module]:
-        return [] if isinstance(self.table, Embeddings) else list(self.parts().values())
+        return list(self.parts().values()) if self.table is None or isinstance(self.table, Live) else []
 
     def named(self, label: int) -> dict[str, Any]:
         return {"prompt": self.prompts[label]}

@@ -359,12 +359,12 @@ def test_fp16_ends_by_steps_left_out_in_a_row(tmp_path, tiny, tiny_pairs):
     hook.remove()
     assert all(map(torch.equal, before, made.plain["teacher"].parameters()))
     assert scaler.get_scale() < 1e-7
-    assert made.skipped["teacher"].tolist() == [20, 20]
+    assert made.health.skipped["teacher"].tolist() == [20, 20]
     made.save()
     again, _ = scaled(tmp_path / "r", resume=True)
-    assert again.skipped["teacher"].tolist() == [20, 20]
+    assert again.health.skipped["teacher"].tolist() == [20, 20]
     again.train_step()
-    assert again.skipped["teacher"].tolist() == [0, 20]
+    assert again.health.skipped["teacher"].tolist() == [0, 20]
     again.plain["teacher"].register_forward_pre_hook(poison)
     with pytest.raises(DistillError, match="5[0-9] steps in a row up to [0-9]+ had no finite gradient of teacher") as error:
         again._train()
