@@ -11,6 +11,7 @@ mode, but never see the other. (c) With the regression on pairs both modes come 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,15 +80,20 @@ def draw(panels: dict[str, Tensor], path: Path) -> None:
     canvas.save(path)
 
 
-def main() -> None:
-    panels = made(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/two-modes"))
-    print("| case | left mode | right mode | spread of the left one |\n|---|---|---|---|")
+def shown(panels: dict[str, Tensor], path: Path, spreads: Sequence[str] = ("left",)) -> None:
+    """Print the table, with the spreads of these modes, and draw the picture."""
+    print("| case | left mode | right mode | " + "".join(f"spread of the {side} one | " for side in spreads))
+    print("|---" * (3 + len(spreads)) + "|")
     for case, points in {"real points": REAL.points.flatten(1), **panels}.items():
         found = numbers(points)
-        print(f"| {case} | {found['left']:.1%} | {1 - found['left']:.1%} | {found['left_spread']:.2f} |")
-    path = Path(__file__).with_name("figure3.png")
+        cells = "".join(f" {found[f'{side}_spread']:.2f} |" for side in spreads)
+        print(f"| {case} | {found['left']:.1%} | {1 - found['left']:.1%} |{cells}")
     draw(panels, path)
     print(f"picture: {path}", file=sys.stderr)
+
+
+def main() -> None:
+    shown(made(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/two-modes")), Path(__file__).with_name("figure3.png"))
 
 
 if __name__ == "__main__":

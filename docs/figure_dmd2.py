@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from docs.figure3 import REAL, command, draw, numbers
+from docs.figure3 import command, shown
 
 ALONE = ("gan=none", "data=null")
 CASES = {
@@ -53,13 +53,7 @@ def made(folder: Path) -> dict[str, Tensor]:
 
 def main() -> None:
     panels = made(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/two-modes"))
-    print("| case | left mode | right mode | spread of the left one | of the right one |\n|---|---|---|---|---|")
-    for case, cloud in {"real points": REAL.points.flatten(1), **panels}.items():
-        found = numbers(cloud)
-        print(f"| {case} | {found['left']:.1%} | {1 - found['left']:.1%} | {found['left_spread']:.2f} | {found['right_spread']:.2f} |")
-    path = Path(__file__).with_name("figure_dmd2.png")
-    draw(panels, path)
-    print(f"picture: {path}", file=sys.stderr)
+    shown(panels, Path(__file__).with_name("figure_dmd2.png"), ("left", "right"))
 
 
 if __name__ == "__main__":

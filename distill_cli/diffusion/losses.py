@@ -10,6 +10,11 @@ from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import NoiseSchedule, add_noise, expand
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is where that is better."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """The distribution-matching gradient of each sample (Yin et al. 2311.18828, eq. 7 and 8), in float32 or better.
 
@@ -17,7 +22,7 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     (B, C, H, W). The weight divides by each sample's mean |x - real|; the paper's sigma^2 / alpha and the conversion
     from scores to x0 cancel. A sample that the teacher reproduces exactly has gradient 0.
     """
-    x, real, fake = (v if v.dtype == torch.float64 else v.float() for v in (x.detach(), real.detach(), fake.detach()))
+    x, real, fake = (wide(each.detach()) for each in (x, real, fake))
     scale = (x - real).abs().flatten(1).mean(1)
     tiny = torch.finfo(scale.dtype).tiny
     return (fake - real) / expand(scale.clamp(min=tiny), x)
@@ -25,8 +30,8 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
     """A scalar of value 0.5 mean(gradient^2) whose derivative by x is gradient / x.numel()."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return 0.5 * (wide - (wide - gradient).detach()).square().mean()
+    x = wide(x)
+    return 0.5 * (x - (x - gradient).detach()).square().mean()
 
 
 def denoising_loss(
@@ -44,9 +49,9 @@ def denoising_loss(
 
     x, noise (B, C, H, W), t (B,). Its mean is the golden `fake_loss`.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
-    estimate = denoiser(add_noise(schedule, wide, noise.to(wide), t), t, condition)
-    squared = (estimate - wide).square().flatten(1).mean(1)
+    x = wide(x)
+    estimate = denoiser(add_noise(schedule, x, noise.to(x), t), t, condition)
+    squared = (estimate - x).square().flatten(1).mean(1)
     return schedule.weight(t.to(squared), sigma_data, error) * squared
 
 

@@ -20,7 +20,7 @@ from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
-from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss
+from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss, wide
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import NoiseSchedule, add_noise
 from distill_cli.errors import UsageError
@@ -181,7 +181,7 @@ class DMD(Objective):
 
         Without a fake score x takes the place of its estimate: in the mean over the noise the real score alone remains.
         """
-        x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        x = wide(x.detach())
         noisy = add_noise(self.schedule, x, noise, t)
         estimates = {"real": self.real(noisy, t, condition)}
         if "fake" in self.trained:

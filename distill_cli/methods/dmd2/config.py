@@ -12,7 +12,7 @@ from distill_cli.config.base import Classes, Count, Fraction, Name, Numbers, Pla
 Where = Literal["range", "stretch", "noisier"]
 WHERE = (
     "range: t_low to t_high; stretch: between this step's time and the next one's, as in TDM (2503.06674); "
-    "noisier: from the next step's time on (2511.22677)"
+    "noisier: from the next step's time up to t_high (2511.22677)"
 )
 
 

@@ -21,7 +21,7 @@ from distill_cli.data import Images
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import Guided
-from distill_cli.diffusion.losses import matching_loss, regression_loss
+from distill_cli.diffusion.losses import matching_loss, regression_loss, wide
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.diffusion.solvers import few_step, renoised
@@ -391,8 +391,3 @@ class DMD2(Objective):
         )
         strong = {"over-saturated": f"Lower guidance_scale, now {self.guidance:g}"} if self.guided else {}
         return dict.fromkeys(GENERAL, hint) | strong
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or as it is where that is better."""
-    return x if x.dtype == torch.float64 else x.float()
