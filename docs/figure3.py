@@ -82,7 +82,7 @@ def draw(panels: dict[str, Tensor], path: Path) -> None:
 
 def shown(panels: dict[str, Tensor], path: Path, spreads: Sequence[str] = ("left",)) -> None:
     """Print the table, with the spreads of these modes, and draw the picture."""
-    print("| case | left mode | right mode | " + "".join(f"spread of the {side} one | " for side in spreads))
+    print("| case | left mode | right mode |" + "".join(f" spread of the {side} one |" for side in spreads))
     print("|---" * (3 + len(spreads)) + "|")
     for case, points in {"real points": REAL.points.flatten(1), **panels}.items():
         found = numbers(points)
