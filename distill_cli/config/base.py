@@ -156,8 +156,21 @@ Texts = Annotated[
     Field(description="text-to-image: stored: all prompts are encoded before the first step, on disk; live: each step's, ahead of it"),
 ]
 """For methods that draw prompts."""
+Range = Annotated[tuple[Rate, Rate], Numbers]
+"""A range of guidance scales: LOW,HIGH."""
 Compile = Literal["none", "blocks", "whole"]
 Classes = Annotated[list[Count] | None, BeforeValidator(_classes)]
+
+
+def outside(span: tuple[float, float] | None, scale: float | None) -> dict[str, bool]:
+    """Possible faults of the keys guidance_range and guidance_scale: message -> whether there is one."""
+    low, high = span or (1.0, 1.0)
+    return {
+        f"guidance_range {low:g},{high:g} does not rise from 1 or more": span is not None and not 1 <= low < high,
+        f"guidance_scale {scale} is outside guidance_range {low:g},{high:g}": bool(span and scale)
+        and low < high
+        and not low <= (scale or 0) <= high,
+    }
 
 
 class Config(BaseModel):

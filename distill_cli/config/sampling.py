@@ -6,7 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from distill_cli.config.base import Classes, Compile, Config, Count, Name, Names, Place, Positive, Precision, Rate, Solver, Text
+from distill_cli.config.base import (
+    Classes,
+    Compile,
+    Config,
+    Count,
+    Name,
+    Names,
+    Place,
+    Positive,
+    Precision,
+    Range,
+    Rate,
+    Solver,
+    Text,
+    outside,
+)
 
 
 class GenerateConfig(Config):
@@ -29,8 +44,17 @@ class PairsConfig(GenerateConfig):
     """distill pairs"""
 
     teacher: Name = Field("digits", description="the model: a name of `distill models ls`, a folder, a run, or a hub id")
+    guidance_range: Range | None = Field(
+        None, description="LOW,HIGH: guidance scales, each pair's own, for a student with a dial; default one scale"
+    )
     shard_size: Positive = Field(500, description="pairs in a shard, which is a file")
     dtype: Literal["float32", "float16"] = Field("float16", description="number type of stored images, latents and text embeddings")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PairsConfig:
+        if wrong := [problem for problem, there in outside(self.guidance_range, self.guidance_scale).items() if there]:
+            raise ValueError(wrong[0])
+        return self
 
 
 class SampleConfig(GenerateConfig):

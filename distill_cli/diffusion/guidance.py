@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
+from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import expand
 
 
@@ -40,6 +41,22 @@ class Guided:
             cond, uncond = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), Condition.cat([condition, null])).chunk(2)
             return cond, uncond
         return self.denoiser(x, t, condition), self.denoiser(x, t, null)
+
+
+class Told:
+    """A denoiser that is told its guidance scale, as one that is not: it is always told the same."""
+
+    def __init__(self, denoiser: Denoiser, scale: float) -> None:
+        self.denoiser, self.scale = denoiser, scale
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+        return self.denoiser(x, t, condition.plus(GUIDANCE_SCALE, torch.full((len(x),), self.scale, device=x.device)))
+
+
+def scales(span: tuple[float, float], draws: Draws) -> Tensor:
+    """(B,) float32 guidance scales on the CPU, each sample's own, even in a range."""
+    low, high = span
+    return (low + (high - low) * draws.uniform("guidance")).float()
 
 
 def guided(denoiser: Denoiser, scale: float | None, null: Condition | None, calls: int = 1) -> Denoiser:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
@@ -159,6 +159,17 @@ class Model:
         """Kind, name and assumptions, for the first line of a job."""
         return "; ".join((f"{self.lineage.kind} {self.lineage.name}", *self.notes))
 
+    def taught_by(self, scale: float | None, span: tuple[float, float] | None, calls: Literal[1, 2] = 1) -> Sampling:
+        """The teacher's settings for a student of a guidance scale, or of a range of scales with a default within it.
+
+        Raises UsageError where there is no null condition.
+        """
+        if span and not self.conditioner.has_null:
+            raise UsageError(f"guidance_range: {self.lineage.name} has no null condition, which guidance needs", "leave it out")
+        if span and scale is None:
+            scale = min(max(self.sampler.guidance_scale, span[0]), span[1])
+        return self.with_defaults(None, None, scale, calls)
+
     def with_defaults(self, solver: str | None, steps: int | None, scale: float | None, calls: Literal[1, 2] = 1) -> Sampling:
         """The sampling settings for a user's options. Raises UsageError if the model cannot be sampled that way."""
         schedule = self.denoiser.schedule
@@ -190,17 +201,23 @@ class Model:
         return self.codec.decode(self.generate(draws, labels, sampling)).cpu()
 
     @torch.no_grad()
-    def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
-        """As `sample`, but the denoiser's data on its device: pixels, or latents (B, c, h, w)."""
+    def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None, scales: Tensor | None = None) -> Tensor:
+        """As `sample`, but the denoiser's data on its device: pixels, or latents (B, c, h, w).
+
+        `scales` (B,): a guidance scale of each sample's own.
+        """
         sampling = sampling or self.sampling
         device, schedule = next(self.denoiser.parameters()).device, self.denoiser.schedule
-        null = self.conditioner.null if sampling.combines else None
+        null = self.conditioner.null if sampling.combines or scales is not None else None
+        condition = self.sampler.telling(self.conditioner(labels.to(device)), sampling.guidance_scale)
+        if scales is not None:
+            condition = condition.plus(GUIDANCE_SCALE, scales.to(device))
         task = Task(
-            denoiser=guided(self.denoiser, sampling.guidance_scale, null, sampling.guidance_calls),
+            denoiser=guided(self.denoiser, sampling.guidance_scale if scales is None else None, null, sampling.guidance_calls),
             network=self.denoiser,
             x=draws.normal("prior", self.shape).to(device),
             times=self.sampler.times_for(schedule, sampling.solver, sampling.steps),
-            condition=self.sampler.telling(self.conditioner(labels.to(device)), sampling.guidance_scale),
+            condition=condition,
             noise=lambda k: draws.normal("solver", self.shape, turn=k).to(device),
             project=self.codec.project,
             scheduler=self.scheduler,

@@ -14,7 +14,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.model import Model
-from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_prompts, shard_path, write_shard
+from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_prompts, scales_of, shard_path, write_shard
 from distill_cli.runs import settle
 from distill_cli.verified import Verified
 
@@ -24,7 +24,8 @@ COUNTED = 100_000
 
 def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
     """The manifest of a job, from its config and its teacher."""
-    sampling = teacher.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
+    usual = teacher.taught_by(config.guidance_scale, config.guidance_range)
+    sampling = teacher.with_defaults(config.solver, config.steps, usual.guidance_scale, config.guidance_calls)
     conditioner = teacher.conditioner
     conditioner.labels(1, config.classes)
     return Manifest(
@@ -39,6 +40,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
         dtype=config.dtype,
         shard_size=config.shard_size,
         batch_size=config.batch_size,
+        guidance_range=config.guidance_range,
         **conditioner.digests(),
         **sampling.model_dump(),
     )
@@ -46,7 +48,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
 
 def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
     """The cost of making the pairs, for --dry-run."""
-    calls = manifest.sampling.evaluations
+    calls = manifest.sampling.model_copy(update={"guidance_scale": 2.0} if manifest.guidance_range else {}).evaluations
     item = shards.DTYPES[manifest.dtype].itemsize
     size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
     text = {}
@@ -98,8 +100,9 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
                     raise stop.interrupted(stop.requested, f"stopped before pair {first}", "the same command makes what is missing")
                 indices = range(first, min(whole.stop, first + config.batch_size))
                 label = teacher.conditioner.labels(len(indices), list(manifest.classes) or None, start=first)
+                told = scales_of(manifest, indices) if manifest.guidance_range else None
                 with launch.autocast(where, config.precision):
-                    images.append(teacher.generate(Draws(config.seed, indices), label, manifest.sampling).cpu())
+                    images.append(teacher.generate(Draws(config.seed, indices), label, manifest.sampling, told).cpu())
                 labels.append(label)
                 progress.add(len(indices))
             write_shard(folder, manifest, shard, torch.cat(images), torch.cat(labels))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from distill_cli import processes, shards
 from distill_cli.data.prompts import PromptFile
+from distill_cli.diffusion.guidance import scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import open_plain, read_plain, remove_temporaries, unsealed, write_atomic, write_atomic_lines
@@ -35,7 +36,7 @@ from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 from distill_cli.verified import Check, Verified
 
-LATER = ("guidance_calls", "prompts", "negative_prompt")
+LATER = ("guidance_calls", "prompts", "negative_prompt", "guidance_range")
 """Settings that older stores lack. They are left out at their default values, so that the hash of such a store stays the same."""
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
 OURS = r"shard-\d+\.safetensors|prompts\.jsonl|text-\w+|verified-\d+\.json"
@@ -65,6 +66,8 @@ class Manifest(BaseModel):
     prompts: str = ""
     """SHA-256 of the prompts in prompts.jsonl; labels are positions in it."""
     negative_prompt: str | None = ""
+    guidance_range: tuple[float, float] | None = None
+    """Each pair has a guidance scale of its own, from this range; `guidance_scale` is then the one that students take by default."""
 
     @property
     def shards(self) -> int:
@@ -109,6 +112,13 @@ def noise_checksum(noise: Tensor) -> str:
     return hashlib.sha256(noise.contiguous().numpy().tobytes()).hexdigest()
 
 
+def scales_of(manifest: Manifest, indices: Sequence[int]) -> Tensor:
+    """(B,) float32 guidance scales of the pairs `indices`."""
+    if manifest.guidance_range is None:
+        return torch.full((len(indices),), manifest.guidance_scale)
+    return scales(manifest.guidance_range, Draws(manifest.seed, indices))
+
+
 def keep_prompts(folder: Path, prompts: Sequence[str]) -> None:
     """Write the prompts of a job into its store, unless they are there."""
     path = folder / PROMPTS
@@ -124,6 +134,8 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, x0: Tensor, label:
     pairs, checksum = f"{indices.start}-{indices.stop - 1}", noise_checksum(noise_of(manifest, indices))
     metadata = {"pairs": pairs, "settings": manifest.settings_hash, "noise_sha256": checksum}
     tensors = {"x0": x0.to(shards.DTYPES[manifest.dtype]).contiguous(), "label": label.to(torch.int32)}
+    if manifest.guidance_range:
+        tensors["guidance"] = scales_of(manifest, indices)
     shards.write(shard_path(folder, shard), tensors, metadata)
 
 
@@ -135,7 +147,8 @@ def check_shard(folder: Path, manifest: Manifest, shard: int, noise: bool = True
     indices = manifest.range(shard)
     if metadata["settings"] != manifest.settings_hash or metadata["pairs"] != f"{indices.start}-{indices.stop - 1}":
         raise DistillError(f"{path}: belongs to another store than {folder / MANIFEST}", again)
-    if shapes != {"x0": (len(indices), *manifest.shape), "label": (len(indices),)}:
+    told = {"guidance": (len(indices),)} if manifest.guidance_range else {}
+    if shapes != {"x0": (len(indices), *manifest.shape), "label": (len(indices),), **told}:
         raise DistillError(f"{path}: wrong shapes", again)
     if noise and noise_checksum(noise_of(manifest, indices)) != metadata["noise_sha256"]:
         other = f"{path}: (seed, i) gives other noise here than when the pairs were made"
@@ -218,7 +231,9 @@ class PairStore:
             else:
                 check.run()
             handle = safe_open(shard_path(self.folder, shard), "pt")
-            self._open[shard] = (handle.get_slice("x0"), handle.get_tensor("label"))
+            span = self.manifest.range(shard)
+            told = handle.get_tensor("guidance") if self.manifest.guidance_range else scales_of(self.manifest, span)
+            self._open[shard] = (handle.get_slice("x0"), handle.get_tensor("label"), told)
         return self._open[shard]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -227,14 +242,16 @@ class PairStore:
         return {key: value[0] for key, value in self.batch([index]).items()}
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """noise, x0 (B, C, H, W) float32 and label (B,) int64 of the pairs `indices`."""
-        x0, labels = [], []
+        """noise, x0 (B, C, H, W) float32, label (B,) int64 and guidance scale (B,) float32 of the pairs `indices`."""
+        x0, labels, told = [], [], []
         for index in indices:
-            images, label = self._shard(index // self.manifest.shard_size)
+            images, label, guidance = self._shard(index // self.manifest.shard_size)
             row = index % self.manifest.shard_size
             x0.append(images[row : row + 1].float())  # before joining: autocast cannot join float16 on the CPU
             labels.append(label[row])
-        return {"noise": noise_of(self.manifest, indices), "x0": torch.cat(x0), "label": torch.stack(labels).long()}
+            told.append(guidance[row])
+        made = {"noise": noise_of(self.manifest, indices), "x0": torch.cat(x0)}
+        return {**made, "label": torch.stack(labels).long(), "guidance": torch.stack(told)}
 
 
 def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:

@@ -200,11 +200,14 @@ class Objective:
     def begun_from(self, teacher: Model, base: str = "teacher") -> NetworkDenoiser:
         """A network that begins as the teacher's: a copy of it, or a LoRA on it. The teacher is then the frozen network called `base`.
 
-        A shared network has its weights in the run's number type, so it is to be hashed before.
+        With a guidance_range it is told a scale. A shared network has its weights in the run's number type, so it is to be hashed before.
         """
         config: Any = self.config
         if not config.lora:
-            return teacher.copy().denoiser
+            out = teacher.copy().denoiser
+            if getattr(config, "guidance_range", None):
+                out.network = out.network.told()  # type: ignore[operator]
+            return out
         backbone, old = teacher.backbone, teacher.denoiser
         merge = config.merge or formats.lora.base_of(teacher) is None
         if merge and config.quantize != "none":
@@ -214,6 +217,8 @@ class Objective:
         if config.quantize == "int8":
             backbone.quantize()
         adapter = adapted(backbone, config.lora, config.lora_alpha, config.lora_targets, config.seed, merge)
+        if getattr(config, "guidance_range", None):
+            adapter.told()  # which refuses
         adapter.source = names.absolute(config.teacher, REGISTRY)
         if base not in self.frozen and merge and not config.merge:
             say(f"lora: saved as whole weights: no pipeline of diffusers loads a LoRA of {config.teacher}")

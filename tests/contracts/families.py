@@ -115,6 +115,7 @@ FAMILIES = {
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
     ),
 }  # fmt: skip
+FAMILIES["tiny-sdxl"].options["guidance_range"] = (1, 4)  # a dial, in the methods that have one
 for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl"):
     own = FAMILIES[name]
-    FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0})
+    FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0, "guidance_range": None})

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from distill_cli.config import StudentConfig
-from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Rate, Text, Texts, Weight
+from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Range, Rate, Text, Texts, Weight, outside
 
 
 class DMDConfig(StudentConfig):
@@ -33,6 +33,9 @@ class DMDConfig(StudentConfig):
     decoder: Name | None = Field(None, description="lpips of latents: an AutoencoderTiny that decodes them; default the teacher's VAE")
     regression_weight: Weight | None = Field(None, description="weight of the regression loss; default 0.25 with pairs, 0 without")
     guidance_scale: Rate | None = Field(None, description="guidance scale of the teacher; default the pairs', else the teacher's own")
+    guidance_range: Range | None = Field(
+        None, description="LOW,HIGH: guidance scales of the teacher, each image's own, told to the student: a dial; default the pairs'"
+    )
     guidance_calls: Literal[1, 2] = Field(1, description="guidance: 1 call with twice the batch, or 2 calls with half the memory")
     student_time: Rate | None = Field(
         None, description="time that the student is told at pure noise; default the last. DMD2 published 399 of 1000 for SDXL"
@@ -45,6 +48,8 @@ class DMDConfig(StudentConfig):
     def _consistent(self) -> DMDConfig:
         if self.t_low >= self.t_high:
             raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}")
+        if wrong := [problem for problem, there in outside(self.guidance_range, self.guidance_scale).items() if there]:
+            raise ValueError(wrong[0])
         if self.regression_weight and not self.pairs:
             raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
         if self.regression_loss != "lpips" and (given := self.changed("lpips_weights", "decoder")):

@@ -17,9 +17,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from distill_cli.data.prompts import in_turn
-from distill_cli.diffusion.condition import Condition
+from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.guidance import guided, scales
 from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss, wide
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import NoiseSchedule, add_noise
@@ -69,6 +69,7 @@ class DMD(Objective):
     """The objective. Student and fake score start as copies of the teacher."""
 
     config: DMDConfig
+    guidance: float
     order: Order
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
@@ -77,6 +78,8 @@ class DMD(Objective):
             raise UsageError(f"t_bins {config.t_bins}: for EDM and flow teachers, this one has a table of times", "leave it out")
         if config.regression_loss == "lpips":
             teacher.codec.kind.needs_pictures("regression_loss lpips", "regression_loss=l2 or huber")
+        if pairs is not None:
+            config = scaled_as(config, pairs)
         super().__init__(config, "student")
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
@@ -99,11 +102,10 @@ class DMD(Objective):
         self.teacher = teacher
         if not planned:
             self.identity |= teacher.conditioner.digests()
-        scale = pairs.manifest.guidance_scale if config.guidance_scale is None and pairs is not None else config.guidance_scale
-        self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
+        self.sampling = teacher.taught_by(config.guidance_scale, config.guidance_range, config.guidance_calls)
         self.guidance = self.sampling.guidance_scale
-        null = None if planned else teacher.conditioner.null
-        self.real = guided(teacher.denoiser, self.guidance, null, self.sampling.guidance_calls)
+        null, scale = None if planned else teacher.conditioner.null, None if config.guidance_range else self.guidance
+        self.real = guided(teacher.denoiser, scale, null, self.sampling.guidance_calls)
         rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
             rates["fake"] = config.fake_lr or config.lr
@@ -133,15 +135,20 @@ class DMD(Objective):
         where, shape = self.device, self.teacher.shape
         count = len(draws) if self.config.matching_weight else 0
         noise = draws.normal("noise", shape)[:count]
-        condition = self.teacher.conditioner(self.labels(draws)[:count]).to(where)
+        condition = self.teacher.conditioner(self.labels(draws)[:count])
+        if self.config.guidance_range:
+            condition = condition.plus(GUIDANCE_SCALE, scales(self.config.guidance_range, draws)[:count])
+        condition = condition.to(where)
         if step + 1 < self.config.steps:
             self.teacher.conditioner.ahead(self.labels(draws.later(self.config.batch_size))[:count])
         paired = None
         if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
             stored = self.pairs.batch([self.order[i] for i in draws.indices])
             paired = {key: value.to(where) for key, value in stored.items()}
-            noise = torch.cat([noise.to(where), paired["noise"]])
-            condition = Condition.cat([condition, self.of_pairs(stored["label"]).to(where)])
+            noise, theirs = torch.cat([noise.to(where), paired["noise"]]), self.of_pairs(stored["label"]).to(where)
+            if self.config.guidance_range:
+                theirs = theirs.plus(GUIDANCE_SCALE, paired["guidance"])
+            condition = Condition.cat([condition, theirs])
         images = self.generate(noise.to(where), condition)
         generated = images[count:]
         if self.config.match_pairs:
@@ -194,7 +201,8 @@ class DMD(Objective):
         assert isinstance(network, NetworkDenoiser)
         teacher = self.teacher
         conditioner, lineage = teacher.conditioner.taught(self.config.classes), student_of(teacher.lineage, "dmd", self.teacher_hash)
-        sampler = Sampler.one_step(self.schedule, self.start)
+        sampler, learned = Sampler.one_step(self.schedule, self.start), self.config.guidance_range
+        sampler = sampler.with_told(self.guidance, learned) if learned else sampler
         return replace(teacher, denoiser=network, conditioner=conditioner, lineage=lineage, sampler=sampler)
 
     def reference(self) -> Row:
@@ -208,8 +216,9 @@ class DMD(Objective):
         matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
         trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []
         if matched:
-            calls = 1 if self.guidance == 1 else self.config.guidance_calls
-            forwards = [Call("teacher", matched * (1 if self.guidance == 1 else 2) // calls)] * calls
+            one = self.guidance == 1 and not config.guidance_range
+            calls = 1 if one else config.guidance_calls
+            forwards = [Call("teacher", matched * (1 if one else 2) // calls)] * calls
         if "fake" in self.trained:
             forwards.append(Call("fake", matched))
             trainings += [Call("fake", matched)] * config.fake_steps
@@ -258,6 +267,22 @@ def times_at(schedule: NoiseSchedule, t_bins: int, uniform: Tensor, low: float, 
     first, last = round(low * bins), min(bins - 1, round(high * bins))
     place = (first + uniform * (last - first + 1)).floor()
     return schedule.at(place / max(1, bins - 1)).float()
+
+
+def scaled_as(config: DMDConfig, pairs: PairStore) -> DMDConfig:
+    """The config with the guidance of the pairs, where it says none. Raises UsageError for a range where the pairs have others."""
+    span, scale = pairs.manifest.guidance_range, pairs.manifest.guidance_scale
+    if config.guidance_scale is None and config.guidance_range is None:
+        return config.model_copy(update={"guidance_range": span, "guidance_scale": scale})
+    low, high = span or (scale, scale)
+    if config.guidance_range is None and span:
+        fixed = f"guidance_scale {config.guidance_scale:g}: {pairs.folder} has scales from {low:g} to {high:g}"
+        raise UsageError(fixed, f"guidance_range={low:g},{high:g}, which is their default, or other pairs")
+    if config.guidance_range and not config.guidance_range[0] <= low <= high <= config.guidance_range[1]:
+        theirs = f"scales from {low:g} to {high:g}" if span else f"the scale {low:g}"
+        learned = f"guidance_range {config.guidance_range[0]:g},{config.guidance_range[1]:g}"
+        raise UsageError(f"{learned}: {pairs.folder} has {theirs}", "distill pairs guidance_range=LOW,HIGH makes pairs within it")
+    return config
 
 
 def student_time(config: DMDConfig, schedule: NoiseSchedule) -> float:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from distill_cli.config.base import Fraction, Momentum, Name, Numbers, Positive, Rate
+from distill_cli.config.base import Fraction, Momentum, Name, Positive, Range, Rate, outside
 from distill_cli.config.training import OPTIMIZERS, Optimizer
 from distill_cli.methods.cm.config import CMConfig, Scales
-
-Range = Annotated[tuple[Rate, Rate], Numbers]
 
 
 class LCMConfig(CMConfig):
@@ -39,12 +37,10 @@ class LCMConfig(CMConfig):
         return self.original_steps + 1
 
     def wrong(self) -> dict[str, bool]:
-        low, high = self.guidance_range or (1.0, 1.0)
-        scale = self.guidance_scale
-        return super().wrong() | {
-            f"guidance_range {low:g},{high:g} does not rise from 1 or more": self.guidance_range is not None and not 1 <= low < high,
-            f"guidance_scale {scale} is outside guidance_range {low:g},{high:g}": bool(self.guidance_range and scale)
-            and low < high
-            and not low <= (scale or 0) <= high,
-            f"student_steps {self.student_steps}: the grid has {self.original_steps} times": self.student_steps > self.original_steps,
-        }
+        return (
+            super().wrong()
+            | outside(self.guidance_range, self.guidance_scale)
+            | {
+                f"student_steps {self.student_steps}: the grid has {self.original_steps} times": self.student_steps > self.original_steps,
+            }
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from distill_cli.data import Images
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
-from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.guidance import guided, scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.diffusion.solvers import ddim_step
@@ -37,14 +37,6 @@ class LCM(Following):
         super().__init__(config, teacher, data)
         self.frozen["teacher"] = freeze(teacher.denoiser)
         self.guidance = self.sampling().guidance_scale
-        if config.guidance_range and not teacher.conditioner.has_null:
-            raise UsageError(f"guidance_range: {config.teacher} has no null condition, which guidance needs", "leave it out")
-
-    def begin(self, data: Images | PairStore) -> Model:
-        model = super().begin(data)
-        if self.config.guidance_range:
-            model.denoiser.network = model.backbone.told()
-        return model
 
     def grid(self, schedule: NoiseSchedule) -> tuple[NoiseSchedule, Sampler]:
         count = self.config.original_steps
@@ -58,9 +50,7 @@ class LCM(Following):
     def sampling(self) -> Sampling:
         """As the teacher is sampled in the comparison: at the student's default scale."""
         assert self.teacher is not None
-        scale, asked = self.teacher.sampler.guidance_scale, self.config.guidance_range
-        scale = self.config.guidance_scale or (min(max(scale, asked[0]), asked[1]) if asked else scale)
-        return self.teacher.with_defaults(None, None, scale)
+        return self.teacher.taught_by(self.config.guidance_scale, self.config.guidance_range)
 
     def decay(self, step: int) -> float:
         return self.config.target_decay
@@ -78,9 +68,7 @@ class LCM(Following):
     def told(self, condition: Condition, draws: Draws) -> Condition:
         if self.config.guidance_range is None:
             return condition
-        low, high = self.config.guidance_range
-        scales = low + (high - low) * draws.uniform("guidance")
-        return condition.plus(GUIDANCE_SCALE, scales.float().to(self.device))
+        return condition.plus(GUIDANCE_SCALE, scales(self.config.guidance_range, draws).to(self.device))
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         intervals = self.config.original_steps

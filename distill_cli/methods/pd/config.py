@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill_cli.config import StudentConfig
-from distill_cli.config.base import Fraction, Name, Numbers, Positive, Rate
+from distill_cli.config.base import Fraction, Name, Numbers, Positive, Range, Rate, outside
 
 
 class PDConfig(StudentConfig):
@@ -37,5 +37,14 @@ class PDConfig(StudentConfig):
     guidance_scale: Rate | None = Field(
         None, description="guidance scale of the teacher, which the first student learns; default the teacher's own"
     )
+    guidance_range: Range | None = Field(
+        None, description="LOW,HIGH: guidance scales of the teacher, each image's own, told to the students: a dial; default one scale"
+    )
     label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null class; a guided teacher needs 0")
     lr_schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up, in each round")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PDConfig:
+        if wrong := [problem for problem, there in outside(self.guidance_range, self.guidance_scale).items() if there]:
+            raise ValueError(wrong[0])
+        return self

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.data import Images
+from distill_cli.diffusion.condition import GUIDANCE_SCALE
 from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.guidance import Told, guided, scales
 from distill_cli.diffusion.losses import distance, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
@@ -43,8 +44,10 @@ def open(config: PDConfig, job: Job) -> Objective:
     """Read the teacher and what noise is added to; label dropout and data of the config become what they are by default."""
     teacher = job.teacher(config.teacher, config.device)
     refuse_student(teacher, config.teacher, "pd")
-    sampling = teacher.with_defaults(None, None, config.guidance_scale)
-    why = f"guidance {sampling.guidance_scale:g} goes into the student, which has no null class" if sampling.guidance_scale != 1 else ""
+    sampling = teacher.taught_by(config.guidance_scale, config.guidance_range)
+    span, scale = config.guidance_range, sampling.guidance_scale
+    how = f"guidance {span[0]:g} to {span[1]:g}" if span else f"guidance {scale:g}" if scale != 1 else ""
+    why = f"{how} goes into the student, which has no null class" if how else ""
     config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set, why)
     if said:
         say(said)
@@ -98,8 +101,12 @@ class Progressive(Objective):
         index = (draws.uniform("time") * count).long().clamp(max=count - 1)
         t, middle, end = (times[2 * index + k].to(x) for k in range(3))
         noisy = add_noise(self.schedule, x, draws.normal("noise", x.shape[1:]).to(x), t)
-        guidance = 1 if self.number else self.sampling.guidance_scale
-        teacher = guided(self.kept["teacher"], guidance, self.teacher.conditioner.null)
+        span, null = self.config.guidance_range, self.teacher.conditioner.null
+        teacher: Any = self.kept["teacher"]
+        if span:
+            condition = condition.plus(GUIDANCE_SCALE, scales(span, draws).to(self.device))
+        if not self.number:  # later rounds' teachers have learned guidance
+            teacher = guided(Told(teacher, 1.0), None, null) if span else guided(teacher, self.sampling.guidance_scale, null)
         with torch.no_grad():
             target = maths.target(teacher, self.schedule, noisy, t, middle, end, condition)
         torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it (pytorch issue 112583)
@@ -124,12 +131,13 @@ class Progressive(Objective):
         if scheduler is not None:
             own = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
             scheduler = {**scheduler, **own}  # latents have no range
+        sampler, learned = Sampler.walking("ddim" if theirs else "euler", times), self.config.guidance_range
         return replace(
             self.teacher,
             denoiser=network,
             conditioner=self.teacher.conditioner.taught(self.source.learned, null=bool(self.config.label_dropout)),
             lineage=student_of(self.teacher.lineage, "pd", self.teacher_hash, self.source.name),
-            sampler=Sampler.walking("ddim" if theirs else "euler", times),
+            sampler=sampler.with_told(self.sampling.guidance_scale, learned) if learned else sampler,
             scheduler=scheduler,
         )
 
@@ -163,7 +171,8 @@ class Progressive(Objective):
 
     def calls(self, step: int = 0) -> Calls:
         """The first round's teacher may be guided; later ones are not."""
-        size, combines = self.config.batch_size, self.guidance != 1 and not phase_at(self.phases, step)
+        combines = (self.guidance != 1 or self.config.guidance_range) and not phase_at(self.phases, step)
+        size = self.config.batch_size
         return Calls([Call("student", size)], [Call("teacher", 2 * size if combines else size)] * 2)
 
 

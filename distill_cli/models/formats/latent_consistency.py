@@ -17,8 +17,8 @@ def reads(index: dict[str, Any]) -> bool:
 
 
 def fits(model: Model) -> bool:
-    """Whether a model has the pipeline's parts, and a network that is told the scale."""
-    return stable_diffusion.fits(model) and model.sampler.guidance == "told"
+    """Whether a model has the pipeline's parts, and a network of few steps that is told the scale."""
+    return stable_diffusion.fits(model) and model.sampler.guidance == "told" and model.sampler.answers == "endpoint"
 
 
 load = stable_diffusion.load

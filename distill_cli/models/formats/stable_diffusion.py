@@ -228,11 +228,12 @@ def assembled(
     """
     config, schedule, prediction, source = levels
     told = bool(backbone.net.config.time_cond_proj_dim)
-    if told and not levels.few:
+    extra = read_extra(folder, schedule, (prediction,), ("t",)) if own else None
+    if told and not levels.few and extra is None:
         wants = f"time_cond_proj_dim is {backbone.net.config.time_cond_proj_dim}: the network wants a guidance scale as a condition"
         raise DistillError(f"{folder / 'unet'}: {wants}", f"such models are read with {lcm.SCHEDULER}")
     solver = SOLVER_OF.get(config["_class_name"], "ddim")
-    extra = (read_extra(folder, schedule, (prediction,), ("t",)) if own else None) or Extra(
+    extra = extra or Extra(
         parameterisation=prediction,
         time_input="t",
         sampler=lcm.sampler_of(config, told) if levels.few else usual.model_copy(update={"solver": solver}),
