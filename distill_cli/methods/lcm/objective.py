@@ -14,7 +14,7 @@ from torch import Tensor
 from distill_cli.data import Images
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
-from distill_cli.diffusion.guidance import guided, scales
+from distill_cli.diffusion.guidance import scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.diffusion.solvers import ddim_step
@@ -35,7 +35,7 @@ class LCM(Following):
 
     def __init__(self, config: LCMConfig, teacher: Model, data: Images | PairStore) -> None:
         super().__init__(config, teacher, data)
-        self.frozen["teacher"] = freeze(teacher.denoiser)
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.guiding()}
         self.guidance = self.sampling().guidance_scale
 
     def grid(self, schedule: NoiseSchedule) -> tuple[NoiseSchedule, Sampler]:
@@ -58,11 +58,10 @@ class LCM(Following):
     def prepare(self, where: torch.device, run: Run) -> None:
         super().prepare(where, run)
         assert self.teacher is not None
-        scale = None if self.config.guidance_range else self.guidance
-        self.real = guided(self.teacher.denoiser, scale, self.start.conditioner.null if scale != 1 else None)
+        self.real = self.teacher.guided(self.sampling(), told=self.config.guidance_range is not None)
 
     def asked(self) -> list[Call]:
-        combines = self.config.guidance_range or self.guidance != 1
+        combines = self.config.guidance_range or self.sampling().combines
         return [Call("teacher", self.config.batch_size * (2 if combines else 1)), *super().asked()]
 
     def told(self, condition: Condition, draws: Draws) -> Condition:

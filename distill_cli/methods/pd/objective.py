@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill_cli.data import Images
 from distill_cli.diffusion.condition import GUIDANCE_SCALE
 from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.guidance import Told, guided, scales
+from distill_cli.diffusion.guidance import Told, scales
 from distill_cli.diffusion.losses import distance, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
@@ -44,10 +44,9 @@ def open(config: PDConfig, job: Job) -> Objective:
     """Read the teacher and what noise is added to; label dropout and data of the config become what they are by default."""
     teacher = job.teacher(config.teacher, config.device)
     refuse_student(teacher, config.teacher, "pd")
-    sampling = teacher.taught_by(config.guidance_scale, config.guidance_range)
-    span, scale = config.guidance_range, sampling.guidance_scale
-    how = f"guidance {span[0]:g} to {span[1]:g}" if span else f"guidance {scale:g}" if scale != 1 else ""
-    why = f"{how} goes into the student, which has no null class" if how else ""
+    sampling, span = teacher.taught_by(config.guidance_scale, config.guidance_range), config.guidance_range
+    how = f"{span[0]:g} to {span[1]:g}" if span else teacher.said(sampling) if sampling.guidance_scale != 1 or teacher.guides else ""
+    why = f"guidance {how} goes into the student, which has no null class" if how else ""
     config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set, why)
     if said:
         say(said)
@@ -69,7 +68,7 @@ class Progressive(Objective):
         parts = zip(self.rounds, shared(config, len(self.rounds)), strict=True)
         self.phases = [Phase(count, f"student-{n}" if k < last else "student", anew=True) for k, (n, count) in enumerate(parts)]
         self.teacher_hash = teacher.weights_hash()
-        self.identity["teacher"] = self.teacher_hash
+        self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
         self.source = Source(config, teacher, data, planned=not self.teacher_hash)
         self.teacher, self.images, self.order = self.source.model, self.source.images, self.source.order
         self.identity |= self.source.identity
@@ -80,7 +79,7 @@ class Progressive(Objective):
         start = self.begun_from(self.teacher, "base").eval().requires_grad_(True)
         self.trained["student"] = Full(start, config.lr)
         self.kept["teacher"] = copy.deepcopy(start).requires_grad_(False)
-        self.frozen |= teacher.codec.parts()
+        self.frozen |= {**teacher.codec.parts(), **teacher.guiding()}
 
     def prepare(self, where: torch.device, run: Run) -> None:
         self.examples = self.source.prepare(where, run)
@@ -101,12 +100,12 @@ class Progressive(Objective):
         index = (draws.uniform("time") * count).long().clamp(max=count - 1)
         t, middle, end = (times[2 * index + k].to(x) for k in range(3))
         noisy = add_noise(self.schedule, x, draws.normal("noise", x.shape[1:]).to(x), t)
-        span, null = self.config.guidance_range, self.teacher.conditioner.null
+        span = self.config.guidance_range
         teacher: Any = self.kept["teacher"]
         if span:
             condition = condition.plus(GUIDANCE_SCALE, scales(span, draws).to(self.device))
         if not self.number:  # later rounds' teachers have learned guidance
-            teacher = guided(Told(teacher, 1.0), None, null) if span else guided(teacher, self.sampling.guidance_scale, null)
+            teacher = self.teacher.guided(self.sampling, span is not None, Told(teacher, 1.0) if span else teacher)
         with torch.no_grad():
             target = maths.target(teacher, self.schedule, noisy, t, middle, end, condition)
         torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it (pytorch issue 112583)
@@ -171,7 +170,7 @@ class Progressive(Objective):
 
     def calls(self, step: int = 0) -> Calls:
         """The first round's teacher may be guided; later ones are not."""
-        combines = (self.guidance != 1 or self.config.guidance_range) and not phase_at(self.phases, step)
+        combines = (self.sampling.combines or self.config.guidance_range) and not phase_at(self.phases, step)
         size = self.config.batch_size
         return Calls([Call("student", size)], [Call("teacher", 2 * size if combines else size)] * 2)
 
