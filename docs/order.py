@@ -1,11 +1,11 @@
 """Whether `distill evaluate` and the outside judge of the digits put models in the same order.
 
-python -m docs.order runs/order MODEL@STEPS ...      # any models of digits
+python -m docs.order runs/order MODEL@STEPS ...      # any models of digits, and .npz files of their pictures
 python -m docs.order runs/order                      # the students of docs/methods.md in runs/methods, and their teacher
 
-Samples 2,000 images of each, seed 7, and measures the finished files by `distill evaluate --data digits` and by tests/judge.py. Prints both
-Fréchet distances, Spearman's rank correlation (1: the same order), and the pairs whose order differs. Both distances scatter: a pair that
-lies nearer together than twice the spread of its difference is called a tie.
+Samples 2,000 images of each model, seed 7, and measures the finished files by `distill evaluate --data digits` and by tests/judge.py.
+Prints both Fréchet distances, Spearman's rank correlation (1: the same order), and the pairs whose order differs. Both distances scatter: a
+pair that lies nearer together than twice the spread of its difference is called a tie.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import spearmanr
 
 from distill_cli.evaluate.report import split
 from docs.measure import distill, judged
 from docs.methods import RUNS
+from tests.judge import judge
 
 METHODS = Path("runs/methods")
 JUDGES = 0.01
@@ -33,8 +35,13 @@ def measured(folder: Path, models: list[str]) -> list[dict[str, Any]]:
     for spec in models:
         name, steps = split(spec)
         samples = folder / spec.strip("/").replace("/", "_")
-        rows.append({"model": spec, "judge": judged(name, samples, steps)["frechet"]})
-        files.append(str(samples / "samples.npz"))
+        if spec.endswith(".npz"):
+            with np.load(spec) as stored:
+                found = judge(stored["arr_0"], stored["arr_1"])
+        else:
+            found = judged(name, samples, steps)
+        rows.append({"model": spec, "judge": found["frechet"]})
+        files.append(spec if spec.endswith(".npz") else str(samples / "samples.npz"))
     options = [part for file in files for part in ("--model", file)]
     distill("evaluate", *options, "--data", "digits", "measures=frechet,accuracy", "--out", str(folder / f"evaluation-{len(files)}"))
     report = json.loads((folder / f"evaluation-{len(files)}/report.json").read_text())["rows"]
