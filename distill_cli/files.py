@@ -124,14 +124,21 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def write_atomic_lines(path: Path, parts: Iterable[bytes | str | memoryview]) -> None:
     """As write_atomic, for content in parts that need not be in memory together."""
+    with open_atomic(path) as handle:
+        for part in parts:
+            handle.write(part.encode(errors="backslashreplace") if isinstance(part, str) else part)
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[io.BufferedWriter]:
+    """A file to write, which becomes `path` if the body succeeds, and is deleted otherwise."""
     path = Path(path)
     temporary = _temporary(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as handle:
-                for part in parts:
-                    handle.write(part.encode(errors="backslashreplace") if isinstance(part, str) else part)
+                yield handle
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)

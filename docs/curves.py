@@ -3,6 +3,8 @@
 python docs/curves.py make [NAME...]     # runs/curves/NAME, a few minutes each on one idle core
 python docs/curves.py table              # the looks of the runs that are there, and the first warning of each
 python docs/curves.py draw               # docs/curves.png from their sample grids
+python docs/curves.py record [NAME...]   # their looks into docs/curves.json, which tests hold the warnings to
+python docs/curves.py best               # of each run there: how far the step chosen by drift is from the best step
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw
 
-HERE, RUNS = Path(__file__).parent, Path("runs/curves")
+HERE, RUNS, LOOKS = Path(__file__).parent, Path("runs/curves"), Path(__file__).with_name("curves.json")
 PAIRS = "pairs --recipe digits-pairs --num 1000"
 SHAPES = "pairs --recipe shapes-pairs --num 120 --steps 20 --guidance-scale {0} shard_size=40 batch_size=40"
 SMALL = "batch_size=8 warmup_steps=20 ema_halflife=400 log_every=10 sample_every=30 save_every=1000"
@@ -31,6 +34,8 @@ MADE = {
     "lagging": f"{ALONE} pairs=null fake_lr=1e-5",
     "shapes-pairs": SHAPES.format(9),
     "guidance": f"{OF_SHAPES} ema_halflife=300 guidance_scale=9 --pairs {RUNS}/shapes-pairs",
+    "digits-cd": "cm --recipe digits-cd",
+    "shapes-dmd2": "dmd2 --recipe shapes-dmd2 steps=450 fake_steps=4 lr=5e-4 guidance_scale=1.5",
     "healthy-cd": f"cm --recipe digits-cd precision=no steps=120 health_every=10 {SMALL}",
     "healthy-pd": f"pd --recipe digits-pd precision=no steps=120 health_every=10 first_steps=4 shares=null {SMALL}",
 }
@@ -65,6 +70,33 @@ def table() -> None:
         print("no warning" if warned is None else f"step {warned['step']} of {found[-1]['step']}: {'; '.join(warned['warnings'])}")
 
 
+def record(names: list[str]) -> None:
+    """The newest checkpoint of a run holds all of its looks, that before the first step too."""
+    known = json.loads(LOOKS.read_text())
+    for name in names or [name for name in MADE if lines(name) and "pairs" not in name]:
+        state = json.loads(max((RUNS / name).glob("checkpoints/step-*/state.json")).read_text())["state"]
+        looks = [{key: round(value, 4) for key, value in look.items()} for look in state["looks"]]
+        ratio = {line["step"]: round(line["fake_error"] / line["real_error"], 3) for line in lines(name) if line.get("real_error")}
+        known[name] = {"steps": yaml.safe_load((RUNS / name / "recipe.yaml").read_text())["steps"], "error_ratio": ratio, "looks": looks}
+    text = ",\n".join(
+        f' {json.dumps(name)}: {json.dumps({key: run[key] for key in ("steps", "error_ratio")})[:-1]},\n  "looks": [\n   '
+        + ",\n   ".join(map(json.dumps, run["looks"]))
+        + "\n  ]}"
+        for name, run in known.items()
+    )
+    LOOKS.write_text(f"{{\n{text}\n}}\n")
+
+
+def best() -> None:
+    """Chosen by drift, which needs no classifier; the others are the steps with the lowest Fréchet distance of all that were looked at."""
+    print("run: step chosen by drift, its Fréchet distance over the lowest; the last step's over the lowest")
+    for name, run in json.loads(LOOKS.read_text()).items():
+        looks = [look for look in run["looks"] if look["step"] and "frechet" in look]
+        if looks:
+            chosen, lowest = min(looks, key=lambda look: look["drift"]), min(look["frechet"] for look in looks)
+            print(f"{name}: {chosen['step']}, {chosen['frechet'] / lowest:.3f}; {looks[-1]['frechet'] / lowest:.3f}")
+
+
 def strip(path: Path) -> np.ndarray:
     """The first row of a sample grid: the ten digits from the same noise in every run."""
     return np.asarray(Image.open(path).convert("RGB"))[: SIDE + 4]
@@ -86,4 +118,4 @@ def draw() -> None:
 
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["table"]
-    {"make": make, "table": lambda _: table(), "draw": lambda _: draw()}[verb](rest)
+    {"make": make, "table": lambda _: table(), "draw": lambda _: draw(), "record": record, "best": lambda _: best()}[verb](rest)

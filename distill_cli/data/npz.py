@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import errno
-import io
 import math
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distill_cli.errors import DistillError, reason
-from distill_cli.files import reading, write_atomic
+from distill_cli.files import open_atomic, reading
 
 PIECE = 1 << 20
 """Bytes of a member read at a time."""
@@ -155,8 +155,15 @@ def _array(path: Path, stored: Any, name: str) -> np.ndarray:
     return array
 
 
-def write_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write images and labels to `path`, complete or absent."""
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images, arr_1=labels)
-    write_atomic(path, buffer.getvalue())
+def write_npz(path: Path, parts: Iterable[np.ndarray], labels: np.ndarray) -> None:
+    """Write images, a part of them at a time, and their labels (N,) to `path`, complete or absent: the bytes of np.savez."""
+    rest = iter(parts)
+    first = next(rest)
+    head = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (len(labels), *first.shape[1:])}
+    with open_atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, head)
+            for part in chain([first], rest):
+                member.write(np.ascontiguousarray(part).data)
+        with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, labels, allow_pickle=False)

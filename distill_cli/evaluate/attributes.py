@@ -22,7 +22,7 @@ from distill_cli.data.shapes import BACKGROUNDS, COLOURS, PIXELS, PLACES, SHAPES
 from distill_cli.errors import DistillError, UsageError, nearest, reason
 from distill_cli.evaluate.measures import share
 from distill_cli.evaluate.page import SPREAD
-from distill_cli.evaluate.report import Columns
+from distill_cli.evaluate.report import Columns, Lowest
 from distill_cli.evaluate.sources import Source
 
 Judge = Callable[[np.ndarray, Sequence[str]], Mapping[str, Any]]
@@ -109,25 +109,29 @@ def columns(scores: Mapping[str, Any]) -> Columns:
 
 def judged(
     names: Sequence[str], source: Source, asked: Callable[[int], str], where: torch.device
-) -> tuple[dict[str, float | None], Columns]:
-    """The mean of every score over all pictures of a source, with its standard error; and the columns. Processes share the work.
+) -> tuple[dict[str, float | None], Columns, list[Lowest]]:
+    """The mean of every score over all pictures of a source, with its standard error; the columns; and each judge's last score by picture.
 
-    `asked` gives the text of a picture by its position.
+    `asked` gives the text of a picture by its position. Processes share the work.
     """
+    if not names:
+        return {}, {}, []
     ranges = [range(first, min(len(source), first + PART)) for first in range(0, len(source), PART)]
     found = []
     for k in processes.mine(len(ranges)):
         pictures, texts = to_uint8(source.batch(ranges[k])), [asked(i) for i in ranges[k]]
-        scores: dict[str, Tensor] = {}
+        scores: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for name in names:
             for title, values in judge(name)(pictures, texts).items():
-                scores[title] = torch.as_tensor(values).double()
-                if scores[title].shape != (len(texts),):
-                    said = f"attributes {name}: {title} has shape {tuple(scores[title].shape)}"
+                scores[name][title] = torch.as_tensor(values).double()
+                if scores[name][title].shape != (len(texts),):
+                    said = f"attributes {name}: {title} has shape {tuple(scores[name][title].shape)}"
                     raise DistillError(said, f"a judge returns one number for each picture: ({len(texts)},)")
         found.append((k, scores))
     parts = [scores for _, scores in sorted(launch.all_of(found, where), key=lambda each: each[0])]
+    of = {name: {title: torch.cat([part[name][title] for part in parts]) for title in parts[0][name]} for name in names}
+    whole = {title: values for scores in of.values() for title, values in scores.items()}
     out: dict[str, float | None] = {}
-    for title, (key, _) in columns(parts[0]).items():
-        out[key], out[key + SPREAD] = share(torch.cat([part[title] for part in parts]))
-    return out, columns(parts[0])
+    for title, (key, _) in columns(whole).items():
+        out[key], out[key + SPREAD] = share(whole[title])
+    return out, columns(whole), [list(scores.items())[-1] for scores in of.values() if scores]

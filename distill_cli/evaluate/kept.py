@@ -69,7 +69,10 @@ def seen(network: Network, source: Source, job: Path, where: torch.device) -> Se
     if number := max(launch.all_of([stop.requested], where)):  # waits for all processes
         raise stop.interrupted(number, "stopped while features were computed", "the same command computes what is missing")
     stored = [Tensors(file) for file in files]
-    whole = {name: torch.cat([each.read(name) for each in stored]) for name in stored[0].shapes}
+    whole = {name: torch.empty(len(source), *shape[1:]) for name, shape in stored[0].shapes.items()}
+    for part, each in zip(parts, stored, strict=True):
+        for name, values in whole.items():
+            values[part.start : part.stop] = each.read(name)
     return Seen(whole["features"], whole.get("logits"), source.labels)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill_cli import launch
+from distill_cli import launch, processes
 from distill_cli.config import EvaluateConfig
 from distill_cli.data import Images
 from distill_cli.data.images import Folder
@@ -21,7 +23,7 @@ from distill_cli.evaluate.distances import Statistics
 from distill_cli.evaluate.kept import Seen, compute, seen
 from distill_cli.evaluate.measures import MEASURES, Needs, Reference, subset
 from distill_cli.evaluate.networks import NETWORKS, Network
-from distill_cli.evaluate.report import AGAIN, AGAIN_SEED, REFERENCE_SEED, SHOWN, Measure
+from distill_cli.evaluate.report import AGAIN, AGAIN_SEED, REFERENCE_SEED, SHOWN, Lowest, Measure
 from distill_cli.evaluate.sources import Drawn, File, Pictures, Source
 
 ENOUGH = 10
@@ -164,21 +166,25 @@ class Against(Measure):
             out |= self._scores(network, saw)
         return out
 
-    def judged(self, source: Source) -> dict[str, float | None]:
-        if not self.config.attributes:
-            return {}
-        labels = source.labels
-        names = source.classes or self.classes
-        out, more = judged(self.config.attributes, source, lambda i: "" if labels is None else names[int(labels[i])], self.where)
+    def judged(self, source: Source) -> tuple[dict[str, float | None], list[Lowest]]:
+        out, more, scores = judged(self.config.attributes, source, partial(self.asked, source), self.where)
         self.columns = self.columns | more
-        return out
+        return out, [*self._certain(source), *scores]
+
+    def _certain(self, source: Source) -> list[Lowest]:
+        """How certain the classifier is that each picture is of the class that was asked for; [] where accuracy is not measured."""
+        for network, names in self.chosen.items():
+            if "accuracy" in names and source.labels is not None:
+                saw = seen(network, source, self.job, self.where)  # kept: nothing is computed
+                assert saw.logits is not None
+                return [("probability of the class", saw.logits.softmax(1).gather(1, source.labels[:, None])[:, 0])]
+        return []
 
     def _scores(self, network: Network, saw: Seen) -> dict[str, float | None]:
-        """The scores of pictures that a network saw."""
-        out: dict[str, float | None] = {}
-        for name in self.chosen[network]:
-            out |= MEASURES[name].of(network, self.references[network], saw, self.config)
-        return out
+        """The scores of pictures that a network saw. Processes share the measures, and all return the whole."""
+        names, real = self.chosen[network], self.references[network]
+        mine = [(k, MEASURES[names[k]].of(network, real, saw, self.config)) for k in processes.mine(len(names))]
+        return {key: value for _, scores in sorted(launch.all_of(mine, self.where), key=itemgetter(0)) for key, value in scores.items()}
 
     def again(self, count: int) -> tuple[dict[str, float | None], Tensor] | None:
         if self.source is None:

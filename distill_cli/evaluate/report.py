@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ SAMPLED: Columns = {
     "model": ("model", ""), "images": ("images", ""), "evaluations": ("network_evaluations", ""), "images/s": ("images_per_second", ".1f"),
 }  # fmt: skip
 
+Lowest = tuple[str, Tensor]
+"""A score that each picture has of its own: its name, and values (N,)."""
+WORST = 8
+"""Pictures with the lowest scores that the page shows of each model."""
+
 
 def split(spec: str) -> tuple[str, int | None]:
     """`NAME@2` -> (NAME, 2 steps); `NAME`, or a path that exists -> (itself, None: the model's own steps)."""
@@ -67,6 +73,17 @@ def markdown(columns: Columns, rows: Iterable[dict[str, Any]]) -> list[str]:
 def samples_of(out: Path, k: int, spec: str) -> Path:
     """The folder of the k-th model's samples."""
     return out / "samples" / bounded(f"{k}-{re.sub(r'[^A-Za-z0-9_.@-]+', '_', spec)}")
+
+
+def worst_of(spec: str, source: Source, scores: Sequence[Lowest], asked: Callable[[int], str]) -> list[page.Strip]:
+    """The pictures of a model with the lowest of each of `scores`, below its highest; `asked` gives what one was asked for."""
+    strips = []
+    for title, values in scores:
+        found = [i for i in values.argsort(stable=True)[:WORST].tolist() if values[i] < values.max()]
+        if found:
+            shown = to_uint8(torch.cat([source.batch(range(i, i + 1)) for i in found]))
+            strips.append((f"{spec}: {title}", shown, [f"{values[i]:.2f}: {asked(i)}" for i in found]))
+    return strips
 
 
 FILES = (".npz", ".pkl", ".pickle", ".pt", ".pth")
@@ -164,9 +181,14 @@ class Measure(ABC):
         A generator that has memorised the set would get these scores. They are no bound, but a scale for reading the others.
         """
 
-    def judged(self, source: Source) -> dict[str, float | None]:
-        """The scores by judges of each sample and the class that was asked for; `columns` has them from then on."""
-        return {}
+    def judged(self, source: Source) -> tuple[dict[str, float | None], list[Lowest]]:
+        """The scores by judges of each sample and the class that was asked for; `columns` has them from then on. And those by sample."""
+        return {}, []
+
+    def asked(self, source: Source, i: int) -> str:
+        """The name of the class that sample i was asked to be; '' where it is not known."""
+        names = source.classes or self.classes
+        return "" if source.labels is None or not names else names[int(source.labels[i])]
 
     def refuse(self, spec: str, count: int, shape: tuple[int, ...]) -> None:
         """Raise UsageError if samples have another shape (C, H, W) than the real data, or are too few."""
@@ -305,9 +327,12 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
         reference.save_statistics(config.save_statistics)
     rows: list[dict[str, Any]] = []
     shown: list[tuple[str, Tensor]] = []
+    worst: list[page.Strip] = []
     for k, row in enumerate(todo):
         source, cost = row.sampled(config, folder, k, reference)
-        rows.append({"model": row.spec, "images": len(source), **cost, **reference.measure(source), **reference.judged(source)})
+        measured, (judged, scores) = reference.measure(source), reference.judged(source)
+        rows.append({"model": row.spec, "images": len(source), **cost, **measured, **judged})
+        worst += worst_of(row.spec, source, scores, partial(reference.asked, source))
         shown.append((reference.title(rows[-1]), source.batch(range(min(SHOWN, len(source))))))
     more, first = resampled(reference, rows, SAMPLED | reference.columns)
     rows += more
@@ -323,7 +348,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
         "versions": versions(),
     }
     pictures = [(title, to_uint8(x)) for title, x in shown] if kind.drawn else []
-    folder.finish(report, table(report), pictures, columns=20)
+    folder.finish(report, table(report), pictures, columns=20, worst=worst)
     return report
 
 

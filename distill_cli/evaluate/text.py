@@ -18,7 +18,7 @@ from distill_cli.errors import UsageError
 from distill_cli.evaluate.attributes import judge, judged
 from distill_cli.evaluate.measures import share
 from distill_cli.evaluate.networks import CLIP
-from distill_cli.evaluate.page import SPREAD
+from distill_cli.evaluate.page import SPREAD, Strip
 from distill_cli.evaluate.pictures import Against
 from distill_cli.evaluate.report import (
     SAMPLED,
@@ -31,6 +31,7 @@ from distill_cli.evaluate.report import (
     samples_of,
     shared,
     split,
+    worst_of,
 )
 from distill_cli.evaluate.sources import Pictures, Source
 from distill_cli.models import load
@@ -40,8 +41,6 @@ from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
 COLUMNS: Columns = {"CLIP score": ("clip_score", ".2f")}
-WORST = 8
-"""Pictures with the lowest scores that the page shows of each model."""
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     columns: Columns = COLUMNS if clip else {}
     rows: list[dict[str, Any]] = []
     pictures: list[tuple[str, Any]] = []
-    worst: list[tuple[str, Any, list[str]]] = []
+    worst: list[Strip] = []
     for k, (spec, source) in enumerate(zip(config.model, finished, strict=True)):
         cost = {"network_evaluations": None, "images_per_second": None}
         if source is None:
@@ -96,12 +95,10 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
             part = partial(scores, clip, source, which, prompts)
             (found,) = shared(len(source), PART, part, where)
             row["clip_score"], row["clip_score" + SPREAD] = share(found)
-            lowest = found.argsort(stable=True)[:WORST].tolist()
-            said = [f"{found[i]:.2f}: {prompts[int(which[i])]}" for i in lowest]
-            worst.append((spec, to_uint8(torch.cat([source.batch(range(i, i + 1)) for i in lowest])), said))
-        if config.attributes:
-            values, more = judged(config.attributes, source, lambda i, which=which: prompts[int(which[i])], where)  # type: ignore[misc]
-            row, columns = row | values, columns | more
+        values, more, lowest = judged(config.attributes, source, lambda i, which=which: prompts[int(which[i])], where)  # type: ignore[misc]
+        row, columns = row | values, columns | more
+        lowest = [*([("CLIP score", found)] if clip else []), *lowest]
+        worst += worst_of(spec, source, lowest, lambda i, which=which: prompts[int(which[i])])  # type: ignore[misc]
         if reference is not None:
             source.labels = which
             row, columns = row | reference.measure(source), columns | reference.columns

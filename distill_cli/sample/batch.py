@@ -13,7 +13,7 @@ import torch
 from distill_cli import launch, processes
 from distill_cli.config import SampleConfig
 from distill_cli.data.folders import LIST
-from distill_cli.data.npz import read_npz, write_npz
+from distill_cli.data.npz import Rows, read_npz, write_npz
 from distill_cli.data.pictures import grid, png
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError
@@ -52,7 +52,7 @@ class Samples:
 
     def write(self, batch: range, images: np.ndarray) -> None:
         if self.config.format == "npz":
-            write_npz(self.part(batch), images, self.labels[batch.start : batch.stop])
+            write_npz(self.part(batch), [images], self.labels[batch.start : batch.stop])
         else:
             for i, image in zip(batch, images, strict=True):
                 write_atomic(self.png(i), png(image))
@@ -61,12 +61,11 @@ class Samples:
         """Join the parts, and write the list of samples and the grid."""
         if self.config.format == "npz" and not self.npz.exists():
             try:
-                parts = [read_npz(self.part(batch))[0] for batch in self.batches]
+                write_npz(self.npz, (read_npz(self.part(batch))[0] for batch in self.batches), self.labels)
             except DistillError:
                 if self.npz.exists():  # another process has joined the parts
                     return
                 raise
-            write_npz(self.npz, np.concatenate(parts), self.labels)
         for batch in self.batches:
             self.part(batch).unlink(missing_ok=True)
         write_atomic_lines(self.folder / LIST, map(self.line, range(self.config.num)))
@@ -84,7 +83,7 @@ class Samples:
     def first(self, count: int) -> np.ndarray:
         """The first `count` images (B, H, W, 3) uint8, from disk."""
         if self.config.format == "npz":
-            return read_npz(self.npz)[0][:count]
+            return Rows(self.npz).read(range(min(count, self.config.num)))
         from PIL import Image
 
         return np.stack([np.asarray(Image.open(self.png(i))) for i in range(min(count, self.config.num))])

@@ -1,6 +1,9 @@
 """Features that are kept: nothing is computed twice, what has changed is computed again, and pictures are never all in memory."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +71,30 @@ def test_interrupted_and_gone_on_with(name, file, tmp_path, monkeypatch):
     os.utime(tmp_path / name, (1, 1))  # another file of that name
     see(tmp_path / name, again)
     assert again.count == 50 + 220
+
+
+MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from distill_cli.evaluate.kept import seen
+from distill_cli.evaluate.sources import File
+from tests.evaluate.test_kept import Mean
+for name in ("few", "many"):
+    print(len(seen(Mean(), File(Path(f"{name}.npz"), "--model"), Path(), torch.device("cpu"))))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_many_pictures_take_no_more_memory_than_few(tmp_path):
+    """40,000 of 32 pixels are 123 MB as bytes and 492 MB as numbers; the peak over that of 2,000 is a small part of it."""
+    for name, count in {"few": 2000, "many": 40_000}.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.ones((count, 32, 32, 3), np.uint8))
+    root = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, env=os.environ | root, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    few, begun, many, peak = map(int, ended.stdout.split())
+    assert (few, many) == (2000, 40_000)
+    assert peak - begun < 40
 
 
 def test_a_picture_that_has_changed_is_seen_again(tmp_path, monkeypatch):

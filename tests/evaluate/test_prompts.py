@@ -79,6 +79,10 @@ def test_finished_pictures_of_prompts(drawn, dinov2, distill, tmp_path):
         seen = dinov2(torch.from_numpy((pixels / np.float32(255) - mean) / std).permute(0, 3, 1, 2).float()).last_hidden_state[:, 0]
     a, b = Statistics.of(seen[[k // 2 * 2 for k in range(16)]]), Statistics.of(seen)
     assert same["dinov2_frechet"] == pytest.approx(frechet_of(a, b), rel=1e-4)
+    page = (tmp_path / "e/report.html").read_text()
+    strip = page[page.index("same: all attributes") : page.index("same: first pixel")]
+    hits = shapes(x[[k // 2 * 2 for k in range(16)]], [captions[k // 2] for k in range(16)])["all attributes"]
+    assert strip.count("<div>0.00: ") == min(8, (~hits).sum())
     table = (tmp_path / "e/report.md").read_text()
     assert "| FD-DINOv2 |" in table
     assert "all attributes" in table

@@ -8,7 +8,7 @@ import torch
 
 from distill_cli.config import EvaluateConfig
 from distill_cli.data import open_images
-from distill_cli.data.pictures import to_uint8
+from distill_cli.data.pictures import from_uint8, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.evaluate import report
@@ -53,7 +53,12 @@ def test_worse_pictures_get_worse_numbers(distill, tmp_path, real):
     assert f"{good['frechet']:.4f}" in (tmp_path / "e/report.md").read_text()
     page = (tmp_path / "e/report.html").read_text()
     assert f"<td>{good['frechet']:.4f} ± {good['frechet_spread']:.4f}</td>" in page
-    assert page.count("<img") == 5 * 40
+    assert page.count("<img") == 5 * 40 + 4 * 8
+    with np.load(files[0]) as stored, torch.no_grad():  # the worst first, each with the class that it should be
+        certain = classifier.load("digits")(from_uint8(stored["arr_0"])).softmax(1)[torch.arange(700), labels]
+    worst = page[page.index("good.npz: probability of the class") :]
+    places = [worst.index(f"<div>{certain[i]:.2f}: {labels[i]}</div>") for i in certain.argsort(stable=True)[:8]]
+    assert places == sorted(places)
     assert (tmp_path / "e/picture.png").stat().st_size > 10_000
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from distill_cli.errors import Interrupted
 from distill_cli.models import compiled, load
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampling
-from distill_cli.sample.batch import sample
+from distill_cli.sample.batch import Samples, sample
 from tests.conditions import of
 
 SETTINGS = dict(model="tiny", num=7, batch_size=2, steps=2, format="npz", seed=3, device="cpu")
@@ -48,6 +49,24 @@ def test_an_interrupted_job_ends_the_same(tmp_path, tiny, whole, monkeypatch):
     assert (done["made"], done["kept"]) == (3, 4)
     for ours, theirs in zip(images(tmp_path), whole, strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_parts_are_joined_one_at_a_time(tmp_path, tiny):
+    """The file is np.savez's to the byte; of 16 parts of 1 MB never more than four are in memory."""
+    config = SampleConfig(**SETTINGS | dict(num=16 * 1300, batch_size=1300))
+    job = Samples(tmp_path, config, tiny)
+    x = np.random.default_rng(0).integers(0, 256, (config.num, 16, 16, 3), dtype=np.uint8)
+    for batch in job.batches:
+        job.write(batch, x[batch.start : batch.stop])
+    tracemalloc.start()
+    job.finish()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * x[:1300].nbytes
+    np.savez(tmp_path / "expected.npz", arr_0=x, arr_1=job.labels)
+    assert job.npz.read_bytes() == (tmp_path / "expected.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("part-*")) == []
+    assert np.array_equal(job.first(3), x[:3])
 
 
 def test_processes_share_the_work(tmp_path, tiny, whole, monkeypatch):
