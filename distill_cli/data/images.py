@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_cli.config import BUILTIN_SETS
+from distill_cli.data.captions import captions_of
 from distill_cli.data.folders import SUFFIXES, pictures_below
 from distill_cli.data.kinds import PICTURES, Kind
 from distill_cli.data.opened import open_picture
@@ -93,7 +94,7 @@ def fit(picture: PIL.Image.Image, height: int, width: int) -> Tensor:
 
 
 class Folder:
-    """Image files below a folder; the first level of subfolders, if any, names the classes.
+    """Image files below a folder; the first level of subfolders, if any, names the classes. Captions are read when they are asked for.
 
     Pictures are read on demand, scaled so that the shorter side fits, and cropped at the centre; alpha is composed onto white.
     """
@@ -114,6 +115,7 @@ class Folder:
             stray = next(f for f, parts in zip(self.files, tops, strict=True) if len(parts) == 1)
             raise DistillError(f"--data {path}: {stray.name} is in no class", "move it into a subfolder, or have no subfolders")
         self.labels = [names.index(parts[0]) if names else 0 for parts in tops]
+        self.words: dict[Path, str] | None = None
         self.root, self.digest = path, ""  # listing.prepare fills in the digest
         self.rows: list[list[Any]] = []  # and these rows of pictures.jsonl
         self.shape = (3, resolution, resolution)
@@ -125,6 +127,12 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def captions(self, positions: Sequence[int]) -> list[str]:
+        """The captions of the pictures at `positions`. Raises UsageError where the folder lacks some."""
+        if self.words is None:
+            self.words = dict(zip(self.files, captions_of(self.root, self.files), strict=True))
+        return [self.words[self.files[position]] for position in positions]
 
     def _read(self, position: int) -> tuple[np.ndarray, str]:
         picture = open_picture(self.files[position])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill_cli.config import TrainingConfig
 from distill_cli.data import Images
+from distill_cli.data.captions import HINT
 from distill_cli.data.images import Captioned, split
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.noise import Draws, Order
@@ -176,5 +177,5 @@ def prompted(config: Any, model: Model, data: Images | PairStore) -> Model:
     if not takes:
         return model
     if not isinstance(data, Captioned):
-        raise UsageError(f"--data {config.data}: has no captions", "give a folder of `distill pairs`, which has prompts")
+        raise UsageError(f"--data {config.data}: has no captions", HINT)
     return model.with_prompts(data.captions(range(len(data))))

@@ -118,4 +118,6 @@ FAMILIES = {
 FAMILIES["tiny-sdxl"].options["guidance_range"] = (1, 4)  # a dial, in the methods that have one
 for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl"):
     own = FAMILIES[name]
-    FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0, "guidance_range": None})
+    FAMILIES[f"{name}-lora"] = replace(
+        own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0, "guidance_range": None}
+    )
