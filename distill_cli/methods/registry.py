@@ -74,6 +74,8 @@ METHODS = (
     Method("vae", "vae", "Train the autoencoder of a latent model.", "vae.config:VAEConfig", "vae.objective:open", IMAGES),
     Method("classifier", "classifier", "Train the classifier in whose features `distill evaluate` measures.",
            "classifier.config:ClassifierConfig", "classifier.objective:open", IMAGES),
+    Method("clip", "clip", "Train a CLIP model, which scores pictures by their captions.", "clip.config:CLIPConfig", "clip.objective:open",
+           ("data",)),
 )
 # fmt: on
 
