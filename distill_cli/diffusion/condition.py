@@ -31,6 +31,13 @@ class Condition:
         """The condition of some of the samples: a slice, or positions."""
         return self.map(lambda part: part[rows])
 
+    @property
+    def seen(self) -> Condition:
+        """The condition as networks take it: without what only guides read."""
+        if not any(name.startswith(GUIDE) for name in self.parts):
+            return self
+        return Condition({name: part for name, part in self.parts.items() if not name.startswith(GUIDE)})
+
     def plus(self, name: str, part: Tensor) -> Condition:
         """The condition with one more part (B, ...)."""
         return Condition({**self.parts, name: part})
@@ -43,10 +50,14 @@ class Condition:
         return self.map(lambda part: part.to(device))
 
     def like(self, other: Condition) -> Condition:
-        """This condition of one sample for all samples of `other`, on its device and in its dtypes. Raises ValueError for other parts."""
-        if set(self.parts) != set(other.parts):
+        """This condition of one sample for all samples of `other`, on its device and in its dtypes. Raises ValueError for other parts.
+
+        What only guides read becomes zeros, by which a guide does nothing.
+        """
+        if set(self.parts) != set(other.seen.parts):
             raise ValueError(f"a condition of {', '.join(self.parts) or 'nothing'} in the place of {', '.join(other.parts) or 'nothing'}")
-        return Condition({name: self.parts[name].to(part.device, part.dtype).expand_as(part) for name, part in other.parts.items()})
+        own = {name: self.parts[name].to(part.device, part.dtype).expand_as(part) for name, part in other.seen.parts.items()}
+        return Condition({name: own[name] if name in own else torch.zeros_like(part) for name, part in other.parts.items()})
 
     def where(self, mask: Tensor, null: Condition) -> Condition:
         """`null`, of one sample, for the samples at which `mask` (B,) is true."""
@@ -68,6 +79,8 @@ class Condition:
 
 GUIDANCE_SCALE = "guidance_scale"
 """The part (B,) that tells a network the guidance scale s, of uncond + s (cond - uncond)."""
+GUIDE = "guide "
+"""The names of parts (B, ...) that a guide alone reads begin with this; networks do not see them. Zeros are no guidance."""
 NOTHING = Condition()
 """No condition."""
 

@@ -116,7 +116,7 @@ class NetworkDenoiser(nn.Module):
         t = t.to(x.device, x.dtype)
         a, s = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
         c_in, c_skip, c_out = PARAMETERISATIONS[self.parameterisation](a, s, self.scales)
-        output = self.network(c_in * x, TIME_INPUTS[self.time_input](t), condition)
+        output = self.network(c_in * x, TIME_INPUTS[self.time_input](t), condition.seen)
         estimate = c_skip * x + c_out * output.to(x.dtype)
         if self.boundary is None:
             return estimate

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
-from distill_cli.diffusion.schedule import expand
+from distill_cli.diffusion.losses import wide
+from distill_cli.diffusion.schedule import NoiseSchedule, expand
 
 
-class Guided:
+class Guidance(ABC):
+    """A denoiser under guidance, which also tells the conditional estimate that it began with."""
+
+    @abstractmethod
+    def estimates(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """The conditional and the guided estimate, (B, C, H, W) each."""
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+        return self.estimates(x, t, condition)[1]
+
+
+def estimates(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """The conditional and the guided estimate; without guidance both are the same."""
+    if isinstance(denoiser, Guidance):
+        return denoiser.estimates(x, t, condition)
+    estimate = denoiser(x, t, condition)
+    return estimate, estimate
+
+
+class Guided(Guidance):
     """Classifier-free guidance (Ho & Salimans 2207.12598): uncond + scale (cond - uncond).
 
     Where a paper's weight is w = scale - 1, convert before. `null` is the null condition of one sample. Without a `scale`, each sample's
@@ -22,13 +46,13 @@ class Guided:
     def __init__(self, denoiser: Denoiser, scale: float | None, null: Condition, calls: int = 1) -> None:
         self.denoiser, self.scale, self.null, self.calls = denoiser, scale, null, calls
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+    def estimates(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         scale: float | Tensor | None = self.scale
         if scale is None:
             told, condition = condition.parted(GUIDANCE_SCALE)
             scale = expand(told, x)
         cond, uncond = self.both(x, t, condition)
-        return uncond + scale * (cond - uncond)
+        return cond, uncond + scale * (cond - uncond)
 
     def both(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional estimate."""
@@ -42,8 +66,84 @@ class Guided:
         return self.denoiser(x, t, condition), self.denoiser(x, t, null)
 
 
+class Unconditional(Guidance):
+    """The denoiser under its null condition, whatever it is asked for: classifier-free guidance of scale 0."""
+
+    def __init__(self, denoiser: Denoiser, null: Condition) -> None:
+        self.denoiser, self.null = denoiser, null
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+        self.null = self.null.to(x.device)
+        return self.denoiser(x, t, self.null.like(condition))
+
+    def estimates(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        return self.denoiser(x, t, condition), self(x, t, condition)
+
+
 def guided(denoiser: Denoiser, scale: float | None, null: Condition | None, calls: int = 1) -> Denoiser:
-    """`denoiser` under guidance; the denoiser itself where scale is 1 (no second evaluation)."""
+    """`denoiser` under classifier-free guidance; itself at scale 1, and the unconditional one at scale 0 (no second evaluation)."""
     if scale == 1 or null is None:
         return denoiser
-    return Guided(denoiser, scale, null, calls)
+    return Unconditional(denoiser, null) if scale == 0 else Guided(denoiser, scale, null, calls)
+
+
+class Guide(Protocol):
+    """What leads a denoiser besides its own condition: the gradient of log p(what is asked for | x_t) by x_t, or another one's."""
+
+    scale: float
+    """The factor of the gradient."""
+
+    def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """The denoiser's estimate of x0 and the gradient at x_t = x, (B, C, H, W) each.
+
+        What is asked for is a part of the condition whose name begins with GUIDE; zeros ask for nothing, and have no gradient.
+        """
+
+
+class Steered(Guidance):
+    """D(x_t) + scale sigma^2/alpha gradient: the estimate whose score is the denoiser's plus scale times a guide's gradient.
+
+    Dhariwal & Nichol 2105.05233, section 4.1: the score is (alpha D - x_t) / sigma^2. Without signal (alpha = 0) the term is left out.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: NoiseSchedule, guide: Guide) -> None:
+        self.denoiser, self.schedule, self.guide = denoiser, schedule, guide
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+        return self._steer(self.denoiser, x, t, condition)
+
+    def _steer(self, denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        estimate, gradient = self.guide(denoiser, x, t, condition)
+        t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        a, s = self.schedule.alpha(t), self.schedule.sigma(t)
+        factor = torch.where(a > 0, s * s / a.clamp(min=torch.finfo(a.dtype).tiny), 0)
+        return estimate + self.guide.scale * expand(factor, x) * gradient
+
+    def estimates(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        first: list[Tensor] = []
+
+        def once(x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
+            cond, base = estimates(self.denoiser, x, t, condition)
+            first.append(cond.detach())
+            return base
+
+        out = self._steer(once, x, t, condition)
+        return first[0], out
+
+
+def steered(denoiser: Denoiser, schedule: NoiseSchedule, guides: Sequence[Guide]) -> Denoiser:
+    """`denoiser` led by each of the guides."""
+    for guide in guides:
+        denoiser = Steered(denoiser, schedule, guide)
+    return denoiser
+
+
+def gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The gradient (B, C, H, W) of `score`, (B, C, H, W) -> (B,), at x: in float32 or better, under torch.no_grad and autocast too.
+
+    Samples must not depend on each other in `score`.
+    """
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        x = wide(x.detach()).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(score(x).sum(), x)
+    return gradient

@@ -20,6 +20,7 @@ from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop
 from distill_cli.models.embeddings import Embeddings
+from distill_cli.models.guides import ModelGuide
 from distill_cli.models.live import Live
 from distill_cli.models.text import Reader, clip_reader
 
@@ -43,11 +44,13 @@ class Conditioner(ABC):
     """The negative prompt; None for zeros in its place."""
     embedding: int = 0
     """Numbers in the embedding of a prompt; 0 without text."""
+    guides: tuple[ModelGuide, ...] = ()
+    """What leads a teacher besides its condition (models/guides.py)."""
 
     @property
     def null(self) -> Condition | None:
         """The null condition of one sample; None if the model has none."""
-        return None if self.null_label is None else self(torch.tensor([self.null_label]))
+        return None if self.null_label is None else self.of(torch.tensor([self.null_label]))
 
     @property
     def has_null(self) -> bool:
@@ -80,13 +83,20 @@ class Conditioner(ABC):
         """(count,) labels for pictures to look at, as different as possible."""
         return self.labels(count, classes)
 
-    @abstractmethod
     def __call__(self, labels: Tensor) -> Condition:
-        """The condition of labels (B,), on their device; of prompts that are encoded live, on the text encoders'."""
+        """The condition of labels (B,), on their device (of live prompts on the text encoders'), with what the guides are told."""
+        condition = self.of(labels)
+        for guide in self.guides:
+            condition = condition.plus(guide.part, guide.told(labels, self.prompts))
+        return condition
+
+    @abstractmethod
+    def of(self, labels: Tensor) -> Condition:
+        """The condition of labels (B,) that the network takes."""
 
     def example(self, count: int, device: str | torch.device) -> Condition:
         """A condition of `count` samples with the right shapes, for trial calls and timings."""
-        return self(torch.zeros(count, dtype=torch.long, device=device))
+        return self.of(torch.zeros(count, dtype=torch.long, device=device))
 
     def chosen(self, name: str | None, data: str) -> Sequence[str]:
         """The prompts that an option names; default: those of the training set `data`. () for a model without text."""
@@ -115,9 +125,13 @@ class Conditioner(ABC):
     def complete(self, device: torch.device, stop: Stop | None = None) -> None:  # noqa: B027
         """Make missing embeddings, until a signal comes; several processes share the work. Text encoders go where they are used next."""
 
+    @abstractmethod
+    def guided(self, guides: tuple[ModelGuide, ...]) -> Conditioner:
+        """The same conditioner with these guides."""
+
     def taught(self, learned: Sequence[int] | None = None, null: bool = True) -> Conditioner:
-        """The conditioner of a student that was distilled on the labels `learned`, with or without the null condition."""
-        return self
+        """The conditioner of a student that was distilled on the labels `learned`, with or without the null condition. It has no guides."""
+        return self.guided(()) if self.guides else self
 
     def parts(self) -> dict[str, Any]:
         """Its networks, by their names in a pipeline."""
@@ -155,6 +169,12 @@ class ClassConditioner(Conditioner):
     classes: tuple[str, ...] = ()
     null_label: int | None = None
     learned: tuple[int, ...] | None = None
+    guides: tuple[ModelGuide, ...] = ()
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The classes that labels count: its own, or those of a guide where it has none."""
+        return self.classes or next((guide.classes for guide in self.guides if guide.classes), ())
 
     @property
     def takes(self) -> Literal["nothing", "classes"]:  # type: ignore[override]
@@ -166,22 +186,26 @@ class ClassConditioner(Conditioner):
         wanted = known if classes is None else classes
         beyond = sorted(set(wanted) - set(known))
         if beyond:
-            has = f"has classes 0 to {len(self.classes) - 1}" if self.classes else "has no classes"
+            has = f"has classes 0 to {len(self.asked) - 1}" if self.asked else "has no classes"
             has = has if self.learned is None else f"has learned {', '.join(map(str, self.learned))}"
             raise UsageError(f"--classes: no class {beyond[0]}", f"the model {has}")
         return torch.tensor([wanted[i % len(wanted)] for i in range(start, start + count)])
 
     def drawn(self, classes: list[int] | None = None) -> list[int]:
-        return list(classes or self.learned or range(max(1, len(self.classes))))
+        return list(classes or self.learned or range(max(1, len(self.asked))))
 
-    def __call__(self, labels: Tensor) -> Condition:
+    def of(self, labels: Tensor) -> Condition:
         return Condition({"class_labels": labels}) if self.classes else NOTHING
 
     def taught(self, learned: Sequence[int] | None = None, null: bool = True) -> ClassConditioner:
-        return replace(self, learned=None if learned is None else tuple(learned), null_label=self.null_label if null else None)
+        learned = None if learned is None else tuple(learned)
+        return replace(self, learned=learned, null_label=self.null_label if null else None, guides=())
+
+    def guided(self, guides: tuple[ModelGuide, ...]) -> ClassConditioner:
+        return replace(self, guides=guides)
 
     def named(self, label: int) -> dict[str, Any]:
-        return {"label": label, "class": self.classes[label]} if self.classes else {}
+        return {"label": label, "class": self.asked[label]} if self.asked else {}
 
 
 class PromptConditioner(Conditioner):
@@ -221,7 +245,7 @@ class PromptConditioner(Conditioner):
 
     def labels(self, count: int, classes: list[int] | None = None, start: int = 0) -> Tensor:
         """(count,) positions of prompts in turn, from position `start` of the job."""
-        if classes is not None:
+        if classes is not None and not any(guide.classes for guide in self.guides):
             raise UsageError(f"--classes {classes[0]}: the model has no classes", "it has prompts: --prompts FILE")
         if not self.prompts:
             hint = "--prompts FILE: a line a prompt, or .jsonl or .csv with a column prompt"
@@ -285,7 +309,12 @@ class PromptConditioner(Conditioner):
             self._null = self.table.null if self.table is not None else self.without()
         return self._null
 
-    def __call__(self, labels: Tensor) -> Condition:
+    def guided(self, guides: tuple[ModelGuide, ...]) -> PromptConditioner:
+        out = copy.copy(self)
+        out.guides = guides
+        return out
+
+    def of(self, labels: Tensor) -> Condition:
         """The condition of the prompts at positions (B,); equal prompts are encoded once."""
         if self.table is not None:
             return self.table(labels)

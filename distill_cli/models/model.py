@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_cli.diffusion.condition import Condition
-from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
+from distill_cli.diffusion.guidance import guided, steered
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.models.backbones import Backbone
 from distill_cli.models.codec import Codec
 from distill_cli.models.conditioners import Conditioner, PromptConditioner
+from distill_cli.models.guides import ModelGuide
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.parts import plain
 from distill_cli.models.sampler import SOLVERS, Sampler, Sampling, Task
@@ -82,8 +83,40 @@ class Model:
         """The networks, by their names in a diffusers pipeline."""
         return {self.backbone.part: self.net, **self.codec.parts(), **self.conditioner.parts()}
 
+    @property
+    def guides(self) -> tuple[ModelGuide, ...]:
+        """What leads the model besides its condition; the conditioner tells them what is asked for."""
+        return self.conditioner.guides
+
+    def with_guides(self, *guides: ModelGuide) -> Model:
+        """The model led by these guides too."""
+        return replace(self, conditioner=self.conditioner.guided((*self.guides, *guides)))
+
+    def guiding(self) -> dict[str, nn.Module]:
+        """The networks of its guides, by their names."""
+        return {guide.name: guide.network for guide in self.guides}
+
+    def guidance(self) -> dict[str, Any]:
+        """What its guides are, by the options that give them: part of a job's settings and of a run's; {} without guides."""
+        return {key: value for guide in self.guides for key, value in guide.identity().items()}
+
+    def said(self, sampling: Sampling) -> str:
+        """All its guidance in words: the scale, and the guides."""
+        guides = ", ".join(f"by {guide.name} at scale {guide.scale:g}" for guide in self.guides)
+        return f"{sampling.guidance_scale:g}, {guides}" if guides and sampling.combines else guides or f"{sampling.guidance_scale:g}"
+
+    def guided(self, sampling: Sampling, told: bool = False, denoiser: Denoiser | None = None) -> Denoiser:
+        """The denoiser under all guidance, of `sampling` and by the guides: classifier-free first, then each guide.
+
+        `told`: each sample has its own scale, the part GUIDANCE_SCALE of its condition. `denoiser`: one of the same model in its place.
+        """
+        asks = told or (sampling.guidance_scale != 1 and sampling.guidance_calls > 0)
+        scale, null = None if told else sampling.guidance_scale, self.conditioner.null if asks else None
+        base = guided(denoiser or self.denoiser, scale, null, sampling.guidance_calls)
+        return steered(base, self.denoiser.schedule, self.guides)
+
     def to(self, device: str | torch.device) -> Model:
-        for network in (self.denoiser, *self.parts().values()):
+        for network in (self.denoiser, *self.parts().values(), *self.guiding().values()):
             network.to(device)
         return self
 
@@ -161,8 +194,10 @@ class Model:
 
     def with_defaults(self, solver: str | None, steps: int | None, scale: float | None, calls: Literal[1, 2] = 1) -> Sampling:
         """The sampling settings for a user's options. Raises UsageError if the model cannot be sampled that way."""
-        schedule = self.denoiser.schedule
-        out = self.sampler.asked(schedule, solver, steps, scale, calls)
+        schedule, alone = self.denoiser.schedule, bool(self.guides) and scale in (None, 0) and self.conditioner.has_null
+        out = self.sampler.asked(schedule, solver, steps, 1 if alone else scale, calls)
+        if alone:  # guides lead the unconditional denoiser, unless a scale is asked for
+            out = out.model_copy(update={"guidance_scale": 0.0})
         if self.scheduler is not None and schedule.bins is not None and out.steps >= schedule.bins:
             raise UsageError(f"--steps {out.steps}: the model has {schedule.bins} times", "a few dozen steps are plenty")
         if out.combines and not self.conditioner.has_null:
@@ -194,9 +229,8 @@ class Model:
         """As `sample`, but the denoiser's data on its device: pixels, or latents (B, c, h, w)."""
         sampling = sampling or self.sampling
         device, schedule = next(self.denoiser.parameters()).device, self.denoiser.schedule
-        null = self.conditioner.null if sampling.combines else None
         task = Task(
-            denoiser=guided(self.denoiser, sampling.guidance_scale, null, sampling.guidance_calls),
+            denoiser=self.guided(sampling),
             network=self.denoiser,
             x=draws.normal("prior", self.shape).to(device),
             times=self.sampler.times_for(schedule, sampling.solver, sampling.steps),

@@ -115,13 +115,14 @@ class Sampling(BaseModel):
     solver: Solver = "heun"
     steps: Positive = 18
     guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """0: the unconditional denoiser, which a guide leads."""
     guidance_calls: Literal[0, 1, 2] = 1
     """Calls for guidance: 1 of twice the batch, or 2; 0 where the network is told the scale."""
 
     @property
     def combines(self) -> bool:
         """Whether guidance combines a conditional and an unconditional evaluation."""
-        return self.guidance_scale != 1 and self.guidance_calls > 0
+        return self.guidance_scale not in (0, 1) and self.guidance_calls > 0
 
     @property
     def evaluations(self) -> int:

@@ -96,8 +96,8 @@ class SDXLPrompts(PromptConditioner):
         like = condition.parts[POOLED]
         return condition.plus(SIZES, torch.tensor(self.said, dtype=torch.float32, device=like.device).expand(len(like), -1))
 
-    def __call__(self, labels: Tensor) -> Condition:
-        return self._with_sizes(super().__call__(labels))
+    def of(self, labels: Tensor) -> Condition:
+        return self._with_sizes(super().of(labels))
 
     @property
     def null(self) -> Condition:

@@ -66,7 +66,7 @@ class TestGradient:
         gradient, _ = one.gradient(made)
         noisy, t = one.noised(made.x, made.draws, "matching", 0.02, 0.98)
         with torch.no_grad():
-            cond, uncond = one.both.both(noisy, t, made.condition)
+            cond, uncond = one.real.both(noisy, t, made.condition)
             whole = losses.matching_gradient(made.x, uncond + 3 * (cond - uncond), one.network("fake")(noisy, t, made.condition))
         assert gradient.dtype == torch.float64
         assert (gradient - whole).abs().max() <= 1e-10 * whole.abs().max()
@@ -83,7 +83,7 @@ class TestGradient:
         other = apart.gradient(made)[0] - parts["matching"]  # the same formula at a second draw of times
         noisy, t = apart.noised(made.x, made.draws, "matching", 0.02, 0.98, turn=1)
         with torch.no_grad():
-            cond, uncond = apart.both.both(noisy, t, made.condition)
+            cond, uncond = apart.real.both(noisy, t, made.condition)
         expected = maths.guidance_part(made.x, cond, uncond + 3 * (cond - uncond))
         assert torch.allclose(other, expected, rtol=1e-3, atol=1e-5)
         assert (other - parts["guidance"]).abs().max() > 0.1 * other.abs().max()

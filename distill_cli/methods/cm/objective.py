@@ -21,7 +21,6 @@ from distill_cli.data import Images
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import LCM, NetworkDenoiser
-from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, add_noise, expand
@@ -85,7 +84,7 @@ class Consistency(Objective):
                 module.p = config.dropout
         self.trained["student"] = Full(self.student, config.lr)
         if teacher is not None:
-            self.identity["teacher"] = self.teacher_hash
+            self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
         self.perceptual: Perceptual | None = None
         if config.metric == "lpips":
             self.start.codec.kind.needs_pictures("metric lpips", "metric=huber, l1 or l2")
@@ -252,13 +251,12 @@ class CD(Following):
             config = config.model_copy(update={"solver": "euler"})
         super().__init__(config, teacher, data)
         self.guidance = self.sampling().guidance_scale
-        self.frozen["teacher"] = freeze(teacher.denoiser)
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.guiding()}
 
     def prepare(self, where: torch.device, run: Run) -> None:
         super().prepare(where, run)
-        scale = self.sampling().guidance_scale
         assert self.teacher is not None
-        self.real = guided(self.teacher.denoiser, scale, self.start.conditioner.null if scale != 1 else None)
+        self.real = self.teacher.guided(self.sampling())
 
     def decay(self, step: int) -> float:
         return self.config.target_decay
@@ -268,7 +266,7 @@ class CD(Following):
         return self.teacher.with_defaults(None, None, self.config.guidance_scale)
 
     def asked(self) -> list[Call]:
-        images = self.config.batch_size * (1 if self.guidance == 1 else 2)
+        images = self.config.batch_size * (2 if self.sampling().combines else 1)
         return [*[Call("teacher", images)] * self.config.teacher_steps * maths.ORDER[self.config.solver], *super().asked()]
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:

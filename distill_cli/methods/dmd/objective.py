@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.condition import Condition
-from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.guidance import guided
+from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss, wide
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import NoiseSchedule, add_noise
@@ -70,6 +69,8 @@ class DMD(Objective):
 
     config: DMDConfig
     order: Order
+    real: Denoiser
+    """The teacher under guidance."""
 
     def __init__(self, config: DMDConfig, teacher: Model, pairs: PairStore | None, prompts: Sequence[str] = ()) -> None:
         refuse_student(teacher, config.teacher, "dmd")
@@ -80,7 +81,7 @@ class DMD(Objective):
         super().__init__(config, "student")
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
-        self.identity["teacher"] = self.teacher_hash
+        self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
         self.start = student_time(config, self.schedule)
         planned = not self.teacher_hash
         weight = 0.25 if config.regression_weight is None else config.regression_weight
@@ -102,14 +103,14 @@ class DMD(Objective):
         scale = pairs.manifest.guidance_scale if config.guidance_scale is None and pairs is not None else config.guidance_scale
         self.sampling = teacher.with_defaults(None, None, scale, config.guidance_calls)
         self.guidance = self.sampling.guidance_scale
-        null = None if planned else teacher.conditioner.null
-        self.real = guided(teacher.denoiser, self.guidance, null, self.sampling.guidance_calls)
+        if not planned:
+            self.real = teacher.guided(self.sampling)
         rates = {"student": config.lr}
         if config.matching_weight and config.fake_score:
             rates["fake"] = config.fake_lr or config.lr
         self.trained |= {name: Full(self.begun_from(teacher).eval().requires_grad_(True), rate) for name, rate in rates.items()}
         working = teacher.conditioner.working() if config.text == "live" or not planned else []
-        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts()}
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts(), **teacher.guiding()}
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
 
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
@@ -208,8 +209,8 @@ class DMD(Objective):
         matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
         trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []
         if matched:
-            calls = 1 if self.guidance == 1 else self.config.guidance_calls
-            forwards = [Call("teacher", matched * (1 if self.guidance == 1 else 2) // calls)] * calls
+            calls = self.config.guidance_calls if self.sampling.combines else 1
+            forwards = [Call("teacher", matched * (2 if self.sampling.combines else 1) // calls)] * calls
         if "fake" in self.trained:
             forwards.append(Call("fake", matched))
             trainings += [Call("fake", matched)] * config.fake_steps
@@ -248,7 +249,7 @@ def remedies(metrics: Mapping[str, float], guidance: float | None, held: bool) -
         return dict.fromkeys(SIGNS, lags)
     if not held:
         return dict.fromkeys(SIGNS, "Nothing holds the student to pictures of the teacher: give pairs for a regression, or lower lr")
-    strong = {"over-saturated": f"Lower guidance_scale, now {guidance:g}"} if guidance not in (None, 1) else {}
+    strong = {"over-saturated": f"Lower guidance_scale, now {guidance:g}"} if guidance is not None and guidance > 1 else {}
     return {"collapsing": "Lower lr, or raise regression_weight", **strong}
 
 

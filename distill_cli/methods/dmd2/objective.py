@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from distill_cli.data import Images
 from distill_cli.diffusion.condition import Condition
-from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.guidance import Guided
+from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
+from distill_cli.diffusion.guidance import estimates
 from distill_cli.diffusion.losses import matching_loss, regression_loss, wide
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
@@ -99,7 +99,7 @@ class DMD2(Objective):
         refuse_student(teacher, config.teacher, "dmd2")
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         planned = not self.teacher_hash
-        self.identity["teacher"] = self.teacher_hash
+        self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
         self.own = begin.times_of(config, self.schedule, student)
         self.source = None if data is None else Source(config, teacher, data, planned)
         if self.source is not None:
@@ -138,7 +138,7 @@ class DMD2(Objective):
         critics: nn.Module = fake if self.discriminator == "none" else critic.Critic(fake, config.seed)
         for name, network, rate in (("student", own, config.lr), ("fake", critics, config.fake_lr or config.lr)):
             self.trained[name] = Full(network.eval().requires_grad_(True), rate)
-        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts()}
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts(), **teacher.guiding()}
         working = teacher.conditioner.working() if config.text == "live" or not planned else []
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working}
         self.steps = Order(config.seed, len(self.own))
@@ -153,11 +153,9 @@ class DMD2(Objective):
             raise UsageError(f"{given[0]} has no use here: there is no guidance part", "a guidance_scale above 1, or leave it out")
 
     @cached_property
-    def both(self) -> Guided:
-        """The teacher's conditional and unconditional estimates."""
-        null = self.teacher.conditioner.null
-        assert null is not None
-        return Guided(self.teacher.denoiser, self.guidance, null, self.sampling.guidance_calls)
+    def real(self) -> Denoiser:
+        """The teacher under guidance."""
+        return self.teacher.guided(self.sampling)
 
     def prepare(self, where: torch.device, run: Run) -> None:
         """Encode real images, and make missing embeddings; processes share the work."""
@@ -261,11 +259,7 @@ class DMD2(Objective):
             """Noisy images, their times, the conditional and the guided teacher's estimates."""
             low, high = shares(where, self.schedule, self.own, made.step, config.t_low, config.t_high)
             noisy, t = self.noised(x, made.draws, "matching", low, high, turn)
-            if self.guidance == 1:
-                cond = self.teacher.denoiser(noisy, t, made.condition)
-                return noisy, t, cond, cond
-            cond, uncond = self.both.both(noisy, t, made.condition)
-            return noisy, t, cond, uncond + self.guidance * (cond - uncond)
+            return noisy, t, *estimates(self.real, noisy, t, made.condition)
 
         noisy, t, cond, guided = at(config.matching_times, 0)
         fake = self.fake(noisy, t, made.condition)
@@ -284,7 +278,7 @@ class DMD2(Objective):
     @property
     def guided(self) -> bool:
         """Whether the gradient has a guidance part."""
-        return self.guidance != 1 and self.config.guidance_weight > 0
+        return (self.guidance != 1 or bool(self.teacher.guides)) and self.config.guidance_weight > 0
 
     def fake(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The fake score's estimate of x0."""
@@ -389,5 +383,5 @@ class DMD2(Objective):
         hint = "Raise fake_steps, or lower lr" + (
             "" if self.source is not None else ", or give real images for a discriminator: data=FOLDER"
         )
-        strong = {"over-saturated": f"Lower guidance_scale, now {self.guidance:g}"} if self.guided else {}
+        strong = {"over-saturated": f"Lower guidance_scale, now {self.guidance:g}"} if self.guidance > 1 and self.guided else {}
         return dict.fromkeys(GENERAL, hint) | strong

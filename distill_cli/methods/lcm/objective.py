@@ -14,7 +14,6 @@ from torch import Tensor
 from distill_cli.data import Images
 from distill_cli.diffusion import consistency as maths
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
-from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.diffusion.solvers import ddim_step
@@ -35,7 +34,7 @@ class LCM(Following):
 
     def __init__(self, config: LCMConfig, teacher: Model, data: Images | PairStore) -> None:
         super().__init__(config, teacher, data)
-        self.frozen["teacher"] = freeze(teacher.denoiser)
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.guiding()}
         self.guidance = self.sampling().guidance_scale
         if config.guidance_range and not teacher.conditioner.has_null:
             raise UsageError(f"guidance_range: {config.teacher} has no null condition, which guidance needs", "leave it out")
@@ -58,8 +57,9 @@ class LCM(Following):
     def sampling(self) -> Sampling:
         """As the teacher is sampled in the comparison: at the student's default scale."""
         assert self.teacher is not None
-        scale, asked = self.teacher.sampler.guidance_scale, self.config.guidance_range
-        scale = self.config.guidance_scale or (min(max(scale, asked[0]), asked[1]) if asked else scale)
+        asked, scale = self.config.guidance_range, self.config.guidance_scale
+        if asked and scale is None:
+            scale = min(max(self.teacher.sampler.guidance_scale, asked[0]), asked[1])
         return self.teacher.with_defaults(None, None, scale)
 
     def decay(self, step: int) -> float:
@@ -68,11 +68,10 @@ class LCM(Following):
     def prepare(self, where: torch.device, run: Run) -> None:
         super().prepare(where, run)
         assert self.teacher is not None
-        scale = None if self.config.guidance_range else self.guidance
-        self.real = guided(self.teacher.denoiser, scale, self.start.conditioner.null if scale != 1 else None)
+        self.real = self.teacher.guided(self.sampling(), told=self.config.guidance_range is not None)
 
     def asked(self) -> list[Call]:
-        combines = self.config.guidance_range or self.guidance != 1
+        combines = self.config.guidance_range or self.sampling().combines
         return [Call("teacher", self.config.batch_size * (2 if combines else 1)), *super().asked()]
 
     def told(self, condition: Condition, draws: Draws) -> Condition:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from distill_cli.data import Images
 from distill_cli.diffusion.denoiser import NetworkDenoiser
-from distill_cli.diffusion.guidance import guided
 from distill_cli.diffusion.losses import distance, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
@@ -44,7 +43,8 @@ def open(config: PDConfig, job: Job) -> Objective:
     teacher = job.teacher(config.teacher, config.device)
     refuse_student(teacher, config.teacher, "pd")
     sampling = teacher.with_defaults(None, None, config.guidance_scale)
-    why = f"guidance {sampling.guidance_scale:g} goes into the student, which has no null class" if sampling.guidance_scale != 1 else ""
+    guided = sampling.guidance_scale != 1 or teacher.guides
+    why = f"guidance {teacher.said(sampling)} goes into the student, which has no null class" if guided else ""
     config, said = without_null(config, teacher, job.resume is None and "label_dropout" in config.model_fields_set, why)
     if said:
         say(said)
@@ -66,7 +66,7 @@ class Progressive(Objective):
         parts = zip(self.rounds, shared(config, len(self.rounds)), strict=True)
         self.phases = [Phase(count, f"student-{n}" if k < last else "student", anew=True) for k, (n, count) in enumerate(parts)]
         self.teacher_hash = teacher.weights_hash()
-        self.identity["teacher"] = self.teacher_hash
+        self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
         self.source = Source(config, teacher, data, planned=not self.teacher_hash)
         self.teacher, self.images, self.order = self.source.model, self.source.images, self.source.order
         self.identity |= self.source.identity
@@ -77,7 +77,7 @@ class Progressive(Objective):
         start = self.begun_from(self.teacher, "base").eval().requires_grad_(True)
         self.trained["student"] = Full(start, config.lr)
         self.kept["teacher"] = copy.deepcopy(start).requires_grad_(False)
-        self.frozen |= teacher.codec.parts()
+        self.frozen |= {**teacher.codec.parts(), **teacher.guiding()}
 
     def prepare(self, where: torch.device, run: Run) -> None:
         self.examples = self.source.prepare(where, run)
@@ -98,8 +98,9 @@ class Progressive(Objective):
         index = (draws.uniform("time") * count).long().clamp(max=count - 1)
         t, middle, end = (times[2 * index + k].to(x) for k in range(3))
         noisy = add_noise(self.schedule, x, draws.normal("noise", x.shape[1:]).to(x), t)
-        guidance = 1 if self.number else self.sampling.guidance_scale
-        teacher = guided(self.kept["teacher"], guidance, self.teacher.conditioner.null)
+        teacher: Any = self.kept["teacher"]
+        if not self.number:
+            teacher = self.teacher.guided(self.sampling, denoiser=teacher)
         with torch.no_grad():
             target = maths.target(teacher, self.schedule, noisy, t, middle, end, condition)
         torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it (pytorch issue 112583)
@@ -163,7 +164,7 @@ class Progressive(Objective):
 
     def calls(self, step: int = 0) -> Calls:
         """The first round's teacher may be guided; later ones are not."""
-        size, combines = self.config.batch_size, self.guidance != 1 and not phase_at(self.phases, step)
+        size, combines = self.config.batch_size, self.sampling.combines and not phase_at(self.phases, step)
         return Calls([Call("student", size)], [Call("teacher", 2 * size if combines else size)] * 2)
 
 
