@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_cli import launch
-from distill_cli.config import EvaluateConfig, SampleConfig
+from distill_cli.config import PROMPT_SETS, EvaluateConfig, SampleConfig
 from distill_cli.data.kinds import PICTURES
 from distill_cli.data.pictures import to_uint8
 from distill_cli.data.prompts import open_prompts
@@ -33,6 +33,7 @@ from distill_cli.evaluate.report import (
     split,
 )
 from distill_cli.evaluate.sources import Pictures, Source
+from distill_cli.models import clip as clip_models
 from distill_cli.models import load
 from distill_cli.models.model import LARGE, Model
 from distill_cli.runs import versions
@@ -40,6 +41,8 @@ from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
 COLUMNS: Columns = {"CLIP score": ("clip_score", ".2f")}
+USUAL = "shapes-clip"
+"""The built-in CLIP model of the built-in prompts."""
 WORST = 8
 """Pictures with the lowest scores that the page shows of each model."""
 
@@ -51,6 +54,8 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     share the work. Images stay on disk, one model is in memory.
     """
     assert config.prompts is not None
+    if config.clip is None and config.prompts in PROMPT_SETS and USUAL in clip_models.names():
+        config = config.model_copy(update={"clip": USUAL})
     against = config.features != ["classifier"]
     if config.clip is None and not config.attributes and not against:
         raise UsageError("--prompts: pictures of prompts are measured by a CLIP model: none given", "clip=FOLDER or a hub id")

@@ -30,7 +30,7 @@ HINT = "a folder, or a hub id such as openai/clip-vit-large-patch14"
 
 
 class Towers(nn.Module):
-    """A CLIPModel as it is called here: `towers(pixels, tokens)` -> embeddings of length 1 (B, D) and (K, D), and the scale 1 / temperature.
+    """A CLIPModel: `towers(pixels, tokens)` -> embeddings of length 1 (B, D) and (K, D), and the scale 1 / temperature.
 
     Pixels (B, C, H, W) are normalised and of the model's size.
     """
@@ -95,11 +95,18 @@ class Clip:
         with folder_atomic(Path(folder)) as temporary:
             model.config.architectures = ["CLIPModel"]
             model.config.save_pretrained(temporary)
-            weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if not name.endswith("position_ids")}
+            weights = {
+                name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if not name.endswith("position_ids")
+            }
             write(temporary / "model.safetensors", weights, {"format": "pt"})
             save_tokenizer(self.tokenizer, temporary)
             steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
-            sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "resample": 3, "rescale_factor": 1 / 255}
+            sizes = {
+                "size": {"shortest_edge": size},
+                "crop_size": {"height": size, "width": size},
+                "resample": 3,
+                "rescale_factor": 1 / 255,
+            }
             values = {"image_processor_type": "CLIPImageProcessor", **steps, **sizes, "image_mean": self.mean, "image_std": self.std}
             (temporary / PROCESSOR).write_text(json.dumps(values, indent=2) + "\n")
 

@@ -60,7 +60,8 @@ class ClipGuide:
         return {"clip_guidance": hash_of(self.network.state_dict()), **settings}
 
     def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        asked, found = condition.parts[self.part], []
+        asked = condition.parts[self.part]
+        found: list[Tensor] = []
         if self.through == "estimate":
             estimate, alpha = denoiser(x, t, condition), expand(self.schedule.alpha(t.to(wide(x))), x)
             gradient = gradient_of(lambda x0: self.similarity(x0, t, asked), estimate)
@@ -96,14 +97,15 @@ class ClipGuide:
             yield picture[:, :, top : top + side, left : left + side]
 
 
-def guide(model: Model, name: str, scale: float, through: Literal["estimate", "network"], cutouts: int) -> ClipGuide:
-    """The guide of a model by the CLIP model `name`. Raises UsageError for a model that it cannot lead."""
-    what = f"--clip-guidance {name}"
+def guide(config: Any, model: Model) -> ClipGuide | None:
+    """The guide that a job's options name, None without one. Raises UsageError for a model that it cannot lead."""
+    name, cutouts = config.clip_guidance, config.clip_cutouts
+    if name is None:
+        return None
     model.codec.kind.needs_pictures("--clip-guidance")
-    clip = load(name, what)
+    clip = load(name, f"--clip-guidance {name}")
     side = model.codec.factor * min(model.shape[1:])
     if cutouts and side <= clip.pixels:
-        raise UsageError(
-            f"clip_cutouts {cutouts}: the pictures' {side} pixels are no more than the {clip.pixels} that CLIP takes", "leave it out"
-        )
-    return ClipGuide(clip, model.codec, model.denoiser.schedule, scale, f"CLIP {name}", through, cutouts)
+        said = f"clip_cutouts {cutouts}: the pictures' {side} pixels are no more than the {clip.pixels} that CLIP takes"
+        raise UsageError(said, "leave it out")
+    return ClipGuide(clip, model.codec, model.denoiser.schedule, config.clip_scale, f"CLIP {name}", config.clip_through, cutouts)
