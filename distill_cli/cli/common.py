@@ -133,6 +133,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
     from distill_cli.models import load
     from distill_cli.models.cost import sketched
     from distill_cli.models.model import LARGE
+    from distill_cli.models.steering import led
 
     sketch, download = sketched(name, dry_run)
     model = load(name, config.steps) if sketch is None else sketch
@@ -145,6 +146,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
     say_read(command, model, given)
+    model = led(model, config)
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config, download

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from distill_cli.config.base import Classes, Compile, Config, Count, Name, Names, Place, Positive, Precision, Rate, Solver, Text
+from distill_cli.config.guides import GuidesConfig
 
 
-class GenerateConfig(Config):
+class GenerateConfig(GuidesConfig):
     """How images are made with a model; shared by pairs and sample."""
 
     num: Positive = Field(1000, description="number of images; default with prompts: one for each, or images_per_prompt")

@@ -39,6 +39,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
         dtype=config.dtype,
         shard_size=config.shard_size,
         batch_size=config.batch_size,
+        guides=teacher.guidance(),
         **conditioner.digests(),
         **sampling.model_dump(),
     )

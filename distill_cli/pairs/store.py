@@ -35,7 +35,7 @@ from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 from distill_cli.verified import Check, Verified
 
-LATER = ("guidance_calls", "prompts", "negative_prompt")
+LATER = ("guidance_calls", "prompts", "negative_prompt", "guides")
 """Settings that older stores lack. They are left out at their default values, so that the hash of such a store stays the same."""
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
 OURS = r"shard-\d+\.safetensors|prompts\.jsonl|text-\w+|verified-\d+\.json"
@@ -65,6 +65,8 @@ class Manifest(BaseModel):
     prompts: str = ""
     """SHA-256 of the prompts in prompts.jsonl; labels are positions in it."""
     negative_prompt: str | None = ""
+    guides: dict[str, str | float] = {}
+    """What led the teacher besides its condition: digests and scales, by the options that gave them."""
 
     @property
     def shards(self) -> int:

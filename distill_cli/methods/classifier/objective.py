@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill_cli.data import Images
 from distill_cli.data.images import split
@@ -22,7 +22,12 @@ MEASURED = 500
 
 
 def open(config: ClassifierConfig, job: Job) -> Objective:
-    return Classification(config, job.images(config))
+    if not config.noisy:
+        return Classification(config, job.images(config))
+    from distill_cli.methods.classifier.noisy import NoisyClassification
+
+    model = job.teacher(config.model, config.device)
+    return NoisyClassification(config, job.images(config, model), model)
 
 
 class Classification(Objective):
@@ -33,7 +38,8 @@ class Classification(Objective):
     order: Order
 
     def __init__(self, config: ClassifierConfig, images: Images) -> None:
-        images.kind.needs_pictures("classifier", f"--data {config.data} is measured without one")
+        if not config.noisy:
+            images.kind.needs_pictures("classifier", f"--data {config.data} is measured without one")
         if len(images.classes) < 2:
             raise UsageError(f"--data {config.data}: {len(images.classes)} classes", "a classifier needs two or more: subfolders name them")
         super().__init__(config, "classifier")
@@ -41,9 +47,13 @@ class Classification(Objective):
         self.seen, self.held_out = split(images, config.holdout, config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = Classifier(ClassifierInfo(images.shape, tuple(images.classes), config.width, config.data))
-        self.trained["classifier"] = Full(network, config.lr)
+            self.trained["classifier"] = Full(self.begin(), config.lr)
         self.order = Order(config.seed, len(self.seen))
+
+    def begin(self) -> nn.Module:
+        """The network before training."""
+        config, images = self.config, self.images
+        return Classifier(ClassifierInfo(images.shape, tuple(images.classes), config.width, config.data))
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
@@ -52,20 +62,26 @@ class Classification(Objective):
         height, width = x.shape[2:]
         x = torch.stack([p[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] for p, (dy, dx) in zip(padded, moves.tolist())])
         labels = labels.to(self.device)
-        logits = self.network("classifier")(x.to(self.device)).float()
+        yield self.loss(self.network("classifier")(x.to(self.device)).float(), labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Loss:
+        """The cross-entropy, and the share of right answers."""
         right = (logits.argmax(1) == labels).float().mean()
-        yield Loss("classifier", nn.functional.cross_entropy(logits, labels), {"accuracy": right})
+        return Loss("classifier", nn.functional.cross_entropy(logits, labels), {"accuracy": right})
+
+    def right(self, network: nn.Module, part: list[int]) -> int:
+        """How many of the images at these positions the network reads rightly."""
+        assert isinstance(network, Classifier)
+        images, labels = self.images.batch(part, Draws(self.config.seed, part))
+        return int((network.measure(images)[1] == labels).sum())
 
     def model(self, network: nn.Module, step: int) -> Classifier:
         """The classifier, with its accuracy on the images held out."""
         assert isinstance(network, Classifier)
         if not self.held_out:
             return network
-        right = 0
-        for first in range(0, len(self.held_out), MEASURED):
-            part = self.held_out[first : first + MEASURED]
-            images, labels = self.images.batch(part, Draws(self.config.seed, part))
-            right += int((network.measure(images)[1] == labels).sum())
+        parts = [self.held_out[first : first + MEASURED] for first in range(0, len(self.held_out), MEASURED)]
+        right = sum(self.right(network, part) for part in parts)
         return network.with_accuracy(right / len(self.held_out))
 
     def remarks(self, made: Classifier) -> tuple[dict[str, Any], str]:
