@@ -131,6 +131,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
     A dry run has a sketch of a model that is not here. Says what was read.
     """
     from distill_cli.models import load
+    from distill_cli.models.clip_guide import asking
     from distill_cli.models.cost import sketched
     from distill_cli.models.model import LARGE
     from distill_cli.models.steering import led
@@ -139,6 +140,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
     model = load(name, config.steps) if sketch is None else sketch
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
+    model = asking(model, config)
     repeat = getattr(config, "images_per_prompt", 1)
     given = model.conditioner.chosen(config.prompts, model.lineage.data)
     if given or config.prompts is not None or config.negative_prompt is not None or repeat > 1:

@@ -27,7 +27,7 @@ class Method:
 
 COMMON = ("out", "steps", "batch_size", "lr", "precision", "memory", "seed", "device")
 IMAGES = ("data", "resolution")
-GUIDED = ("guidance_scale", "classifier_guidance", "classifier_scale")
+GUIDED = ("guidance_scale", "classifier_guidance", "classifier_scale", "clip_guidance", "clip_scale")
 """Flags of a teacher's guidance."""
 _DMD = (
     "teacher",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from distill_cli.errors import UsageError
 from distill_cli.models.clip import Clip, load
 from distill_cli.models.codec import Codec
 from distill_cli.models.model import Model
+from distill_cli.models.prompted import prompted
 from distill_cli.tensors import hash_of
 
 
@@ -95,6 +96,11 @@ class ClipGuide:
             side = self.clip.pixels + round(size * (min(height, width) - self.clip.pixels))
             top, left = round(down * (height - side)), round(across * (width - side))
             yield picture[:, :, top : top + side, left : left + side]
+
+
+def asking(model: Model, config: Any) -> Model:
+    """The model with prompts for the guide that a job's options name, if it has no text; itself without one."""
+    return replace(model, conditioner=prompted(model.conditioner, model.lineage.name)) if config.clip_guidance is not None else model
 
 
 def guide(config: Any, model: Model) -> ClipGuide | None:

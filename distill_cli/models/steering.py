@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from distill_cli.errors import UsageError
-from distill_cli.models import noisy_classifier
+from distill_cli.models import clip_guide, noisy_classifier
 from distill_cli.models.guides import ModelGuide
 from distill_cli.models.model import Model
 from distill_cli.processes import say
 from distill_cli.recipes import flag_of
 
-GUIDES: tuple[Callable[[Any, Model], ModelGuide | None], ...] = (noisy_classifier.guide,)
+GUIDES: tuple[Callable[[Any, Model], ModelGuide | None], ...] = (noisy_classifier.guide, clip_guide.guide)
 """Each makes a guide of a model if the options name it. It raises UsageError for one that does not fit the model."""
 
 
@@ -30,6 +30,8 @@ def led(model: Model, config: Any, teaching: bool = False) -> Model:
             raise UsageError(
                 f"{flag}: {config.teacher} has no classes to tell a student", "one of them, where the method has it: --classes 3"
             )
+        if teaching and not guide.classes and model.text is None:
+            raise UsageError(f"{flag}: {config.teacher} has no text to tell a student", "make samples with it")
     if not guides:
         return model
     base = "its estimate"

@@ -76,6 +76,7 @@ class Job:
             "prompts",
             "decoder",
             "classifier_guidance",
+            "clip_guidance",
             "model",
         )
         given: dict[str, Any] = {key: getattr(config, key, None) for key in keys}
