@@ -107,8 +107,9 @@ def test_the_null_condition_asks_guides_for_nothing():
     half = condition.where(torch.tensor([True, False]), null)
     assert half.parts["class_labels"].tolist() == [2, 1]
     assert half.parts[PART].tolist() == [[0, 0], [0, 1]]
-    assert set(condition.seen.parts) == {"class_labels"}
-    assert condition.seen.seen is condition.seen
+    only = condition.seen
+    assert set(only.parts) == {"class_labels"}
+    assert only.seen is only
 
 
 def test_gradients_are_of_float32_under_autocast():

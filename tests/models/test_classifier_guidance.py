@@ -198,10 +198,8 @@ def test_dmd_of_a_guided_teacher_goes_on_and_is_shared(distill, kept, tmp_path, 
     """The same losses after a resume to the last digit, and in two processes to rounding; another classifier is refused."""
     shutil.copytree(kept, tmp_path / "c")
     assert distill(*DMD, "--out", "one").code == 0
-    plain = distill(*DMD[:-4], "--out", "plain")
-    assert plain.code == 0
     one = lines(tmp_path / "one")
-    assert abs(one[0]["student_loss"] / lines(tmp_path / "plain")[0]["student_loss"] - 1) > 1e-3
+    assert one[0]["student_loss"] > 1e-4  # unguided it is 0: student and fake score begin as the teacher
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two/student")
     shutil.rmtree(tmp_path / "two/checkpoints/step-000004")
