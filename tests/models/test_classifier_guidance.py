@@ -36,7 +36,7 @@ def made(info=INFO):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifier") / "c"
+    folder = tmp_path_factory.mktemp("classifier") / "c-classifier"
     made().save(folder)
     return folder
 
@@ -167,7 +167,7 @@ def test_what_does_not_fit_the_model_is_refused(wrong, says, tiny, tmp_path):
 def test_bad_input_is_one_line(distill, kept, tmp_path, tiny):
     shutil.copytree(kept, tmp_path / "c")
     sample = ("sample", "--model", "tiny", "--num", 2, "--out", "s")
-    one_line(distill(*sample, "--classifier-guidance", "digits"), 2, "--classifier-guidance digits: no classifier")
+    one_line(distill(*sample, "--classifier-guidance", "digits-x"), 2, "--classifier-guidance digits-x: no classifier")
     classifier.load("digits").save(tmp_path / "clean")
     one_line(distill(*sample, "--classifier-guidance", "clean"), 2, "clean: a classifier of clean pictures", "distill classifier --noisy")
     one_line(distill(*sample, "--classifier-scale", "2"), 2, "classifier_scale needs classifier_guidance")
