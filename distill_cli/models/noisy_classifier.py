@@ -98,7 +98,8 @@ def load(name: str, flag: str = "--classifier-guidance") -> NoisyClassifier:
             )
         return NoisyClassifier(NoisyInfo(**stored))
 
-    return classifier.read(classifier.place(name.removesuffix(SUFFIX), flag, names()), made)
+    short = name.removesuffix(SUFFIX)
+    return classifier.read(classifier.place(short if short in names() else name, flag, names()), made)
 
 
 class ClassifierGuide:

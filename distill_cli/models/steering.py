@@ -28,7 +28,7 @@ def led(model: Model, config: Any, teaching: bool = False) -> Model:
             raise UsageError(f"{flag}: {model.lineage.name} is a student, its guidance is built in", "guide its teacher, and distil that")
         if teaching and guide.classes and model.conditioner.takes == "nothing" and len(getattr(config, "classes", None) or ()) != 1:
             raise UsageError(
-                f"{flag}: {config.teacher} has no classes to tell a student", "one of them, where the method has it: --classes 3"
+                f"{flag}: {model.lineage.name} has no classes to tell a student", "one of them, where the method has it: --classes 3"
             )
         if teaching and not guide.classes and model.text is None:
             raise UsageError(f"{flag}: {config.teacher} has no text to tell a student", "make samples with it")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distill_cli import launch, processes
-from distill_cli.config import GuidesConfig, SampleConfig
+from distill_cli.config import Config, GuidesConfig, SampleConfig
 from distill_cli.data.folders import LIST
 from distill_cli.data.npz import read_npz, write_npz
 from distill_cli.data.pictures import grid, png
@@ -123,7 +123,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         "times",
         "search_times",
         "classifier",
-        *GuidesConfig.model_fields,
+        *GuidesConfig.model_fields.keys() - Config.model_fields.keys(),
         *sampling.model_dump(),
     }
     settings = config.model_dump(mode="json", exclude=apart)

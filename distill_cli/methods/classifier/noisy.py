@@ -13,8 +13,8 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
+from distill_cli.methods.classifier.clean import Classification
 from distill_cli.methods.classifier.config import ClassifierConfig
-from distill_cli.methods.classifier.objective import Classification
 from distill_cli.models.model import Model
 from distill_cli.models.noisy_classifier import NoisyClassifier, NoisyInfo, described
 from distill_cli.runs import Run
