@@ -71,7 +71,8 @@ class Clip:
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of length 1 (B, D) of prompts, which are cut at the model's length."""
         reader = self.reader
-        return self.towers.texts(reader.tokens(prompts).to(reader.place))
+        with torch.autocast(reader.place.type, enabled=False):
+            return self.towers.texts(reader.tokens(prompts).to(reader.place))
 
     def pictures(self, x: Tensor) -> Tensor:
         """Embeddings of length 1 (B, D) of pictures (B, 3, H, W) in [-1, 1]; differentiable.
