@@ -53,9 +53,9 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     Finished pictures, of any program, are in the order of the prompts. `say_read` is called with what was read, before sampling. Processes
     share the work. Images stay on disk, one model is in memory.
     """
-    assert config.prompts is not None
     if config.clip is None and config.prompts in PROMPT_SETS and USUAL in clip_models.names():
         config = config.model_copy(update={"clip": USUAL})
+    assert config.prompts is not None
     against = config.features != ["classifier"]
     if config.clip is None and not config.attributes and not against:
         raise UsageError("--prompts: pictures of prompts are measured by a CLIP model: none given", "clip=FOLDER or a hub id")

@@ -177,8 +177,8 @@ def load(name: str, what: str | None = None) -> Clip:
     shortest = size.get("shortest_edge") if isinstance(size, dict) else size
     if shortest != pixels:
         raise DistillError(f"{folder / PROCESSOR}: size is {json.dumps(size)}, the network takes a shortest_edge of {pixels}")
-    mean, std = prepared.get("image_mean"), prepared.get("image_std")
-    for key, value in (("image_mean", mean), ("image_std", std)):
+    scales: dict[str, Any] = {key: prepared.get(key) for key in ("image_mean", "image_std")}
+    for key, value in scales.items():
         if not isinstance(value, list) or len(value) != 3 or not all(type(each) in (int, float) for each in value):
             raise DistillError(f"{folder / PROCESSOR}: {key} is {json.dumps(value)}, three numbers are expected")
-    return Clip(Towers(model).eval().requires_grad_(False), load_tokenizer(folder), mean, std)
+    return Clip(Towers(model).eval().requires_grad_(False), load_tokenizer(folder), *scales.values())

@@ -45,9 +45,8 @@ class ClipGuide:
     known: dict[str, Tensor] = field(default_factory=dict)
     """Embeddings of prompts (D,) on the CPU: each is computed once."""
 
-    @property
-    def network(self) -> nn.Module:
-        return self.clip.towers
+    def __post_init__(self) -> None:
+        self.network: nn.Module = self.clip.towers
 
     def told(self, labels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, D) embeddings of the prompts at positions `labels`."""
