@@ -54,10 +54,11 @@ def command_of(config: type[Config]) -> str:
 
 
 SHOWN = {
-    "pairs": ("teacher", "num", "out", "solver", "steps", "classes", "prompts", "negative_prompt", "guidance_scale", "batch_size",
-              "shard_size", "dtype", "seed", "device"),
+    "pairs": ("teacher", "num", "out", "solver", "steps", "classes", "prompts", "negative_prompt", "guidance_scale", "classifier_guidance",
+              "classifier_scale", "clip_guidance", "clip_scale", "batch_size", "shard_size", "dtype", "seed", "device"),
     "sample": ("model", "num", "out", "classes", "prompts", "negative_prompt", "images_per_prompt", "solver", "steps", "times",
-               "search_times", "classifier", "guidance_scale", "batch_size", "format", "grid", "precision", "seed", "device"),
+               "search_times", "classifier", "guidance_scale", "classifier_guidance", "classifier_scale", "clip_guidance", "clip_scale",
+               "batch_size", "format", "grid", "precision", "seed", "device"),
     "edit": ("model", "input", "mask", "patch", "times", "classes", "out", "seed", "device"),
     "evaluate": ("model", "data", "resolution", "features", "measures", "classifier", "save_statistics", "num", "prompts", "clip",
                  "attributes", "out", "batch_size", "precision", "seed", "device"),

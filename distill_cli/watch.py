@@ -193,7 +193,7 @@ def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
     recipe = loaded if isinstance(loaded, dict) else {}
     lines, speed = read_lines(run.metrics), read_lines(run.speed)
     known = facts(run, recipe, lines, speed)
-    made = any((run.folder / name).exists() for name in ("comparison.png", "teacher", "classifier", "vae"))  # results of runs
+    made = any((run.folder / name).exists() for name in ("comparison.png", "teacher", "classifier", "vae", "clip"))  # results of runs
     done = made and bool(lines) and lines[-1]["step"] == recipe.get("steps")
     metrics = series(lines)
     losses = [name for name in metrics if name.endswith("_loss")]

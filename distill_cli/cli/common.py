@@ -131,13 +131,16 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
     A dry run has a sketch of a model that is not here. Says what was read.
     """
     from distill_cli.models import load
+    from distill_cli.models.clip_guide import asking
     from distill_cli.models.cost import sketched
     from distill_cli.models.model import LARGE
+    from distill_cli.models.steering import led
 
     sketch, download = sketched(name, dry_run)
     model = load(name, config.steps) if sketch is None else sketch
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
+    model = asking(model, config)
     repeat = getattr(config, "images_per_prompt", 1)
     given = model.conditioner.chosen(config.prompts, model.lineage.data)
     if given or config.prompts is not None or config.negative_prompt is not None or repeat > 1:
@@ -145,6 +148,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
     say_read(command, model, given)
+    model = led(model, config)
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config, download

@@ -67,6 +67,24 @@ class VAENetworkConfig(BaseModel):
         return self
 
 
+class CLIPNetworkConfig(BaseModel):
+    """The picture half of a CLIP model: transformers' CLIPVisionModel."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: Positive = Field(128, description="channels of a patch's embedding")
+    layers: Positive = Field(4, description="transformer layers")
+    heads: Positive = Field(4, description="attention heads")
+    patch: Positive = Field(8, description="pixels of a patch's side")
+    features: Positive = Field(128, description="numbers in the embedding of a picture or a text")
+
+    @model_validator(mode="after")
+    def _even(self) -> CLIPNetworkConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
 class TextConfig(BaseModel):
     """The text encoder of a text-to-image teacher: transformers' CLIPTextModel."""
 

@@ -22,9 +22,10 @@ from distill_cli.config.base import (
     Text,
     outside,
 )
+from distill_cli.config.guides import GuidesConfig
 
 
-class GenerateConfig(Config):
+class GenerateConfig(GuidesConfig):
     """How images are made with a model; shared by pairs and sample."""
 
     num: Positive = Field(1000, description="number of images; default with prompts: one for each, or images_per_prompt")

@@ -17,7 +17,7 @@ from distill_cli.config import EvaluateConfig
 from distill_cli.data.pictures import to_uint8
 from distill_cli.errors import DistillError, UsageError, printable, reason
 from distill_cli.files import unreadable
-from distill_cli.models import classifier
+from distill_cli.models import classifier, clip
 from distill_cli.models.parts import load_network
 from distill_cli.models.perceptual import cached
 from distill_cli.models.sources.hub import find
@@ -25,7 +25,6 @@ from distill_cli.models.sources.hub import find
 EXTRA = "pip install 'distill-cli[eval]'"
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 NETWORK_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*")
-CLIP_FILES = ("*.json", "merges.txt", "model.safetensors")
 
 
 class Network(ABC):
@@ -176,18 +175,17 @@ class Dinov2(Network):
 
 
 class CLIP:
-    """transformers' CLIPModel and its processor, from a folder or a hub id, which is downloaded on first use."""
+    """transformers' CLIPModel and its processor: a built-in one, from a folder or a run, or a hub id, downloaded on first use."""
 
     def __init__(self, name: str, where: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
-        folder = find(name, CLIP_FILES, f"clip {name}")
+        folder = clip.find(name, f"clip {name}")
         self.model = load_network(CLIPModel, folder, "model").to(where)
         try:
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many types for a missing folder or network
-            hint = "a folder, or a hub id such as openai/clip-vit-large-patch14"
-            raise DistillError(f"clip {name}: no CLIP model ({reason(error)})", hint) from error
+            raise DistillError(f"clip {name}: no CLIP model ({reason(error)})", clip.HINT) from error
 
     @torch.no_grad()
     def scores(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_cli import launch
-from distill_cli.config import EvaluateConfig, SampleConfig
+from distill_cli.config import PROMPT_SETS, EvaluateConfig, SampleConfig
 from distill_cli.data.kinds import PICTURES
 from distill_cli.data.pictures import to_uint8
 from distill_cli.data.prompts import open_prompts
@@ -34,6 +34,7 @@ from distill_cli.evaluate.report import (
     worst_of,
 )
 from distill_cli.evaluate.sources import Pictures, Source
+from distill_cli.models import clip as clip_models
 from distill_cli.models import load
 from distill_cli.models.model import LARGE, Model
 from distill_cli.runs import versions
@@ -41,6 +42,8 @@ from distill_cli.sample import batch
 
 SHOWN, PART = 16, 32
 COLUMNS: Columns = {"CLIP score": ("clip_score", ".2f")}
+USUAL = "shapes-clip"
+"""The built-in CLIP model of the built-in prompts."""
 
 
 def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
@@ -49,6 +52,8 @@ def evaluate(config: EvaluateConfig, say_read: Callable[..., None] = lambda *_: 
     Finished pictures, of any program, are in the order of the prompts. `say_read` is called with what was read, before sampling. Processes
     share the work. Images stay on disk, one model is in memory.
     """
+    if config.clip is None and config.prompts in PROMPT_SETS and USUAL in clip_models.names():
+        config = config.model_copy(update={"clip": USUAL})
     assert config.prompts is not None
     against = config.features != ["classifier"]
     if config.clip is None and not config.attributes and not against:

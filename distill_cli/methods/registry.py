@@ -27,6 +27,8 @@ class Method:
 
 COMMON = ("out", "steps", "batch_size", "lr", "precision", "memory", "seed", "device")
 IMAGES = ("data", "resolution")
+GUIDED = ("guidance_scale", "classifier_guidance", "classifier_scale", "clip_guidance", "clip_scale")
+"""Flags of a teacher's guidance."""
 _DMD = (
     "teacher",
     "lora",
@@ -37,7 +39,7 @@ _DMD = (
     "fake_steps",
     "regression_loss",
     "regression_weight",
-    "guidance_scale",
+    *GUIDED,
 )
 _DMD2 = (
     "teacher",
@@ -49,7 +51,7 @@ _DMD2 = (
     *IMAGES,
     "fake_lr",
     "fake_steps",
-    "guidance_scale",
+    *GUIDED,
     "gan",
     "init_pairs",
     "init_steps",
@@ -63,17 +65,19 @@ METHODS = (
     Method("dmd2", "dmd2", "Distil a student of few steps by distribution matching, without pairs.", "dmd2.config:DMD2Config",
            "dmd2.objective:open", _DMD2),
     Method("cd", "cm", "Distil a consistency model, a student of one or a few steps.", "cm.config:CDConfig", "cm.objective:cd",
-           (*_CM, "guidance_scale")),
+           (*_CM, *GUIDED)),
     Method("ct", "cm", "Train a consistency model from images alone.", "cm.config:CTConfig", "cm.objective:ct", _CM),
     Method("ict", "cm", "Train a consistency model by the improved techniques.", "cm.config:ICTConfig", "cm.objective:ict", _CM),
     Method("ect", "cm", "Tune a teacher into a consistency model.", "cm.config:ECTConfig", "cm.objective:ect", _CM),
     Method("lcm", "cm", "Distil a latent consistency model: few steps, guidance built in or told.", "lcm.config:LCMConfig",
-           "lcm.objective:lcm", (*_CM, "guidance_scale", "guidance_range", "student_steps")),
+           "lcm.objective:lcm", (*_CM, *GUIDED, "guidance_range", "student_steps")),
     Method("pd", "pd", "Distil a student of few steps by halving them round by round.", "pd.config:PDConfig", "pd.objective:open",
-           ("teacher", "lora", *IMAGES, "first_steps", "last_steps", "guidance_scale")),
+           ("teacher", "lora", *IMAGES, "first_steps", "last_steps", *GUIDED)),
     Method("vae", "vae", "Train the autoencoder of a latent model.", "vae.config:VAEConfig", "vae.objective:open", IMAGES),
     Method("classifier", "classifier", "Train the classifier in whose features `distill evaluate` measures.",
-           "classifier.config:ClassifierConfig", "classifier.objective:open", IMAGES),
+           "classifier.config:ClassifierConfig", "classifier.objective:open", (*IMAGES, "noisy", "model")),
+    Method("clip", "clip", "Train a CLIP model, which scores pictures by their captions.", "clip.config:CLIPConfig", "clip.objective:open",
+           ("data",)),
 )
 # fmt: on
 

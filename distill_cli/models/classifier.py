@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +22,7 @@ from distill_cli.tensors import Tensors
 BUILTIN = Path(__file__).parent / "builtin"
 SUFFIX = "-classifier"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ClassifierT = TypeVar("ClassifierT", bound="Classifier")
 
 
 @dataclass(frozen=True)
@@ -78,27 +81,49 @@ class Classifier(nn.Module):
             (temporary / CONFIG).write_text(json.dumps(asdict(self.info), indent=2) + "\n")
 
 
-def names() -> list[str]:
-    """The built-in classifiers."""
+def folders() -> list[str]:
+    """The built-in classifiers of every kind."""
     return sorted(path.name.removesuffix(SUFFIX) for path in BUILTIN.glob(f"*{SUFFIX}"))
+
+
+def names() -> list[str]:
+    """The built-in classifiers of clean pictures."""
+    return [name for name in folders() if not name.endswith("-noisy")]
 
 
 def load(name: str) -> Classifier:
     """A built-in classifier, by the name of its set, or the one in a folder or run. Float32, frozen, on the CPU."""
-    folder = BUILTIN / f"{name}{SUFFIX}" if name in names() else Path(name)
-    if name in names():
-        say_hidden("classifier", name, "the built-in one")
+
+    def made(stored: dict[str, Any]) -> Classifier:
+        if "schedule" in stored:
+            raise UsageError(
+                f"--classifier {name}: a classifier of noised pictures, for --classifier-guidance", nearest(name, names(), "built in")
+            )
+        return Classifier(ClassifierInfo(**stored))
+
+    return read(place(name, "--classifier", names()), made)
+
+
+def place(name: str, flag: str, known: Sequence[str]) -> Path:
+    """The folder of a classifier: one of the `known` built-in ones, a folder, or a run. Raises UsageError if there is none."""
+    folder = BUILTIN / f"{name}{SUFFIX}" if name in known else Path(name)
+    if name in known:
+        say_hidden(flag[2:].replace("-", " "), name, "the built-in one")
     if (folder / "classifier" / CONFIG).is_file():
         folder = folder / "classifier"
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"--classifier {name}: no classifier", nearest(name, names(), "built in"))
+        raise UsageError(f"{flag} {name}: no classifier", nearest(name, known, "built in"))
+    return folder
+
+
+def read(folder: Path, make: Callable[[dict[str, Any]], ClassifierT]) -> ClassifierT:
+    """The classifier in a folder, which `make` makes of the content of its config.json. Float32, frozen, on the CPU."""
     for name in (CONFIG, WEIGHTS):
         check_file(folder / name)
     try:
         stored = json.loads((folder / CONFIG).read_text())
         shown = {"classes": tuple(map(printable, stored["classes"])), "data": printable(stored["data"])}
-        info = ClassifierInfo(**{**stored, **shown, "shape": tuple(stored["shape"])})
-        network = Classifier(info)
+        network = make({**stored, **shown, "shape": tuple(stored["shape"])})
         file = Tensors(folder / WEIGHTS)
         weights = {name: file.read(name) for name in file.shapes}
         for key, value in weights.items():

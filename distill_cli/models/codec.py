@@ -103,7 +103,8 @@ class VAECodec(Codec):
         cast = self.upcast and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         small = cast and torch.get_autocast_dtype(kind) == torch.float16
         with torch.autocast(kind, enabled=False) if small else nullcontext():
-            return torch.cat([self.vae.decode(part, return_dict=False)[0].to(torch.float32, copy=True) for part in x.split(count)])
+            parts = [self.vae.decode(part, return_dict=False)[0] for part in x.split(count)]
+            return torch.cat([part.to(torch.promote_types(part.dtype, torch.float32), copy=True) for part in parts])
 
     def project(self, x: Tensor) -> Tensor:
         """Latents have no range."""

@@ -198,7 +198,7 @@ class ClassConditioner(Conditioner):
         return Condition({"class_labels": labels}) if self.classes else NOTHING
 
     def taught(self, learned: Sequence[int] | None = None, null: bool = True) -> ClassConditioner:
-        learned = None if learned is None else tuple(learned)
+        learned = tuple(learned) if learned is not None and self.classes else None
         return replace(self, learned=learned, null_label=self.null_label if null else None, guides=())
 
     def guided(self, guides: tuple[ModelGuide, ...]) -> ClassConditioner:

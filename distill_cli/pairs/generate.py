@@ -41,6 +41,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
         shard_size=config.shard_size,
         batch_size=config.batch_size,
         guidance_range=config.guidance_range,
+        guides=teacher.guidance(),
         **conditioner.digests(),
         **sampling.model_dump(),
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distill_cli import launch, processes
-from distill_cli.config import SampleConfig
+from distill_cli.config import Config, GuidesConfig, SampleConfig
 from distill_cli.data.folders import LIST
 from distill_cli.data.npz import Rows, read_npz, write_npz
 from distill_cli.data.pictures import grid, png
@@ -122,11 +122,16 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         "times",
         "search_times",
         "classifier",
+        *GuidesConfig.model_fields.keys() - Config.model_fields.keys(),
         *sampling.model_dump(),
     }
     settings = config.model_dump(mode="json", exclude=apart)
     settings["negative_prompt"] = model.conditioner.negative
-    settings |= model.conditioner.digests() | {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
+    settings |= (
+        model.conditioner.digests()
+        | model.guidance()
+        | {"model": model.lineage.name, "model_hash": model.weights_hash(), **sampling.model_dump()}
+    )
     if SOLVERS[sampling.solver].few:
         settings["times"] = model.sampler.times_for(model.denoiser.schedule, sampling.solver, sampling.steps).tolist()
     settle(folder / SETTINGS, settings, "samples")

@@ -65,7 +65,20 @@ class Job:
         """Make the run's folder, or open it and go on; its recipe runs again from any working directory, with prompts that a pipe gave."""
         config = engine.config
         assert config.out is not None
-        keys = ("teacher", "student", "data", "pairs", "init_pairs", "lpips_weights", "vae", "prompts", "decoder")
+        keys = (
+            "teacher",
+            "student",
+            "data",
+            "pairs",
+            "init_pairs",
+            "lpips_weights",
+            "vae",
+            "prompts",
+            "decoder",
+            "classifier_guidance",
+            "clip_guidance",
+            "model",
+        )
         given: dict[str, Any] = {key: getattr(config, key, None) for key in keys}
         files = {key: value for key, value in given.items() if value not in (None, *REGISTRY, *BUILTIN_SETS, *PROMPT_SETS)}
         absolute = {key: type(value)(Path(value).resolve()) for key, value in files.items() if Path(value).exists()}

@@ -108,6 +108,7 @@ PATHS = {
     "data",
     "prompts",
     "classifier",
+    "clip_guidance",
     "decoder",
     "clip",
     "vae",

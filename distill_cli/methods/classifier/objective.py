@@ -1,81 +1,17 @@
-"""Trains the small classifier in whose features `distill evaluate` measures."""
+"""Trains a small classifier: of clean pictures for `distill evaluate`, or of noised data for guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-from torch import nn
-
-from distill_cli.data import Images
-from distill_cli.data.images import split
-from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.errors import UsageError
+from distill_cli.methods.classifier.clean import Classification
 from distill_cli.methods.classifier.config import ClassifierConfig
-from distill_cli.models.classifier import Classifier, ClassifierInfo
+from distill_cli.methods.classifier.noisy import NoisyClassification
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
-
-MEASURED = 500
-"""Images in memory at once while the accuracy is measured."""
+from distill_cli.training.objective import Objective
 
 
 def open(config: ClassifierConfig, job: Job) -> Objective:
-    return Classification(config, job.images(config))
-
-
-class Classification(Objective):
-    """Cross-entropy on all images that are not held out. They are shifted by up to a pixel, and sets with random colours redraw them."""
-
-    config: ClassifierConfig
-    images: Images
-    order: Order
-
-    def __init__(self, config: ClassifierConfig, images: Images) -> None:
-        images.kind.needs_pictures("classifier", f"--data {config.data} is measured without one")
-        if len(images.classes) < 2:
-            raise UsageError(f"--data {config.data}: {len(images.classes)} classes", "a classifier needs two or more: subfolders name them")
-        super().__init__(config, "classifier")
-        self.images = images
-        self.seen, self.held_out = split(images, config.holdout, config.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            network = Classifier(ClassifierInfo(images.shape, tuple(images.classes), config.width, config.data))
-        self.trained["classifier"] = Full(network, config.lr)
-        self.order = Order(config.seed, len(self.seen))
-
-    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
-        moves = torch.stack([draws.uniform("augment", turn) for turn in (1, 2)], 1).mul(3).floor().long() - 1
-        padded = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
-        height, width = x.shape[2:]
-        x = torch.stack([p[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] for p, (dy, dx) in zip(padded, moves.tolist())])
-        labels = labels.to(self.device)
-        logits = self.network("classifier")(x.to(self.device)).float()
-        right = (logits.argmax(1) == labels).float().mean()
-        yield Loss("classifier", nn.functional.cross_entropy(logits, labels), {"accuracy": right})
-
-    def model(self, network: nn.Module, step: int) -> Classifier:
-        """The classifier, with its accuracy on the images held out."""
-        assert isinstance(network, Classifier)
-        if not self.held_out:
-            return network
-        right = 0
-        for first in range(0, len(self.held_out), MEASURED):
-            part = self.held_out[first : first + MEASURED]
-            images, labels = self.images.batch(part, Draws(self.config.seed, part))
-            right += int((network.measure(images)[1] == labels).sum())
-        return network.with_accuracy(right / len(self.held_out))
-
-    def remarks(self, made: Classifier) -> tuple[dict[str, Any], str]:
-        """The accuracy, and the number of images that gave it."""
-        count, accuracy = len(self.held_out), made.info.accuracy
-        said = f"accuracy on {count} images held out: {accuracy:.4f}" if accuracy is not None else ""
-        return {"accuracy": accuracy, "held_out": count}, said
-
-    def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
-        return network(torch.empty(count, *self.images.shape, device=where))
-
-    def calls(self, step: int = 0) -> Calls:
-        return Calls([Call("classifier", self.config.batch_size)])
+    """Read the images, and the model whose noise is learned."""
+    if not config.noisy:
+        return Classification(config, job.images(config))
+    model = job.teacher(config.model, config.device)
+    return NoisyClassification(config, job.images(config, model), model)

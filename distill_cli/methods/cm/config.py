@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config import NetworkConfig, StudentConfig
+from distill_cli.config import GuidesConfig, NetworkConfig, StudentConfig
 from distill_cli.config.base import Fraction, Momentum, Name, Numbers, Place, Positive, Rate, Text, Weight
 from distill_cli.config.training import OPTIMIZERS, Optimizer
 
@@ -62,7 +62,7 @@ class CMConfig(StudentConfig):
         return self
 
 
-class CDConfig(CMConfig):
+class CDConfig(CMConfig, GuidesConfig):
     """Consistency distillation (2303.01469, algorithm 2)."""
 
     method: Literal["cd"] = Field("cd", description="consistency distillation")

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config import StudentConfig
+from distill_cli.config import GuidesConfig, StudentConfig
 from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Range, Rate, Text, Texts, Weight, outside
 
 
-class DMDConfig(StudentConfig):
+class DMDConfig(StudentConfig, GuidesConfig):
     """distill dmd: distribution matching distillation (Yin et al. 2311.18828)"""
 
     elsewhere = dict.fromkeys(("student_steps", "times", "gan", "data"), "distill dmd2: students of several steps, a discriminator")

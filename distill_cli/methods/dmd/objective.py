@@ -32,6 +32,7 @@ from distill_cli.models.cost import text_cost
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.sampler import Sampler
+from distill_cli.models.steering import led
 from distill_cli.pairs.store import MANIFEST, PairStore
 from distill_cli.processes import rank, say
 from distill_cli.runs import Run
@@ -48,7 +49,7 @@ FAKE_BEHIND, FAKE_STILL = 1.6, 0.05
 
 def open(config: DMDConfig, job: Job) -> Objective:
     """Read teacher, pairs and prompts; a plan does not need the pairs."""
-    teacher = job.teacher(config.teacher, config.device)
+    teacher = led(job.teacher(config.teacher, config.device), config, teaching=True)
     there = config.pairs is not None and (not job.dry_run or (config.pairs / MANIFEST).is_file())
     store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
     asked = config.prompts is not None or config.pairs is None
@@ -92,7 +93,7 @@ class DMD(Objective):
         self.regression_weight = weight if config.pairs is not None else 0.0
         if pairs is not None:
             teacher = teacher.at(pairs.manifest.shape)
-            check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes)
+            check_pairs(pairs, teacher, self.teacher_hash, config.classes)
             self.order = Order(config.seed, len(pairs))
             self.identity["pairs"] = pairs.manifest.settings_hash
         self.distance: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -104,7 +105,8 @@ class DMD(Objective):
         self.teacher = teacher
         if not planned:
             self.identity |= teacher.conditioner.digests()
-        self.sampling = teacher.taught_by(config.guidance_scale, config.guidance_range, config.guidance_calls)
+        scale = pairs.manifest.guidance_scale if config.guidance_scale is None and pairs is not None else config.guidance_scale
+        self.sampling = teacher.taught_by(scale, config.guidance_range, config.guidance_calls)
         self.guidance = self.sampling.guidance_scale
         if not planned:
             self.real = teacher.guided(self.sampling, told=config.guidance_range is not None)
@@ -275,7 +277,7 @@ def scaled_as(config: DMDConfig, pairs: PairStore) -> DMDConfig:
     """The config with the guidance of the pairs, where it says none. Raises UsageError for a range where the pairs have others."""
     span, scale = pairs.manifest.guidance_range, pairs.manifest.guidance_scale
     if config.guidance_scale is None and config.guidance_range is None:
-        return config.model_copy(update={"guidance_range": span, "guidance_scale": scale})
+        return config.model_copy(update={"guidance_range": span})
     low, high = span or (scale, scale)
     if config.guidance_range is None and span:
         fixed = f"guidance_scale {config.guidance_scale:g}: {pairs.folder} has scales from {low:g} to {high:g}"
@@ -354,13 +356,14 @@ def one_by_one(distance: Callable[[Tensor, Tensor], Tensor], x: Tensor, referenc
     return torch.cat([torch.utils.checkpoint.checkpoint(distance, one, there, use_reentrant=False) for one, there in pairs])
 
 
-def check_pairs(
-    pairs: PairStore, shape: tuple[int, int, int], teacher_hash: str, classes: list[int] | None = None, flag: str = "--pairs"
-) -> None:
-    """Raise UsageError for pairs of another teacher, of another resolution, or of classes that the student does not learn."""
+def check_pairs(pairs: PairStore, teacher: Model, teacher_hash: str, classes: list[int] | None = None, flag: str = "--pairs") -> None:
+    """Raise UsageError for pairs of another teacher, resolution or guide, or of classes that the student does not learn."""
     manifest = pairs.manifest
-    if tuple(manifest.shape) != shape:
-        raise UsageError(f"{flag} {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {shape}")
+    if tuple(manifest.shape) != teacher.shape:
+        raise UsageError(f"{flag} {pairs.folder}: images of shape {tuple(manifest.shape)}, the teacher's are {teacher.shape}")
+    if manifest.guides != teacher.guidance():
+        key = next(iter({**manifest.guides, **teacher.guidance()}))
+        raise UsageError(f"{flag} {pairs.folder}: made under another {key} and scale than the teacher's", "give the same to both commands")
     if manifest.teacher_hash != teacher_hash and teacher_hash:
         raise UsageError(f"{flag} {pairs.folder}: made by another teacher ({manifest.teacher})", "make pairs with this --teacher")
     others = sorted(set(manifest.classes) - set(classes if classes is not None else manifest.classes))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config import StudentConfig
+from distill_cli.config import GuidesConfig, StudentConfig
 from distill_cli.config.base import Classes, Count, Fraction, Name, Numbers, Place, Positive, Rate, Text, Texts, Weight
 
 Where = Literal["range", "stretch", "noisier"]
@@ -16,7 +16,7 @@ WHERE = (
 )
 
 
-class DMD2Config(StudentConfig):
+class DMD2Config(StudentConfig, GuidesConfig):
     """distill dmd2: improved distribution matching distillation (Yin et al. 2405.14867)"""
 
     elsewhere = {

@@ -34,6 +34,7 @@ from distill_cli.methods.dmd2.maths import guidance_part, matching_part, shares
 from distill_cli.models.cost import text_cost
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
+from distill_cli.models.steering import led
 from distill_cli.pairs.store import MANIFEST, PairStore
 from distill_cli.processes import rank
 from distill_cli.runs import Run
@@ -50,6 +51,7 @@ def open(config: DMD2Config, job: Job) -> Objective:
     data: Images | PairStore | None = None
     if config.resolution is not None and teacher.codec.factor > 1:
         teacher = teacher.with_resolution(config.resolution)
+    teacher = led(teacher, config, teaching=True)
     if config.data is not None:
         config, data = read(config, teacher, job, "dmd2")
     there = config.init_pairs is not None and (not job.dry_run or (config.init_pairs / MANIFEST).is_file())
@@ -117,7 +119,7 @@ class DMD2(Objective):
         if pairs is not None:
             if config.resolution is None and self.source is None:
                 teacher = teacher.at(pairs.manifest.shape)
-            check_pairs(pairs, teacher.shape, self.teacher_hash, config.classes, "--init-pairs")
+            check_pairs(pairs, teacher, self.teacher_hash, config.classes, "--init-pairs")
             self.identity["init_pairs"], self.of_pairs = pairs.manifest.settings_hash, Order(config.seed, len(pairs))
         teacher, self.paired = prompted(config, teacher, pairs, prompts, planned)
         self.teacher = teacher

@@ -6,12 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from distill_cli.config import GuidesConfig
 from distill_cli.config.base import Fraction, Momentum, Name, Positive, Range, Rate, outside
 from distill_cli.config.training import OPTIMIZERS, Optimizer
 from distill_cli.methods.cm.config import CMConfig, Scales
 
 
-class LCMConfig(CMConfig):
+class LCMConfig(CMConfig, GuidesConfig):
     """Latent consistency distillation (Luo et al. 2310.04378): guided DDIM steps of the teacher, which skip times of its schedule."""
 
     method: Literal["lcm"] = Field("lcm", description="latent consistency distillation")

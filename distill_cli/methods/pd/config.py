@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill_cli.config import StudentConfig
+from distill_cli.config import GuidesConfig, StudentConfig
 from distill_cli.config.base import Fraction, Name, Numbers, Positive, Range, Rate, outside
 
 
-class PDConfig(StudentConfig):
+class PDConfig(StudentConfig, GuidesConfig):
     """distill pd: progressive distillation (Salimans & Ho 2202.00512)"""
 
     teacher: Name = Field("digits", description="a name of `distill models ls`, a folder, or a hub id")

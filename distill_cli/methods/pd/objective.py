@@ -27,6 +27,7 @@ from distill_cli.methods.pd.config import PDConfig
 from distill_cli.models import load
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler, Sampling
+from distill_cli.models.steering import led
 from distill_cli.pairs.store import PairStore
 from distill_cli.processes import say
 from distill_cli.runs import Run
@@ -44,6 +45,7 @@ def open(config: PDConfig, job: Job) -> Objective:
     """Read the teacher and what noise is added to; label dropout and data of the config become what they are by default."""
     teacher = job.teacher(config.teacher, config.device)
     refuse_student(teacher, config.teacher, "pd")
+    teacher = led(teacher, config, teaching=True)
     sampling, span = teacher.taught_by(config.guidance_scale, config.guidance_range), config.guidance_range
     how = f"{span[0]:g} to {span[1]:g}" if span else teacher.said(sampling) if sampling.guidance_scale != 1 or teacher.guides else ""
     why = f"guidance {how} goes into the student, which has no null class" if how else ""

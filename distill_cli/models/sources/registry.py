@@ -132,7 +132,7 @@ def load(name: str, steps: int | None = None) -> Model:
                 raise UsageError(f"--steps {steps}: {name} has students of {known} steps")
             return model
         if (path / "recipe.yaml").is_file():
-            for part in ("classifier", "vae"):
+            for part in ("classifier", "vae", "clip"):
                 if (path / part).is_dir():
                     hint = f"what it has trained is in {path / part}"
                     raise DistillError(f"{path}: a run of `distill {part}`: it makes no pictures", hint)

@@ -1,0 +1,44 @@
+"""The guides that a job's options name, put on its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from distill_cli.errors import UsageError
+from distill_cli.models import clip_guide, noisy_classifier
+from distill_cli.models.guides import ModelGuide
+from distill_cli.models.model import Model
+from distill_cli.processes import say
+from distill_cli.recipes import flag_of
+
+GUIDES: tuple[Callable[[Any, Model], ModelGuide | None], ...] = (noisy_classifier.guide, clip_guide.guide)
+"""Each makes a guide of a model if the options name it. It raises UsageError for one that does not fit the model."""
+
+
+def led(model: Model, config: Any, teaching: bool = False) -> Model:
+    """The model with the guides that `config` names, which is said; itself without any. `teaching`: as the teacher of a student.
+
+    Raises UsageError for a student, and for a teacher whose student could not be told what a guide is asked for.
+    """
+    guides = [guide for make in GUIDES if (guide := make(config, model)) is not None]
+    for guide in guides:
+        flag = flag_of(next(iter(guide.identity())))
+        if not model.sampler.teaches:
+            raise UsageError(f"{flag}: {model.lineage.name} is a student, its guidance is built in", "guide its teacher, and distil that")
+        if teaching and guide.classes and model.conditioner.takes == "nothing" and len(getattr(config, "classes", None) or ()) != 1:
+            raise UsageError(
+                f"{flag}: {model.lineage.name} has no classes to tell a student", "one of them, where the method has it: --classes 3"
+            )
+        if teaching and not guide.classes and model.text is None:
+            raise UsageError(f"{flag}: {config.teacher} has no text to tell a student", "make samples with it")
+    if not guides:
+        return model
+    base = "its estimate"
+    if config.guidance_scale is not None:
+        base = f"the estimate of guidance_scale {config.guidance_scale:g}"
+    elif model.conditioner.has_null:
+        base = f"the unconditional estimate{' (of pairs: as they were made)' * bool(getattr(config, 'pairs', None))}"
+    end = "" if model.denoiser.schedule.signal else "; left out at the largest time, where there is no signal"
+    say(f"guidance {', '.join(f'by {guide.name} at scale {guide.scale:g}' for guide in guides)} leads {base} of {model.lineage.name}{end}")
+    return model.with_guides(*guides)
