@@ -19,8 +19,10 @@ class ModelGuide(Guide, Protocol):
     """The part of the condition that it reads; its name begins with GUIDE."""
     classes: tuple[str, ...]
     """The classes that can be asked for by a label; () for a guide that reads prompts."""
-    network: nn.Module
-    """Moved to the device with the model, never trained."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Moved to the device with the model, never trained."""
 
     def told(self, labels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, ...) float32: what the samples with these labels (B,) are asked for, on their device. `prompts`: those of the job, or ()."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from distill_cli.config import GuidesConfig
 from distill_cli.errors import UsageError
 from distill_cli.models import clip_guide, noisy_classifier
 from distill_cli.models.guides import ModelGuide
@@ -21,6 +22,9 @@ def led(model: Model, config: Any, teaching: bool = False) -> Model:
 
     Raises UsageError for a student, and for a teacher whose student could not be told what a guide is asked for.
     """
+    asks: bool = isinstance(config, GuidesConfig)  # not of a method that only begins with the teacher
+    if not asks:
+        return model
     guides = [guide for make in GUIDES if (guide := make(config, model)) is not None]
     for guide in guides:
         flag = flag_of(next(iter(guide.identity())))
