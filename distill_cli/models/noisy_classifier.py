@@ -83,11 +83,6 @@ class NoisyClassifier(Classifier):
         return nn.functional.linear(h.mean((2, 3)), self.head.weight) * angle[:, :1].cos() + self.head.bias
 
 
-def names() -> list[str]:
-    """The built-in classifiers of noised data."""
-    return [name for name in classifier.folders() if name.endswith("-noisy")]
-
-
 def load(name: str, flag: str = "--classifier-guidance") -> NoisyClassifier:
     """A built-in one, with or without -classifier behind its name, or that in a folder or run. Float32, frozen, on the CPU."""
 
@@ -98,8 +93,8 @@ def load(name: str, flag: str = "--classifier-guidance") -> NoisyClassifier:
             )
         return NoisyClassifier(NoisyInfo(**stored))
 
-    short = name.removesuffix(SUFFIX)
-    return classifier.read(classifier.place(short if short in names() else name, flag, names()), made)
+    short, known = name.removesuffix(SUFFIX), classifier.folders()
+    return classifier.read(classifier.place(short if short in known else name, flag, known), made)
 
 
 class ClassifierGuide:

@@ -168,6 +168,7 @@ def test_bad_input_is_one_line(distill, kept, tmp_path, tiny):
     shutil.copytree(kept, tmp_path / "c")
     sample = ("sample", "--model", "tiny", "--num", 2, "--out", "s")
     one_line(distill(*sample, "--classifier-guidance", "digits-x"), 2, "--classifier-guidance digits-x: no classifier")
+    one_line(distill(*sample, "--classifier-guidance", "digits"), 2, "digits: a classifier of clean pictures")
     classifier.load("digits").save(tmp_path / "clean")
     one_line(distill(*sample, "--classifier-guidance", "clean"), 2, "clean: a classifier of clean pictures", "distill classifier --noisy")
     one_line(distill(*sample, "--classifier-scale", "2"), 2, "classifier_scale needs classifier_guidance")
