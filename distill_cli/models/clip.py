@@ -96,6 +96,10 @@ class Clip:
         with folder_atomic(Path(folder)) as temporary:
             model.config.architectures = ["CLIPModel"]
             model.config.save_pretrained(temporary)
+            stored = read_json(temporary / "config.json")
+            for part in (stored, stored.get("text_config", {}), stored.get("vision_config", {})):  # transformers says a type of a model that it has read
+                part.pop("dtype", None), part.pop("torch_dtype", None)
+            (temporary / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
             weights = {
                 name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if not name.endswith("position_ids")
             }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from distill_cli.models import clip
 from tests.cli.test_bad_input import one_line
 from tests.models.test_clip import tiny
 
@@ -78,3 +79,18 @@ def test_a_guided_teacher_of_a_student_with_text(distill, place):
     one, other = (load_file(place / name / "student/unet/diffusion_pytorch_model.safetensors") for name in ("plain", "led"))
     assert any(not torch.equal(one[key], other[key]) for key in one)
     assert "clip_guidance" in json.loads((place / "led/begun.json").read_text())
+
+
+def test_the_built_in_model_scores_the_built_in_prompts(distill, place, monkeypatch):
+    """Found by its name, and the default of evaluate's CLIP score for built-in prompts alone."""
+    (place / "c").rename(place / "shapes-clip")
+    monkeypatch.setattr(clip, "BUILTIN", place)
+    monkeypatch.chdir(place.parent)
+    assert clip.names() == ["shapes-clip"]
+    evaluate = ("evaluate", "--model", "tiny-sd@1", "--num", 2, "--json")
+    scores = [
+        distill(*evaluate, "--prompts", "shapes-held", *more, "--out", place / f"e{k}").json["rows"][0]["clip_score"]
+        for k, more in enumerate(((), ("--clip", "shapes-clip")))
+    ]
+    assert scores[0] == scores[1] > 0
+    one_line(distill(*evaluate, "--prompts", place / "p.txt", "--out", place / "f"), 2, "measured by a CLIP model: none given")
