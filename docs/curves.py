@@ -1,6 +1,6 @@
 """Runs that are well and runs that were made sick on purpose, for docs/curves.md.
 
-python docs/curves.py make [NAME...]     # runs/curves/NAME, a few minutes each on one idle core
+python docs/curves.py make [NAME...]     # runs/curves/NAME, a few minutes each on one idle core; digits-cd 50, shapes-dmd2 60
 python docs/curves.py table              # the looks of the runs that are there, and the first warning of each
 python docs/curves.py draw               # docs/curves.png from their sample grids
 python docs/curves.py record [NAME...]   # their looks into docs/curves.json, which tests hold the warnings to
@@ -23,13 +23,13 @@ PAIRS = "pairs --recipe digits-pairs --num 1000"
 SHAPES = "pairs --recipe shapes-pairs --num 120 --steps 20 --guidance-scale {0} shard_size=40 batch_size=40"
 SMALL = "batch_size=8 warmup_steps=20 ema_halflife=400 log_every=10 sample_every=30 save_every=1000"
 DMD = f"dmd --recipe demo-dmd {SMALL}"
-HELD, ALONE = f"{DMD} steps=240 health_every=15 --pairs {RUNS}/pairs", f"{DMD} steps=120 health_every=10 regression_weight=null lr=2e-4"
+HELD, ALONE = f"{DMD} steps=240 --pairs {RUNS}/pairs", f"{DMD} steps=120 health_every=10 regression_weight=null lr=2e-4"
 OF_SHAPES = "dmd --recipe shapes-dmd batch_size=6 steps=60 warmup_steps=20 log_every=6 health_every=6 sample_every=30 save_every=1000"
 MADE = {
     "pairs": PAIRS,
-    "healthy": HELD,
-    "slow-fake": f"{HELD} fake_lr=2e-5",
-    "rates": f"{HELD} lr=8e-3 fake_lr=1e-2",
+    "healthy": f"{HELD} health_every=15",
+    "slow-fake": f"{HELD} health_every=15 fake_lr=2e-5",
+    "rates": f"{HELD} health_every=5 lr=8e-3 fake_lr=1e-2",
     "no-regression": f"{ALONE} pairs=null fake_lr=4e-4",
     "lagging": f"{ALONE} pairs=null fake_lr=1e-5",
     "shapes-pairs": SHAPES.format(9),

@@ -46,7 +46,8 @@ def evaluate(model: str, *more: str, kill: bool = False) -> dict[str, float]:
 
     A process begins with the peak of the one that starts it, so this program imports nothing large here.
     """
-    command = ["evaluate", "--model", model, "--data", f"{REAL}.npz", "--classifier", "network", "--out", f"report-{model}", *more]
+    options = ["--data", f"{REAL}.npz", "--classifier", "network", "measures=accuracy,frechet,kid"]
+    command = ["evaluate", "--model", model, *options, "--out", f"report-{model}", *more]
     begun = time.time()
     process = subprocess.Popen([sys.executable, "-m", "distill_cli", *command], cwd=FOLDER, stdout=subprocess.DEVNULL)
     while kill and len(list(FOLDER.glob(f".{model}.features/*/0*"))) < MANY // 500 // 2:
@@ -54,7 +55,8 @@ def evaluate(model: str, *more: str, kill: bool = False) -> dict[str, float]:
     if kill:
         process.kill()
     _, code, used = os.wait4(process.pid, 0)
-    print(f"{model} {' '.join(more)}: {used.ru_maxrss / 1024:.0f} MB, {time.time() - begun:.0f} s, {'killed' if kill else f'code {code}'}")
+    ended = "killed" if kill else f"code {code}"
+    print(f"{' '.join([model, *more])}: {used.ru_maxrss / 1024:.0f} MB, {time.time() - begun:.0f} s, {ended}", flush=True)
     return {} if kill else dict(json.loads((FOLDER / f"report-{model}/report.json").read_text())["rows"][0], model="")
 
 
