@@ -18,7 +18,7 @@ from distill_cli.diffusion.condition import GUIDE, Condition
 from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.guidance import gradient_of
 from distill_cli.diffusion.schedule import NoiseSchedule, expand
-from distill_cli.errors import UsageError
+from distill_cli.errors import UsageError, printable
 from distill_cli.models import classifier
 from distill_cli.models.classifier import SUFFIX, Classifier, ClassifierInfo
 from distill_cli.models.model import Model
@@ -91,7 +91,9 @@ def load(name: str, flag: str = "--classifier-guidance") -> NoisyClassifier:
             raise UsageError(
                 f"{flag} {name}: a classifier of clean pictures, guidance needs one of noised ones", "distill classifier --noisy"
             )
-        return NoisyClassifier(NoisyInfo(**stored))
+        schedule = {str(key): value for key, value in dict(stored["schedule"]).items()}
+        schedule["kind"] = printable(str(schedule["kind"]))
+        return NoisyClassifier(NoisyInfo(**{**stored, "model": printable(str(stored["model"])), "schedule": schedule}))
 
     short, known = name.removesuffix(SUFFIX), classifier.folders()
     return classifier.read(classifier.place(short if short in known else name, flag, known), made)
