@@ -18,7 +18,7 @@ from distill_cli.diffusion.condition import GUIDE, Condition
 from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.guidance import gradient_of
 from distill_cli.diffusion.schedule import NoiseSchedule, expand
-from distill_cli.errors import UsageError
+from distill_cli.errors import UsageError, printable
 from distill_cli.models import classifier
 from distill_cli.models.classifier import SUFFIX, Classifier, ClassifierInfo
 from distill_cli.models.model import Model
@@ -91,7 +91,9 @@ def load(name: str, flag: str = "--classifier-guidance") -> NoisyClassifier:
             raise UsageError(
                 f"{flag} {name}: a classifier of clean pictures, guidance needs one of noised ones", "distill classifier --noisy"
             )
-        return NoisyClassifier(NoisyInfo(**stored))
+        schedule = {str(key): value for key, value in dict(stored["schedule"]).items()}
+        schedule["kind"] = printable(str(schedule["kind"]))
+        return NoisyClassifier(NoisyInfo(**{**stored, "model": printable(str(stored["model"])), "schedule": schedule}))
 
     short, known = name.removesuffix(SUFFIX), classifier.folders()
     return classifier.read(classifier.place(short if short in known else name, flag, known), made)
@@ -103,7 +105,8 @@ class ClassifierGuide:
     part = f"{GUIDE}class"
 
     def __init__(self, network: NoisyClassifier, schedule: NoiseSchedule, scale: float, name: str, asked: Sequence[int] | None) -> None:
-        self.network, self.schedule, self.scale, self.name = network, schedule, scale, f"classifier {name}"
+        self.network: nn.Module = network
+        self.schedule, self.scale, self.name = schedule, scale, f"classifier {name}"
         self.classes = network.info.classes
         self.asked = list(asked or range(len(self.classes)))
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -215,3 +216,15 @@ def test_dmd_of_a_guided_teacher_goes_on_and_is_shared(distill, kept, tmp_path, 
     other.save(tmp_path / "c")
     shutil.rmtree(tmp_path / "two/student")
     one_line(distill("dmd", "--resume", "two", "--steps", 6), 2, "classifier_guidance", "its content is not what the run has begun with")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("digits-noisy" not in classifier.folders(), reason="recipes/digits-noisy-classifier.yaml is not trained yet")
+def test_digits_without_their_classes_are_what_the_classifier_asks_for(distill, tmp_path):
+    """The null label alone gives a tenth."""
+    from tests.judge import judge
+
+    asked = ("--num", 100, "--steps", 9, "--format", "npz", "device=cpu", "--out", "s")
+    assert distill("sample", "--model", "digits", "--classifier-guidance", "digits-noisy", "--classifier-scale", 2, *asked).code == 0
+    with np.load(tmp_path / "s/samples.npz") as stored:
+        assert judge(stored["arr_0"], stored["arr_1"])["accuracy"] > 0.7
