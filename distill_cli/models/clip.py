@@ -97,7 +97,7 @@ class Clip:
             model.config.architectures = ["CLIPModel"]
             model.config.save_pretrained(temporary)
             stored = read_json(temporary / "config.json")
-            for part in (stored, stored.get("text_config", {}), stored.get("vision_config", {})):  # transformers says a type of a model that it has read
+            for part in (stored, stored.get("text_config", {}), stored.get("vision_config", {})):  # what transformers adds when it reads
                 part.pop("dtype", None), part.pop("torch_dtype", None)
             (temporary / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
             weights = {
