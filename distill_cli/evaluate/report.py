@@ -77,7 +77,7 @@ def samples_of(out: Path, k: int, spec: str) -> Path:
 
 def worst_of(spec: str, source: Source, scores: Sequence[Lowest], asked: Callable[[int], str]) -> list[page.Strip]:
     """The pictures of a model with the lowest of each of `scores`, below its highest; `asked` gives what one was asked for."""
-    strips = []
+    strips: list[page.Strip] = []
     for title, values in scores:
         found = [i for i in values.argsort(stable=True)[:WORST].tolist() if values[i] < values.max()]
         if found:
