@@ -189,13 +189,11 @@ class Model:
         """Images (B, C, H, W) in [-1, 1] on the CPU, from the noise of `draws` (one row a label), under `sampling`."""
         return self.codec.decode(self.generate(draws, labels, sampling)).cpu()
 
-    @torch.no_grad()
-    def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
-        """As `sample`, but the denoiser's data on its device: pixels, or latents (B, c, h, w)."""
-        sampling = sampling or self.sampling
+    def task(self, draws: Draws, labels: Tensor, sampling: Sampling) -> Task:
+        """What a solver is given for the samples of `draws` (one row a label): their noise, times, condition, and the guided denoiser."""
         device, schedule = next(self.denoiser.parameters()).device, self.denoiser.schedule
         null = self.conditioner.null if sampling.combines else None
-        task = Task(
+        return Task(
             denoiser=guided(self.denoiser, sampling.guidance_scale, null, sampling.guidance_calls),
             network=self.denoiser,
             x=draws.normal("prior", self.shape).to(device),
@@ -206,4 +204,14 @@ class Model:
             scheduler=self.scheduler,
             own=bool(self.sampler.times),
         )
+
+    @torch.no_grad()
+    def solved(self, task: Task, sampling: Sampling) -> Tensor:
+        """The denoiser's data on its device: pixels, or latents (B, c, h, w)."""
         return self.codec.project(SOLVERS[sampling.solver].run(task).float())
+
+    @torch.no_grad()
+    def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None) -> Tensor:
+        """As `sample`, but the denoiser's data on its device."""
+        sampling = sampling or self.sampler
+        return self.solved(self.task(draws, labels, sampling), sampling)
