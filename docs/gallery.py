@@ -118,7 +118,7 @@ SECTIONS = [
             *several("s-curve-ddpm", "ancestral", "DDPM", (5, 10, 20, 50, 200)),
             *several("s-curve-ddpm", "ddim", "DDIM", (5, 10, 20, 50, 200)),
             *several("s-curve", "heun", "Heun", (3, 5, 10, 18)),
-            *several("s-curve", "churn", "Heun with churn", (3, 5, 10, 18, 50)),
+            *several("s-curve", "heun-churn", "Heun with churn", (3, 5, 10, 18, 50)),
         ),
         {"solvers.png": "trajectories"},
         ("DDPM, 20 steps", "DDIM, 20 steps", "Heun, 10 steps", "Heun with churn, 18 steps"),

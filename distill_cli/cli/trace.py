@@ -26,7 +26,8 @@ def trace(
     asked: TraceConfig = common.asked(context, recipe, overrides, "trace")
     for spec in asked.model if dry_run else ():
         common.plan_without(spec, asked)
-    common.begin_job()
+    if not dry_run:
+        common.begin_job()
     from distill_cli.evaluate.report import split
     from distill_cli.trace import job
 

@@ -76,7 +76,7 @@ class Trace(ABC):
         self.config, self.traced, self.images = config, traced, images
         self.first = traced[0].model
         self.steps = max(each.sampling.steps for each in traced)
-        self.show = config.show or [part for part in self.parts if images is not None or part != "forward"]
+        self.show = list(dict.fromkeys(config.show or ())) or [part for part in self.parts if images is not None or part != "forward"]
         kind = self.first.codec.kind
         for part in self.show:
             if part not in self.parts:
@@ -102,13 +102,9 @@ class Trace(ABC):
         """Milliseconds of `count` frames, of which the first `forward` show the forward process; the last of both processes are held."""
         return [HELD if k in (forward - 1, count - 1) else 1000 // self.config.fps for k in range(count)]
 
-    def labels(self, indices: Sequence[int]) -> Tensor:
-        """(B,) labels of samples of the first model."""
-        return labels_of(self.first, indices, self.config.classes)
-
     def asked(self, index: int) -> str:
         """What a sample was asked to be, as an end of a title: its class or prompt; '' without."""
-        named = self.first.conditioner.named(int(self.labels([index])))
+        named = self.first.conditioner.named(int(labels_of(self.first, [index], self.config.classes)))
         return "".join(f", {key} {named[key]}" for key in ("class", "prompt") if key in named)
 
     def past(self, indices: Sequence[int]) -> Walk:
@@ -168,8 +164,9 @@ def real(config: TraceConfig, model: Model) -> Images | None:
     images = open_images(config.data, None if config.data in BUILTIN_SETS or not kind.drawn else model.pixels)
     if images.kind is not kind:
         raise UsageError(f"--data {config.data}: {images.kind.name}, the model makes {kind.name}", "give a --data of its kind")
-    wanted = tuple(model.codec.decode(torch.zeros(1, *model.shape)).shape[1:])
-    if images.shape != wanted:
+    channels, *sides = model.shape
+    wanted = (3 if model.codec.parts() else channels, *(side * model.codec.factor for side in sides))
+    if tuple(images.shape) != wanted:
         raise UsageError(f"--data {config.data}: {kind.name} of {images.shape}, the model's are {wanted}")
     return images
 

@@ -19,7 +19,7 @@ from distill_cli.errors import UsageError
 from distill_cli.evaluate.points import sliced_wasserstein, spread
 from distill_cli.processes import say
 from distill_cli.trace import record
-from distill_cli.trace.job import COLUMNS, FRAMES, Trace, Traced
+from distill_cli.trace.job import COLUMNS, FRAMES, Trace, Traced, labels_of
 from distill_cli.trace.pictures import at, gif
 from distill_cli.trace.record import Walk
 
@@ -207,7 +207,7 @@ class Plane(Trace):
         grid = torch.cartesian_prod(side, side)
         for row, (each, walk) in zip(axes, [pair for pair in self.walks if pair[0] in self.mean]):
             schedule = each.model.denoiser.schedule
-            labels = self.labels([0]).expand(len(grid))
+            labels = labels_of(each.model, [0], self.config.classes).expand(len(grid))
             task = each.model.task(Draws(self.config.seed, [0] * len(grid)), labels, each.sampling)
             states = [int((schedule.fraction(walk.times) - fraction).abs().argmin()) for fraction in FIELDS]
             for axis, k in zip(row, states):
@@ -233,7 +233,8 @@ class Plane(Trace):
         cloud(axes[0][0], noises * STD * 1.4, colour, 1.5)
         axes[0][0].set_title(f"noises up to {REACH:g} standard deviations", fontsize=9)
         for axis, each in zip(axes[0][1:], self.traced):
-            draws, labels = Draws(self.config.seed, [0] * len(noises)), self.labels([0]).expand(len(noises))
+            draws = Draws(self.config.seed, [0] * len(noises))
+            labels = labels_of(each.model, [0], self.config.classes).expand(len(noises))
             end = record.backward(each.model, draws, labels, each.sampling, noises[:, :, None, None]).end.flatten(1)
             if self.real is not None:
                 cloud(axis, self.real, REAL, 1.5)

@@ -20,8 +20,8 @@ from distill_cli.models.sampler import Sampling
 class Watched:
     """A denoiser that keeps what it was asked and what it answered, on the CPU.
 
-    Solvers may call it more than once at a time t, for a correction (Heun) or a first step (PNDM). The last call is made at the solver's
-    own x_t, so that one is kept.
+    Times of a solver's states decrease. A call that is followed by one at the same time, or at more noise, was a correction ahead (Heun) or
+    a first try (PNDM), no state: it is forgotten.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -30,7 +30,9 @@ class Watched:
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         x0 = self.denoiser(x, t, condition)
-        self.calls[float(t[0])] = x.float().cpu(), x0.float().cpu()
+        time = float(t[0])
+        self.calls = {before: call for before, call in self.calls.items() if before > time}
+        self.calls[time] = x.float().cpu(), x0.float().cpu()
         return x0
 
 

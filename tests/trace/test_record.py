@@ -93,14 +93,17 @@ def test_the_score_is_the_gradient_of_the_log_density(name):
         torch.testing.assert_close(record.score(exact, schedule, x.detach(), t), closed, rtol=1e-8, atol=1e-8)
 
 
-def test_steps_of_a_time_keep_the_last_call():
-    """Heun's correction is called at the time of the next step, at another x: it is no state."""
+def test_corrections_are_no_states():
+    """Heun's correction is called ahead, at the next time and another x; with churn the next step begins at more noise than that."""
     means = torch.tensor([[-0.5, 0.0], [0.5, 0.0]], dtype=torch.float64)[:, :, None, None]
     exact = MixtureDenoiser(means, torch.tensor([0.5, 0.5]).double(), 0.1)
-    seen, x = record.Watched(exact), 80 * torch.randn(4, 2, 1, 1, generator=torch.Generator().manual_seed(0)).double()
-    end = solvers.heun(seen, EDMSchedule(), x, EDMSchedule().times(9))
-    assert len(seen.calls) == 9
-    assert torch.equal(list(seen.calls.values())[-1][1], end.float())
+    times, x = EDMSchedule().times(9), 80 * torch.randn(4, 2, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    for noise in (None, lambda k: torch.randn(4, 2, 1, 1, generator=torch.Generator().manual_seed(k)).double()):
+        seen = record.Watched(exact)
+        end = solvers.heun(seen, EDMSchedule(), x, times, noise=noise)
+        raised = [t * (2**0.5 if noise and 0.05 <= t <= 50 and t != times[-1] else 1) for t in times.tolist()]
+        assert list(seen.calls) == pytest.approx(raised)
+        assert torch.equal(list(seen.calls.values())[-1][1], end.float())
 
 
 def test_which_states_are_shown():

@@ -5,28 +5,32 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_cli.config import TraceConfig
+from distill_cli.config import NetworkConfig, TraceConfig
 from distill_cli.data import open_images
 from distill_cli.data.pictures import LINE
+from distill_cli.data.points import Moons
 from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.schedule import EDMSchedule
 from distill_cli.evaluate.points import sliced_wasserstein, spread
-from distill_cli.models import load
+from distill_cli.models import formats, load
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.plane import new as plane_new
+from distill_cli.models.sampler import Sampler
+from distill_cli.models.times import PUBLISHED, nearest
 from distill_cli.trace import job
 from distill_cli.trace.record import places
-
-SMALL = ("batch_size=4", "sample_every=0", "device=cpu")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A teacher of moons and a consistency student of it, hardly trained."""
-    from distill_cli.cli.app import run
-
+    """The folders of a teacher of moons and of a consistency student; both have random weights, which nobody can tell by their lineage."""
     folder = tmp_path_factory.mktemp("moons")
-    teacher, student = str(folder / "t"), str(folder / "s")
-    assert run(["train", "data=moons", "steps=2", "network.channels=[32,32]", *SMALL, "--out", teacher]) == 0
-    assert run(["cm", "--teacher", teacher, "--data", "moons", "steps=2", *SMALL, "--out", student]) == 0
-    return teacher, student
+    teacher = plane_new(Moons(), NetworkConfig(channels=[32, 32]), EDMSchedule(), "edm", Lineage(name="moons", data="moons"), 0)
+    lineage = Lineage(name="moons-cd", kind="student", method="cd", teacher="moons", data="moons")
+    student = teacher.copy(sampler=Sampler.consistency(nearest(EDMSchedule(), PUBLISHED)), lineage=lineage)
+    for name, model in (("t", teacher), ("s", student)):
+        formats.save(model, folder / name)
+    return str(folder / "t"), str(folder / "s")
 
 
 def plane(made, **options):
