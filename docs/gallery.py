@@ -20,6 +20,7 @@ from distill_cli.data import open_images
 from distill_cli.evaluate.points import sliced_wasserstein, spread
 from distill_cli.files import write_atomic
 from distill_cli.models import load
+from distill_cli.recipes import find, read
 from distill_cli.trace.job import Traced
 from distill_cli.trace.plane import Plane
 from docs.figure3 import command
@@ -43,7 +44,6 @@ RUNS = {
     "moons-ect": "plane-moons-ect", "dmd-real": "two-modes-dmd-real", "dmd-fake": "two-modes-dmd-fake", "dmd": "two-modes-dmd",
 }  # fmt: skip
 """A run's folder -> its recipe, in the order in which they are trained."""
-COMMANDS = {"plane-moons-pd": "pd", "plane-moons-cd": "cm", "plane-moons-ct": "cm", "plane-moons-ect": "cm"}
 TEACHERS = {"moons-pd": "moons", "moons-cd": "moons", "moons-ect": "moons", **dict.fromkeys(("dmd-real", "dmd-fake", "dmd"), "two-modes")}
 
 
@@ -66,10 +66,8 @@ class Section:
     text: str
     data: str
     panels: tuple[Panel, ...]
-    drawn: dict[str, str]
-    """The name of a picture -> what `distill trace` would call it."""
-    shown: tuple[str, ...] = ()
-    """The titles of the panels in pictures; default all."""
+    drawn: dict[str, tuple[str, ...]]
+    """The name of a picture -> what `distill trace` would call it, and the titles of its panels; without, all."""
     classes: tuple[int, ...] = ()
 
 
@@ -84,7 +82,7 @@ SECTIONS = [
             text,
             name,
             (Panel("teacher", name),),
-            {f"{name}.gif": "animation"},
+            {f"{name}.gif": ("animation",)},
         )
         for name, text in {
             "s-curve": "Noise is added to the points of the set until nothing is left of it. The teacher has learned to estimate, at each"
@@ -105,7 +103,7 @@ SECTIONS = [
         " sigma; grey points are the samples at that time.",
         "two-modes",
         (Panel("teacher", "two-modes"),),
-        {"score.png": "score"},
+        {"score.png": ("score",)},
     ),
     Section(
         "Solvers: DDPM, DDIM, Heun, and Heun with churn",
@@ -120,8 +118,7 @@ SECTIONS = [
             *several("s-curve", "heun", "Heun", (3, 5, 10, 18)),
             *several("s-curve", "heun-churn", "Heun with churn", (3, 5, 10, 18, 50)),
         ),
-        {"solvers.png": "trajectories"},
-        ("DDPM, 20 steps", "DDIM, 20 steps", "Heun, 10 steps", "Heun with churn, 18 steps"),
+        {"solvers.png": ("trajectories", "DDPM, 20 steps", "DDIM, 20 steps", "Heun, 10 steps", "Heun with churn, 18 steps")},
     ),
     Section(
         "Students: progressive distillation, and consistency models",
@@ -139,8 +136,10 @@ SECTIONS = [
                 for steps in (1, 2)
             ),
         ),
-        {"students.png": "map", "students.gif": "animation"},
-        ("teacher", "PD, 1 step", "CD, 1 step", "ECT, 1 step", "CT, 1 step"),
+        {
+            "students.png": ("map", "teacher", "PD, 1 step", "CD, 1 step", "ECT, 1 step", "CT, 1 step"),
+            "students.gif": ("animation", "teacher", "PD, 4 steps", "CD, 1 step"),
+        },
     ),
     Section(
         "Distribution matching: what each part of DMD is for",
@@ -155,7 +154,7 @@ SECTIONS = [
             Panel("with fake score", "dmd-fake"),
             Panel("with regression", "dmd"),
         ),
-        {"dmd.png": "map"},
+        {"dmd.png": ("map",)},
     ),
     Section(
         "Guidance",
@@ -164,7 +163,7 @@ SECTIONS = [
         " the places that the other moon is near, then the data altogether.",
         "moons",
         tuple(Panel(f"scale {scale}", "moons", scale=scale) for scale in (1, 2, 4, 8)),
-        {"guidance.png": "trajectories"},
+        {"guidance.png": ("trajectories",)},
         classes=(0,),
     ),
 ]
@@ -181,8 +180,7 @@ def trained(folder: Path, run: str) -> Path:
     if run == "dmd":
         command("pairs", "--recipe", "two-modes-pairs", *teacher, "--out", folder / "pairs")
         pairs = ("--pairs", folder / "pairs")
-    method = COMMANDS.get(recipe, "dmd" if "dmd" in run else "train")
-    command(method, *(resumed or ("--recipe", recipe, *teacher, *pairs, "--out", place)))
+    command(str(read(find(recipe))["command"]), *(resumed or ("--recipe", recipe, *teacher, *pairs, "--out", place)))
     return place
 
 
@@ -212,13 +210,11 @@ def made(section: Section, folder: Path, numbers: dict[str, dict[str, float]]) -
             print(f"gallery: {section.title}: {panel.title}", file=sys.stderr)
             own[panel.title] = distance(opened(section, [panel], folder))
             write_atomic(NUMBERS, json.dumps(numbers, indent=2) + "\n")
-    missing = {name: part for name, part in section.drawn.items() if not (PICTURES / name).exists()}
-    if missing:
-        shown = [panel for panel in section.panels if panel.title in shown_of(section)]
-        work = opened(section, shown, folder)
-        for name, part in missing.items():
+    for name, (part, *titles) in section.drawn.items():
+        if not (PICTURES / name).exists():
             print(f"gallery: {name}", file=sys.stderr)
-            write_atomic(PICTURES / name, work.content(part))
+            shown = [panel for panel in section.panels if panel.title in (titles or own)]
+            write_atomic(PICTURES / name, opened(section, shown, folder).content(part))
 
 
 def page(numbers: dict[str, dict[str, float]]) -> str:
@@ -226,19 +222,14 @@ def page(numbers: dict[str, dict[str, float]]) -> str:
     lines = [HEAD]
     for section in SECTIONS:
         lines += [f"## {section.title}", *map(wrapped, section.text.split("\n\n"))]
-        lines += [f"![{section.title}: {', '.join(shown_of(section))}](gallery/{name})" for name in section.drawn]
         own = numbers[section.title]
+        lines += [f"![{section.title}: {', '.join(titles or own)}](gallery/{name})" for name, (_, *titles) in section.drawn.items()]
         lines.append("\n".join(["| samples | distance |", "|---|---|", *(f"| {title} | {own[title]:.3f} |" for title in own)]))
     return "\n\n".join(lines) + "\n"
 
 
 def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 138, break_long_words=False, break_on_hyphens=False))
-
-
-def shown_of(section: Section) -> list[str]:
-    """The titles of the panels in a section's pictures."""
-    return [panel.title for panel in section.panels if not section.shown or panel.title in section.shown]
 
 
 def main() -> None:

@@ -62,11 +62,11 @@ def enlarged(pictures: np.ndarray) -> int:
     return max(1, CELL // pictures.shape[2])
 
 
-def gif(frames: Sequence[np.ndarray], milliseconds: Sequence[int]) -> bytes:
+def gif(frames: Sequence[np.ndarray], milliseconds: Sequence[int], colours: int = 128) -> bytes:
     """Pictures (H, W, 3) uint8 of any heights as an animation without end. Each frame has a palette of its own."""
     height = max(len(frame) for frame in frames)
     whole = [np.pad(frame, ((0, height - len(frame)), (0, 0), (0, 0)), constant_values=255) for frame in frames]
-    first, *others = [Image.fromarray(frame).quantize(128) for frame in whole]
+    first, *others = [Image.fromarray(frame).quantize(colours) for frame in whole]
     buffer = io.BytesIO()
     first.save(buffer, "gif", save_all=True, append_images=others, duration=list(milliseconds), loop=0)
     return buffer.getvalue()

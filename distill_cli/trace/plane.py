@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 EDGE, INCHES, DPI = 1.8, 1.7, 90
 """Half the width of a panel in the data's coordinates, its width in inches, and pixels an inch."""
-DRAWN = 5000
-"""Most points that are drawn; distances are those of all."""
+DRAWN, MOVED = 5000, 1500
+"""Most points that are drawn, and that move in an animation; distances are those of all."""
 REAL, GREY = "#c8c8c8", "#888888"
 PATHS, ARROWS = 80, 17
 """Trajectories of a panel; arrows on a side of a field."""
@@ -201,7 +201,7 @@ class Plane(Trace):
         return figure
 
     def score(self) -> Figure:
-        """The score times sigma, as arrows over x_t, at some times: it points to where data lie; its length is in standard deviations."""
+        """The score times sigma, v, as arrows over x_t, at some times: it points to where data lie. Arrows are as long as v / (1 + |v|)."""
         figure, axes = panels(len(self.mean), len(FIELDS), 2.6)
         side = torch.linspace(-0.92 * EDGE, 0.92 * EDGE, ARROWS)
         grid = torch.cartesian_prod(side, side)
@@ -217,7 +217,8 @@ class Plane(Trace):
                 with torch.no_grad():
                     arrows = schedule.sigma(t).item() * record.score(task.denoiser, schedule, where, t, task.condition).flatten(1).cpu()
                 cloud(axis, x, REAL)
-                axis.quiver(*grid.numpy().T, *arrows.numpy().T, color="#222266", angles="xy", scale=22, width=0.004)
+                short = arrows / (1 + arrows.norm(dim=1, keepdim=True)) * 1.6 * (side[1] - side[0])
+                axis.quiver(*grid.numpy().T, *short.numpy().T, color="#222266", angles="xy", scale_units="xy", scale=1, width=0.004)
                 axis.set_title(at(t.item()), fontsize=9)
             row[0].set_ylabel(f"{each.spec}{self.asked(0)}", fontsize=9)
         return figure
@@ -251,15 +252,15 @@ class Plane(Trace):
         steps = max(map(len, ways))
         back = [[own[k * len(own) // steps] for own in ways] for k in self.every(steps, FRAMES)]
         figure, axes = panels(1, len(ways), 2.6)
-        dots, frames = [cloud(axis, self.noise, "black") for axis in axes[0]], []
+        dots, frames = [cloud(axis, self.noise[:MOVED], "black") for axis in axes[0]], []
         scenes = [([state] * len(ways), there[0][0]) for state in there] + [(states, self.noise) for states in back]
         for scene, coloured in scenes:
             for axis, dot, (each, _), (x, said) in zip(axes[0], dots, self.walks, scene, strict=True):
-                dot.set_offsets(x[:DRAWN].numpy())
-                dot.set_facecolor(colours(coloured[:DRAWN]))
+                dot.set_offsets(x[:MOVED].numpy())
+                dot.set_facecolor(colours(coloured[:MOVED]))
                 axis.set_title(f"{each.spec}\n{said}", fontsize=9)
             frames.append(drawn(figure))
-        return gif(frames, self.durations(len(there), len(frames)))
+        return gif(frames, self.durations(len(there), len(frames)), colours=48)
 
 
 def drawn(figure: Figure) -> np.ndarray:

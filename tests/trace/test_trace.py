@@ -131,7 +131,7 @@ REFUSED = [
         ),
         "--model digits@0: a number of steps must follow @",
     ),
-    (("--model", "digits", "--classes", "12"), "--classes 12: the model has classes 0 to 9"),
+    (("--model", "digits", "--classes", "12"), "--classes: no class 12"),
 ]
 
 
