@@ -88,13 +88,14 @@ def heun(
 
     With `noise` their algorithm 2: `churn` says how much of it is added before each step.
     """
-    start, start_s = _at(schedule, times[0])
+    most = 0.0
     for k, (t, after) in enumerate(zip(times, times[1:])):
         a, s = _at(schedule, t)
         level, y = s / a, x / a
-        if noise is not None and (raised := churn.raised(level, len(times), start_s / start)) > level:
+        most = most or level
+        if noise is not None and (raised := churn.raised(level, len(times), most)) > level:
             y = y + (raised**2 - level**2) ** 0.5 * churn.swell * noise(k)
-            level, t = raised, schedule.time(torch.tensor(raised, dtype=torch.float64))
+            level, t = raised, schedule.time(torch.tensor([raised], dtype=torch.float64))[0]
             a, _ = _at(schedule, t)
         slope = (y - _call(denoiser, a * y, t, condition)) / level
         a_next, s_next = _at(schedule, after)
