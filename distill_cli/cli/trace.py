@@ -32,7 +32,9 @@ def trace(
     from distill_cli.trace import job
 
     models: dict[str, Model] = {}
-    steps, config, download = {}, asked, {}
+    steps: dict[str, int | None] = {}
+    download: dict[str, str] = {}
+    config = asked
     for spec in dict.fromkeys(asked.model):
         name, steps[spec] = split(spec)
         own = asked.model_copy(update={"steps": steps[spec] or asked.steps})
