@@ -13,7 +13,7 @@ from distill_cli.methods.registry import COMMON, METHODS, Method, load
 if TYPE_CHECKING:
     from distill_cli.config import Config
 
-_OTHERS = {"pairs": "PairsConfig", "sample": "SampleConfig", "edit": "EditConfig", "evaluate": "EvaluateConfig"}
+_OTHERS = {"pairs": "PairsConfig", "sample": "SampleConfig", "trace": "TraceConfig", "edit": "EditConfig", "evaluate": "EvaluateConfig"}
 """Commands that train nothing -> their class in `config`."""
 TRAINING = tuple(dict.fromkeys(method.command for method in METHODS))
 COMMANDS = (*TRAINING, *_OTHERS)
@@ -59,6 +59,8 @@ SHOWN = {
     "sample": ("model", "num", "out", "classes", "prompts", "negative_prompt", "images_per_prompt", "solver", "steps", "times",
                "search_times", "classifier", "guidance_scale", "classifier_guidance", "classifier_scale", "clip_guidance", "clip_scale",
                "batch_size", "format", "grid", "precision", "seed", "device"),
+    "trace": ("model", "data", "show", "num", "every", "fps", "out", "classes", "prompts", "solver", "steps", "guidance_scale", "seed",
+              "device"),
     "edit": ("model", "input", "mask", "patch", "times", "classes", "out", "seed", "device"),
     "evaluate": ("model", "data", "resolution", "features", "measures", "classifier", "save_statistics", "num", "prompts", "clip",
                  "attributes", "out", "batch_size", "precision", "seed", "device"),

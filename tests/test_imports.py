@@ -24,7 +24,7 @@ FLOORS = [
     {"models"},
     {"pairs", "publish", "sample", "edit", "watch"},
     {"training", "evaluate"},
-    {"methods"},
+    {"methods", "trace"},
     {"bench"},
     {"cli"},
 ]

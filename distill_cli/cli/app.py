@@ -24,6 +24,7 @@ from distill_cli.cli.options import Configured, Job
 from distill_cli.cli.pairs import pairs
 from distill_cli.cli.push import push
 from distill_cli.cli.sample import sample
+from distill_cli.cli.trace import trace
 from distill_cli.cli.training import summary, training
 from distill_cli.cli.watch import watch
 from distill_cli.commands import COMMANDS, TRAINING, instead
@@ -60,6 +61,7 @@ for name in TRAINING:
     app.command(name, cls=Configured, short_help=short, help=whole)(training)
 app.command(cls=Configured)(pairs)
 app.command(cls=Configured)(sample)
+app.command(cls=Configured)(trace)
 app.command(cls=Configured)(edit)
 app.command(cls=Configured)(evaluate)
 app.command(cls=Job)(bench)

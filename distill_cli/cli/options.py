@@ -20,7 +20,7 @@ GROUPS = {
     "Data": ("data", "resolution", "flip", "holdout", "variants", "pairs", "prompts", "negative_prompt", "classes", "input", "mask"),
     "Output": ("out", "log_every", "sample_every", "save_every", "keep", "keep_best", "best_by", "result", "health_every", "tracker",
                "format", "dtype", "shard_size", "grid",
-               "scale"),
+               "scale", "show", "every", "fps"),
 }  # fmt: skip
 """Headings of `--help` -> keys below them."""
 

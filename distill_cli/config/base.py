@@ -21,7 +21,7 @@ BUILTIN_SETS = {
 """Built-in sets of data by name; the class of each as "module:class" inside this package."""
 PROMPT_SETS = ("shapes", "shapes-held")
 """Built-in sets of prompts (data/prompts.py)."""
-Solver = Literal["heun", "euler", "ddim", "ancestral", "few-step", "pndm", "dpm++"]
+Solver = Literal["heun", "heun-churn", "euler", "ddim", "ancestral", "few-step", "pndm", "dpm++"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]

@@ -1,4 +1,4 @@
-"""Options of the commands that use models: pairs, sample, evaluate, edit."""
+"""Options of the commands that use models: pairs, sample, trace, evaluate, edit."""
 
 from __future__ import annotations
 
@@ -92,10 +92,28 @@ Measured = Literal[
 ]  # fmt: skip
 
 
+Models = Annotated[list[Name], BeforeValidator(lambda one: [one] if isinstance(one, str) else one), Field(min_length=1)]
+"""Names of models; one flag each."""
+Shown = Literal["forward", "reverse", "animation", "trajectories", "score", "map"]
+
+
+class TraceConfig(GenerateConfig):
+    """distill trace"""
+
+    model: Models = Field(["digits"], description="models as for sample (NAME@STEPS: in that many steps); one flag each")
+    data: Name | None = Field(None, description="real data for the forward process: a built-in set or a folder; default none")
+    show: Annotated[list[Shown] | None, Names] = Field(
+        None, description="forward, reverse, animation; of points also trajectories, score, map; default: all that can be shown"
+    )
+    num: Positive = Field(4, description="number of noises, each with files of its own; points: default 1000, all in one plot")
+    every: Positive | None = Field(None, description="steps from one picture to the next; default: so many that a row has 10 pictures")
+    fps: Annotated[int, Field(ge=1, le=50)] = Field(6, description="pictures a second of the animation")
+
+
 class EvaluateConfig(Config):
     """distill evaluate"""
 
-    model: Annotated[list[Name], BeforeValidator(lambda one: [one] if isinstance(one, str) else one), Field(min_length=1)] = Field(
+    model: Models = Field(
         ["digits"],
         description="models as for sample (NAME@STEPS: in that many steps), or finished pictures: .npz files, folders; one flag each",
     )

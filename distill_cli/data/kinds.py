@@ -21,6 +21,8 @@ class Kind(ABC):
     """The function that makes an untrained model: (images, network options, schedule, parameterisation, lineage, seed) -> Model."""
     measure: ClassVar[str]
     """The class of evaluate that measures against a set (evaluate/report.py, Measure)."""
+    trace: ClassVar[str]
+    """The class that shows the process (trace/job.py, Trace)."""
     formats: ClassVar[tuple[str, ...]]
     """How samples may be written; the first is the default."""
     drawn: ClassVar[bool]
@@ -57,7 +59,7 @@ class Kind(ABC):
 class Pictures(Kind):
     """Pictures (B, C, H, W) in [-1, 1], grey or in colour; uint8 in files."""
 
-    name, new, measure = "images", "models.pixel:new", "evaluate.pictures:Against"
+    name, new, measure, trace = "images", "models.pixel:new", "evaluate.pictures:Against", "trace.pictures:Pictures"
     formats, drawn = ("png", "npz"), True
 
     def size(self, picture: str) -> str:

@@ -120,16 +120,20 @@ def save_grid(images: Tensor, path: Path, columns: int = 10, scale: int = 4) -> 
     write_atomic(path, png(grid(to_uint8(images), columns, scale)))
 
 
-def save_comparison(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 16, scale: int = 4) -> None:
-    """Write several sets of images (B, H, W, 3) uint8 as grids, one below the other, each with its title above."""
-    panels = [grid(images, columns, scale) for _, images in rows]
-    width = max(TITLED, *(panel.shape[1] for panel in panels))
-    titles = [wrapped(title, width - 2 * MARGIN) for title, _ in rows]
-    height = sum(panel.shape[0] + LINE * len(title) + 2 * MARGIN for panel, title in zip(panels, titles, strict=True))
+def stacked(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Pictures (H, W, 3) uint8, one below the other, each with its title above."""
+    width = max(TITLED, *(panel.shape[1] for _, panel in panels))
+    titles = [wrapped(title, width - 2 * MARGIN) for title, _ in panels]
+    height = sum(panel.shape[0] + LINE * len(title) + 2 * MARGIN for (_, panel), title in zip(panels, titles, strict=True))
     canvas, y = Image.new("RGB", (width, height), "white"), 0
-    for title, panel in zip(titles, panels, strict=True):
+    for title, (_, panel) in zip(titles, panels, strict=True):
         write_lines(canvas, title, MARGIN, y + MARGIN, "black")
         y += LINE * len(title) + 2 * MARGIN
         canvas.paste(Image.fromarray(panel), (0, y))
         y += panel.shape[0]
-    write_atomic(path, png(np.asarray(canvas)))
+    return np.asarray(canvas)
+
+
+def save_comparison(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 16, scale: int = 4) -> None:
+    """Write several sets of images (B, H, W, 3) uint8 as grids, one below the other, each with its title above."""
+    write_atomic(path, png(stacked([(title, grid(images, columns, scale)) for title, images in rows])))

@@ -22,7 +22,7 @@ COUNT, SEED, STD = 10_000, 0, 0.5
 class Points(Kind):
     """Points (B, 2, 1, 1), of any size; float32 (N, 2) in files."""
 
-    name, new, measure = "points", "models.plane:new", "evaluate.points:Sliced"
+    name, new, measure, trace = "points", "models.plane:new", "evaluate.points:Sliced", "trace.plane:Plane"
     formats, drawn = ("npz",), False
 
     def size(self, picture: str) -> str:

@@ -9,6 +9,7 @@ serves EDM, Stable Diffusion and flow matching. `noise(k)` returns the fresh sta
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -57,11 +58,45 @@ def ddim(
     return _call(denoiser, x, times[-1], condition)
 
 
-def heun(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Tensor, condition: Condition = NOTHING) -> Tensor:
-    """Heun's method, Karras et al. 2022, algorithm 1, in y = x / alpha over sigma / alpha. Second order, 2N - 1 evaluations."""
-    for t, after in zip(times, times[1:]):
+@dataclass(frozen=True)
+class Churn:
+    """New noise in each step of Heun's method: S_churn, S_tmin, S_tmax and S_noise of Karras et al. 2022, table 5, for ImageNet-64.
+
+    At noise levels from `low` to `high` the level grows by the factor 1 + min(amount / N, sqrt(2) - 1).
+    """
+
+    amount: float = 40.0
+    low: float = 0.05
+    high: float = 50.0
+    swell: float = 1.003
+
+    def raised(self, level: float, steps: int, most: float) -> float:
+        """The level to which a step of `steps` raises `level`; at most `most`."""
+        return min(level * (1 + min(self.amount / steps, 2**0.5 - 1)), most) if self.low <= level <= self.high else level
+
+
+def heun(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Tensor,
+    condition: Condition = NOTHING,
+    noise: Noise | None = None,
+    churn: Churn = Churn(),
+) -> Tensor:
+    """Heun's method, Karras et al. 2022, algorithm 1, in y = x / alpha over sigma / alpha. Second order, 2N - 1 evaluations.
+
+    With `noise` their algorithm 2: `churn` says how much of it is added before each step.
+    """
+    most = 0.0
+    for k, (t, after) in enumerate(zip(times, times[1:])):
         a, s = _at(schedule, t)
         level, y = s / a, x / a
+        most = most or level
+        if noise is not None and (raised := churn.raised(level, len(times), most)) > level:
+            y = y + (raised**2 - level**2) ** 0.5 * churn.swell * noise(k)
+            level, t = raised, schedule.time(torch.tensor([raised], dtype=torch.float64))[0]
+            a, _ = _at(schedule, t)
         slope = (y - _call(denoiser, a * y, t, condition)) / level
         a_next, s_next = _at(schedule, after)
         next_level = s_next / a_next

@@ -235,18 +235,16 @@ class Model:
         """Images (B, C, H, W) in [-1, 1] on the CPU, from the noise of `draws` (one row a label), under `sampling`."""
         return self.codec.decode(self.generate(draws, labels, sampling)).cpu()
 
-    @torch.no_grad()
-    def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None, scales: Tensor | None = None) -> Tensor:
-        """As `sample`, but the denoiser's data on its device: pixels, or latents (B, c, h, w).
+    def task(self, draws: Draws, labels: Tensor, sampling: Sampling, scales: Tensor | None = None) -> Task:
+        """What a solver is given for the samples of `draws` (one row a label): their noise, times, condition, and the guided denoiser.
 
         `scales` (B,): a guidance scale of each sample's own.
         """
-        sampling = sampling or self.sampling
         device, schedule = next(self.denoiser.parameters()).device, self.denoiser.schedule
         condition = self.sampler.telling(self.conditioner(labels.to(device)), sampling.guidance_scale)
         if scales is not None:
             condition = condition.plus(GUIDANCE_SCALE, scales.to(device))
-        task = Task(
+        return Task(
             denoiser=self.guided(sampling, told=scales is not None),
             network=self.denoiser,
             x=draws.normal("prior", self.shape).to(device),
@@ -257,4 +255,14 @@ class Model:
             scheduler=self.scheduler,
             own=bool(self.sampler.times),
         )
+
+    @torch.no_grad()
+    def solved(self, task: Task, sampling: Sampling) -> Tensor:
+        """The denoiser's data on its device: pixels, or latents (B, c, h, w)."""
         return self.codec.project(SOLVERS[sampling.solver].run(task).float())
+
+    @torch.no_grad()
+    def generate(self, draws: Draws, labels: Tensor, sampling: Sampling | None = None, scales: Tensor | None = None) -> Tensor:
+        """As `sample`, but the denoiser's data on its device. `scales` (B,): a guidance scale of each sample's own."""
+        sampling = sampling or self.sampling
+        return self.solved(self.task(draws, labels, sampling, scales), sampling)

@@ -48,8 +48,8 @@ class Task:
         return self.schedule.prior_std * self.x
 
 
-def _heun(task: Task) -> Tensor:
-    return solvers.heun(task.denoiser, task.schedule, task.start, task.times, task.condition)
+def _heun(task: Task, noise: solvers.Noise | None = None) -> Tensor:
+    return solvers.heun(task.denoiser, task.schedule, task.start, task.times, task.condition, noise)
 
 
 def _straight(task: Task, noise: solvers.Noise | None = None) -> Tensor:
@@ -98,6 +98,7 @@ class Algorithm:
 
 SOLVERS: dict[str, Algorithm] = {
     "heun": Algorithm(_heun, lambda steps: 2 * steps - 1, _above_zero, signal=True),
+    "heun-churn": Algorithm(lambda task: _heun(task, task.noise), lambda steps: 2 * steps - 1, _above_zero, signal=True),
     "euler": Algorithm(partial(_spaced, name="euler")),
     "ddim": Algorithm(partial(_spaced, name="ddim")),
     "ancestral": Algorithm(lambda task: _straight(task, task.noise)),

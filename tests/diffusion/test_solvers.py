@@ -100,6 +100,29 @@ def test_ancestral_sampling_has_the_datas_moments():
     assert abs(std - 0.5) < 0.02
 
 
+def test_heun_with_churn_is_algorithm_2():
+    """Karras et al. 2022, algorithm 2, with table 5's numbers for ImageNet-64, written again line by line; and the data's moments."""
+    times, denoiser = EDMSchedule().times(12), gaussian(EDMSchedule())
+    draws = Draws(0, range(6))
+    x = start = 80 * draws.normal("prior", (1, 2, 2)).double()
+    for k, (t, after) in enumerate(zip(times, [*times[1:], torch.tensor(0.0)])):
+        gamma = min(40 / 12, 2**0.5 - 1) if 0.05 <= t <= 50 else 0.0
+        raised = t + gamma * t
+        x = x + (raised**2 - t**2).sqrt() * 1.003 * draws.normal("solver", (1, 2, 2), k).double()
+        slope = (x - denoiser(x, raised.expand(6))) / raised
+        ahead = x + (after - raised) * slope
+        if after > 0:
+            ahead = x + (after - raised) * (slope + (ahead - denoiser(ahead, after.expand(6))) / after) / 2
+        x = ahead
+    ours = solvers.heun(denoiser, EDMSchedule(), start, times, noise=lambda k: draws.normal("solver", (1, 2, 2), k).double())
+    assert (ours - x).abs().max() < 1e-10
+    assert (ours - solvers.heun(denoiser, EDMSchedule(), start, times)).abs().max() > 0.1
+    for schedule in (EDMSchedule(), TABLE):
+        mean, std = moments(solvers.heun, schedule, torch.linspace(schedule.t_max, 4, 60).double() if schedule is TABLE else times)
+        assert abs(mean - 0.3) < 0.02
+        assert abs(std - 0.5) < 0.03
+
+
 def test_ddpm_variance_is_the_posterior():
     """eta 1: the noise of a step has DDPM's posterior variance beta_t (1 - abar_{t-1}) / (1 - abar_t) (2006.11239, eq. 7)."""
     times = torch.tensor([500.0, 499.0], dtype=torch.float64)

@@ -90,6 +90,7 @@ def test_a_solvers_name_means_that_solver(tiny):
 
     expected = {
         "heun": solvers.heun(tiny.denoiser, schedule, x, times, of(labels)),
+        "heun-churn": solvers.heun(tiny.denoiser, schedule, x, times, of(labels), noise=noise),
         "euler": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels)),
         "ddim": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels)),
         "ancestral": solvers.ddim(tiny.denoiser, schedule, x, times, of(labels), noise=noise),
