@@ -76,7 +76,8 @@ class Trace(ABC):
         self.config, self.traced, self.images = config, traced, images
         self.first = traced[0].model
         self.steps = max(each.sampling.steps for each in traced)
-        self.show = list(dict.fromkeys(config.show or ())) or [part for part in self.parts if images is not None or part != "forward"]
+        self.show: list[str] = [*dict.fromkeys(config.show or ())]
+        self.show = self.show or [part for part in self.parts if images is not None or part != "forward"]
         kind = self.first.codec.kind
         for part in self.show:
             if part not in self.parts:

@@ -70,7 +70,8 @@ def colours(x: Tensor) -> Any:
 def cloud(axis: Axes, points: Tensor, colour: Any, size: float = 3) -> Any:
     """Draw the first points of (N, 2) over what is there, in one colour or one each."""
     each = colour if isinstance(colour, str) else colour[:DRAWN]
-    return axis.scatter(*points[:DRAWN].numpy().T, s=size, c=each, linewidths=0)
+    across, up = points[:DRAWN].numpy().T
+    return axis.scatter(across, up, s=size, c=each, linewidths=0)
 
 
 class Plane(Trace):
