@@ -103,7 +103,8 @@ class ClassifierGuide:
     part = f"{GUIDE}class"
 
     def __init__(self, network: NoisyClassifier, schedule: NoiseSchedule, scale: float, name: str, asked: Sequence[int] | None) -> None:
-        self.network, self.schedule, self.scale, self.name = network, schedule, scale, f"classifier {name}"
+        self.network: nn.Module = network
+        self.schedule, self.scale, self.name = schedule, scale, f"classifier {name}"
         self.classes = network.info.classes
         self.asked = list(asked or range(len(self.classes)))
 

@@ -1,5 +1,7 @@
 """The objective against the paper: who is guided, which times, which order, which images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,11 +117,11 @@ def test_dropout_is_off_everywhere(tiny):
 def test_pairs_of_another_teacher_or_resolution_are_refused(tiny, tiny_pairs):
     pairs = PairStore(tiny_pairs)
     with pytest.raises(UsageError, match="made by another teacher"):
-        check_pairs(pairs, tiny.shape, "0" * 64)
+        check_pairs(pairs, tiny, "0" * 64)
     with pytest.raises(UsageError, match="has class 1, which is not in classes"):
-        check_pairs(pairs, tiny.shape, tiny.weights_hash(), [0])
+        check_pairs(pairs, tiny, tiny.weights_hash(), [0])
     with pytest.raises(UsageError, match=r"images of shape \(3, 16, 16\), the teacher's are \(3, 32, 32\)"):
-        check_pairs(pairs, (3, 32, 32), tiny.weights_hash())
+        check_pairs(pairs, replace(tiny, size=(32, 32)), tiny.weights_hash())
 
 
 def test_the_teacher_is_guided_as_its_pairs_were(tiny, tiny_pairs):
