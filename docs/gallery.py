@@ -223,7 +223,7 @@ def page(numbers: dict[str, dict[str, float]]) -> str:
     for section in SECTIONS:
         lines += [f"## {section.title}", *map(wrapped, section.text.split("\n\n"))]
         own = numbers[section.title]
-        lines += [f"![{section.title}: {', '.join(titles or own)}](gallery/{name})" for name, (_, *titles) in section.drawn.items()]
+        lines += [f"![{section.title}](gallery/{name})" for name in section.drawn]
         lines.append("\n".join(["| samples | distance |", "|---|---|", *(f"| {title} | {own[title]:.3f} |" for title in own)]))
     return "\n\n".join(lines) + "\n"
 

@@ -75,6 +75,7 @@ class Trace(ABC):
     def __init__(self, config: TraceConfig, traced: list[Traced], images: Images | None) -> None:
         self.config, self.traced, self.images = config, traced, images
         self.first = traced[0].model
+        self.first.conditioner.labels(1, config.classes)  # which refuses classes that there are not
         self.steps = max(each.sampling.steps for each in traced)
         self.show: list[str] = [*dict.fromkeys(config.show or ())]
         self.show = self.show or [part for part in self.parts if images is not None or part != "forward"]
