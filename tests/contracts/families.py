@@ -115,9 +115,9 @@ FAMILIES = {
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
     ),
 }  # fmt: skip
-FAMILIES["tiny-sdxl"].options["guidance_range"] = (1, 4)  # a dial, in the methods that have one
 for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl"):
     own = FAMILIES[name]
-    FAMILIES[f"{name}-lora"] = replace(
-        own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0, "guidance_range": None}
-    )
+    FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0})
+DIAL = dict(guidance_range=(1, 4))
+own = FAMILIES["tiny-sdxl"]
+FAMILIES["tiny-sdxl"] = Family({**own.options, **DIAL}, {**(own.pairs or {}), **DIAL})  # in the methods that have one
