@@ -59,7 +59,7 @@ def test_golden_consistency(method, metric, weighting, golden, tiny):
     cm.trained["student"].module, cm.kept["target"], cm.real = student, target, g.mixture("teacher")
     t, r = (schedule.point(g["index"] + k, h["num_scales"] - 1) for k in (0, 1))
     with torch.no_grad():
-        close(cm.errors(g["x"], g["noise"], t, r, None), g[f"{method}.{metric}.{weighting}"], 1e-4)
+        close(cm.errors(g["x"], g["noise"], t, r, NOTHING), g[f"{method}.{metric}.{weighting}"], 1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -75,7 +75,7 @@ def test_golden_ect(stage, c, golden, tiny):
     r = maths.ect_neighbour(t, stage, h["q"], h["k"], h["b"])
     close(r, g[f"r.stage{stage}"], 1e-9)
     with torch.no_grad():
-        close(cm.errors(g["x"], g["noise"], t, r, None), g[f"loss.stage{stage}.c{c}"], 1e-9)
+        close(cm.errors(g["x"], g["noise"], t, r, NOTHING), g[f"loss.stage{stage}.c{c}"], 1e-9)
 
 
 def test_the_grid_of_18():

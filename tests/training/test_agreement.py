@@ -109,7 +109,8 @@ def test_the_metric_the_decoder_and_the_prompts_are_held(monkeypatch):
 
         class Pairs:
             folder = None
-            manifest = type("M", (), dict(guidance_scale=1.0, settings_hash="0", shape=(4, 8, 8), negative_prompt="", dtype="float16"))
+            manifest = type("M", (), dict(guidance_scale=1.0, guidance_range=None, settings_hash="0", shape=(4, 8, 8),
+                                          negative_prompt="", dtype="float16"))  # fmt: skip
 
             def __len__(self):
                 return 3

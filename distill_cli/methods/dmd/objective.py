@@ -148,7 +148,8 @@ class DMD(Objective):
         paired = None
         if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
             stored = self.pairs.batch([self.order[i] for i in draws.indices])
-            paired = {key: value.to(where) for key, value in stored.items()}
+            keys = ("noise", "x0", *(["guidance"] if self.config.guidance_range else []))
+            paired = {key: stored[key].to(where) for key in keys}
             noise, theirs = torch.cat([noise.to(where), paired["noise"]]), self.of_pairs(stored["label"]).to(where)
             if self.config.guidance_range:
                 theirs = theirs.plus(GUIDANCE_SCALE, paired["guidance"])
