@@ -173,6 +173,13 @@ def outside(span: tuple[float, float] | None, scale: float | None) -> dict[str, 
     }
 
 
+def check_range(span: tuple[float, float] | None, scale: float | None) -> None:
+    """Raise ValueError for the first of these faults."""
+    for problem, there in outside(span, scale).items():
+        if there:
+            raise ValueError(problem)
+
+
 class Config(BaseModel):
     """Options of one command; extra keys are errors."""
 

@@ -20,7 +20,7 @@ from distill_cli.config.base import (
     Rate,
     Solver,
     Text,
-    outside,
+    check_range,
 )
 from distill_cli.config.guides import GuidesConfig
 
@@ -53,8 +53,7 @@ class PairsConfig(GenerateConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> PairsConfig:
-        if wrong := [problem for problem, there in outside(self.guidance_range, self.guidance_scale).items() if there]:
-            raise ValueError(wrong[0])
+        check_range(self.guidance_range, self.guidance_scale)
         return self
 
 

@@ -17,7 +17,7 @@ from distill_cli.errors import DistillError, nearest
 from distill_cli.files import folder_atomic
 from distill_cli.models.parts import load_network, own_names, read_json
 from distill_cli.models.sources import hub
-from distill_cli.models.text import Reader, clip_reader, load_tokenizer, save_tokenizer
+from distill_cli.models.text import Reader, clip_reader, load_tokenizer, save_tokenizer, text_config
 from distill_cli.processes import say_hidden
 from distill_cli.tensors import write
 
@@ -130,18 +130,7 @@ def create(pixels: int, network: CLIPNetworkConfig, text: TextConfig, tokenizer:
         num_attention_heads=network.heads,
         projection_dim=network.features,
     )
-    texts = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=text.width,
-        intermediate_size=4 * text.width,
-        num_hidden_layers=text.layers,
-        num_attention_heads=text.heads,
-        max_position_embeddings=text.length,
-        projection_dim=network.features,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    texts = text_config(text, tokenizer, network.features)
     config = transformers.CLIPConfig(text_config=texts.to_dict(), vision_config=vision.to_dict(), projection_dim=network.features)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

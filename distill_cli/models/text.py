@@ -144,21 +144,28 @@ def create_encoder(text: TextConfig, tokenizer: Any, seed: int, kind: str = "CLI
     """A text encoder of CLIP, of transformers' class `kind`, with random weights of `seed`."""
     import transformers
 
-    config = transformers.CLIPTextConfig(
+    config = text_config(text, tokenizer, text.width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(transformers, kind)(config)
+
+
+def text_config(text: TextConfig, tokenizer: Any, features: int) -> Any:
+    """transformers' configuration of a text encoder of CLIP, whose projected embeddings have so many `features`."""
+    import transformers
+
+    return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=text.width,
         intermediate_size=4 * text.width,
         num_hidden_layers=text.layers,
         num_attention_heads=text.heads,
         max_position_embeddings=text.length,
-        projection_dim=text.width,
+        projection_dim=features,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return getattr(transformers, kind)(config)
 
 
 def save_encoder(encoder: Any, folder: Path) -> None:

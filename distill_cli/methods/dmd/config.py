@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from distill_cli.config import GuidesConfig, StudentConfig
-from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Range, Rate, Text, Texts, Weight, outside
+from distill_cli.config.base import Classes, Count, Fraction, Name, Place, Positive, Range, Rate, Text, Texts, Weight, check_range
 
 
 class DMDConfig(StudentConfig, GuidesConfig):
@@ -48,8 +48,7 @@ class DMDConfig(StudentConfig, GuidesConfig):
     def _consistent(self) -> DMDConfig:
         if self.t_low >= self.t_high:
             raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}")
-        if wrong := [problem for problem, there in outside(self.guidance_range, self.guidance_scale).items() if there]:
-            raise ValueError(wrong[0])
+        check_range(self.guidance_range, self.guidance_scale)
         if self.regression_weight and not self.pairs:
             raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
         if self.regression_loss != "lpips" and (given := self.changed("lpips_weights", "decoder")):

@@ -278,6 +278,8 @@ def scaled_as(config: DMDConfig, pairs: PairStore) -> DMDConfig:
     """The config with the guidance of the pairs, where it says none. Raises UsageError for a range where the pairs have others."""
     span, scale = pairs.manifest.guidance_range, pairs.manifest.guidance_scale
     if config.guidance_scale is None and config.guidance_range is None:
+        if span:
+            say(f"guidance_range {span[0]:g},{span[1]:g}: the pairs'; the student is told its scale")
         return config.model_copy(update={"guidance_range": span})
     low, high = span or (scale, scale)
     if config.guidance_range is None and span:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distill_cli.config import GuidesConfig, StudentConfig
-from distill_cli.config.base import Fraction, Name, Numbers, Positive, Range, Rate, outside
+from distill_cli.config.base import Fraction, Name, Numbers, Positive, Range, Rate, check_range
 
 
 class PDConfig(StudentConfig, GuidesConfig):
@@ -45,6 +45,5 @@ class PDConfig(StudentConfig, GuidesConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> PDConfig:
-        if wrong := [problem for problem, there in outside(self.guidance_range, self.guidance_scale).items() if there]:
-            raise ValueError(wrong[0])
+        check_range(self.guidance_range, self.guidance_scale)
         return self
