@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from distill_cli.models.sampler import Sampling
 from distill_cli.processes import say
 from distill_cli.training import checkpoint, signs
 from distill_cli.training.memory import result
-from distill_cli.training.objective import Objective, span_at
+from distill_cli.training.objective import Objective, Row, span_at
 
 FILE = "teacher-pictures.safetensors"
 FIRST = 2**40
@@ -99,6 +100,16 @@ def judge_of(teacher: Model) -> Classifier | None:
     return None
 
 
+def usual(row: Row) -> Row | None:
+    """A teacher at its own usual guidance scale and without guides; None where a run guides it no more than that."""
+    teacher, sampling = row
+    own = teacher.sampler.guidance_scale
+    if not teacher.guides and sampling.guidance_scale <= own:
+        return None
+    alone = replace(teacher, conditioner=teacher.conditioner.guided(()))
+    return alone, sampling.model_copy(update={"guidance_scale": own})
+
+
 class Plan(NamedTuple):
     """When a run looks, and what it costs."""
 
@@ -134,7 +145,8 @@ def scheduled(objective: Objective) -> Plan | None:
     ends = [*accumulate(phase.steps for phase in phases)]
     whole = sum(phase.steps * objective.usual(end - phase.steps).evaluations() for phase, end in zip(phases, ends, strict=True))
     count = 96 if made.pixels < LARGE else 16
-    once, look = count * row[1].evaluations, count * made.sampling.evaluations
+    rows = [row, *filter(None, [usual(row)])]
+    once, look = count * sum(sampling.evaluations for _, sampling in rows), count * made.sampling.evaluations
     every = config.health_every
     if every is None:
         most = min(LOOKS, int((SHARE * whole - once) // look) - len(phases) - 1)  # those before the first step, at ends of phases
@@ -151,6 +163,8 @@ class Pictures:
         self.history: list[dict[str, float]] = []
         self.wanted: dict[str, float] = {}
         """The teacher's measures, once its pictures are there."""
+        self.guided: float | None = None
+        """Saturation of the teacher as the run guides it, over that of the teacher as it is usually guided; the first look has it."""
         self.shown: set[str] = set()
         """Names of the warnings of the newest line."""
         self.plan = scheduled(objective)
@@ -170,7 +184,8 @@ class Pictures:
         x = from_uint8(self._pictures(made, made.sampling).numpy())
         found = measures(x, self.labels)
         ratios = {name: found[name] / value for name, value in self.wanted.items()}
-        self.history.append({"step": step, **ratios, "drift": drift(ratios), **self._judged(x)})
+        begun = {"guided": self.guided} if self.guided is not None and not self.history else {}
+        self.history.append({"step": step, **ratios, "drift": drift(ratios), **self._judged(x), **begun})
 
     def _begin(self, made: Model, folder: Path) -> None:
         """Read the teacher's pictures from a run's folder, or make and store them there, and measure them."""
@@ -180,24 +195,28 @@ class Pictures:
         teacher, sampling = row
         labels = made.conditioner.spread(max(1, self.plan.pictures // ALIKE)).unique()
         self.labels = labels[torch.arange(self.plan.pictures) % len(labels)]
+        rows = {"pictures": row} | ({"usual": held} if (held := usual(row)) else {})
         settings = [self.objective.identity, self.objective.config.seed, self.labels.tolist(), sampling.model_dump(), teacher.shape]
         key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
-        path, pictures = folder / FILE, None
+        path, found = folder / FILE, None
         if path.exists():
             try:
                 metadata, _ = shards.check(path, "")
-                pictures = load_file(path)["pictures"] if metadata.get("of") == key else None
+                found = load_file(path) if metadata.get("of") == key else None
                 said = "of other settings"
             except DistillError as error:
                 said = error.message.removeprefix(f"{path}: ")
-            if pictures is None:
+            if found is None:
                 say(f"{path}: {said}: the teacher's pictures are made again")
-        if pictures is None:
-            pictures = self._pictures(teacher.to(self.where), sampling)
-            shards.write(path, {"pictures": pictures}, {"of": key})
-        x = from_uint8(pictures.numpy())
+        if found is None:
+            found = {name: self._pictures(model.to(self.where), asked) for name, (model, asked) in rows.items()}
+            shards.write(path, found, {"of": key})
+        x = from_uint8(found["pictures"].numpy())
         self.judge, self.features = judge_of(teacher), None
         self.wanted = {name: value for name, value in measures(x, self.labels).items() if value > DARK}
+        if "usual" in found:
+            before = measures(from_uint8(found["usual"].numpy()), self.labels)["saturation"]
+            self.guided = self.wanted.get("saturation", 0.0) / max(before, DARK)
         self.features = None if self.judge is None else self.judge.measure(x)[0]
 
     def _judged(self, x: Tensor) -> dict[str, float]:
@@ -232,7 +251,8 @@ class Pictures:
         first, length = span_at(self.objective.phases, step - 1)
         looks = [look for look in self.history if look["step"] > first or not first]  # at its first step the phase before is seen
         remedies = self.objective.remedies(means)
-        found = [*signs.shown(looks, (step - first) / length, remedies), self.objective.advice(means, step / steps)]
+        guided = signs.guided(self.history[0]) if self.history else ""
+        found = [guided, *signs.shown(looks, (step - first) / length, remedies), self.objective.advice(means, step / steps)]
         named = {text.partition(":")[0]: text for text in found if text}
         for name, text in named.items():
             if name not in self.shown:

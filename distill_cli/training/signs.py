@@ -79,6 +79,18 @@ def found(looks: Sequence[Look], done: float) -> Iterator[tuple[str, str]]:
             yield sign.name, sign.says.format(sign.ratio(now))
 
 
+def guided(begun: Look) -> str:
+    """A warning where the run guides its teacher so strongly that the teacher's own pictures are garish, or ''.
+
+    The student is held against these pictures, so no later ratio shows it.
+    """
+    found, bound = begun.get("guided", 1.0), next(sign.bound for sign in SIGNS if sign.name == "over-saturated")
+    if found <= bound:
+        return ""
+    says = f"their colours are {found:.2f} times as strong as under its usual guidance"
+    return f"the teacher's pictures are over-saturated: {says}, and the student learns them. Lower the guidance scale"
+
+
 def shown(looks: Sequence[Look], done: float, remedies: Mapping[str, str]) -> Iterator[str]:
     """The warnings of the newest look: the sign, what it shows, and what to change."""
     for name, says in found(looks, done):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill_cli.data.pictures import from_uint8, to_uint8
+from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import UsageError
 from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.methods.dmd.objective import behind, remedies
@@ -224,3 +226,27 @@ def test_runs_that_were_made_sick_are_named(name, sign, change):
     assert found[0] == sign
     assert change in known.get(sign, signs.GENERAL[sign])
     assert name == "rates" or look["accuracy"] > 0.9
+
+
+def test_a_teacher_that_is_guided_too_strongly_is_named(tmp_path, tiny, capsys):
+    """All ratios are to the teacher as the run guides it, so only this number shows it: it is that of pictures made apart."""
+    given = dict(method="cd", steps=4, health_every=2, log_every=2)
+    engine = engine_of("cm", tmp_path / "run", tiny, None, guidance_scale=40, **given)
+    engine.train()
+    labels = engine.pictures.labels
+    found = []
+    for scale in (40, 1):
+        pictures = tiny.copy().sample(Draws(0, range(2**40, 2**40 + len(labels))), labels, tiny.with_defaults(None, None, scale))
+        found.append(measures(from_uint8(to_uint8(pictures)), labels)["saturation"])
+    assert engine.pictures.history[0]["guided"] == pytest.approx(found[0] / found[1])
+    assert found[0] / found[1] > 1.2
+    said = f"the teacher's pictures are over-saturated: their colours are {found[0] / found[1]:.2f} times as strong"
+    assert all(any(said in text for text in line["warnings"]) for line in lines(tmp_path / "run"))
+    assert capsys.readouterr().err.count(said) == 1
+    again = engine_of("cm", tmp_path / "run", tiny, None, resume=True, guidance_scale=40, **given | dict(steps=6))
+    again.train()
+    assert said in lines(tmp_path / "run")[-1]["warnings"][0]
+    plain = engine_of("cm", tmp_path / "plain", tiny, None, **given)
+    plain.train()
+    assert "guided" not in plain.pictures.history[0]
+    assert signs.guided({"guided": 1.19}) == ""

@@ -144,7 +144,9 @@ class Progressive(Objective):
 
     def reference(self) -> Row:
         """The teacher at its steps."""
-        teacher = replace(self.teacher, sampler=Sampler.walking("euler", self.grid[:-1].tolist()))
+        walking = Sampler.walking("euler", self.grid[:-1].tolist())
+        usual = walking.model_copy(update={"guidance_scale": self.teacher.sampler.guidance_scale})
+        teacher = replace(self.teacher, sampler=usual)
         return teacher, Sampling(solver="euler", steps=self.config.first_steps, guidance_scale=self.sampling.guidance_scale)
 
     def compared(self, made: Model) -> Rows:
