@@ -101,6 +101,13 @@ def test_the_judge_sees_chance_in_random_weights(tmp_path):
     assert 0.3 < found["random"] < 0.7
 
 
+def test_the_built_in_model_ranks_the_right_caption_first():
+    """Above a random wrong one in at least 99%, above one that differs in a single attribute in at least 95%."""
+    found = clip_judge.judge(str(clip.BUILTIN / "shapes-clip"), each=2)
+    assert found["random"] >= 0.99
+    assert found["single"] >= 0.95
+
+
 class Small(nn.Module):
     """A network of two convolutions, which a time shifts."""
 
