@@ -148,7 +148,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
         if config.prompts is not None and "num" not in config.model_fields_set:
             config = config.model_copy(update={"num": len(given) * repeat})
     say_read(command, model, given)
-    model = led(model, config)
+    model = led(model, config, dry_run=dry_run)
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     return model, config, download
@@ -223,7 +223,8 @@ def compare(models: dict[str, tuple[Model, Sampling]], config: TrainingConfig, p
     rows = []
     for name, (model, sampling) in models.items():
         with autocast(device(config.device), config.precision if model.codec.factor > 1 else "no"):  # pictures of pixel models cost little
-            images, _ = model.examples(config.seed, model.shown, sampling, classes)
+            asked = classes if model.conditioner.takes != "nothing" or model.guides else None  # a class that a guide alone was told
+            images, _ = model.examples(config.seed, model.shown, sampling, asked)
         calls = sampling.evaluations
         rows.append((f"{name}: {calls} network evaluation{'s' * (calls > 1)} an image", to_uint8(images)))
     save_comparison(rows, path, columns=20 if model.shown == 40 else 8, scale=model.enlarged)

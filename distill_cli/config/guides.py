@@ -21,7 +21,7 @@ class GuidesConfig(Config):
     )
     clip_scale: Rate = Field(100.0, description="clip_guidance: factor of the gradient of the cosine")
     clip_through: Literal["network", "estimate"] = Field(
-        "network", description="clip_guidance: the gradient through the denoiser too, or with its noise held: cheaper, too strong in noise"
+        "estimate", description="clip_guidance: the gradient by the estimate, scaled as for normal data; or through the denoiser too"
     )
     clip_cutouts: Count = Field(
         0, description="clip_guidance: parts of a picture that CLIP sees, at least of its size; 0: the whole picture"

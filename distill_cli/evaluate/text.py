@@ -146,14 +146,14 @@ def sampled(config: EvaluateConfig, folder: Evaluation, k: int, prompts: Sequenc
 
 
 def prepared(spec: str, config: EvaluateConfig, prompts: Sequence[str]) -> tuple[Model, int | None, float | None]:
-    """A model with the prompts, its steps and guidance scale. A student has guidance and negative prompt built in: its scale is None."""
+    """A model with the prompts, its steps and guidance scale. What a student has built in it is not asked for: its scale is None."""
     name, steps = split(spec)
     model = load(name, steps)
     student = model.sampler.guidance != "outside"
     model = model.with_prompts(prompts, None if student else config.negative_prompt, config.images_per_prompt)
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
-    scale = None if student else config.guidance_scale
+    scale = None if model.sampler.guidance == "inside" else config.guidance_scale
     model.with_defaults(None, steps, scale)
     return model, steps, scale
 

@@ -27,8 +27,10 @@ from distill_cli.tensors import hash_of
 class ClipGuide:
     """The gradient by x_t of the cosine between the embeddings of the estimated picture and of the prompt.
 
-    `through`: "network" takes the derivative of the whole estimate D(x_t); "estimate" holds the predicted noise, so that it is 1 / alpha,
-    and the network is called without gradient. A latent estimate is decoded with gradient. With `cutouts` the cosine is the mean over so
+    `through`: "network" takes the derivative of the whole estimate D(x_t). "estimate" takes that of the best estimate of normal data of
+    `spread`, alpha v / (alpha^2 v + sigma^2) with v = spread^2, and calls the network without gradient: then the guided estimate has
+    scale r^2 times the gradient by x0, where r^2 is the variance of x0 given x_t (Song et al., Pseudoinverse-guided diffusion, ICLR 2023,
+    section 3.3). A latent estimate is decoded with gradient. With `cutouts` the cosine is the mean over so
     many square parts of the picture, at least as large as what CLIP takes. Their places are drawn by the sample's time alone, so a sample
     does not depend on its batch.
     """
@@ -37,6 +39,8 @@ class ClipGuide:
     codec: Codec
     schedule: NoiseSchedule
     scale: float
+    spread: float = 1.0
+    """Standard deviation of the model's data."""
     name: str = "CLIP"
     through: Literal["estimate", "network"] = "network"
     cutouts: int = 0
@@ -63,9 +67,10 @@ class ClipGuide:
         asked = condition.parts[self.part]
         found: list[Tensor] = []
         if self.through == "estimate":
-            estimate, alpha = denoiser(x, t, condition), expand(self.schedule.alpha(t.to(wide(x))), x)
+            estimate, t = denoiser(x, t, condition), t.to(wide(x))
+            alpha, sigma = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
             gradient = gradient_of(lambda x0: self.similarity(x0, t, asked), estimate)
-            return estimate, torch.where(alpha > 0, gradient / alpha.clamp(min=torch.finfo(alpha.dtype).tiny), 0)
+            return estimate, gradient * alpha * self.spread**2 / (alpha.square() * self.spread**2 + sigma.square())
 
         def score(x: Tensor) -> Tensor:
             found.append(denoiser(x, t, condition))
@@ -113,4 +118,5 @@ def guide(config: Any, model: Model) -> ClipGuide | None:
     if cutouts and side <= clip.pixels:
         said = f"clip_cutouts {cutouts}: the pictures' {side} pixels are no more than the {clip.pixels} that CLIP takes"
         raise UsageError(said, "leave it out")
-    return ClipGuide(clip, model.codec, model.denoiser.schedule, config.clip_scale, f"CLIP {name}", config.clip_through, cutouts)
+    spread, settings = model.denoiser.scales.sigma_data, (f"CLIP {name}", config.clip_through, cutouts)
+    return ClipGuide(clip, model.codec, model.denoiser.schedule, config.clip_scale, spread, *settings)

@@ -42,6 +42,8 @@ class Conditioner(ABC):
     prompts: Sequence[str] = ()
     negative: str | None = ""
     """The negative prompt; None for zeros in its place."""
+    usual: str | None = ""
+    """The negative prompt where none is given."""
     embedding: int = 0
     """Numbers in the embedding of a prompt; 0 without text."""
     guides: tuple[ModelGuide, ...] = ()
@@ -218,8 +220,6 @@ class PromptConditioner(Conditioner):
     has_null = True
     summary = "prompts"
     part = "encoder_hidden_states"
-    usual: str | None = ""
-    """The negative prompt where none is given."""
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         reader = clip_reader(tokenizer, encoder)

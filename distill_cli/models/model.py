@@ -206,6 +206,10 @@ class Model:
     def with_defaults(self, solver: str | None, steps: int | None, scale: float | None, calls: Literal[1, 2] = 1) -> Sampling:
         """The sampling settings for a user's options. Raises UsageError if the model cannot be sampled that way."""
         schedule, alone = self.denoiser.schedule, bool(self.guides) and scale in (None, 0) and self.conditioner.has_null
+        if alone and self.conditioner.negative != self.conditioner.usual:
+            raise UsageError(
+                "--negative-prompt: a guide leads the estimate without a prompt", "--guidance-scale S above 1 beside the guide"
+            )
         out = self.sampler.asked(schedule, solver, steps, 1 if alone else scale, calls)
         if alone:  # guides lead the unconditional denoiser, unless a scale is asked for
             out = out.model_copy(update={"guidance_scale": 0.0})

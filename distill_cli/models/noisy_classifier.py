@@ -22,6 +22,7 @@ from distill_cli.errors import UsageError, printable
 from distill_cli.models import classifier
 from distill_cli.models.classifier import SUFFIX, Classifier, ClassifierInfo
 from distill_cli.models.model import Model
+from distill_cli.processes import say
 from distill_cli.tensors import hash_of
 
 WAVES = 8
@@ -104,11 +105,20 @@ class ClassifierGuide:
 
     part = f"{GUIDE}class"
 
-    def __init__(self, network: NoisyClassifier, schedule: NoiseSchedule, scale: float, name: str, asked: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        network: NoisyClassifier,
+        schedule: NoiseSchedule,
+        scale: float,
+        name: str,
+        asked: Sequence[int] | None,
+        of_prompts: bool = False,
+    ) -> None:
         self.network: nn.Module = network
         self.schedule, self.scale, self.name = schedule, scale, f"classifier {name}"
         self.classes = network.info.classes
         self.asked = list(asked or range(len(self.classes)))
+        self.of_prompts = of_prompts
 
     def told(self, labels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, classes) ones at the classes that are asked for; a row of zeros for a null label."""
@@ -126,7 +136,8 @@ class ClassifierGuide:
         return denoiser(x, t, condition), gradient_of(score, x)
 
     def identity(self) -> dict[str, Any]:
-        return {"classifier_guidance": hash_of(self.network.state_dict()), "classifier_scale": self.scale}
+        classes = {"classifier_classes": ",".join(map(str, self.asked))} if self.of_prompts else {}  # of classes, labels say it
+        return {"classifier_guidance": hash_of(self.network.state_dict()), "classifier_scale": self.scale, **classes}
 
 
 def guide(config: Any, model: Model) -> ClassifierGuide | None:
@@ -148,4 +159,6 @@ def guide(config: Any, model: Model) -> ClassifierGuide | None:
     asked = getattr(config, "classes", None)
     if asked and (beyond := [number for number in asked if not 0 <= number < len(info.classes)]):
         raise UsageError(f"--classes: no class {beyond[0]}", f"the classifier has classes 0 to {len(info.classes) - 1}")
-    return ClassifierGuide(network, model.denoiser.schedule, config.classifier_scale, name, asked)
+    if info.model != model.lineage.name:
+        say(f"{said}: it has learned the noised data of {info.model}, and leads {model.lineage.name}: of the same shape and schedule")
+    return ClassifierGuide(network, model.denoiser.schedule, config.classifier_scale, name, asked, model.text is not None)

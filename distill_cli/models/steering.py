@@ -10,6 +10,7 @@ from distill_cli.errors import UsageError
 from distill_cli.models import clip_guide, noisy_classifier
 from distill_cli.models.guides import ModelGuide
 from distill_cli.models.model import Model
+from distill_cli.models.sources import hub
 from distill_cli.processes import say
 from distill_cli.recipes import flag_of
 
@@ -17,14 +18,30 @@ GUIDES: tuple[Callable[[Any, Model], ModelGuide | None], ...] = (noisy_classifie
 """Each makes a guide of a model if the options name it. It raises UsageError for one that does not fit the model."""
 
 
-def led(model: Model, config: Any, teaching: bool = False) -> Model:
+def led_by(teacher: Model) -> dict[str, Any]:
+    """What guides a run's teacher, for its identity: a guide that is not there is said too, so that a resume misses none."""
+    return dict.fromkeys(("classifier_guidance", "clip_guidance")) | teacher.guidance()
+
+
+def uncounted(model: Model) -> dict[str, str]:
+    """What a plan says of guides: their networks are counted, their calls and gradients are not."""
+    names = ", ".join(guide.name for guide in model.guides)
+    return {"guided": f"by {names}; the plan leaves out its calls, its gradient and their memory"} if names else {}
+
+
+def led(model: Model, config: Any, teaching: bool = False, dry_run: bool = False) -> Model:
     """The model with the guides that `config` names, which is said; itself without any. `teaching`: as the teacher of a student.
+
+    A dry run downloads nothing: a guide that is not here is left out, which is said.
 
     Raises UsageError for a student, and for a teacher whose student could not be told what a guide is asked for.
     """
     asks: bool = isinstance(config, GuidesConfig)  # not of a method that only begins with the teacher
     if not asks:
         return model
+    if dry_run and config.clip_guidance and (download := hub.to_download(config.clip_guidance)):
+        say(f"--clip-guidance: {download} would be downloaded; the plan is without it")
+        config = config.model_copy(update={"clip_guidance": None})
     guides = [guide for make in GUIDES if (guide := make(config, model)) is not None]
     for guide in guides:
         flag = flag_of(next(iter(guide.identity())))
@@ -39,7 +56,9 @@ def led(model: Model, config: Any, teaching: bool = False) -> Model:
     if not guides:
         return model
     base = "its estimate"
-    if config.guidance_scale is not None:
+    if getattr(config, "guidance_range", None):
+        base = "the estimate of each sample's own guidance scale"
+    elif config.guidance_scale is not None:
         base = f"the estimate of guidance_scale {config.guidance_scale:g}"
     elif model.conditioner.has_null:
         base = f"the unconditional estimate{' (of pairs: as they were made)' * bool(getattr(config, 'pairs', None))}"

@@ -12,8 +12,10 @@ from distill_cli.config import PairsConfig
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
+from distill_cli.models.backbones import Backbone
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.model import Model
+from distill_cli.models.steering import uncounted
 from distill_cli.pairs.store import MANIFEST, OURS, Manifest, checks, keep_prompts, scales_of, shard_path, write_shard
 from distill_cli.runs import settle
 from distill_cli.verified import Verified
@@ -26,6 +28,8 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
     """The manifest of a job, from its config and its teacher."""
     usual = teacher.taught_by(config.guidance_scale, config.guidance_range)
     sampling = teacher.with_defaults(config.solver, config.steps, usual.guidance_scale, config.guidance_calls)
+    if config.guidance_range and type(teacher.backbone).told is Backbone.told:
+        teacher.backbone.told()  # which refuses, before the work is done
     conditioner = teacher.conditioner
     conditioner.labels(1, config.classes)
     return Manifest(
@@ -65,6 +69,7 @@ def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
         "arithmetic": time_of(manifest.num * calls * flop),
         "disk": f"{size / 1e6:.1f} MB",
         **text,
+        **uncounted(teacher),
         "memory": f"about {sum(p.numel() for part in teacher.parts().values() for p in part.parameters()) * 4 / 1e6:.0f} MB of weights",
     }
 

@@ -196,7 +196,10 @@ def run(trace: Trace) -> dict[str, Any]:
     config = trace.config
     assert config.out is not None
     settings = config.model_dump(mode="json", exclude={"out", "device", "model", "batch_size"})
-    models = [{"model": each.spec, "hash": each.model.weights_hash(), **each.sampling.model_dump()} for each in trace.traced]
+    models = [
+        {"model": each.spec, "hash": each.model.weights_hash(), **each.model.guidance(), **each.sampling.model_dump()}
+        for each in trace.traced
+    ]
     settle(config.out / SETTINGS, {**settings, "models": models, **trace.first.conditioner.digests()}, "a trace")
     remove_temporaries(config.out)
     for each in trace.traced:

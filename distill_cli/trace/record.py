@@ -20,8 +20,8 @@ from distill_cli.models.sampler import Sampling
 class Watched:
     """A denoiser that keeps what it was asked and what it answered, on the CPU.
 
-    Times of a solver's states decrease. A call that is followed by one at the same time, or at more noise, was a correction ahead (Heun) or
-    a first try (PNDM), no state: it is forgotten.
+    A call that is followed by one at the same time, or at more noise, was a correction ahead (Heun) or a first try (PNDM), no state: it is
+    forgotten. Churn may raise the time above that of the state before.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -31,7 +31,8 @@ class Watched:
     def __call__(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         x0 = self.denoiser(x, t, condition)
         time = float(t[0])
-        self.calls = {before: call for before, call in self.calls.items() if before > time}
+        if self.calls and next(reversed(self.calls)) <= time:
+            self.calls.popitem()
         self.calls[time] = x.float().cpu(), x0.float().cpu()
         return x0
 

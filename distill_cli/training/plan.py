@@ -11,6 +11,7 @@ from torch import nn
 
 from distill_cli.models.cost import amount, decoding, evaluation, time_of
 from distill_cli.models.model import Model
+from distill_cli.models.steering import uncounted
 from distill_cli.training import fitting
 from distill_cli.training.memory import memory, result
 from distill_cli.training.objective import Objective
@@ -66,6 +67,8 @@ def plan(objective: Objective, processes: int = 1) -> dict[str, Any]:
         "disk": f"about {amount(checkpoint * config.keep, 'B')} of checkpoints",
         "memory": str(needs),
     }
+    if teacher := objective.reference():
+        out |= uncounted(teacher[0])
     if (looks := scheduled(objective)) is not None:
         out["health"] = str(looks)
     if config.memory is not None:

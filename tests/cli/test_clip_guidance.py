@@ -36,14 +36,14 @@ def test_guided_pictures_are_led(model, distill, place):
     assert first.code == 0, first.err
     assert f"guidance by CLIP c at scale 1e-09 leads the unconditional estimate of {model}" in first.err
     strong = ("--clip-scale", 5)
-    for name, more in (("all", ()), ("single", ("--batch-size", 1)), ("estimate", ("clip_through=estimate",))):
+    for name, more in (("all", ()), ("single", ("--batch-size", 1)), ("network", ("clip_through=network",))):
         done = distill(*guided, *strong, *more, "--out", name)
         assert done.code == 0, done.err
-    shown = {name: pictures(place / name).astype(int) for name in ("plain", "all", "single", "estimate")}
+    shown = {name: pictures(place / name).astype(int) for name in ("plain", "all", "single", "network")}
     assert np.abs(shown["all"] - shown["single"]).max() <= 1
-    assert all(np.abs(shown["all"] - shown[name]).max() > 1 for name in ("plain", "estimate"))
+    assert all(np.abs(shown["all"] - shown[name]).max() > 1 for name in ("plain", "network"))
     settings = json.loads((place / "all/sampling.json").read_text())
-    assert (settings["clip_scale"], settings["clip_through"], settings["clip_cutouts"]) == (5, "network", 0)
+    assert (settings["clip_scale"], settings["clip_through"], settings["clip_cutouts"]) == (5, "estimate", 0)
     assert [json.loads(line)["prompt"] for line in (place / "all/samples.jsonl").open()] == list(PROMPTS)
     one_line(distill(*guided, "--clip-scale", 6, "--out", "all"), 2, "clip_scale is 5.0, not 6.0")  # other settings
 
@@ -79,6 +79,17 @@ def test_a_guided_teacher_of_a_student_with_text(distill, place):
     one, other = (load_file(place / name / "student/unet/diffusion_pytorch_model.safetensors") for name in ("plain", "led"))
     assert any(not torch.equal(one[key], other[key]) for key in one)
     assert "clip_guidance" in json.loads((place / "led/begun.json").read_text())
+
+
+def test_a_dry_run_downloads_no_guide(distill, place, monkeypatch):
+    """The plan says so, and goes on without it."""
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the hub"))
+    asked = ("--clip-guidance", "openai/clip-vit-base-patch32", "--prompts", "p.txt", "--num", 2, "--dry-run")
+    done = distill("sample", "--model", "tiny-sd", *asked)
+    assert done.code == 0, done.err
+    assert "--clip-guidance: openai/clip-vit-base-patch32 from the Hugging Face hub would be downloaded" in done.err
+    planned = distill("dmd", "--teacher", "tiny-sd", "--prompts", "p.txt", "--clip-guidance", "c", "--guidance-scale", 1, "--dry-run")
+    assert "guided: by CLIP c; the plan leaves out its calls" in planned.out
 
 
 def test_the_built_in_model_scores_the_built_in_prompts(distill, place, monkeypatch):

@@ -211,6 +211,8 @@ def test_what_does_not_go_together_is_refused(teacher, pairs, tmp_path, tiny, ti
         DMD(options("dmd", teacher="tiny", guidance_range=SPAN), without_null(tiny), None)
     with pytest.raises(UsageError, match="a UNet2DModel cannot be told a guidance scale"):
         DMD(options("dmd", teacher="tiny", guidance_range=SPAN), tiny.copy(), None)
+    with pytest.raises(UsageError, match="a UNet2DModel cannot be told a guidance scale"):
+        manifest(options("pairs", teacher="tiny", guidance_range=SPAN), tiny)
 
 
 def without_null(model):

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from distill_cli.cli.common import compare
 from distill_cli.config import SampleConfig
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.guidance import Guided, Steered, Unconditional
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from distill_cli.errors import UsageError
-from distill_cli.models import classifier, load, noisy_classifier
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.models import classifier, formats, load, noisy_classifier
 from distill_cli.models.noisy_classifier import ClassifierGuide, NoisyClassifier, NoisyInfo, described
+from distill_cli.models.pixel import create
 from distill_cli.models.sampler import Sampling
-from distill_cli.models.steering import led
-from distill_cli.training import rehearsal
+from distill_cli.models.steering import led, led_by
+from distill_cli.training import identity, rehearsal
 from tests.cli.test_bad_input import one_line
 from tests.contracts.running import lines
 
@@ -117,7 +120,7 @@ def test_a_student_is_told_its_class_and_has_no_guide(tiny, kept):
     assert set(model.guidance()) == {"classifier_guidance", "classifier_scale"}
 
 
-def test_a_model_without_classes_counts_labels_by_the_classifiers(tiny, kept):
+def test_a_model_without_classes_counts_labels_by_the_classifiers(tiny, kept, tmp_path):
     blank = replace(tiny, conditioner=replace(tiny.conditioner, classes=(), null_label=None))
     model = led(blank, config(kept))
     assert model.with_defaults(None, 2, None).guidance_scale == 1
@@ -130,7 +133,13 @@ def test_a_model_without_classes_counts_labels_by_the_classifiers(tiny, kept):
     assert (taught.learned, taught.asked) == (None, ())
     with pytest.raises(UsageError, match="no classes to tell a student"):
         led(blank, config(kept), teaching=True)
-    led(blank, config(kept, classes=[7]), teaching=True)
+    teacher, asked = led(blank, config(kept, classes=[7]), teaching=True), Sampling(solver="heun", steps=2)
+    shape = {"resolution": 16, "channels": [8, 8], "attention": [False, False], "groups": 4, "head": 8, "classes": []}
+    network = create(**shape, schedule=EDMSchedule(), parameterisation="edm", lineage=tiny.lineage)
+    teacher = replace(network, conditioner=teacher.conditioner)
+    student = replace(network, conditioner=teacher.conditioner.taught([7]))
+    compare({"teacher": (teacher, asked), "student": (student, asked)}, DMDConfig(device="cpu"), tmp_path / "c.png", [7])
+    assert (tmp_path / "c.png").exists()
     with pytest.raises(UsageError, match="no class 10"):
         led(blank, config(kept, classes=[10]))
 
@@ -141,6 +150,7 @@ def test_prompts_have_a_class_each_in_turn(kept):
     model = led(latent, config(save(info, kept.parent / "sd"), classes=[4, 2]))
     model = model.with_prompts(["a", "b", "c"])
     assert model.conditioner(torch.arange(3)).parts["guide class"].argmax(1).tolist() == [4, 2, 4]
+    assert model.guidance()["classifier_classes"] == "4,2"  # no label of a model of prompts says it
     assert model.with_defaults(None, 2, None).guidance_scale == 0
     images = model.sample(Draws(0, range(2)), model.conditioner.labels(2, [4, 2]), model.with_defaults(None, 2, None))
     assert images.isfinite().all()
@@ -194,6 +204,12 @@ def test_pairs_and_samples_are_of_their_guides(distill, kept, tmp_path):
     one_line(again, 2, "made with other settings")
     one_line(distill(*DMD[:-4], "--pairs", "p", "--out", "o"), 2, "made under another classifier_guidance and scale")
     assert distill(*DMD, "--pairs", "p", "--out", "o").code == 0
+    shown = ("trace", "--model", "digits", "--num", 1, "--steps", 2, "device=cpu", "--show", "reverse", "--out", "t")
+    assert distill(*shown, *guide).code == 0
+    other = made()
+    other.head.bias.add_(torch.arange(10))
+    other.save(tmp_path / "c")
+    one_line(distill(*shown, *guide), 2, "--out t: made with other settings")
 
 
 def test_dmd_of_a_guided_teacher_goes_on_and_is_shared(distill, kept, tmp_path, workers):
@@ -216,6 +232,33 @@ def test_dmd_of_a_guided_teacher_goes_on_and_is_shared(distill, kept, tmp_path, 
     other.save(tmp_path / "c")
     shutil.rmtree(tmp_path / "two/student")
     one_line(distill("dmd", "--resume", "two", "--steps", 6), 2, "classifier_guidance", "its content is not what the run has begun with")
+
+
+def test_a_resume_sees_a_guide_that_came_or_went(tiny, kept):
+    plain, guided = led_by(tiny), led_by(led(tiny, config(kept)))
+    for now, then in ((plain, guided), (guided, plain)):
+        with pytest.raises(UsageError, match="classifier_guidance"):
+            identity.refuse(DMDConfig(), now, then)
+    identity.refuse(DMDConfig(), plain, {})  # a run of an older version
+
+
+def test_a_classifier_of_a_models_folder_goes_on_with_that_model_alone(distill, tmp_path, tiny):
+    """The folder may be given by a relative path; another model in its place is seen."""
+    formats.save(replace(load("digits"), lineage=tiny.lineage), tmp_path / "m")
+    begun = ("classifier", "--noisy", "--model", "m", "--steps", 2, "batch_size=4", "width=8", "save_every=2", "device=cpu", "--out", "c")
+    assert distill(*begun).code == 0
+    assert distill("classifier", "--resume", "c", "--steps", 3).code == 0
+    shutil.rmtree(tmp_path / "m")
+    formats.save(tiny, tmp_path / "m")
+    one_line(distill("classifier", "--resume", "c", "--steps", 4), 2, "model", "its content is not what the run has begun with")
+
+
+def test_a_negative_prompt_has_no_place_where_a_guide_alone_asks(kept):
+    latent = load("tiny-sd").with_prompts(["a"], "ugly")
+    model = led(latent, config(save(replace(INFO, shape=latent.shape, schedule=described(latent.denoiser.schedule)), kept.parent / "sd")))
+    with pytest.raises(UsageError, match="--negative-prompt: a guide leads the estimate without a prompt"):
+        model.with_defaults(None, 2, None)
+    assert model.with_defaults(None, 2, 3.0).guidance_scale == 3
 
 
 @pytest.mark.slow

@@ -104,6 +104,9 @@ def test_corrections_are_no_states():
         raised = [t * (2**0.5 if noise and 0.05 <= t <= 50 and t != times[-1] else 1) for t in times.tolist()]
         assert list(seen.calls) == pytest.approx(raised)
         assert torch.equal(list(seen.calls.values())[-1][1], end.float())
+        seen = record.Watched(exact)  # at the border of churn a raised time is above that of the state before
+        solvers.heun(seen, EDMSchedule(), x, EDMSchedule().times(18), noise=noise)
+        assert len(seen.calls) == 18
 
 
 def test_which_states_are_shown():

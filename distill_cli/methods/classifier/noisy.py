@@ -30,7 +30,7 @@ class NoisyClassification(Classification):
         self.of, self.schedule = model, model.denoiser.schedule
         check_images(config.data, model, images)
         super().__init__(config, images)
-        self.identity["schedule"] = described(self.schedule)
+        self.identity |= {"schedule": described(self.schedule), "model": model.weights_hash()}
         self.latents: Latents | None = None
         self.frozen |= model.codec.parts()
 

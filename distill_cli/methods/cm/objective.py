@@ -31,7 +31,7 @@ from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.sampler import Sampler, Sampling
-from distill_cli.models.steering import led
+from distill_cli.models.steering import led, led_by
 from distill_cli.models.times import PUBLISHED, nearest, parse, spelled
 from distill_cli.pairs.store import PairStore
 from distill_cli.processes import say
@@ -85,7 +85,7 @@ class Consistency(Objective):
                 module.p = config.dropout
         self.trained["student"] = Full(self.student, config.lr)
         if teacher is not None:
-            self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
+            self.identity |= {"teacher": self.teacher_hash, **led_by(teacher)}
         self.perceptual: Perceptual | None = None
         if config.metric == "lpips":
             self.start.codec.kind.needs_pictures("metric lpips", "metric=huber, l1 or l2")
@@ -353,7 +353,7 @@ def own_times(config: CMConfig, schedule: EDMSchedule) -> tuple[EDMSchedule, lis
 
 def opened(kind: type[Consistency], config: CMConfig, job: Job) -> Objective:
     """Read teacher and images. The config's times, label dropout and data get their resolved values."""
-    teacher = led(job.teacher(config.teacher, config.device), config, teaching=True) if config.teacher else None
+    teacher = led(job.teacher(config.teacher, config.device), config, teaching=True, dry_run=job.dry_run) if config.teacher else None
     # runs saved before students had their own grid counted times on 40 points
     if job.resume is not None and config.times is not None and not config.times.startswith("sigma:"):
         config = config.model_copy(update={"times": spelled(parse(config.times, EDMSchedule(), 2))})

@@ -32,7 +32,7 @@ from distill_cli.models.cost import text_cost
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.sampler import Sampler
-from distill_cli.models.steering import led
+from distill_cli.models.steering import led, led_by
 from distill_cli.pairs.store import MANIFEST, PairStore
 from distill_cli.processes import rank, say
 from distill_cli.runs import Run
@@ -49,7 +49,7 @@ FAKE_BEHIND, FAKE_STILL = 1.6, 0.05
 
 def open(config: DMDConfig, job: Job) -> Objective:
     """Read teacher, pairs and prompts; a plan does not need the pairs."""
-    teacher = led(job.teacher(config.teacher, config.device), config, teaching=True)
+    teacher = led(job.teacher(config.teacher, config.device), config, teaching=True, dry_run=job.dry_run)
     there = config.pairs is not None and (not job.dry_run or (config.pairs / MANIFEST).is_file())
     store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
     asked = config.prompts is not None or config.pairs is None
@@ -86,7 +86,7 @@ class DMD(Objective):
         super().__init__(config, "student")
         self.pairs = pairs
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
-        self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
+        self.identity |= {"teacher": self.teacher_hash, **led_by(teacher)}
         self.start = student_time(config, self.schedule)
         planned = not self.teacher_hash
         weight = 0.25 if config.regression_weight is None else config.regression_weight

@@ -34,7 +34,7 @@ from distill_cli.methods.dmd2.maths import guidance_part, matching_part, shares
 from distill_cli.models.cost import text_cost
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
-from distill_cli.models.steering import led
+from distill_cli.models.steering import led, led_by
 from distill_cli.pairs.store import MANIFEST, PairStore
 from distill_cli.processes import rank
 from distill_cli.runs import Run
@@ -51,7 +51,7 @@ def open(config: DMD2Config, job: Job) -> Objective:
     data: Images | PairStore | None = None
     if config.resolution is not None and teacher.codec.factor > 1:
         teacher = teacher.with_resolution(config.resolution)
-    teacher = led(teacher, config, teaching=True)
+    teacher = led(teacher, config, teaching=True, dry_run=job.dry_run)
     if config.data is not None:
         config, data = read(config, teacher, job, "dmd2")
     there = config.init_pairs is not None and (not job.dry_run or (config.init_pairs / MANIFEST).is_file())
@@ -101,7 +101,7 @@ class DMD2(Objective):
         refuse_student(teacher, config.teacher, "dmd2")
         self.schedule, self.teacher_hash = teacher.denoiser.schedule, teacher.weights_hash()
         planned = not self.teacher_hash
-        self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
+        self.identity |= {"teacher": self.teacher_hash, **led_by(teacher)}
         self.own = begin.times_of(config, self.schedule, student)
         self.source = None if data is None else Source(config, teacher, data, planned)
         if self.source is not None:

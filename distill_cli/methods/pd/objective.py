@@ -27,7 +27,7 @@ from distill_cli.methods.pd.config import PDConfig
 from distill_cli.models import load
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler, Sampling
-from distill_cli.models.steering import led
+from distill_cli.models.steering import led, led_by
 from distill_cli.pairs.store import PairStore
 from distill_cli.processes import say
 from distill_cli.runs import Run
@@ -45,7 +45,7 @@ def open(config: PDConfig, job: Job) -> Objective:
     """Read the teacher and what noise is added to; label dropout and data of the config become what they are by default."""
     teacher = job.teacher(config.teacher, config.device)
     refuse_student(teacher, config.teacher, "pd")
-    teacher = led(teacher, config, teaching=True)
+    teacher = led(teacher, config, teaching=True, dry_run=job.dry_run)
     sampling, span = teacher.taught_by(config.guidance_scale, config.guidance_range), config.guidance_range
     how = f"{span[0]:g} to {span[1]:g}" if span else teacher.said(sampling) if sampling.guidance_scale != 1 or teacher.guides else ""
     why = f"guidance {how} goes into the student, which has no null class" if how else ""
@@ -70,7 +70,7 @@ class Progressive(Objective):
         parts = zip(self.rounds, shared(config, len(self.rounds)), strict=True)
         self.phases = [Phase(count, f"student-{n}" if k < last else "student", anew=True) for k, (n, count) in enumerate(parts)]
         self.teacher_hash = teacher.weights_hash()
-        self.identity |= {"teacher": self.teacher_hash, **teacher.guidance()}
+        self.identity |= {"teacher": self.teacher_hash, **led_by(teacher)}
         self.source = Source(config, teacher, data, planned=not self.teacher_hash)
         self.teacher, self.images, self.order = self.source.model, self.source.images, self.source.order
         self.identity |= self.source.identity
