@@ -20,11 +20,9 @@ from PIL import Image, ImageDraw
 
 HERE, RUNS, LOOKS = Path(__file__).parent, Path("runs/curves"), Path(__file__).with_name("curves.json")
 PAIRS = "pairs --recipe digits-pairs --num 1000"
-SHAPES = "pairs --recipe shapes-pairs --num 120 --steps 20 --guidance-scale {0} shard_size=40 batch_size=40"
 SMALL = "batch_size=8 warmup_steps=20 ema_halflife=400 log_every=10 sample_every=30 save_every=1000"
 DMD = f"dmd --recipe demo-dmd {SMALL}"
 HELD, ALONE = f"{DMD} steps=240 --pairs {RUNS}/pairs", f"{DMD} steps=120 health_every=10 regression_weight=null lr=2e-4"
-OF_SHAPES = "dmd --recipe shapes-dmd batch_size=6 steps=60 warmup_steps=20 log_every=6 health_every=6 sample_every=30 save_every=1000"
 MADE = {
     "pairs": PAIRS,
     "healthy": f"{HELD} health_every=15",
@@ -32,8 +30,8 @@ MADE = {
     "rates": f"{HELD} health_every=5 lr=8e-3 fake_lr=1e-2",
     "no-regression": f"{ALONE} pairs=null fake_lr=4e-4",
     "lagging": f"{ALONE} pairs=null fake_lr=1e-5",
-    "shapes-pairs": SHAPES.format(9),
-    "guidance": f"{OF_SHAPES} ema_halflife=300 guidance_scale=9 --pairs {RUNS}/shapes-pairs",
+    "guided-pairs": f"{PAIRS} --guidance-scale 8",
+    "guidance": f"{DMD} steps=240 --pairs {RUNS}/guided-pairs guidance_scale=8 health_every=15",
     "digits-cd": "cm --recipe digits-cd",
     "shapes-dmd2": "dmd2 --recipe shapes-dmd2 steps=450 fake_steps=4 lr=5e-4 guidance_scale=1.5",
     "healthy-cd": f"cm --recipe digits-cd precision=no steps=120 health_every=10 {SMALL}",

@@ -163,8 +163,8 @@ class Pictures:
         self.history: list[dict[str, float]] = []
         self.wanted: dict[str, float] = {}
         """The teacher's measures, once its pictures are there."""
-        self.guided: float | None = None
-        """Saturation of the teacher as the run guides it, over that of the teacher as it is usually guided; the first look has it."""
+        self.guided: dict[str, float] = {}
+        """Measures of the teacher as the run guides it, over those as it is usually guided; the first look has them."""
         self.shown: set[str] = set()
         """Names of the warnings of the newest line."""
         self.plan = scheduled(objective)
@@ -184,7 +184,7 @@ class Pictures:
         x = from_uint8(self._pictures(made, made.sampling).numpy())
         found = measures(x, self.labels)
         ratios = {name: found[name] / value for name, value in self.wanted.items()}
-        begun = {"guided": self.guided} if self.guided is not None and not self.history else {}
+        begun = {} if self.history else {f"{signs.GUIDED}{name}": value for name, value in self.guided.items()}
         self.history.append({"step": step, **ratios, "drift": drift(ratios), **self._judged(x), **begun})
 
     def _begin(self, made: Model, folder: Path) -> None:
@@ -215,8 +215,8 @@ class Pictures:
         self.judge, self.features = judge_of(teacher), None
         self.wanted = {name: value for name, value in measures(x, self.labels).items() if value > DARK}
         if "usual" in found:
-            before = measures(from_uint8(found["usual"].numpy()), self.labels)["saturation"]
-            self.guided = self.wanted.get("saturation", 0.0) / max(before, DARK)
+            before = measures(from_uint8(found["usual"].numpy()), self.labels)
+            self.guided = {name: value / before[name] for name, value in self.wanted.items() if before[name] > DARK}
         self.features = None if self.judge is None else self.judge.measure(x)[0]
 
     def _judged(self, x: Tensor) -> dict[str, float]:

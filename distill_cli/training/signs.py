@@ -17,6 +17,10 @@ FARTHER, SWINGS, FAR = 1.3, 2.5, 0.25
 """Drift beyond that of the beginning; beyond the smallest so far; and how large it has to be to matter."""
 
 
+GUIDED = "guided_"
+"""The names in a first look of the guided teacher's measures, over those of the teacher under its usual guidance, begin with this."""
+
+
 class Sign(NamedTuple):
     """A ratio to the teacher's that is beyond a bound."""
 
@@ -84,11 +88,12 @@ def guided(begun: Look) -> str:
 
     The student is held against these pictures, so no later ratio shows it.
     """
-    found, bound = begun.get("guided", 1.0), next(sign.bound for sign in SIGNS if sign.name == "over-saturated")
-    if found <= bound:
-        return ""
-    says = f"their colours are {found:.2f} times as strong as under its usual guidance"
-    return f"the teacher's pictures are over-saturated: {says}, and the student learns them. Lower the guidance scale"
+    teacher = {name.removeprefix(GUIDED): value for name, value in begun.items() if name.startswith(GUIDED)}
+    for sign in SIGNS:
+        if sign.bound > 1 and (ratio := sign.ratio(teacher)) > sign.bound:
+            says = f"{sign.says.format(ratio)} under its usual guidance"
+            return f"the teacher's pictures are {sign.name}: {says}, and the student learns them. Lower the guidance scale"
+    return ""
 
 
 def shown(looks: Sequence[Look], done: float, remedies: Mapping[str, str]) -> Iterator[str]:

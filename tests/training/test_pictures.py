@@ -237,10 +237,12 @@ def test_a_teacher_that_is_guided_too_strongly_is_named(tmp_path, tiny, capsys):
     found = []
     for scale in (40, 1):
         pictures = tiny.copy().sample(Draws(0, range(2**40, 2**40 + len(labels))), labels, tiny.with_defaults(None, None, scale))
-        found.append(measures(from_uint8(to_uint8(pictures)), labels)["saturation"])
-    assert engine.pictures.history[0]["guided"] == pytest.approx(found[0] / found[1])
-    assert found[0] / found[1] > 1.2
-    said = f"the teacher's pictures are over-saturated: their colours are {found[0] / found[1]:.2f} times as strong"
+        found.append(measures(from_uint8(to_uint8(pictures)), labels))
+    ratio = {name: found[0][name] / found[1][name] for name in found[0]}
+    first = engine.pictures.history[0]
+    assert {name: first[f"guided_{name}"] for name in ratio} == pytest.approx(ratio)
+    assert ratio["saturation"] > 1.2
+    said = f"the teacher's pictures are over-saturated: their colours are {ratio['saturation']:.2f} times as strong as the teacher's under its usual"
     assert all(any(said in text for text in line["warnings"]) for line in lines(tmp_path / "run"))
     assert capsys.readouterr().err.count(said) == 1
     again = engine_of("cm", tmp_path / "run", tiny, None, resume=True, guidance_scale=40, **given | dict(steps=6))
@@ -248,5 +250,8 @@ def test_a_teacher_that_is_guided_too_strongly_is_named(tmp_path, tiny, capsys):
     assert said in lines(tmp_path / "run")[-1]["warnings"][0]
     plain = engine_of("cm", tmp_path / "plain", tiny, None, **given)
     plain.train()
-    assert "guided" not in plain.pictures.history[0]
-    assert signs.guided({"guided": 1.19}) == ""
+    assert not any(name.startswith("guided") for name in plain.pictures.history[0])
+    assert signs.guided({"guided_saturation": 1.19, "guided_luminance": 1.29}) == ""
+    assert "are too bright: their luminance is 1.31 times the teacher's under" in signs.guided(
+        {"guided_saturation": 1.19, "guided_luminance": 1.31}
+    )
