@@ -242,7 +242,7 @@ def test_a_teacher_that_is_guided_too_strongly_is_named(tmp_path, tiny, capsys):
     first = engine.pictures.history[0]
     assert {name: first[f"guided_{name}"] for name in ratio} == pytest.approx(ratio)
     assert ratio["saturation"] > 1.2
-    said = f"the teacher's pictures are over-saturated: their colours are {ratio['saturation']:.2f} times as strong as the teacher's under its usual"
+    said = f"pictures are over-saturated: their colours are {ratio['saturation']:.2f} times as strong as the teacher's under its usual"
     assert all(any(said in text for text in line["warnings"]) for line in lines(tmp_path / "run"))
     assert capsys.readouterr().err.count(said) == 1
     again = engine_of("cm", tmp_path / "run", tiny, None, resume=True, guidance_scale=40, **given | dict(steps=6))
