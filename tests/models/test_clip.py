@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -18,16 +17,15 @@ from distill_cli.diffusion.condition import GUIDE, Condition
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
 from distill_cli.diffusion.guidance import Steered
 from distill_cli.diffusion.noise import Draws
-from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule, add_noise
+from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, TableSchedule
 from distill_cli.diffusion.solvers import ddim
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.methods.clip.config import CLIPConfig
 from distill_cli.methods.clip.objective import Contrast
-from distill_cli.models import autoencoder, clip, load
+from distill_cli.models import autoencoder, clip
 from distill_cli.models.clip_guide import ClipGuide
 from distill_cli.models.codec import Codec, VAECodec
 from distill_cli.models.text import make_tokenizer
-from distill_cli.runs import Run
 from tests import clip_judge
 
 NETWORK, TEXT = CLIPNetworkConfig(width=8, layers=1, heads=2, patch=8, features=8), TextConfig(width=8, layers=1, heads=2)
@@ -91,39 +89,10 @@ def test_pictures_are_moved_within_bounds():
     moved = Contrast(CONFIG.model_copy(update={"shift": 0.1}), Shapes()).moved(x, Draws(0, range(64)))
     away = (moved - x)[:, 0, 32, 32]
     assert 0.15 < away.abs().max() <= 0.2 * 64 / 63 + 1e-5
-    noisy = Contrast(CONFIG.model_copy(update={"noise": 0.5}), Shapes()).noisy(x, Draws(0, range(64))) - x
+    noisy = Contrast(CONFIG.model_copy(update={"noise": 0.5}), Shapes()).moved(x, Draws(0, range(64))) - x
     sizes = noisy.std((1, 2, 3))
     assert sizes.max() < 0.52
     assert sizes.mean() == pytest.approx(0.25, abs=0.05)
-
-
-def test_every_second_picture_may_be_an_estimate_of_the_model_that_is_guided(tmp_path):
-    """It is the model's answer without a condition to that picture's latent under noise; others stay; parts of a step change nothing."""
-    model = load("shapes")
-    objective, plain = Contrast(CONFIG, Shapes(), model), Contrast(CONFIG, Shapes())
-    seen = {}
-
-    def answer(name, x, tokens):
-        seen.setdefault(name, []).append(x.clone())
-        return torch.zeros(len(x), 8), torch.zeros(len(tokens), 8), torch.ones(())
-
-    for name, one in (("estimated", objective), ("plain", plain)):
-        one.prepare(torch.device("cpu"), Run(tmp_path))
-        one.network = lambda _, name=name: partial(answer, name)
-        list(one.turns(0, Draws(0, range(4))))
-    list(objective.turns(0, Draws(0, [3])))
-    whole, part = seen["estimated"]
-    assert torch.equal(whole[::2], seen["plain"][0][::2])
-    draws, schedule = Draws(0, [1, 3]), model.denoiser.schedule
-    with torch.no_grad():
-        clean, t = model.codec.encode(seen["plain"][0][1::2])[0], schedule.at(draws.uniform("time")).float()
-        noisy = add_noise(schedule, clean, draws.normal("prior", model.shape), t)
-        wanted = model.codec.raw(model.denoiser(noisy, t, Condition.cat([model.conditioner.null] * 2)))
-    assert torch.allclose(whole[1::2], wanted, atol=1e-5)
-    assert torch.allclose(part, whole[3:], atol=1e-4)
-    assert objective.calls().evaluations() == 3 * 4 + 2
-    with pytest.raises(UsageError, match="--data shapes: images of"):
-        Contrast(CONFIG, Shapes(), load("digits"))
 
 
 def test_the_judge_sees_chance_in_random_weights(tmp_path):

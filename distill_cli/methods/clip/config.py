@@ -22,7 +22,6 @@ class CLIPConfig(TrainingConfig):
     shift: Fraction = Field(0.05, description="pictures are moved by up to this share of their width, in each direction")
     zoom: Fraction = Field(0.05, description="pictures are enlarged or made smaller by up to this share")
     noise: Weight = Field(0.5, description="largest standard deviation of the noise on a picture, whose values are -1 to 1")
-    model: Name | None = Field(None, description="a model that it shall guide: every second picture is its estimate of a noisy one")
     sample_every: Literal[0] = Field(0, description="always 0: a CLIP model makes no images")
     network: CLIPNetworkConfig = CLIPNetworkConfig()
     text: TextConfig = TextConfig()

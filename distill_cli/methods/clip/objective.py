@@ -11,25 +11,20 @@ from torch import Tensor, nn
 
 from distill_cli.data import Images
 from distill_cli.data.images import Captioned
-from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.diffusion.schedule import add_noise
 from distill_cli.errors import UsageError
 from distill_cli.methods.clip.config import CLIPConfig
 from distill_cli.models.clip import Clip, Towers, create
-from distill_cli.models.model import Model
 from distill_cli.models.text import make_tokenizer
-from distill_cli.training.examples import check_images
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, freeze
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MOST = 100.0
 """The largest scale of similarities, as in CLIP's training."""
 
 
 def open(config: CLIPConfig, job: Job) -> Objective:
-    model = None if config.model is None else job.teacher(config.model, config.device)
-    return Contrast(config, job.images(config, *(() if model is None else (model,))), model)
+    return Contrast(config, job.images(config))
 
 
 class Contrast(Objective):
@@ -43,21 +38,13 @@ class Contrast(Objective):
     images: Captioned
     order: Order
 
-    def __init__(self, config: CLIPConfig, images: Images, model: Model | None = None) -> None:
+    def __init__(self, config: CLIPConfig, images: Images) -> None:
         if not isinstance(images, Captioned):
             raise UsageError(f"--data {config.data}: has no captions", "a CLIP model learns from them: data=shapes")
         pixels, patch = images.shape[-1], config.network.patch
         if pixels % patch:
             raise UsageError(f"network.patch {patch}: does not divide the pictures' {pixels} pixels")
-        if model is not None:
-            check_images(config.data, model, images)
-            if model.conditioner.takes != "nothing" and not model.conditioner.has_null:
-                raise UsageError(f"--model {config.model}: has no null condition, under which a guide reads its estimates", "leave it out")
         super().__init__(config, "clip")
-        self.guided = model
-        if model is not None:
-            self.identity["model"] = model.weights_hash()
-            self.frozen |= {"model": freeze(model.denoiser), **model.codec.parts()}
         self.images = images
         captions = images.captions(range(len(images)))
         numbers = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
@@ -68,40 +55,20 @@ class Contrast(Objective):
         self.order = Order(config.seed, len(images))
 
     def moved(self, x: Tensor, draws: Draws) -> Tensor:
-        """Pictures moved and enlarged at random; what comes in at the border continues the picture's."""
-        u = torch.stack([draws.uniform("augment", 10 + turn) for turn in range(3)], 1).float()  # a set's own draws have the first turns
-        scale, place = 1 + self.config.zoom * (2 * u[:, 0] - 1), 2 * self.config.shift * (2 * u[:, 1:] - 1)
+        """Pictures moved, enlarged and under noise, each at random; what comes in at the border continues the picture's."""
+        u = torch.stack([draws.uniform("augment", 10 + turn) for turn in range(4)], 1).float()  # a set's own draws have the first turns
+        scale, place = 1 + self.config.zoom * (2 * u[:, 0] - 1), 2 * self.config.shift * (2 * u[:, 1:3] - 1)
         turn = torch.stack([scale, torch.zeros_like(scale), place[:, 0], torch.zeros_like(scale), scale, place[:, 1]], 1).reshape(-1, 2, 3)
         grid = F.affine_grid(turn, list(x.shape), align_corners=False)
-        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-    def noisy(self, x: Tensor, draws: Draws) -> Tensor:
-        """Pictures under noise of random strength, so that a guide's gradient does not depend on single pixels."""
-        share = draws.uniform("augment", 13).float()[:, None, None, None]
-        return x + (self.config.noise * share * draws.normal("noise", x.shape[1:])).to(x)
-
-    @torch.no_grad()
-    def estimated(self, x: Tensor, draws: Draws, model: Model) -> Tensor:
-        """The model's estimates of pictures (B, 3, H, W) from noise at times drawn evenly over its range, without a condition.
-
-        This is what a guide reads (models/clip_guide.py): blurred where noise hides the picture, so that there the caption is uncertain.
-        """
-        schedule, null = model.denoiser.schedule, model.conditioner.null
-        t = schedule.at(draws.uniform("time")).float().to(self.device)
-        clean = model.codec.encode(x)[0]
-        noisy = add_noise(schedule, clean, draws.normal("prior", clean.shape[1:]).to(clean), t)
-        condition = NOTHING if null is None else Condition.cat([null] * len(x)).to(self.device)
-        return model.codec.raw(model.denoiser(noisy, t, condition)).float()
+        moved = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        return moved + self.config.noise * u[:, 3, None, None, None] * draws.normal("noise", x.shape[1:])
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         positions, first = [self.order[i] for i in draws.indices], step * self.config.batch_size
-        x = self.moved(self.images.batch(positions, draws)[0], draws).to(self.device)
-        if self.guided is not None and (odd := [k for k, index in enumerate(draws.indices) if index % 2]):
-            x[odd] = self.estimated(x[odd], Draws(draws.seed, [draws.indices[k] for k in odd]), self.guided)
-        x = self.noisy(x, draws)
+        x = self.moved(self.images.batch(positions, draws)[0], draws)
         candidates = self.which[[self.order[first + i] for i in range(max(self.config.batch_size, self.config.captions))]].unique()
         right = torch.searchsorted(candidates, self.which[positions]).to(self.device)
-        pictures, texts, scale = self.network("clip")(x, self.tokens[candidates].to(self.device))
+        pictures, texts, scale = self.network("clip")(x.to(self.device), self.tokens[candidates].to(self.device))
         logits = scale.clamp(max=MOST) * (pictures.float() @ texts.float().T)
         accuracy = (logits.argmax(1) == right).float().mean()
         yield Loss("clip", F.cross_entropy(logits, right), {"accuracy": accuracy, "scale": scale.detach()})
@@ -115,5 +82,4 @@ class Contrast(Objective):
         return network(torch.empty(count, *self.images.shape, device=where), tokens)
 
     def calls(self, step: int = 0) -> Calls:
-        size = self.config.batch_size
-        return Calls([Call("clip", size)], [] if self.guided is None else [Call("model", size // 2)])
+        return Calls([Call("clip", self.config.batch_size)])
