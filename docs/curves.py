@@ -39,6 +39,8 @@ MADE = {
 }
 """Folder below RUNS -> the command, without distill and --out."""
 SHOWN, STEPS, DIGITS, SIDE = ("healthy", "rates", "no-regression", "lagging"), (30, 60, 120), 10, 64
+HEAD = ("steps", "last_round", "error_ratio")
+"""What stands in the first line of a run in curves.json."""
 COLUMNS = ("luminance", "saturation", "contrast", "sharpness", "spread", "drift", "frechet", "accuracy")
 
 
@@ -75,9 +77,16 @@ def record(names: list[str]) -> None:
         state = json.loads(max((RUNS / name).glob("checkpoints/step-*/state.json")).read_text())["state"]
         looks = [{key: round(value, 4) for key, value in look.items()} for look in state["looks"]]
         ratio = {line["step"]: round(line["fake_error"] / line["real_error"], 3) for line in lines(name) if line.get("real_error")}
-        known[name] = {"steps": yaml.safe_load((RUNS / name / "recipe.yaml").read_text())["steps"], "error_ratio": ratio, "looks": looks}
+        recipe = yaml.safe_load((RUNS / name / "recipe.yaml").read_text())
+        rounds = (recipe.get("first_steps") or 2).bit_length() - 1  # progressive distillation halves them to one
+        known[name] = {
+            "steps": recipe["steps"],
+            "last_round": recipe["steps"] * (rounds - 1) // rounds,
+            "error_ratio": ratio,
+            "looks": looks,
+        }
     text = ",\n".join(
-        f' {json.dumps(name)}: {json.dumps({key: run[key] for key in ("steps", "error_ratio")})[:-1]},\n  "looks": [\n   '
+        f' {json.dumps(name)}: {json.dumps({key: run.get(key, 0) for key in HEAD})[:-1]},\n  "looks": [\n   '
         + ",\n   ".join(map(json.dumps, run["looks"]))
         + "\n  ]}"
         for name, run in known.items()
@@ -89,7 +98,7 @@ def best() -> None:
     """Chosen by drift, which needs no classifier; the others are the steps with the lowest Fréchet distance of all that were looked at."""
     print("run: step chosen by drift, its Fréchet distance over the lowest; the last step's over the lowest")
     for name, run in json.loads(LOOKS.read_text()).items():
-        looks = [look for look in run["looks"] if look["step"] and "frechet" in look]
+        looks = [look for look in run["looks"] if look["step"] > run["last_round"] and "frechet" in look]
         if looks:
             chosen, lowest = min(looks, key=lambda look: look["drift"]), min(look["frechet"] for look in looks)
             print(f"{name}: {chosen['step']}, {chosen['frechet'] / lowest:.3f}; {looks[-1]['frechet'] / lowest:.3f}")

@@ -1,6 +1,6 @@
 """What CLIP guidance does: the built-in text-to-image teacher under its empty prompt, led by the built-in CLIP model alone.
 
-    python -m docs.guidance_clip runs/guidance-clip [CLIP]      # about 5 minutes for a row on one core
+    python -m docs.guidance_clip runs/guidance-clip [CLIP]      # about 2 minutes for a row on one core
 
 Judged by tests/shapes_judge.py on a picture of each of the 96 captions held back from training. Without guidance a picture has all
 five attributes by chance. Prints a table; samples that lie in the folder are not made again.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from docs.guidance import judged
 
-ROWS = (("network", 10, 50), ("network", 30, 50), ("network", 100, 50), ("network", 300, 50), ("network", 100, 100), ("estimate", 1, 50))
+ROWS = (("estimate", 100, 50), ("estimate", 300, 50), ("network", 30, 50), ("network", 100, 50), ("network", 300, 50))
 """What the gradient goes through, the scale, and the number of steps."""
 KEYS = ("all", "size", "colour", "shape", "place", "background")
 

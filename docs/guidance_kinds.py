@@ -4,7 +4,7 @@
 
 Digits: the built-in teacher asked for its classes by classifier-free guidance, and without its classes led by the built-in classifier of
 noised pictures; 500 pictures each, 50 of a class. Shapes: the built-in text-to-image teacher under its empty prompt, led by the built-in
-CLIP model; five pictures of each of the 96 captions held back from training. Prints a table, and draws docs/guidance-kinds.png. Samples
+CLIP model; two pictures of each of the 96 captions held back from training. Prints a table, and draws docs/guidance-kinds.png. Samples
 that lie in the folder are not made again.
 """
 
@@ -18,15 +18,15 @@ from typing import Any
 from docs.measure import distill
 
 DIGITS = ("--num", "500", "--seed", "1", "--format", "npz")
-SHAPES = ("--prompts", "shapes-held", "--images-per-prompt", "5", "--seed", "1")
+SHAPES = ("--prompts", "shapes-held", "--images-per-prompt", "2", "--seed", "1")
 KINDS: dict[str, tuple[str, str, tuple[float, ...], tuple[str, ...]]] = {
     "classifier-free, digits": ("digits", "--guidance-scale", (1, 1.5, 2, 3, 5, 8), ()),
     "by a classifier, digits": ("digits", "--classifier-scale", (1, 2, 4, 8, 16), ("--classifier-guidance", "digits-noisy-classifier")),
-    "by CLIP, shapes": ("shapes", "--clip-scale", (3, 10, 30, 100, 300), ("--clip-guidance", "shapes-clip")),
+    "by CLIP, shapes": ("shapes", "--clip-scale", (30, 100, 300, 1000), ("--clip-guidance", "shapes-clip")),
 }
 """Name -> the model, the option of the scale, the scales, and what else."""
 OF_DIGITS = ("--data", "digits", "measures=accuracy,precision-recall,inception-score,diversity")
-OF_SHAPES = ("--prompts", "shapes-held", "images_per_prompt=5", "--attributes", "shapes", "--data", "shapes", "--resolution", "32",
+OF_SHAPES = ("--prompts", "shapes-held", "images_per_prompt=2", "--attributes", "shapes", "--data", "shapes", "--resolution", "32",
              "--features", "clip", "clip=shapes-clip", "measures=precision-recall,diversity")  # fmt: skip
 COLUMNS = {"right": "right", "precision": "precision", "recall": "recall", "score": "score of the classifier", "diversity": "diversity"}
 
@@ -34,7 +34,7 @@ COLUMNS = {"right": "right", "precision": "precision", "recall": "recall", "scor
 def measured(folder: Path, name: str) -> list[dict[str, Any]]:
     """The scores at each scale of a kind of guidance, in one evaluation."""
     model, option, scales, others = KINDS[name]
-    made = []
+    made: list[Path] = []
     for scale in scales:
         out = folder / f"{option.strip('-')}-{scale:g}"
         distill("sample", "--model", model, *(DIGITS if model == "digits" else SHAPES), *others, option, str(scale), "--out", str(out))

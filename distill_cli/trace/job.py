@@ -43,10 +43,15 @@ class Traced:
     sampling: Sampling
 
     @property
+    def cost(self) -> str:
+        """How a sample is made, and what it costs."""
+        calls = self.sampling.evaluations
+        return f"{self.sampling.solver}, {calls} network evaluation{'s' * (calls > 1)}"
+
+    @property
     def title(self) -> str:
         """Its name, and what a sample costs."""
-        calls = self.sampling.evaluations
-        return f"{self.spec}: {self.sampling.solver}, {calls} network evaluation{'s' * (calls > 1)}"
+        return f"{self.spec}: {self.cost}"
 
     def walk(self, config: TraceConfig, indices: Sequence[int]) -> Walk:
         """The samples `indices` of the job, the same as `distill sample` makes of the same seed."""

@@ -40,11 +40,11 @@ FIELDS = (0.75, 0.5, 0.3, 0.1)
 """Fractions of the range of times at which the score is shown."""
 
 
-def panels(rows: int, columns: int, size: float = INCHES) -> tuple[Figure, Any]:
-    """A figure with square panels, without ticks, and its axes (rows, columns)."""
+def panels(rows: int, columns: int, size: float = INCHES, lines: int = 1) -> tuple[Figure, Any]:
+    """A figure with square panels, without ticks, under titles of some lines, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size * columns, (size + 0.25) * rows), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(size * columns, (size + 0.25 * lines) * rows), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), xticks=(), yticks=(), aspect="equal")
@@ -188,7 +188,7 @@ class Plane(Trace):
 
     def trajectories(self) -> Figure:
         """The ways of some points: from the noise to the sample."""
-        figure, axes = panels(1, len(self.walks), 3.6)
+        figure, axes = panels(1, len(self.walks), 3.6, lines=2)
         colour = colours(self.noise)[:PATHS]
         for axis, (each, walk) in zip(axes[0], self.walks):
             ways = torch.stack([points for points, _ in self.states(each, walk)])[:, :PATHS]
@@ -198,7 +198,7 @@ class Plane(Trace):
             cloud(axis, ways[0], "white", 9)
             cloud(axis, ways[0], colour, 5)
             cloud(axis, ways[-1], colour, 14)
-            axis.set_title(each.title, fontsize=9)
+            axis.set_title(f"{each.spec}\n{each.cost}", fontsize=9)
         return figure
 
     def score(self) -> Figure:
