@@ -218,3 +218,15 @@ def test_steps_of_a_model():
     with pytest.raises(UsageError, match="number of steps"):
         report.split("digits@0")
     assert EvaluateConfig(model="digits").model == ["digits"]
+
+
+def test_two_processes_measure_as_one(distill, tmp_path, workers):
+    """The measures are shared out, and what they draw does not depend on who computes them: all scores and spreads are equal."""
+    npz(tmp_path / "x.npz", *open_images("digits").batch(range(300), Draws(1, range(300))))
+    every = "measures=accuracy,frechet,kid,inception-score,precision-recall,density-coverage,diversity,memorisation"
+    asked = ["evaluate", "--model", str(tmp_path / "x.npz"), "--data", "digits", "--num", "300", every]
+    assert distill(*asked, "--out", "one").code == 0
+    workers.finish([*asked, "--out", str(tmp_path / "two")], 2)
+    one, two = (json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("one", "two"))
+    assert one == two
+    assert one[0]["copies_spread"] > 0
