@@ -184,7 +184,7 @@ def facts(run: Run, recipe: dict[str, Any], lines: list[dict[str, Any]], speed: 
 def page(run: Run, refresh: int = 0) -> tuple[str, bool]:
     """The run's page as HTML, and whether the run has ended. Until then the page reloads itself every `refresh` seconds (0: never)."""
     if not run.recipe.is_file():
-        raise UsageError(f"{run.folder}: no run: it has no recipe.yaml")
+        raise UsageError(f"{run.folder}: no run: {'it has no recipe.yaml' if run.folder.exists() else 'no such folder'}")
     try:
         text = text_of(run.recipe)
         loaded = parse_yaml(text, str(run.recipe))

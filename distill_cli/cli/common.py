@@ -176,7 +176,7 @@ def open_run(context: typer.Context, recipe: str | None, overrides: list[str] | 
         raise UsageError(f"{given[0]}: not with --resume", "a run goes on with its own settings; only --steps may change")
     stored = Run(resume).recipe
     if not stored.is_file():
-        raise UsageError(f"--resume {resume}: no run: it has no recipe.yaml")
+        raise UsageError(f"--resume {resume}: no run: {'it has no recipe.yaml' if resume.exists() else 'no such folder'}")
     if not dry_run and processes.world_size() == 1:  # several processes: process 0 takes it later, when it can tell the others
         locks.hold(resume)
     return resolve(commands.config_of(command), str(stored), [], {"steps": flags.get("steps")}).model_copy(update={"out": resume})
@@ -199,6 +199,8 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
         fitting.refuse(objective, processes.world_size())
     engine = Engine(objective.config, objective)
     job.begin(engine)
+    if engine.step == engine.steps:
+        say(f"{engine.run.folder}: has ended, at step {engine.step}; --steps N goes on")
     made = engine.train()
     if made is None:  # only process 0 has the result
         return

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.schedule import NoiseSchedule
-from distill_cli.errors import UsageError
+from distill_cli.errors import DistillError, UsageError
 from distill_cli.methods.dmd2.config import DMD2Config
 from distill_cli.models.lora import PAIR, Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.times import parse
+from distill_cli.training.job import Job
 
 
 def times_of(config: DMD2Config, schedule: NoiseSchedule, student: Model | None) -> Tensor:
@@ -38,6 +39,14 @@ def times_of(config: DMD2Config, schedule: NoiseSchedule, student: Model | None)
             shown = ", ".join(f"{other:g}" for other in known)
             raise UsageError(f"times {time:g}: student {config.student} was trained at {shown}", "those, or leave student out")
     return torch.tensor(own, dtype=torch.float64)
+
+
+def student_of(config: DMD2Config, job: Job) -> Model | None:
+    """The student to begin with, None without one. An error names the key, which a recipe may have given."""
+    try:
+        return job.teacher(config.student, config.device) if config.student else None
+    except DistillError as error:
+        raise type(error)(f"student: {error.message}", error.hint) from error
 
 
 def take_over(config: DMD2Config, student: Model, teacher_hash: str, own: NetworkDenoiser) -> None:

@@ -47,7 +47,7 @@ from distill_cli.training.source import Source, read
 def open(config: DMD2Config, job: Job) -> Objective:
     """Read teacher, student, real images, pairs and prompts; a plan needs no pairs."""
     teacher = job.teacher(config.teacher, config.device)
-    student = job.teacher(config.student, config.device) if config.student else None
+    student = begin.student_of(config, job)
     data: Images | PairStore | None = None
     if config.resolution is not None and teacher.codec.factor > 1:
         teacher = teacher.with_resolution(config.resolution)
