@@ -1,6 +1,6 @@
 """Fidelity bought with diversity: the three kinds of guidance over their scales, for docs/guidance.md.
 
-    python -m docs.guidance_kinds runs/guidance-kinds      # about MINUTES on one core
+    python -m docs.guidance_kinds runs/guidance-kinds      # about 30 minutes on one core of 2 beside other work
 
 Digits: the built-in teacher asked for its classes by classifier-free guidance, and without its classes led by the built-in classifier of
 noised pictures; 500 pictures each, 50 of a class. Shapes: the built-in text-to-image teacher under its empty prompt, led by the built-in
@@ -22,13 +22,13 @@ SHAPES = ("--prompts", "shapes-held", "--images-per-prompt", "2", "--seed", "1")
 KINDS: dict[str, tuple[str, str, tuple[float, ...], tuple[str, ...]]] = {
     "classifier-free, digits": ("digits", "--guidance-scale", (1, 1.5, 2, 3, 5, 8), ()),
     "by a classifier, digits": ("digits", "--classifier-scale", (1, 2, 4, 8, 16), ("--classifier-guidance", "digits-noisy-classifier")),
-    "by CLIP, shapes": ("shapes", "--clip-scale", (30, 100, 300), ("--clip-guidance", "shapes-clip")),
+    "by CLIP, shapes": ("shapes", "--clip-scale", (30, 100, 300, 1000), ("--clip-guidance", "shapes-clip")),
 }
 """Name -> the model, the option of the scale, the scales, and what else."""
 OF_DIGITS = ("--data", "digits", "measures=accuracy,precision-recall,inception-score,diversity")
-OF_SHAPES = ("--prompts", "shapes-held", "images_per_prompt=2", "--attributes", "shapes", "--data", "shapes", "--resolution", "32",
+OF_SHAPES = ("--prompts", "shapes-held", "images_per_prompt=2", "--attributes", "shapes", "--data", "shapes",
              "--features", "clip", "clip=shapes-clip", "measures=precision-recall,diversity")  # fmt: skip
-COLUMNS = {"right": "right", "precision": "precision", "recall": "recall", "score": "score of the classifier", "diversity": "diversity"}
+COLUMNS = {"right": "right", "precision": "precision", "recall": "recall", "score": "score", "diversity": "diversity"}
 
 
 def measured(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -44,7 +44,8 @@ def measured(folder: Path, name: str) -> list[dict[str, Any]]:
     distill("evaluate", *(part for each in made for part in ("--model", str(each))), *asked, "--out", str(out))
     rows = json.loads((out / "report.json").read_text())["rows"]
     return [
-        {key.removeprefix("clip_"): value for key, value in row.items()} | {"scale": scale, "right": row.get("accuracy", row.get("all"))}
+        {key.removeprefix("clip_"): value for key, value in row.items()}
+        | {"scale": scale, "right": row.get("accuracy", row.get("all_attributes"))}
         for scale, row in zip((*scales, "real pictures"), rows, strict=False)
     ]
 
@@ -70,7 +71,8 @@ def main(folder: Path) -> None:
     print("| guidance | scale | " + " | ".join(COLUMNS.values()) + " |\n|---|---" + "|---" * len(COLUMNS) + "|")
     for name, rows in found.items():
         for row in rows:
-            print(f"| {name} | {row['scale']} | " + " | ".join(f"{row[key]:.3f}" if key in row else "" for key in COLUMNS) + " |")
+            shown = (f"{row[key]:.3f}" if row.get(key) is not None else "" for key in COLUMNS)
+            print(f"| {name} | {row['scale']} | " + " | ".join(shown) + " |")
     draw(found)
 
 
