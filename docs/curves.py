@@ -38,7 +38,7 @@ MADE = {
     "healthy-pd": f"pd --recipe digits-pd precision=no steps=120 health_every=10 first_steps=4 shares=null {SMALL}",
 }
 """Folder below RUNS -> the command, without distill and --out."""
-SHOWN, STEPS, DIGITS, SIDE = ("healthy", "rates", "no-regression", "lagging"), (30, 60, 120), 10, 64
+SHOWN, STEPS, DIGITS, SIDE = ("healthy", "rates", "no-regression", "lagging", "guidance"), (30, 60, 120), 10, 64
 HEAD = ("steps", "last_round", "error_ratio")
 """What stands in the first line of a run in curves.json."""
 COLUMNS = ("luminance", "saturation", "contrast", "sharpness", "spread", "drift", "frechet", "accuracy")

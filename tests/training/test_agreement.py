@@ -125,7 +125,8 @@ def test_the_metric_the_decoder_and_the_prompts_are_held(monkeypatch):
             network.bias += 1
             decoder.decoder.layers[0].bias += 1
     assert {key for key in found[0] if found[0][key] != found[1][key]} == {"lpips_weights", "decoder", "prompts"}
-    assert set(found[0]) == {"lpips_weights", "decoder", "prompts", "teacher", "pairs"}
+    guides = {"classifier_guidance", "clip_guidance"}
+    assert set(found[0]) == {"lpips_weights", "decoder", "prompts", "teacher", "pairs"} | guides
 
 
 def test_lists_say_what_is_new():
