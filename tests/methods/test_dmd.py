@@ -154,8 +154,8 @@ def test_guidance_without_a_null_class_is_refused(tiny):
 
 def test_a_fake_score_that_falls_behind_is_reported(tiny):
     dmd = objective(tiny)
-    assert dmd.advice({"real_error": 1.0, "fake_error": 0.9}, 0.5) == ""
-    assert "fallen behind: its error on the student's images is 1.70 times" in dmd.advice({"real_error": 1.0, "fake_error": 1.7}, 0.5)
+    assert dmd.advice({"real_error": 1.0, "fake_error": 1.62}, 0.5) == ""  # as a healthy run may have for a moment
+    assert "fallen behind: its error on the student's images is 1.90 times" in dmd.advice({"real_error": 1.0, "fake_error": 1.9}, 0.5)
 
 
 def test_what_to_change_follows_from_the_options(tiny):

@@ -43,7 +43,7 @@ from distill_cli.training.signs import GENERAL as SIGNS
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
 """Frozen networks -> the option that names each."""
-FAKE_BEHIND, FAKE_STILL = 1.6, 0.05
+FAKE_BEHIND, FAKE_STILL = 1.8, 0.05
 """The fake score's error over the teacher's above which it has fallen behind, and how near to 1 it is where it has not yet learned."""
 
 
