@@ -43,6 +43,7 @@ def show(
         return
     model = load(name)
     denoiser = model.denoiser
+    there = format_of(model).in_diffusers(model)
     rows = {
         "name": model.lineage.name,
         "kind": model.lineage.kind,
@@ -58,10 +59,10 @@ def show(
         "sampling": model.sampling.model_dump(),
         "knows": model.sampler.knows,
         "answers": model.sampler.answers,
-        "guidance": f"{model.sampler.guidance}, scale {model.sampler.dial}",
+        "guidance": f"{model.sampler.guidance}, scale {model.sampler.dial}{f' ({there.scale})' if there.scale else ''}",
         "times": list(model.sampler.times),
         "grid": denoiser.schedule.grid or None,
-        "in_diffusers": format_of(model).in_diffusers(model).said,
+        "in_diffusers": there.said,
         "in_comfyui": comfyui.settings(model) or None,
         "lineage": model.lineage.model_dump(exclude={"name", "kind"}),
         "weights_hash": model.weights_hash(),

@@ -22,6 +22,7 @@ BUILTIN_SETS = {
 PROMPT_SETS = ("shapes", "shapes-held")
 """Built-in sets of prompts (data/prompts.py)."""
 Solver = Literal["heun", "heun-churn", "euler", "ddim", "ancestral", "few-step", "pndm", "dpm++"]
+GuidanceRule = Literal["plain", "renormed rows"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]

@@ -123,6 +123,20 @@ class NetworkDenoiser(nn.Module):
         skip, out = boundary(t, self.boundary)
         return expand(skip, x) * x + expand(out, x) * estimate
 
+    def around(self, network: nn.Module) -> NetworkDenoiser:
+        """The same denoiser of another network."""
+        out = NetworkDenoiser(network, self.schedule, self.parameterisation, self.scales, self.time_input, self.boundary)
+        return out.train(self.training)
+
+    def on(self, schedule: NoiseSchedule) -> NetworkDenoiser:
+        """The denoiser on another schedule, of the same network; itself where it is the same schedule."""
+        if schedule is self.schedule:
+            return self
+        training = self.training
+        out = self.around(self.network)
+        out.schedule = schedule
+        return out.train(training)
+
     @property
     def error(self) -> str:
         """The network's own error, a row of ERRORS."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distill_cli.config.base import GuidanceRule
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.losses import wide
@@ -35,6 +36,20 @@ def estimates(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) ->
     return estimate, estimate
 
 
+def _renormed(x: Tensor, cond: Tensor, led: Tensor) -> Tensor:
+    """x_t - x0 of `led`, as long as that of `cond` in each row of pixels. In flow matching it is t times the flow, so t does not matter."""
+    own, other = x - cond, x - led
+    ratio = own.norm(dim=-1, keepdim=True) / other.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return x - other * ratio
+
+
+RULES: dict[GuidanceRule, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "plain": lambda x, cond, led: led,
+    "renormed rows": _renormed,  # Lumina2Pipeline's cfg_normalization
+}
+"""Rule -> (x_t, the conditional estimate, uncond + scale (cond - uncond)) -> the guided estimate, each (B, C, H, W)."""
+
+
 class Guided(Guidance):
     """Classifier-free guidance (Ho & Salimans 2207.12598): uncond + scale (cond - uncond).
 
@@ -42,10 +57,11 @@ class Guided(Guidance):
     own is the part GUIDANCE_SCALE of the condition.
     Both come from one call of twice the batch, or from two `calls` of half the memory.
     The same combination of noise predictions gives the same x0, so it does not matter which of them is combined.
+    `rule`: what a family's pipeline does with the combination.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float | None, null: Condition, calls: int = 1) -> None:
-        self.denoiser, self.scale, self.null, self.calls = denoiser, scale, null, calls
+    def __init__(self, denoiser: Denoiser, scale: float | None, null: Condition, calls: int = 1, rule: GuidanceRule = "plain") -> None:
+        self.denoiser, self.scale, self.null, self.calls, self.rule = denoiser, scale, null, calls, RULES[rule]
 
     def estimates(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         scale: float | Tensor | None = self.scale
@@ -53,7 +69,7 @@ class Guided(Guidance):
             told, condition = condition.parted(GUIDANCE_SCALE)
             scale = expand(told, x)
         cond, uncond = self.both(x, t, condition)
-        return cond, uncond + scale * (cond - uncond)
+        return cond, self.rule(x, cond, uncond + scale * (cond - uncond))
 
     def both(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional estimate."""
@@ -97,11 +113,11 @@ class Unconditional(Guidance):
         return self.denoiser(x, t, condition), self(x, t, condition)
 
 
-def guided(denoiser: Denoiser, scale: float | None, null: Condition | None, calls: int = 1) -> Denoiser:
+def guided(denoiser: Denoiser, scale: float | None, null: Condition | None, calls: int = 1, rule: GuidanceRule = "plain") -> Denoiser:
     """`denoiser` under classifier-free guidance; itself at scale 1, and the unconditional one at scale 0 (no second evaluation)."""
     if scale == 1 or null is None:
         return denoiser
-    return Unconditional(denoiser, null) if scale == 0 else Guided(denoiser, scale, null, calls)
+    return Unconditional(denoiser, null) if scale == 0 else Guided(denoiser, scale, null, calls, rule)
 
 
 class Guide(Protocol):

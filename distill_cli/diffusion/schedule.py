@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from distill_cli.config.base import Solver
 from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.shift import Shift
 
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "noise": lambda a, s: a / s,  # Ho et al. 2006.11239, L_simple
@@ -105,6 +106,10 @@ class NoiseSchedule(Protocol):
     def between(self, t: Tensor, r: Tensor, share: float) -> Tensor:
         """The times (B,) on the way from t to r (B,), at a share of it."""
         return t + (r - t) * share
+
+    def sized(self, tokens: int) -> NoiseSchedule:
+        """The schedule of pictures of so many tokens: itself, unless it depends on the size."""
+        return self
 
     @property
     def signal(self) -> bool:
@@ -315,7 +320,8 @@ class FlowSchedule(NoiseSchedule):
     """Flow matching (2210.02747, rectified flow 2209.03003): alpha = 1 - t, sigma = t, t in [0, 1].
 
     `shift` moves the times of training and of solvers towards the noise (Esser et al. 2403.03206, section 5.3.2); Stable Diffusion 3 has
-    3. `points` is diffusers' num_train_timesteps: training never comes nearer to the data than the shifted 1 / points.
+    3, and some models have one for each size. `points` is diffusers' num_train_timesteps: training never comes nearer to the data than
+    the shifted 1 / points.
     """
 
     shift: float = 1.0
@@ -323,10 +329,24 @@ class FlowSchedule(NoiseSchedule):
     t_max: float = 1.0
     usual_solver: Solver = "euler"
     time_input: str = "1000 t"
+    ends: Literal["training", "steps"] = "training"
+    """Where a solver's N times end before the shift: at the smallest time of training, or at 1/N, in pipelines that give the times."""
+    moving: Shift | None = None
+    """What `shift` depends on, if it does; else None."""
 
-    def shifted(self, t: Tensor) -> Tensor:
-        """The shifted times: t at shift 1."""
-        return self.shift * t / (1 + (self.shift - 1) * t)
+    def sized(self, tokens: int) -> FlowSchedule:
+        if self.moving is None or self.moving.tokens == tokens:
+            return self
+        return self.moved(self.moving.sized(tokens))
+
+    def moved(self, moving: Shift) -> FlowSchedule:
+        """The schedule with the shift that `moving` says."""
+        return replace(self, shift=moving.of(), moving=moving)
+
+    def shifted(self, t: Tensor, steps: int | None = None) -> Tensor:
+        """The shifted times: t at shift 1. `steps`: for a solver of so many, by which some shifts differ."""
+        shift = self.shift if steps is None or self.moving is None else self.moving.of(steps)
+        return shift * t / (1 + (shift - 1) * t)
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -358,9 +378,11 @@ class FlowSchedule(NoiseSchedule):
         return (t / (self.shift - (self.shift - 1) * t) - low) / (1 - low)
 
     def times(self, steps: int) -> Tensor:
-        """(steps,) decreasing times of diffusers' FlowMatchEulerDiscreteScheduler: evenly from 1 to the smallest of training, then shifted.
+        """(steps,) decreasing times of diffusers' FlowMatchEulerDiscreteScheduler: evenly from 1 to where they end, then shifted.
 
-        So the smallest is shifted twice.
+        By itself it ends at the smallest time of training, which a constant shift has moved already: that one is shifted twice.
         """
-        low = self.shifted(torch.tensor(1 / self.points, dtype=torch.float64)).item()
-        return self.shifted(torch.linspace(1, low, steps, dtype=torch.float64))
+        low = 1 / (steps if self.ends == "steps" else self.points)
+        if self.ends == "training" and self.moving is None:
+            low = self.shifted(torch.tensor(low, dtype=torch.float64)).item()
+        return self.shifted(torch.linspace(1, low, steps, dtype=torch.float64), steps)

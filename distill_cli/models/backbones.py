@@ -45,6 +45,12 @@ class Backbone(nn.Module):
     """Parts of a condition, and the option of the network's configuration that says the width of each."""
     lora: ClassVar[tuple[str, ...]] = ()
     """Ends of the names of the layers that a LoRA usually changes; a network need not have all of them."""
+    usual: int | None = None
+    """The width of its data where its configuration says no sample_size: that of the pipeline."""
+    halves: bool = False
+    """Whether it may answer with twice the channels, of which the first half is the prediction."""
+    comfyui: ClassVar[str | None] = None
+    """ComfyUI's node that shifts times in flow matching; '' if its schedulers take others, None if it reads no such student."""
     weight_type: torch.dtype | None = None
     """The number type of its weights if they are stored in half precision: all calls then run in it."""
     quantized: bool = False
@@ -61,7 +67,7 @@ class Backbone(nn.Module):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) for which the network was made."""
-        size = self.net.config.sample_size
+        size: Any = self.net.config.get("sample_size", self.usual)
         height, width = (size, size) if isinstance(size, int) else size
         return self.net.config.in_channels, height, width
 
@@ -74,6 +80,10 @@ class Backbone(nn.Module):
     def most(self) -> float:
         """The largest H and W."""
         return math.inf
+
+    def tokens(self, shape: tuple[int, int, int]) -> int:
+        """Of how many tokens a pipeline takes data of `shape` (C, H, W) to be, where it shifts times by that."""
+        return shape[1] * shape[2] // self.multiple**2
 
     def __call__(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         if self.quantized:
@@ -93,8 +103,8 @@ class Backbone(nn.Module):
         """The layer whose answer a discriminator reads, half-way through the network, and the answer's width."""
         raise UsageError(f"gan: no layer of a {type(self.net).__name__} is known for a discriminator", "gan=none")
 
-    def features(self, answer: Any) -> Tensor:
-        """The answer of that layer as (B, N, width): N places of pictures (B, width, H, W), or tokens."""
+    def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
+        """The answer of that layer as (B, N, width): N places of pictures (B, width, H, W), or tokens. `x`, `condition`: what was asked."""
         return answer.flatten(2).mT if answer.ndim == 4 else answer
 
     def cast(self, dtype: torch.dtype | None) -> None:
@@ -151,15 +161,15 @@ class Backbone(nn.Module):
             if config.get(key):
                 asks = f"{key} is {json.dumps(config[key])}: the network wants {wanted}"
                 raise DistillError(f"{where}: {asks}", "such models are not read yet")
-        size, given = config.get("sample_size"), config["in_channels"]
+        size, given = config.get("sample_size", self.usual), config["in_channels"]
         if size is None:
             unknown = "does not say its sample_size, so how large its pictures are is not known"
             raise DistillError(f"{where}: {unknown}", "add it to config.json")
         sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
         if not all(type(side) is int and side > 0 for side in sides):
             raise DistillError(f"{where}: sample_size is {json.dumps(size)}, a whole number above 0 or two of them are expected")
-        made = config.get("out_channels", given)
-        if made != given:
+        made = config.get("out_channels") or given
+        if made != given and not (self.halves and made == 2 * given):
             why = ": its variance is learned too, which is not read" if made == 2 * given else ""
             hint = "the network must have as many output as input channels"
             raise DistillError(f"{where}: {given} channels go in and {made} come out{why}", hint)
@@ -212,6 +222,7 @@ def embedded(scale: Tensor, width: int) -> Tensor:
 class UNet2DCondition(Backbone):
     """diffusers' UNet2DConditionModel, the text-conditioned network of Stable Diffusion. With `time_cond_proj_dim` it is told a scale."""
 
+    comfyui = "ModelSamplingSD3"
     WIDTH = 256
     """The width of the scale's embedding in published latent consistency models."""
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_cli.errors import DistillError, reason
+from distill_cli.models.codec import VAECodec
 from distill_cli.models.embeddings import NAMES
 
 if TYPE_CHECKING:
@@ -51,12 +52,12 @@ def check_labelled(model: Model, folder: Path) -> None:
     rehearse(model, where)
 
 
-def check_vae(vae: Any, where: str, moved: bool = False) -> None:
+def check_vae(vae: Any, where: str, numbers: tuple[str, ...] = ("scaling_factor",)) -> None:
     """Raise DistillError if a pipeline has no place for how latents are normalized, or pictures are not in colour.
 
-    All pipelines scale latents by `scaling_factor`; those of latents that are `moved` too shift them by `shift_factor`.
+    `numbers`: the options of the configuration by which the pipeline scales latents, and moves them.
     """
-    config, numbers = vae.config, ("scaling_factor", *(("shift_factor",) if moved else ()))
+    config = vae.config
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(key) and key not in numbers:
             more = f"{key} is {json.dumps(config[key])}: latents that are moved too, not only scaled, are not read"
@@ -66,18 +67,20 @@ def check_vae(vae: Any, where: str, moved: bool = False) -> None:
         if type(value) not in (int, float) or not math.isfinite(value) or (key == "scaling_factor" and value <= 0):
             number = "a number above 0" if key == "scaling_factor" else "a number"
             raise DistillError(f"{where}: {key} is {json.dumps(value)}, {number} is expected")
-    into, out = config["in_channels"], config["out_channels"]
+    into = config["in_channels"]
+    out = config.get("out_channels", into)
     if (into, out) != (3, 3):
         raise DistillError(f"{where}: pictures of {into} and {out} channels", "colour pictures are read")
 
 
 def check_latents(model: Model, folder: Path) -> None:
     """Raise DistillError if the parts of a latent text-to-image model do not fit together."""
-    where, text, vae = f"{folder / model.backbone.part}", model.text, model.parts()["vae"].config
+    where, text, codec = f"{folder / model.backbone.part}", model.text, model.codec
     config = model.net.config
     assert text is not None
-    if vae["latent_channels"] != config["in_channels"]:
-        raise DistillError(f"{folder}: the autoencoder has {vae['latent_channels']} channels, the network {config['in_channels']}")
+    assert isinstance(codec, VAECodec)
+    if codec.channels != config["in_channels"]:
+        raise DistillError(f"{folder}: the autoencoder has {codec.channels} channels, the network {config['in_channels']}")
     model.backbone.check(where)
     for (name, tokenizer), encoder in zip(text.tokenizers().items(), text.parts().values(), strict=True):
         words, known = tokenizer.get_vocab(), encoder.config.vocab_size

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from fractions import Fraction
+from functools import partialmethod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from distill_cli.data.kinds import PICTURES, Kind
 from distill_cli.errors import DistillError, UsageError
@@ -79,7 +81,7 @@ class Codec:
 
 
 class VAECodec(Codec):
-    """Latents z = (encoded - shift) * scale of an AutoencoderKL, or of an AutoencoderTiny, which has no scale and no noise.
+    """Latents z = (encoded - shift) * scale of an AutoencoderKL, an AutoencoderDC, or an AutoencoderTiny; the last two have no noise.
 
     `upcast`: fp16 is too small for what the autoencoder computes with, so it decodes in float32 there; bf16 has the range.
     """
@@ -92,8 +94,17 @@ class VAECodec(Codec):
         self.scale, self.shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
         self.factor = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
 
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.vae.config.latent_channels)
+
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.vae.encode(images.to(next(self.vae.parameters()).device)).latent_dist
+        found = self.vae.encode(images.to(next(self.vae.parameters()).device))
+        if not hasattr(found, "latent_dist"):
+            mean = (found[0].float() - self.shift) * self.scale
+            return mean, torch.zeros_like(mean)
+        found = found.latent_dist
         return (found.mean.float() - self.shift) * self.scale, found.std.float() * self.scale
 
     def raw(self, x: Tensor) -> Tensor:
@@ -117,7 +128,7 @@ class VAECodec(Codec):
         return [self.vae.decoder]
 
     def fresh(self) -> VAECodec:
-        return VAECodec(type(self.vae).from_config(self.vae.config), self.upcast)
+        return type(self)(type(self.vae).from_config(self.vae.config), self.upcast)
 
     def with_decoder(self, spec: str) -> VAECodec:
         """A codec with the AutoencoderTiny in a folder, or of a hub id."""
@@ -135,7 +146,10 @@ class VAECodec(Codec):
         import diffusers
 
         with torch.device("meta"):
-            return VAECodec(diffusers.AutoencoderTiny(latent_channels=self.vae.config.latent_channels))
+            tiny = VAECodec(diffusers.AutoencoderTiny(latent_channels=self.vae.config.latent_channels))
+        if (tiny.channels, tiny.factor) != (self.channels, self.factor):
+            raise UsageError(f"decoder: none is known for the latents of a {type(self.vae).__name__}", "leave it out")
+        return tiny
 
     def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int, most: float = math.inf) -> tuple[int, int]:
         whole, (_, height, width) = self.factor * multiple, shape
@@ -147,3 +161,38 @@ class VAECodec(Codec):
         if max(height, width) > most:
             raise UsageError(f"resolution {pixels}: the network makes pictures of at most {most * self.factor:g} pixels a side")
         return height, width
+
+
+class PatchedCodec(VAECodec):
+    """Latents of an AutoencoderKLFlux2 as its pipeline has them: 2x2 places in one, each channel with mean 0 and deviation 1.
+
+    Their means and variances are the running ones of the autoencoder's batch norm.
+    """
+
+    def __init__(self, vae: Any, upcast: bool = False) -> None:
+        self.vae, self.upcast, self.scale, self.shift = vae, upcast, 1.0, 0.0
+        self.factor = 2 ** len(vae.config.block_out_channels)
+
+    @property
+    def channels(self) -> int:
+        return 4 * int(self.vae.config.latent_channels)
+
+    def _norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (C, 1, 1) of the channels."""
+        norm = self.vae.bn
+        std = (norm.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
+        return norm.running_mean.float().to(x.device)[:, None, None], std.to(x.device)[:, None, None]
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (pixel_unshuffle(part, 2) for part in super().encode(images))
+        middle, scale = self._norm(mean)
+        return (mean - middle) / scale, std / scale
+
+    def raw(self, x: Tensor) -> Tensor:
+        middle, scale = self._norm(x)
+        return super().raw(pixel_shuffle(x * scale + middle, 2))
+
+    def with_decoder(self, spec: str) -> VAECodec:
+        raise UsageError(f"decoder {spec}: none is known for the latents of a {type(self.vae).__name__}", "leave it out")
+
+    sketched_decoder = partialmethod(with_decoder, "of a plan")

@@ -220,6 +220,8 @@ class PromptConditioner(Conditioner):
     has_null = True
     summary = "prompts"
     part = "encoder_hidden_states"
+    asks = ""
+    """How the encoders are asked about a prompt, where that is not in their weights: part of what stored embeddings are of."""
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
         reader = clip_reader(tokenizer, encoder)

@@ -54,6 +54,8 @@ class Encoder(Protocol):
     negative: str | None
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of each part of a prompt's condition."""
+    asks: str
+    """How the encoders are asked about a prompt; '' where that is in their weights."""
 
     def parts(self) -> dict[str, Any]:
         """The text encoders, by their names in a pipeline."""
@@ -75,6 +77,7 @@ class Embeddings:
         lengths = [shape[0] for shape in conditioner.shapes.values() if len(shape) > 1]
         encoders = map(encoder_hash, conditioner.parts().values())
         settings = [*encoders, digest_of(conditioner.prompts), conditioner.negative, *lengths, dtype]
+        settings += [conditioner.asks] if conditioner.asks else []
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         self.folder = Path(folder) / f"text-{self.key[:12]}"
         self.verified = Verified(folder)

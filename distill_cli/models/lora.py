@@ -105,6 +105,13 @@ class Adapter(Backbone):
     def most(self) -> float:
         return self.base.most
 
+    def tokens(self, shape: tuple[int, int, int]) -> int:
+        return self.base.tokens(shape)
+
+    @property
+    def comfyui(self) -> str | None:  # type: ignore[override]
+        return self.base.comfyui
+
     @property
     def blocks(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.base.blocks
@@ -119,8 +126,8 @@ class Adapter(Backbone):
     def middle(self) -> tuple[nn.Module, int]:
         return self.base.middle()
 
-    def features(self, answer: Any) -> Tensor:
-        return self.base.features(answer)
+    def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
+        return self.base.features(answer, x, condition)
 
     def told(self) -> Backbone:
         hint = "guidance_scale=S fixes one inside, or train without lora"

@@ -112,7 +112,7 @@ class Model:
         """
         asks = told or (sampling.guidance_scale != 1 and sampling.guidance_calls > 0)
         scale, null = None if told else sampling.guidance_scale, self.conditioner.null if asks else None
-        base = guided(denoiser or self.denoiser, scale, null, sampling.guidance_calls)
+        base = guided(denoiser or self.denoiser, scale, null, sampling.guidance_calls, self.sampler.rule)
         return steered(base, self.denoiser.schedule, self.guides)
 
     def to(self, device: str | torch.device) -> Model:
@@ -122,11 +122,8 @@ class Model:
 
     def whole(self) -> Model:
         """The model with its LoRA added to its weights; itself if it has none."""
-        backbone, old = self.backbone.merged(), self.denoiser
-        if backbone is self.backbone:
-            return self
-        denoiser = NetworkDenoiser(backbone, old.schedule, old.parameterisation, old.scales, old.time_input, old.boundary)
-        return replace(self, denoiser=denoiser.eval())
+        backbone = self.backbone.merged()
+        return self if backbone is self.backbone else replace(self, denoiser=self.denoiser.around(backbone).eval())
 
     def copy(self, **changes: Any) -> Model:
         """The same model with its own copy of the denoiser."""
@@ -168,9 +165,11 @@ class Model:
         return self.with_size(size)
 
     def with_size(self, size: tuple[int, int] | None) -> Model:
-        """The model for data of `size` (H, W), None for the network's own; its conditions say so, where they say a size."""
-        height, width = (side * self.codec.factor for side in size or self.backbone.shape[1:])
-        return replace(self, size=size, conditioner=self.conditioner.sized(height, width))
+        """The model for data of `size` (H, W), None for the network's own; conditions and schedule follow, where they depend on it."""
+        shape = (self.backbone.shape[0], *(size or self.backbone.shape[1:]))
+        height, width = (side * self.codec.factor for side in shape[1:])
+        schedule = self.denoiser.schedule.sized(self.backbone.tokens(shape))
+        return replace(self, size=size, conditioner=self.conditioner.sized(height, width), denoiser=self.denoiser.on(schedule))
 
     def at(self, shape: tuple[int, int, int]) -> Model:
         """The model at the size of `shape` (C, H, W) if it is latent; a pixel model is returned unchanged."""

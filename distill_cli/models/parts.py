@@ -214,8 +214,13 @@ def _filled(kind: Any, folder: Path, files: Iterable[Path]) -> tuple[Any, dict[s
         "mismatched_keys": [name for name in wanted if name in places and name not in fits],
     }
     if not found["missing_keys"] and not found["mismatched_keys"] and not UNFILLED.get():
-        network.load_state_dict({name: file.read(at) for name, (file, at) in ((name, places[name]) for name in wanted)}, assign=True)
+        network.load_state_dict({name: _value(wanted[name], *places[name]) for name in wanted}, assign=True)
     return network, found
+
+
+def _value(like: Any, file: Any, name: str) -> Any:
+    """A tensor of a file for the place of `like`: float32, or the whole numbers of a counter."""
+    return file.read(name) if like.is_floating_point() else file.read(name, whole=True).to(like.dtype)
 
 
 UNFILLED: ContextVar[bool] = ContextVar("unfilled", default=False)

@@ -15,6 +15,7 @@ from distill_cli.config import NetworkConfig
 from distill_cli.config.networks import usual_attention
 from distill_cli.data import Images
 from distill_cli.data.points import POINTS
+from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.errors import DistillError
 from distill_cli.models.backbones import Backbone, TimeFeatures
@@ -92,7 +93,7 @@ class Plane(Backbone):
         blocks = [(block, width) for level, width in zip(self.net.blocks, self.net.config.block_out_channels) for block in level]
         return blocks[(len(blocks) - 1) // 2]
 
-    def features(self, answer: Any) -> Tensor:
+    def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
         return answer[:, None]
 
 

@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from distill_cli.config.base import Positive, Solver
+from distill_cli.config.base import GuidanceRule, Positive, Solver
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
 from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
-from distill_cli.diffusion.schedule import NoiseSchedule
+from distill_cli.diffusion.schedule import FlowSchedule, NoiseSchedule
 from distill_cli.errors import UsageError
 from distill_cli.models import schedulers
 from distill_cli.models.times import parse
@@ -69,8 +69,11 @@ def _few_step(task: Task) -> Tensor:
 
 
 def _diffusers(task: Task, name: str) -> Tensor:
-    table: Any = task.schedule
-    config = task.scheduler or schedulers.config_of(table, task.network.parameterisation)
+    schedule: Any = task.schedule
+    if isinstance(schedule, FlowSchedule):
+        config = schedulers.flow_config(schedule, len(task.times))
+    else:
+        config = task.scheduler or schedulers.config_of(schedule, task.network.parameterisation)
     return schedulers.run(config, name, len(task.times), task.denoiser, task.network, task.start, task.condition)
 
 
@@ -90,6 +93,8 @@ class Algorithm:
     times: Callable[[NoiseSchedule, int], Tensor] = lambda schedule, steps: schedule.times(steps)
     table: bool = False
     """Works only on a table of times."""
+    flow: bool = False
+    """Works on a table of times, and in flow matching."""
     signal: bool = False
     """Divides by alpha, so alpha must be above 0 at the largest time."""
     few: bool = False
@@ -104,7 +109,7 @@ SOLVERS: dict[str, Algorithm] = {
     "ancestral": Algorithm(lambda task: _straight(task, task.noise)),
     "few-step": Algorithm(_few_step, few=True),
     "pndm": Algorithm(partial(_diffusers, name="pndm"), lambda steps: steps + (steps > 1), table=True, signal=True),
-    "dpm++": Algorithm(partial(_diffusers, name="dpm++"), table=True),
+    "dpm++": Algorithm(partial(_diffusers, name="dpm++"), flow=True),
 }
 
 
@@ -136,6 +141,8 @@ class Sampler(Sampling):
 
     knows: Literal["every level", "own times", "pure noise"] = "every level"
     """The noise levels at which the model was trained; a student with times of its own has them in `times`."""
+    rule: GuidanceRule = "plain"
+    """What becomes of uncond + scale (cond - uncond): a row of RULES."""
     answers: Literal["mean", "endpoint"] = "mean"
     """What the denoiser estimates: E[x0 | x_t], for ODE solvers, or the end of the ODE, to which new noise may be added."""
     guidance: Literal["outside", "inside", "told"] = "outside"
@@ -252,8 +259,12 @@ class Sampler(Sampling):
         out = Sampling(solver=name, steps=steps or usual, guidance_scale=scale, guidance_calls=combined)
         if scale < 1:
             raise UsageError(f"--guidance-scale {scale:g}: below 1 it leads away from the condition", "1 is without guidance")
-        if SOLVERS[name].table and schedule.bins is None:
-            raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's", "use heun or ddim")
+        chosen = SOLVERS[name]
+        if (chosen.table or (chosen.flow and not isinstance(schedule, FlowSchedule))) and schedule.bins is None:
+            also = ", and for flow matching" if chosen.flow else ""
+            raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's{also}", "use heun or ddim")
+        if chosen.flow and isinstance(schedule, FlowSchedule) and out.steps >= schedule.points:
+            raise UsageError(f"--steps {out.steps}: {name} takes whole times of {schedule.points}", "a few dozen steps are plenty")
         if SOLVERS[name].signal and not schedule.signal:
             raise UsageError(f"--solver {name}: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
         self.times_for(schedule, name, out.steps)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
-from distill_cli.diffusion.schedule import TableSchedule
+from distill_cli.diffusion.schedule import FlowSchedule, TableSchedule
 from distill_cli.errors import DistillError
 
 SOLVERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "solver_order": 2},
 }
 """Options of these schedulers that our solvers fix, whatever the model's own scheduler says."""
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+"""Options of DPMSolverMultistepScheduler in flow matching."""
 MOST_TIMES = 100_000
 SPACINGS = ("leading", "linspace", "trailing")
 TAKEN = (
@@ -153,14 +155,30 @@ def run(
     config: dict[str, Any], solver: str, steps: int, denoiser: Denoiser, network: NetworkDenoiser, x: Tensor, condition: Condition
 ) -> Tensor:
     """x0 (B, C, H, W) from x (B, C, H, W) at the largest time; `denoiser` is `network`, guided or not."""
-    scheduler = make(config, SOLVERS[solver])
+    flow = isinstance(network.schedule, FlowSchedule)
+    scheduler = own(config) if flow else make(config, SOLVERS[solver])
     scheduler.set_timesteps(steps, device=x.device)
     x = x * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         times, scaled = t.to(x.dtype).expand(len(x)), scheduler.scale_model_input(x, t)
+        times = times / config["num_train_timesteps"] if flow else times  # whole times, also where a flow's level lies between
         x0 = denoiser(scaled, times, condition)
         x = scheduler.step(network.prediction(scaled, times, x0), t, x, return_dict=False)[0]
     return x
+
+
+def flow_config(schedule: FlowSchedule, steps: int) -> dict[str, Any]:
+    """The configuration of DPM-Solver++ (2211.01095, second order, multistep) on a flow, as SANA's folders have it."""
+    shift = schedule.moving.of(steps) if schedule.moving else schedule.shift
+    if "use_flow_sigmas" not in inspect.signature(class_of({"_class_name": SOLVERS["dpm++"]}, "dpm++").__init__).parameters:
+        raise DistillError("dpm++ on flow matching: the installed diffusers is older than 0.32", "pip install --upgrade diffusers")
+    return {
+        "_class_name": SOLVERS["dpm++"],
+        **OPTIONS[SOLVERS["dpm++"]],
+        **FLOW,
+        "num_train_timesteps": schedule.points,
+        "flow_shift": shift,
+    }
 
 
 @torch.no_grad()

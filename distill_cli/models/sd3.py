@@ -33,6 +33,7 @@ class SD3Transformer(Backbone):
     """diffusers' SD3Transformer2DModel on latents (B, C, H, W); its time is 1000 t."""
 
     part = "transformer"
+    comfyui = "ModelSamplingSD3"
     inputs = frozenset({"encoder_hidden_states", "pooled_projections"})
     blocks = ("JointTransformerBlock",)
     lora = (
@@ -59,7 +60,7 @@ class SD3Transformer(Backbone):
     def middle(self) -> tuple[nn.Module, int]:
         return self.net.transformer_blocks[(len(self.net.transformer_blocks) - 1) // 2], self.net.inner_dim
 
-    def features(self, answer: Any) -> Tensor:
+    def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
         """The tokens of the picture; the block answers with those of the text before them."""
         return answer[1]
 

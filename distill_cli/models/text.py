@@ -125,6 +125,25 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def load_fast_tokenizer(folder: Path, classes: Sequence[str]) -> Any:
+    """The tokenizer in a folder whose tokenizer.json holds all of it. Raises DistillError for one of another class than `classes`."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise DistillError(f"{folder}: no tokenizer.json", f"a {classes[0]}'s vocabulary is read from it")
+    for file in folder.iterdir():
+        check_file(file)
+    config = folder / "tokenizer_config.json"
+    kind = read_json(config).get("tokenizer_class") if config.exists() else None
+    if kind is not None and str(kind).removesuffix("Fast") not in {name.removesuffix("Fast") for name in classes}:
+        raise DistillError(f"{config}: tokenizer_class is {json.dumps(kind)}, not {classes[0]}", "is it of another model?")
+    quiet()
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises errors of many classes for broken files
+        raise DistillError(f"{folder}: no readable tokenizer ({reason(error)})", "is the folder complete?") from error
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer for any version of transformers: older ones need CLIP's vocab.json and merges.txt."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -170,8 +189,10 @@ def text_config(text: TextConfig, tokenizer: Any, features: int) -> Any:
 
 def save_encoder(encoder: Any, folder: Path) -> None:
     """Write a text encoder under the names of published files, which any version of transformers reads: each tensor once."""
-    kind, tied = type(encoder).__name__, getattr(encoder, "_tied_weights_keys", None) or ()
-    named = {name: value for name, value in encoder.state_dict().items() if not name.endswith("position_ids") and name not in tied}
+    kind, tied, every = type(encoder).__name__, getattr(encoder, "_tied_weights_keys", None) or (), encoder.state_dict()
+    first = {value.data_ptr() for name, value in every.items() if name not in tied}
+    twice = {name for name in tied if name in every and every[name].data_ptr() in first}
+    named = {name: value for name, value in every.items() if not name.endswith("position_ids") and name not in twice}
     weights = {f"text_model.{plain(name)}": value for name, value in named.items()} if kind == "CLIPTextModel" else named
     encoder.config.architectures = [kind]
     encoder.config.save_pretrained(folder)

@@ -40,16 +40,22 @@ class Head(nn.Module):
 def tapped(backbone: Backbone) -> Iterator[list[Tensor]]:
     """A list that gets the features (B, N, width) of the backbone's calls inside the body."""
     found: list[Tensor] = []
+    asked: list[Any] = []
+
+    def ask(module: nn.Module, inputs: Any) -> None:
+        asked[:] = inputs
 
     def keep(module: nn.Module, inputs: Any, answer: Any) -> None:
-        found.append(backbone.features(answer))
+        x, _, condition = asked
+        found.append(backbone.features(answer, x, condition))
 
     layer, _ = backbone.middle()
-    handle = layer.register_forward_hook(keep)
+    handles = [backbone.register_forward_pre_hook(ask), layer.register_forward_hook(keep)]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def features_of(denoiser: NetworkDenoiser, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from distill_cli.models.formats import (
 )
 from distill_cli.models.formats.card import InDiffusers, card
 from distill_cli.models.formats.extra import EXTRA, extra_of
+from distill_cli.models.formats.transformer import TRANSFORMERS
 from distill_cli.models.model import Model
 from distill_cli.models.parts import read_json
 
@@ -51,7 +52,10 @@ class Format(Protocol):
         """How plain diffusers samples the folder, and whether it makes the same pictures."""
 
 
-FORMATS: tuple[Format, ...] = (lora, plane, consistency, edm, flow, ddpm, latent_flow, latent_consistency, stable_diffusion, sdxl, sd3)
+FORMATS: tuple[Format, ...] = (
+    *(lora, plane, consistency, edm, flow, ddpm, latent_flow, latent_consistency, stable_diffusion, sdxl, sd3),
+    *TRANSFORMERS,
+)
 PIPELINES = tuple(dict.fromkeys(name for known in FORMATS for name in known.PIPELINES))
 
 

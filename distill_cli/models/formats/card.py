@@ -21,6 +21,8 @@ class InDiffusers:
     """Python that makes a picture from FOLDER; '' if no pipeline can."""
     differs: str = ""
     """Why the picture differs from `distill sample`'s for the same noise; '' if it does not."""
+    scale: str = ""
+    """The guidance scale as the pipeline counts it, in words; '' where it counts as we do."""
     base: str = ""
     """The model that an adapter (LoRA) is loaded onto: a hub id, a name or a folder; '' for whole weights."""
 
@@ -84,7 +86,8 @@ def card(model: Model, there: InDiffusers) -> str:
         "licence": lineage.licence,
         "data": lineage.data,
         "images": f"{model.codec.kind.size(model.picture)}, of {conditioner.summary}",
-        "sampling": f"{sampler.solver}, {sampler.steps} step{'s' * (sampler.steps > 1)}, guidance scale {sampler.dial}",
+        "sampling": f"{sampler.solver}, {sampler.steps} step{'s' * (sampler.steps > 1)}, guidance scale {sampler.dial}"
+        f"{f' ({there.scale})' if there.scale else ''}",
         "times": f"{'sigma' if schedule.grid else 't'} {times}" if times else "",
         "grid": f"{schedule.grid} points, on which --times counts" if times and schedule.grid else "",
         "in diffusers": there.said,

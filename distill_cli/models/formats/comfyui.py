@@ -22,7 +22,7 @@ SAMPLERS = {"few-step": "lcm", "ddim": "euler", "euler": "euler"}
 """Our solvers -> ComfyUI's samplers. Its Euler steps are over sigma / alpha, and so DDIM's."""
 KINDS = {"eps": "eps", "v": "v_prediction"}
 """What a network predicts, as the node ModelSamplingDiscrete calls it."""
-SHIFTS = (1.0, 3.0)
+SHIFTS = (1.0, 3.0, 6.0)
 """Shifts of flow matching that are tried: a student's folder has its times, and not the shift that they came from; 3 is SD 3's."""
 LAST = 4.8973451890853435e-08
 """alpha^2 at the last time of a table that ends without signal: ComfyUI's, which has to divide by it."""
@@ -43,7 +43,7 @@ def settings(model: Model) -> str:
     times = sampler.times_for(schedule, sampler.solver, sampler.steps)
     known = choices(model, len(times)) if model.text is not None and model.codec.parts() and sampler.solver in SAMPLERS else []
     if not known:
-        return "no: it has the parts and the noise levels of Stable Diffusion alone"
+        return "no: it reads no such network, or not at such noise levels"
     if times[0] != schedule.t_max:
         return "no: it starts below the largest noise level, where ComfyUI makes its noise smaller"
     found = next((choice for choice in known if torch.allclose(choice.times, times, rtol=0, atol=1e-6)), None)
@@ -68,7 +68,10 @@ def choices(model: Model, steps: int) -> list[Choice]:
     """ComfyUI's schedulers for a model. The first one's node is needed in any case; [] if ComfyUI has no such noise levels."""
     schedule, kind = model.denoiser.schedule, KINDS.get(model.denoiser.parameterisation)
     if isinstance(schedule, FlowSchedule):
-        return [choice for shift in SHIFTS for choice in shifted(FlowSchedule(shift, schedule.points), steps)]
+        node = model.backbone.comfyui
+        if not node:
+            return [] if node is None else [Choice("", "", torch.full((steps,), torch.nan, dtype=torch.float64))]
+        return [choice for shift in SHIFTS for choice in shifted(node, FlowSchedule(shift, schedule.points), steps)]
     if not isinstance(schedule, TableSchedule) or kind is None:
         return []
     every = torch.arange(1000).double()
@@ -82,9 +85,9 @@ def choices(model: Model, steps: int) -> list[Choice]:
     return []
 
 
-def shifted(schedule: FlowSchedule, steps: int) -> list[Choice]:
-    """ComfyUI's schedulers for flow matching at a shift."""
-    node, entries = f"ModelSamplingSD3 (shift {schedule.shift:g})", schedule.shifted(torch.arange(1, 1001).double() / 1000)
+def shifted(name: str, schedule: FlowSchedule, steps: int) -> list[Choice]:
+    """ComfyUI's schedulers for flow matching at a shift, by the node of this name."""
+    node, entries = f"{name} (shift {schedule.shift:g})", schedule.shifted(torch.arange(1, 1001).double() / 1000)
     return [Choice(node, "simple", simple(entries, steps)), Choice(node, "normal", schedule.times(steps))]
 
 

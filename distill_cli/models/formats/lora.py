@@ -21,6 +21,7 @@ from distill_cli.models import flow_matching
 from distill_cli.models.formats import latent_flow, sd3, sdxl, stable_diffusion
 from distill_cli.models.formats.card import InDiffusers, card, with_lora
 from distill_cli.models.formats.extra import EXTRA, extra_of, read_extra
+from distill_cli.models.formats.transformer import TRANSFORMERS
 from distill_cli.models.lora import Adapter
 from distill_cli.models.model import Model
 from distill_cli.models.parts import check_file, hold, quiet, read_json
@@ -29,7 +30,7 @@ from distill_cli.models.sources.catalog import LORA
 from distill_cli.tensors import Tensors
 
 PIPELINES: tuple[str, ...] = ()
-BASES: tuple[Any, ...] = (stable_diffusion, sdxl, sd3)
+BASES: tuple[Any, ...] = (stable_diffusion, sdxl, sd3, *TRANSFORMERS)
 """The formats of models whose pipelines load a LoRA."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distill_cli.errors import DistillError, reason
+from distill_cli.errors import DistillError
 from distill_cli.models import flow_matching, sd3
 from distill_cli.models.checks import check_latents, check_vae
 from distill_cli.models.formats import folder as shared
@@ -19,9 +19,9 @@ from distill_cli.models.formats.extra import read_extra
 from distill_cli.models.formats.stable_diffusion import licence_of
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
-from distill_cli.models.parts import check_file, check_named, load_network, quiet, read_json
+from distill_cli.models.parts import check_named, load_network, quiet, read_json
 from distill_cli.models.sources.hub import PARTS as WEIGHTS
-from distill_cli.models.text import Reader, load_tokenizer
+from distill_cli.models.text import Reader, load_fast_tokenizer, load_tokenizer
 
 PIPELINES = ("StableDiffusion3Pipeline",)
 T5 = {"text_encoder_3": "T5EncoderModel"}
@@ -108,12 +108,12 @@ def load(folder: Path, name: str) -> Model:
     schedule = flow_matching.schedule_of(config, str(path))
     check_named(index, "scheduler", config["_class_name"], path)
     clip = [load_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2")]
-    tokenizers = [*clip, *([load_t5_tokenizer(folder / "tokenizer_3")] if "text_encoder_3" in kinds else [])]
+    tokenizers = [*clip, *([load_fast_tokenizer(folder / "tokenizer_3", ("T5Tokenizer",))] if "text_encoder_3" in kinds else [])]
     made: dict[str, Any] = {}
     for part, kind in sorted(kinds.items(), key=lambda item: list(PARTS).index(item[0]) if item[0] in PARTS else -1):
         library = transformers if part.startswith("text_encoder") else diffusers
         made[part] = load_network(getattr(library, kind), folder / part, WEIGHTS[part])
-    check_vae(made["vae"], str(folder / "vae"), moved=True)
+    check_vae(made["vae"], str(folder / "vae"), ("scaling_factor", "shift_factor"))
     lengths = [int(clip[0].model_max_length)] * 2 + [sd3.T5_TOKENS]  # the pipeline takes the first tokenizer's for both
     parts = [part for part in (*PARTS, *T5) if part in made and part.startswith("text_encoder")]
     readers = {part: Reader(words, made[part], count) for part, words, count in zip(parts, tokenizers, lengths, strict=False)}
@@ -142,17 +142,3 @@ def check_text(readers: dict[str, Reader], width: int, folder: Path) -> None:
     if joined > width or t5 != width:
         made = f"the CLIP encoders make {joined}, T5 {t5}" if "text_encoder_3" in readers else f"the CLIP encoders make {joined}"
         raise DistillError(f"{folder / 'transformer'}: reads text of width {width}, {made}")
-
-
-def load_t5_tokenizer(folder: Path) -> Any:
-    """T5's tokenizer. Raises DistillError without its tokenizer.json."""
-    from transformers import T5TokenizerFast
-
-    if not (folder / "tokenizer.json").is_file():
-        raise DistillError(f"{folder}: no tokenizer.json", "T5's vocabulary is read from it")
-    check_file(folder / "tokenizer.json")
-    quiet()
-    try:
-        return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises errors of many classes for broken files
-        raise DistillError(f"{folder}: no readable tokenizer ({reason(error)})", "is the folder complete?") from error

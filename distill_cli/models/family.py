@@ -1,0 +1,119 @@
+"""Families of text-to-image transformers by flow matching that read one language model: what differs between them is data.
+
+`Family` says what a pipeline's folder holds and how the pipeline calls it; models/formats/transformer.py reads and writes every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+
+from distill_cli.diffusion.denoiser import NetworkDenoiser
+from distill_cli.diffusion.schedule import FlowSchedule
+from distill_cli.diffusion.shift import Shift
+from distill_cli.models.backbones import Backbone
+from distill_cli.models.codec import VAECodec
+from distill_cli.models.installed import class_of
+from distill_cli.models.language import LanguagePrompts, LanguageReader, Wording, make_tokenizer
+from distill_cli.models.lineage import Lineage
+from distill_cli.models.model import Model
+from distill_cli.models.sampler import Sampler
+from distill_cli.models.sd3 import VAE
+
+FLUX_VAE: dict[str, Any] = VAE | dict(scaling_factor=0.3611, shift_factor=0.1159)
+"""FLUX.1's autoencoder, which other families have too."""
+TINY_VAE: dict[str, Any] = FLUX_VAE | dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of a pipeline: its class, and the version of diffusers (transformers, for a text encoder) that has it from then on."""
+
+    kind: str
+    since: str
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A family. Its networks are loaded in the order text encoder, autoencoder, transformer."""
+
+    pipelines: tuple[str, ...]
+    """Pipeline classes that a folder may name; the first is written."""
+    text_encoder: Part
+    vae: Part
+    transformer: Part
+    backbone: type[Backbone]
+    tokenizers: tuple[str, ...]
+    """Classes of its tokenizer."""
+    wording: Wording
+    sampler: Sampler
+    """The defaults of the pipeline, with guidance as uncond + scale (cond - uncond)."""
+    shift: float
+    """That of its published scheduler."""
+    codec: type[VAECodec] = VAECodec
+    numbers: tuple[str, ...] = ("scaling_factor", "shift_factor")
+    """Options of the autoencoder's configuration by which latents are scaled and moved."""
+    moving: Shift | None = field(default_factory=Shift)
+    """How the pipeline shifts by size, if its scheduler asks for it; None if it cannot."""
+    dynamic: bool = False
+    """Whether its published scheduler asks for it."""
+    ends: Literal["training", "steps"] = "steps"
+    multistep: bool = False
+    """Whether its scheduler may be DPM-Solver++ instead of Euler's steps."""
+    less: float = 0.0
+    """What the pipeline's own guidance scale is smaller by."""
+    called: str = ""
+    """Further arguments of the pipeline in a card's program, each with a comma before it."""
+    distilled: tuple[str, ...] = ()
+    """Keys of model_index.json that are true in distilled members of the family, which are no teachers."""
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {"text_encoder": self.text_encoder, "vae": self.vae, "transformer": self.transformer}
+
+    def class_of(self, part: str) -> Any:
+        """The class of a part. Raises DistillError if the installed library is older than it."""
+        known = self.parts[part]
+        return class_of(known.kind, "transformers" if part == "text_encoder" else "diffusers", known.since)
+
+    def assemble(self, networks: Mapping[str, Any], reader: LanguageReader, lineage: Lineage, schedule: FlowSchedule) -> Model:
+        """A teacher of these networks."""
+        backbone = self.backbone(networks["transformer"])
+        denoiser = NetworkDenoiser(backbone, replace(schedule, ends=self.ends), "flow", time_input="1000 t")
+        vae = networks["vae"]
+        codec = self.codec(vae, upcast=bool(vae.config.get("force_upcast")))
+        return Model(denoiser, LanguagePrompts(reader), lineage, self.sampler, codec).with_size(None)
+
+    def scheduled(self) -> FlowSchedule:
+        """The schedule of the published folder."""
+        if self.dynamic and self.moving:
+            return FlowSchedule(1.0).moved(self.moving)
+        return FlowSchedule(self.shift)
+
+    def tiny(self, name: str, text: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> Model:
+        """A model of these configurations with random weights of a fixed seed, made in memory."""
+        from distill_cli.data.shapes import TRAINED
+
+        tokenizer = make_tokenizer([thing.caption for thing in TRAINED], 64)
+        made: dict[str, Any] = {}
+        with torch.random.fork_rng(devices=[]):
+            for seed, (part, config) in enumerate({"text_encoder": text, "vae": vae, "transformer": transformer}.items()):
+                torch.manual_seed(seed)
+                kind = self.class_of(part)
+                options = kind.config_class(vocab_size=len(tokenizer), **config) if part == "text_encoder" else None
+                made[part] = (kind(options) if options else kind(**config)).eval().requires_grad_(False)
+        reader = LanguageReader(tokenizer, made["text_encoder"], self.wording.length, self.wording)
+        return self.assemble(made, reader, Lineage(name=name, licence="Apache-2.0", data="shapes"), self.scheduled())
+
+    def sketch(self, name: str, text: Mapping[str, Any], vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> Model:
+        """The architecture of these configurations on the meta device, without weights or vocabulary."""
+        with torch.device("meta"):
+            encoder = self.class_of("text_encoder")
+            made: dict[str, Any] = {"text_encoder": encoder(encoder.config_class(**text))}
+            made |= {part: self.class_of(part)(**config) for part, config in {"vae": vae, "transformer": transformer}.items()}
+        reader = LanguageReader(SimpleNamespace(), made["text_encoder"], self.wording.length, self.wording)
+        return self.assemble(made, reader, Lineage(name=name), self.scheduled())
