@@ -36,6 +36,7 @@ MADE = {
     "tiny-sd3": Made("Stable Diffusion 3's parts without T5, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sd3"),
     "tiny-sdxl": Made("Stable Diffusion XL's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sdxl"),
     "tiny-sana": Made("SANA's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sana"),
+    "tiny-lumina2": Made("Lumina-Image 2.0's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "lumina2"),
 }
 LORA = "pytorch_lora_weights.safetensors"
 """The file of a LoRA in diffusers' layout."""
