@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distill_cli.errors import DistillError
-from distill_cli.models import flow_matching, lumina2, sana, z_image
+from distill_cli.models import flow_matching, klein, lumina2, sana, z_image
 from distill_cli.models.checks import check_latents, check_vae
 from distill_cli.models.family import Family
 from distill_cli.models.formats import folder as shared
@@ -141,6 +141,6 @@ def check_options(kind: Any, path: Path) -> None:
             raise DistillError(f"{path}: {unknown}", "is it of another version of the model, or of diffusers?")
 
 
-FAMILIES: tuple[Family, ...] = (sana.FAMILY, lumina2.FAMILY, z_image.FAMILY)
+FAMILIES: tuple[Family, ...] = (sana.FAMILY, lumina2.FAMILY, z_image.FAMILY, klein.FAMILY)
 """One line a family."""
 TRANSFORMERS = tuple(map(TransformerFormat, FAMILIES))

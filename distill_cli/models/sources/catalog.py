@@ -38,6 +38,7 @@ MADE = {
     "tiny-sana": Made("SANA's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "sana"),
     "tiny-lumina2": Made("Lumina-Image 2.0's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "lumina2"),
     "tiny-z-image": Made("Z-Image's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "z_image"),
+    "tiny-klein": Made("FLUX.2 klein's parts, random weights of a fixed seed, for smoke runs", "Apache-2.0", "klein"),
 }
 LORA = "pytorch_lora_weights.safetensors"
 """The file of a LoRA in diffusers' layout."""
