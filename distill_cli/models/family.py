@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.schedule import FlowSchedule
@@ -18,7 +19,7 @@ from distill_cli.diffusion.shift import Shift
 from distill_cli.models.backbones import Backbone
 from distill_cli.models.codec import VAECodec
 from distill_cli.models.installed import class_of
-from distill_cli.models.language import LanguagePrompts, LanguageReader, Wording, make_tokenizer
+from distill_cli.models.language import MASK, LanguagePrompts, LanguageReader, Wording, make_tokenizer
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
@@ -27,6 +28,28 @@ from distill_cli.models.sd3 import VAE
 FLUX_VAE: dict[str, Any] = VAE | dict(scaling_factor=0.3611, shift_factor=0.1159)
 """FLUX.1's autoencoder, which other families have too."""
 TINY_VAE: dict[str, Any] = FLUX_VAE | dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64)
+
+
+class Transformer(Backbone):
+    """The adapter of a family's transformer: on latents (B, C, H, W), its time is 1000 t, text and mask its condition."""
+
+    part = "transformer"
+    inputs = frozenset({"encoder_hidden_states", MASK})
+    stack: ClassVar[str] = "transformer_blocks"
+    """Its repeated blocks, in the middle of which a discriminator reads."""
+
+    @property
+    def multiple(self) -> int:
+        return int(self.net.config.get("patch_size", 2))
+
+    @property
+    def width(self) -> int:
+        """Numbers in a token."""
+        return int(self.net.inner_dim)
+
+    def middle(self) -> tuple[nn.Module, int]:
+        blocks = getattr(self.net, self.stack)
+        return blocks[(len(blocks) - 1) // 2], self.width
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,7 @@ class Family:
     text_encoder: Part
     vae: Part
     transformer: Part
-    backbone: type[Backbone]
+    backbone: type[Transformer]
     tokenizers: tuple[str, ...]
     """Classes of its tokenizer."""
     wording: Wording

@@ -6,22 +6,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.shift import Shift
-from distill_cli.models.backbones import Backbone
 from distill_cli.models.codec import PatchedCodec
-from distill_cli.models.family import TINY_VAE, Family, Part
+from distill_cli.models.family import TINY_VAE, Family, Part, Transformer
 from distill_cli.models.language import QWEN3_4B, TINY, Wording
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 
 
-class Flux2Transformer(Backbone):
+class Flux2Transformer(Transformer):
     """diffusers' Flux2Transformer2DModel on latents that are packed already (models/codec.py); its time is t."""
 
-    part = "transformer"
     inputs = frozenset({"encoder_hidden_states"})
     blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     lora = (
@@ -33,10 +31,6 @@ class Flux2Transformer(Backbone):
     usual = 64
     comfyui = ""
 
-    @property
-    def multiple(self) -> int:
-        return 1
-
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         height, width = x.shape[2:]
         text = condition.parts["encoder_hidden_states"]
@@ -44,10 +38,6 @@ class Flux2Transformer(Backbone):
         places = dict(img_ids=torch.cartesian_prod(zero, rows, columns, zero), txt_ids=torch.cartesian_prod(zero, zero, zero, words))
         out = self.net(x.flatten(2).mT, text, time / 1000, **places, return_dict=False)[0]
         return out.mT.unflatten(2, (height, width))
-
-    def middle(self) -> tuple[nn.Module, int]:
-        """The last block in which text and picture are apart."""
-        return self.net.transformer_blocks[-1], self.net.inner_dim
 
     def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
         """The tokens of the picture; the block answers with those of the text before them."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.diffusion.condition import Condition
-from distill_cli.models.backbones import Backbone
-from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Part
+from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Part, Transformer
 from distill_cli.models.language import GEMMA_2B, MASK, TINY, Wording, lengths_of
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
@@ -43,12 +42,10 @@ class Positions(nn.Module):
         return torch.polar(torch.ones_like(angles), angles)
 
 
-class Lumina2Transformer(Backbone):
+class Lumina2Transformer(Transformer):
     """diffusers' Lumina2Transformer2DModel; its time is 1 - t, and its answer x0 - noise."""
 
-    part = "transformer"
-    inputs = frozenset({"encoder_hidden_states", MASK})
-    blocks = ("Lumina2TransformerBlock",)
+    blocks, stack = ("Lumina2TransformerBlock",), "layers"
     lora = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
     widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "cap_feat_dim"}
 
@@ -56,10 +53,6 @@ class Lumina2Transformer(Backbone):
         super().__init__(net)
         if not isinstance(net.rope_embedder, Positions):
             net.rope_embedder = Positions(net.rope_embedder)
-
-    @property
-    def multiple(self) -> int:
-        return int(self.net.config.patch_size)
 
     @property
     def most(self) -> float:
@@ -72,8 +65,9 @@ class Lumina2Transformer(Backbone):
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return -self.net(x, timestep=1 - time / 1000, **condition.parts, return_dict=False)[0]
 
-    def middle(self) -> tuple[nn.Module, int]:
-        return self.net.layers[(len(self.net.layers) - 1) // 2], self.net.config.hidden_size
+    @property
+    def width(self) -> int:
+        return self.net.config.hidden_size
 
     def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
         """The tokens of the picture, which stand behind those of each text."""

@@ -6,38 +6,31 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
-from distill_cli.models.backbones import Backbone
-from distill_cli.models.family import Family, Part
-from distill_cli.models.language import GEMMA_2B, MASK, TINY, Wording
+from distill_cli.models.family import Family, Part, Transformer
+from distill_cli.models.language import GEMMA_2B, TINY, Wording
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 
 
-class SanaTransformer(Backbone):
+class SanaTransformer(Transformer):
     """diffusers' SanaTransformer2DModel; its time is 1000 t times an option of its configuration."""
 
-    part = "transformer"
-    inputs = frozenset({"encoder_hidden_states", MASK})
     blocks = ("SanaTransformerBlock",)
     lora = ("to_q", "to_k", "to_v", "to_out.0")
     widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "caption_channels"}
     unmet: ClassVar[Mapping[str, str]] = {"guidance_embeds": "a guidance scale inside, as a distilled model does"}
     halves = True
 
-    @property
-    def multiple(self) -> int:
-        return int(self.net.config.patch_size)
-
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         time = time * self.net.config.timestep_scale
         return self.net(x, timestep=time, **condition.parts, return_dict=False)[0][:, : x.shape[1]]
 
-    def middle(self) -> tuple[nn.Module, int]:
-        blocks, config = self.net.transformer_blocks, self.net.config
-        return blocks[(len(blocks) - 1) // 2], config.num_attention_heads * config.attention_head_dim
+    @property
+    def width(self) -> int:
+        return self.net.config.num_attention_heads * self.net.config.attention_head_dim
 
 
 def instruction() -> str:
@@ -60,6 +53,7 @@ FAMILY = Family(
     shift=3.0,
     numbers=("scaling_factor",),
     moving=None,
+    ends="training",
     multistep=True,
     called=", use_resolution_binning=False",
 )

@@ -132,6 +132,7 @@ def tiny() -> Model:
 TRANSFORMER: dict[str, Any] = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536)
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "sd3-medium": dict(TRANSFORMER, pos_embed_max_size=192),
+    "sd35-large": dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"),
     "sd35-medium": dict(TRANSFORMER, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
 }
 CLIPS: dict[str, dict[str, Any]] = {

@@ -6,31 +6,24 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
-from distill_cli.models.backbones import Backbone
-from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Part
+from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Part, Transformer
 from distill_cli.models.language import MASK, QWEN3_4B, TINY, Wording, lengths_of
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 
 
-class ZImageTransformer(Backbone):
+class ZImageTransformer(Transformer):
     """diffusers' ZImageTransformer2DModel on lists of pictures and texts; its time is 1 - t, and its answer x0 - noise."""
 
-    part = "transformer"
-    inputs = frozenset({"encoder_hidden_states", MASK})
-    blocks = ("ZImageTransformerBlock",)
+    blocks, stack = ("ZImageTransformerBlock",), "layers"
     lora = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "cap_feat_dim"}
     unmet: ClassVar[Mapping[str, str]] = {"siglip_feat_dim": "pictures as a condition"}
     usual = 128
     comfyui = "ModelSamplingAuraFlow"
-
-    @property
-    def multiple(self) -> int:
-        return 2
 
     @property
     def most(self) -> float:
@@ -43,8 +36,9 @@ class ZImageTransformer(Backbone):
         answers = self.net(list(x[:, :, None]), (1000 - time) / 1000, texts, return_dict=False)[0]
         return -torch.stack(answers)[:, :, 0]
 
-    def middle(self) -> tuple[nn.Module, int]:
-        return self.net.layers[(len(self.net.layers) - 1) // 2], self.net.dim
+    @property
+    def width(self) -> int:
+        return self.net.dim
 
     def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
         """The tokens of the picture, which stand first."""

@@ -115,7 +115,10 @@ FAMILIES = {
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
     ),
 }  # fmt: skip
-for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl"):
+TRANSFORMERS = ("tiny-sana", "tiny-lumina2", "tiny-z-image", "tiny-klein")
+for name in TRANSFORMERS:
+    FAMILIES[name] = replace(FAMILIES["tiny-sd3"], options={**FAMILIES["tiny-sd3"].options, "teacher": name})
+for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl", *TRANSFORMERS):
     own = FAMILIES[name]
     FAMILIES[f"{name}-lora"] = replace(own, options={**own.options, "teacher": saved(name), "lora": 2, "dropout": 0.0})
 DIAL = dict(guidance_range=(1, 4))

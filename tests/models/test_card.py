@@ -301,6 +301,10 @@ PROGRAMS = {
     formats.edm: ("nvlabs", one_step),
 }
 """A student of each format; the last three have no pipeline."""
+RENOISING = ("SanaPipeline", "tiny-sana"), ("Lumina2Pipeline", "tiny-lumina2"), ("ZImagePipeline", "tiny-z-image")
+TRANSFORMERS = {known.PIPELINES[0]: known for known in formats.transformer.TRANSFORMERS}
+PROGRAMS |= {TRANSFORMERS[name]: (tiny, PROGRAMS[formats.sd3][1]) for name, tiny in RENOISING}
+PROGRAMS[TRANSFORMERS["Flux2KleinPipeline"]] = ("tiny-klein", one_step)  # its scheduler draws noise for packed tokens, in another order
 
 
 def called(known):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from distill_cli.diffusion.shift import Shift
 from distill_cli.errors import DistillError
 from distill_cli.models import flow_matching, sd3
 from distill_cli.models.checks import check_latents, check_vae
@@ -105,7 +106,7 @@ def load(folder: Path, name: str) -> Model:
             raise DistillError(f"{folder}: its {part} is {there.get(part) or 'missing'}, not {kind}", hint)
     path = folder / "scheduler" / "scheduler_config.json"
     config = read_json(path)
-    schedule = flow_matching.schedule_of(config, str(path))
+    schedule = flow_matching.schedule_of(config, str(path), Shift())
     check_named(index, "scheduler", config["_class_name"], path)
     clip = [load_tokenizer(folder / part) for part in ("tokenizer", "tokenizer_2")]
     tokenizers = [*clip, *([load_fast_tokenizer(folder / "tokenizer_3", ("T5Tokenizer",))] if "text_encoder_3" in kinds else [])]
@@ -120,8 +121,10 @@ def load(folder: Path, name: str) -> Model:
     check_text(readers, made["transformer"].config.joint_attention_dim, folder)
     model = sd3.assemble(made["transformer"], made["vae"], readers, Lineage(name=name, licence=licence_of(folder)), schedule)
     model.denoiser.eval().requires_grad_(False)
+    size = None
     if extra := read_extra(folder, schedule, ("flow",), (flow_matching.TIME_INPUT,)):
-        model.lineage, model.sampler, model.recipe, model.size = extra.lineage, extra.sampler, extra.recipe, extra.size
+        model.lineage, model.sampler, model.recipe, size = extra.lineage, extra.sampler, extra.recipe, extra.size
+    model = model.with_size(size)
     if "text_encoder_3" not in kinds:
         model.notes += ("no T5: its place is zeros, as in diffusers",)
     if there.get("image_encoder"):

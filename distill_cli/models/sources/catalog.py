@@ -63,4 +63,23 @@ HUB = {
         "stabilityai/stable-diffusion-3.5-medium", 16300, "Stability Community",
         "Stable Diffusion 3.5 medium, 1024x1024, flow matching", "sd3", "",
     ),
+    "sd35-large": Known(
+        "stabilityai/stable-diffusion-3.5-large", 27600, "Stability Community",
+        "Stable Diffusion 3.5 large, 1024x1024, flow matching", "sd3", "",
+    ),
+    "sana": Known(
+        "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", 9730, "NVIDIA License (NSCL v2-custom); Gemma terms",
+        "SANA 1.6B, 1024x1024, flow matching", "sana", ".bf16",
+    ),
+    "sana-600m": Known(
+        "Efficient-Large-Model/Sana_600M_1024px_diffusers", 7700, "NVIDIA License (NSCL v2-custom); Gemma terms",
+        "SANA 0.6B, 1024x1024, flow matching", "sana",
+    ),
+    "lumina2": Known(
+        "Alpha-VLLM/Lumina-Image-2.0", 21260, "Apache-2.0", "Lumina-Image 2.0, 2.6B, 1024x1024, flow matching", "lumina2", "",
+    ),
+    "z-image": Known("Tongyi-MAI/Z-Image", 20500, "Apache-2.0", "Z-Image, 6B, 1024x1024, flow matching", "z_image", ""),
+    "klein": Known(
+        "black-forest-labs/FLUX.2-klein-base-4B", 16000, "Apache-2.0", "FLUX.2 klein base 4B, 1024x1024, flow matching", "klein", "",
+    ),
 }  # fmt: skip
