@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.contracts.families import TRANSFORMERS
 from tests.fake_card import COUNTS, Card, WrongDeviceError, card
 from tests.looking import few_shapes
 from tests.unchanged.record import FOLDERS, RUNS
@@ -25,11 +26,16 @@ CASES = {
     "dmd-guided": ("dmd", "--teacher", "tiny-sd", "--prompts", "shapes", "--guidance-scale", 3, "--batch-size", 4, "precision=bf16"),
     "cd-guided": (*RUNS["cd-tiny"], "--guidance-scale", 2, "precision=bf16"),
     **{name: RUNS[name] for name in ("train-edm", "train-eps", "train-v", "vae", "train-latents", "classifier")},
+    **{f"dmd2-{name}": ("dmd2", "--teacher", name, "--prompts", "prompts.txt", "student_steps=1", "fake_steps=1", "batch_size=4")
+       for name in TRANSFORMERS},
 }  # fmt: skip
 """name -> the command that trains"""
+WAITS = {"dmd2-tiny-lumina2": 4, "dmd2-tiny-z-image": 4}
+"""Waits of a step, at most, for how long the texts are: diffusers' networks ask the mask in each call."""
 COPIES = {
     "dmd-tiny": 12, "dmd-tiny-sd": 10, "dmd-eps": 6, "dmd-guided": 6, "cd-tiny": 5, "cd-guided": 7, "ct-tiny": 5, "ict-tiny": 5,
     "ect-tiny": 5, "train-edm": 4, "train-eps": 4, "train-v": 4, "vae": 2, "train-latents": 5, "classifier": 2,
+    **{f"dmd2-{name}": 8 for name in TRANSFORMERS},
 }  # fmt: skip
 """Copies to the card in a step, at most; none comes back."""
 SAMPLES = {
@@ -40,6 +46,7 @@ SAMPLES = {
     "latents": ("--model", LATENTS, "--steps", 3, "--prompts", "shapes-held"),
     "tiny-sd": ("--model", "tiny-sd", "--steps", 3, "--prompts", "shapes-held"),
     "tiny-sd-dpm++": ("--model", "tiny-sd", "--steps", 3, "--prompts", "shapes-held", "--solver", "dpm++"),
+    **{name: ("--model", name, "--steps", 2, "--prompts", "shapes-held") for name in TRANSFORMERS},
     "dmd-tiny": ("--model", FOLDERS / "dmd-tiny"),
     "dmd-tiny-sd": ("--model", FOLDERS / "dmd-tiny-sd", "--prompts", "shapes-held"),
     "cd-tiny": ("--model", FOLDERS / "cd-tiny", "--steps", 2),
@@ -60,6 +67,7 @@ def call(*arguments):
 def inputs(name, folder):
     """What a case reads, made on the CPU."""
     command = CASES[name]
+    Path(folder, "prompts.txt").write_text("a red circle\na small blue square\n")
     teacher = {"pairs-tiny": ("tiny",), "pairs-tiny-sd": ("tiny-sd", "--prompts", "shapes-held")}
     for store, about in teacher.items():
         if store in command:
@@ -90,7 +98,8 @@ def test_a_step_of_each_method_stays_on_the_card(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs(name, tmp_path)
     counts, where = trained(name)
-    assert counts["waits"] == counts["to_host"] == 0, where
+    assert counts["to_host"] == 0, where
+    assert counts["waits"] <= WAITS.get(name, 0), where
     assert 0 < counts["to_card"] <= COPIES[name], where
 
 

@@ -117,11 +117,16 @@ class LanguagePrompts(PromptConditioner):
         return made.plus(MASK, torch.ones_like(made.parts[MASK])) if MASK in self.shapes else made
 
 
-def lengths_of(mask: Tensor) -> list[int]:
-    """The number of tokens of each text, of its mask (B, L): all of them in a plan, where there are no data."""
+def planned(tensor: Tensor) -> bool:
+    """Whether a tensor is of a plan, and has no numbers."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    if mask.is_meta or isinstance(mask, FakeTensor):
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def lengths_of(mask: Tensor) -> list[int]:
+    """The number of tokens of each text, of its mask (B, L): all of them in a plan. On a GPU the host waits for it."""
+    if planned(mask):
         return [mask.shape[1]] * len(mask)
     found: list[int] = mask.sum(1).long().tolist()
     return found

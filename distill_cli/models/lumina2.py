@@ -25,9 +25,10 @@ class Positions(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], list[int]]:
         """Patches (B, N, CPP), rotations of text, picture and both, complex, and how long text and both are."""
         height, width, texts = x.shape[2] // self.patch, x.shape[3] // self.patch, lengths_of(mask)
-        row, column = (each.flatten() for each in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-        words = [torch.stack([torch.arange(n), *[torch.zeros(n, dtype=torch.long)] * 2], 1) for n in texts]
-        places = [torch.stack([torch.full_like(row, n), row, column], 1) for n in texts]
+        with x.device:
+            row, column = (each.flatten() for each in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+            words = [torch.stack([torch.arange(n), *[torch.zeros(n, dtype=torch.long)] * 2], 1) for n in texts]
+            places = [torch.stack([torch.full_like(row, n), row, column], 1) for n in texts]
         both = [torch.cat(pair) for pair in zip(words, places, strict=True)]
         every = (self.rotations(x, words, mask.shape[1]), self.rotations(x, places), self.rotations(x, both))
         patches = x.unflatten(3, (width, self.patch)).unflatten(2, (height, self.patch)).permute(0, 2, 4, 3, 5, 1)
@@ -35,7 +36,7 @@ class Positions(nn.Module):
 
     def rotations(self, x: Tensor, places: list[Tensor], most: int = 0) -> Tensor:
         """(B, N, D) of tokens at three coordinates each, filled up to the longest."""
-        filled = nn.utils.rnn.pad_sequence(places, batch_first=True).to(x.device, torch.float64)
+        filled = nn.utils.rnn.pad_sequence(places, batch_first=True).double()
         filled = nn.functional.pad(filled, (0, 0, 0, max(0, most - filled.shape[1])))
         steps = [torch.arange(0, dim, 2, dtype=torch.float64, device=x.device) / dim for dim in self.dims]
         angles = torch.cat([filled[..., k, None] * self.theta**-step for k, step in enumerate(steps)], -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
 from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Part, Transformer
-from distill_cli.models.language import MASK, QWEN3_4B, TINY, Wording, lengths_of
+from distill_cli.models.language import MASK, QWEN3_4B, TINY, Wording, lengths_of, planned
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 
@@ -32,7 +32,9 @@ class ZImageTransformer(Transformer):
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         text, mask = condition.parts["encoder_hidden_states"], condition.parts[MASK]
         texts = [each[:count] for each, count in zip(text, lengths_of(mask), strict=True)]
-        self.net.rope_embedder.freqs_cis = None  # a table that a plan has made has no numbers
+        place = self.net.rope_embedder
+        if place.freqs_cis is not None and planned(mask) | planned(place.freqs_cis[0]):  # a plan's table has no numbers
+            place.freqs_cis = None
         answers = self.net(list(x[:, :, None]), (1000 - time) / 1000, texts, return_dict=False)[0]
         return -torch.stack(answers)[:, :, 0]
 

@@ -91,7 +91,10 @@ class Checkpoints:
         if key not in self.answers:
             with torch.no_grad():
                 self.answers[key] = tree_map_only(Tensor, lambda each: (each.shape, each.dtype), function(*args, **more))
-        made = [torch.empty(shape, dtype=dtype, device=GPU, requires_grad=True) for shape, dtype in _pairs(self.answers[key])]
+        made = [
+            pair and torch.empty(pair[0], dtype=pair[1], device=GPU, requires_grad=pair[1].is_floating_point)
+            for pair in _pairs(self.answers[key])
+        ]
         return made[0] if isinstance(self.answers[key][0], torch.Size) else tuple(made)
 
     def backward(self) -> Iterator[Callable[[], Any]]:
@@ -106,7 +109,7 @@ class Checkpoints:
 
 
 def _pairs(answer: Any) -> list[Any]:
-    """Shapes and number types of one answer, or of several."""
+    """Shapes and number types of one answer, or of several, some of which may be None."""
     return [answer] if isinstance(answer[0], torch.Size) else list(answer)
 
 
