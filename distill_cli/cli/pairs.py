@@ -54,7 +54,7 @@ def pairs(
     model, config, download = common.open_model("pairs", config.teacher, config, dry_run)
     assert config.out is not None
     if dry_run:
-        common.dry_run(config, {**download, **plan(manifest_of(config, model), model)})
+        common.dry_run(config, {**download, **plan(manifest_of(config, model), model, config.precision)})
     counts = generate(config, model, config.out, part)
     text = f"pairs: {config.num} in {config.out} ({counts['made']} shards made, {counts['kept']} were there)"
     common.shared_result({"folder": str(config.out), "pairs": config.num, **counts}, text, json, "shards")

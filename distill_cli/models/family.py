@@ -91,6 +91,8 @@ class Family:
     """What the pipeline's own guidance scale is smaller by."""
     called: str = ""
     """Further arguments of the pipeline in a card's program, each with a comma before it."""
+    turbo: tuple[float, str] | None = None
+    """The shift of a distilled member whose folder is like its base's, and its name: a folder with this shift is read with a note."""
     distilled: tuple[str, ...] = ()
     """Keys of model_index.json that are true in distilled members of the family, which are no teachers."""
 
@@ -136,7 +138,7 @@ class Family:
         """The architecture of these configurations on the meta device, without weights or vocabulary."""
         with torch.device("meta"):
             encoder = self.class_of("text_encoder")
-            made: dict[str, Any] = {"text_encoder": encoder(encoder.config_class(**text))}
+            made: dict[str, Any] = {"text_encoder": encoder(encoder.config_class(**text)).bfloat16()}  # as they are published
             made |= {part: self.class_of(part)(**config) for part, config in {"vae": vae, "transformer": transformer}.items()}
         reader = LanguageReader(SimpleNamespace(), made["text_encoder"], self.wording.length, self.wording)
         return self.assemble(made, reader, Lineage(name=name), self.scheduled())

@@ -83,6 +83,14 @@ class Model:
         """The networks, by their names in a diffusers pipeline."""
         return {self.backbone.part: self.net, **self.codec.parts(), **self.conditioner.parts()}
 
+    def held(self, dtype: torch.dtype | None) -> int:
+        """Bytes of the weights of all networks, that of the denoiser stored as `dtype`; None: as it is."""
+        every = {name: [*part.parameters()] for name, part in self.parts().items()}
+        sizes = {name: sum(p.numel() * p.element_size() for p in each) for name, each in every.items()}
+        if dtype is not None:
+            sizes[self.backbone.part] = sum(p.numel() for p in every[self.backbone.part]) * dtype.itemsize
+        return sum(sizes.values())
+
     @property
     def guides(self) -> tuple[ModelGuide, ...]:
         """What leads the model besides its condition; the conditioner tells them what is asked for."""

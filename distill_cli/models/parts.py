@@ -155,8 +155,10 @@ def _refuse_integers(file: Path) -> None:
             raise quantized(file, name, kind)
 
 
-def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
+def load_network(kind: Any, folder: Path, stem: str = STEM, half: bool = False) -> Any:
     """The network of class `kind` in a folder of a pipeline: float32, on the CPU, in evaluation mode, without gradients.
+
+    `half`: weights that are all stored as bf16 stay so (of networks of transformers).
 
     Only safetensors are read; of several variants the one with the highest precision. diffusers and transformers fill missing tensors with
     random numbers, and only warn. Here the files must have every tensor of the network, in its shape, and no others but `HARMLESS`. Raises
@@ -168,11 +170,12 @@ def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
     read_json(folder / "config.json")
     quiet()
     options: dict[str, Any] = {"variant": variant} if variant else {}
+    dtype = torch.bfloat16 if half and _all_bf16(files) else torch.float32
     if not hasattr(kind, "load_config"):
         options["ignore_mismatched_sizes"] = True  # `hold` names them, transformers prints a report
     try:
         network, found = _filled(kind, folder, files) or kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True, **options
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, output_loading_info=True, **options
         )
     except Exception as error:  # both raise errors of many classes for missing, truncated or foreign files
         raise DistillError(f"{folder}: no readable network ({reason(error)})", "is the folder complete?") from error
@@ -182,6 +185,13 @@ def load_network(kind: Any, folder: Path, stem: str = STEM) -> Any:
     if found.get("error_msgs"):
         raise DistillError(f"{folder}: no readable network ({reason(ValueError(found['error_msgs'][0]))})", "is the folder complete?")
     return network.eval().requires_grad_(False)
+
+
+def _all_bf16(files: Iterable[Path]) -> bool:
+    """Whether all floating-point numbers in files are bf16."""
+    from distill_cli.tensors import Tensors
+
+    return {entry["dtype"] for file in files for entry in Tensors(file).stored.values() if "F" in entry["dtype"]} == {"BF16"}
 
 
 def empty(kind: Any, folder: Path) -> Any:

@@ -58,6 +58,7 @@ FAMILY = Family(
     sampler=Sampler(solver="euler", steps=50, guidance_scale=6.0),
     shift=6.0,
     less=1.0,
+    turbo=(3.0, "Z-Image-Turbo"),
 )
 
 

@@ -51,7 +51,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
     )
 
 
-def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
+def plan(manifest: Manifest, teacher: Model, precision: str = "no") -> dict[str, str]:
     """The cost of making the pairs, for --dry-run."""
     calls = manifest.sampling.model_copy(update={"guidance_scale": 2.0} if manifest.guidance_range else {}).evaluations
     item = shards.DTYPES[manifest.dtype].itemsize
@@ -70,7 +70,7 @@ def plan(manifest: Manifest, teacher: Model) -> dict[str, str]:
         "disk": f"{size / 1e6:.1f} MB",
         **text,
         **uncounted(teacher),
-        "memory": f"about {sum(p.numel() for part in teacher.parts().values() for p in part.parameters()) * 4 / 1e6:.0f} MB of weights",
+        "memory": f"about {teacher.held(launch.HALF.get(precision)) / 1e6:.0f} MB of weights",
     }
 
 
@@ -85,6 +85,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     settle(folder / MANIFEST, manifest.settings(), "pairs", OURS)
     remove_temporaries(folder)
     where = launch.device(config.device)
+    teacher.backbone.cast(launch.HALF.get(config.precision))
     teacher.to(where)
     if teacher.conditioner.prompts:
         keep_prompts(folder, teacher.conditioner.prompts)

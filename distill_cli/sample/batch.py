@@ -137,6 +137,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     settle(folder / SETTINGS, settings, "samples")
     remove_temporaries(folder)
     where = launch.device(config.device)
+    model.backbone.cast(launch.HALF.get(config.precision))
     model.to(where)
     compile_model(config, model, where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]

@@ -120,9 +120,9 @@ def test_our_estimate_makes_the_pipelines_step(name, tmp_path):
 
     less = 1.0 - getattr(formats.format_of(model).family, "less", 0.0)
     height, width = (side * model.codec.factor for side in model.shape[1:])
-    more = {"use_resolution_binning": False} if name == "tiny-sana" else {}
-    pipeline(prompt=list(PROMPTS), latents=DRAWS.normal("prior", model.shape), num_inference_steps=4, guidance_scale=less, output_type="latent",
-             height=height, width=width, callback_on_step_end=keep, **more)  # fmt: skip
+    more: dict = {"use_resolution_binning": False} if name == "tiny-sana" else {}
+    more |= {"latents": DRAWS.normal("prior", model.shape), "output_type": "latent", "callback_on_step_end": keep}
+    pipeline(prompt=list(PROMPTS), num_inference_steps=4, guidance_scale=less, height=height, width=width, **more)
     first, second = (each if each.ndim == 4 else each.mT.unflatten(2, model.shape[1:]) for each in seen[:2])
     times, condition = model.denoiser.schedule.times(4), model.conditioner(torch.arange(2))
     with torch.no_grad():
@@ -288,6 +288,18 @@ def test_what_cannot_be_read_is_said_in_one_line(name, case, tmp_path):
     assert "\n" not in caught.value.message
 
 
+def test_a_distilled_model_is_no_teacher(tmp_path):
+    """By its hub id; a folder that looks like Z-Image-Turbo's is read with a note, as its shift is all that tells."""
+    with pytest.raises(UsageError, match="distilled already") as caught:
+        load("Tongyi-MAI/Z-Image-Turbo")
+    assert caught.value.hint == "its base: z-image"
+    model = load("tiny-z-image")
+    for shift, notes in ((3.0, 1), (6.0, 0)):
+        formats.save(on(model, FlowSchedule(shift)), tmp_path / f"{shift}")
+        (tmp_path / f"{shift}/distill.json").unlink()
+        assert len(load(str(tmp_path / f"{shift}")).notes) == notes
+
+
 def test_sizes_that_do_not_divide_are_refused():
     for name, pixels, whole in (("tiny-klein", 72, 16), ("tiny-z-image", 72, 16), ("tiny-sana", 60, 8)):
         with pytest.raises(UsageError, match=f"multiples of {whole} pixels"):
@@ -320,6 +332,26 @@ def test_how_a_language_model_is_asked_is_part_of_what_is_stored(tmp_path, monke
     wording = replace(sana.FAMILY.wording, before=lambda: "draw ")
     prompts.readers["text_encoder"].wording = wording
     assert prompts.stored(tmp_path, "float32").table.folder != stored.table.folder
+
+
+def test_a_text_encoder_stored_in_bf16_stays_so(tmp_path):
+    """It takes half the memory, here, on the card and on disk; what it says is near, and the rest of the model is float32."""
+    from safetensors.torch import load_file
+
+    model = tiny("tiny-z-image")
+    formats.save(model, tmp_path / "m")
+    rewrite(tmp_path / "m/text_encoder/model.safetensors", lambda w: {name: value.bfloat16() for name, value in w.items()})
+    again = load(str(tmp_path / "m")).with_prompts(PROMPTS)
+    encoder = again.parts()["text_encoder"]
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in again.denoiser.parameters()} == {torch.float32}
+    ours, exact = again.conditioner(LABELS), model.conditioner(LABELS)
+    text = exact.parts["encoder_hidden_states"]
+    assert ours.parts["encoder_hidden_states"].dtype == torch.float32
+    assert 0 < (ours.parts["encoder_hidden_states"] - text).norm() < 0.03 * text.norm()
+    formats.save(again, tmp_path / "again")
+    assert {value.dtype for value in load_file(tmp_path / "again/text_encoder/model.safetensors").values()} == {torch.bfloat16}
+    assert again.held(torch.bfloat16) < again.held(None) < model.held(None)
 
 
 def test_tied_weights_are_stored_once_and_others_all(tmp_path):

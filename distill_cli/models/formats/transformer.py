@@ -112,7 +112,7 @@ class TransformerFormat:
             kind = family.class_of(part)
             if part != "text_encoder":
                 check_options(kind, folder / part / "config.json")
-            networks[part] = load_network(kind, folder / part, WEIGHTS[part])
+            networks[part] = load_network(kind, folder / part, WEIGHTS[part], half=part == "text_encoder")
         check_vae(networks["vae"], str(folder / "vae"), family.numbers)
         reader = load_reader(folder / "tokenizer", networks["text_encoder"], family.wording, family.tokenizers)
         model = family.assemble(networks, reader, Lineage(name=name, licence=licence_of(folder)), schedule)
@@ -121,6 +121,8 @@ class TransformerFormat:
         if extra := read_extra(folder, schedule, ("flow",), (flow_matching.TIME_INPUT,)):
             model.lineage, model.sampler, model.recipe = extra.lineage, extra.sampler, extra.recipe
             model = model.with_size(extra.size)
+        elif family.turbo and family.turbo[0] == schedule.shift:
+            model.notes += (f"its shift is that of {family.turbo[1]}, which is distilled and no teacher",)
         model.notes += tuple(f"{part} is left out" for part in there if part not in (*family.parts, *BESIDE))
         check_latents(model, folder)
         return model

@@ -30,6 +30,14 @@ class Known:
     """What the names of all its weights have before .safetensors."""
 
 
+DISTILLED = {
+    "Tongyi-MAI/Z-Image-Turbo": "z-image",
+    "black-forest-labs/FLUX.2-klein-4B": "klein",
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": "sana",
+    "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers": "sana-600m",
+    "stabilityai/stable-diffusion-3.5-large-turbo": "sd35-large",
+}
+"""Hub models that are distilled already, some in folders that look like their bases', and the names of these."""
 MADE = {
     "tiny": Made("EDM, 16x16 RGB, random weights of a fixed seed, for smoke runs", "Apache-2.0", "pixel"),
     "tiny-sd": Made("Stable Diffusion's parts with random weights of a fixed seed, for smoke runs", "Apache-2.0", "stable_diffusion"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.models.sources.catalog import HUB, LORA, MADE, Known
+from distill_cli.models.sources.catalog import DISTILLED, HUB, LORA, MADE, Known
 from distill_cli.models.sources.hub import cached, download, is_id, short_name
 from distill_cli.models.sources.names import split
 from distill_cli.models.sources.published import PUBLISHED, Published, fetch
@@ -145,6 +145,8 @@ def load(name: str, steps: int | None = None) -> Model:
     if is_id(name) and path.parent.is_dir() and not short_name(name) and cached(name) is None:
         hint = nearest(path.name, [found.name for found in path.parent.iterdir()], f"{path.parent} has")
         raise UsageError(f"{name}: no such folder", hint)
+    if name in DISTILLED:
+        raise UsageError(f"{name}: distilled already, so it is no teacher", f"its base: {DISTILLED[name]}")
     if is_id(name):
         from distill_cli.models.formats import PIPELINES
 
