@@ -45,19 +45,11 @@ class Transformer(Backbone):
     @property
     def width(self) -> int:
         """Numbers in a token."""
-        return int(self.net.inner_dim)
+        return int(self.net.config.num_attention_heads * self.net.config.attention_head_dim)
 
     def middle(self) -> tuple[nn.Module, int]:
         blocks = getattr(self.net, self.stack)
         return blocks[(len(blocks) - 1) // 2], self.width
-
-
-@dataclass(frozen=True)
-class Part:
-    """A network of a pipeline: its class, and the version of diffusers (transformers, for a text encoder) that has it from then on."""
-
-    kind: str
-    since: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +58,12 @@ class Family:
 
     pipelines: tuple[str, ...]
     """Pipeline classes that a folder may name; the first is written."""
-    text_encoder: Part
-    vae: Part
-    transformer: Part
+    since: Mapping[str, str]
+    """The versions of diffusers and of transformers that have all of its classes from then on."""
+    text_encoder: str
+    vae: str
+    transformer: str
+    """The classes of its networks."""
     backbone: type[Transformer]
     tokenizers: tuple[str, ...]
     """Classes of its tokenizer."""
@@ -97,13 +92,14 @@ class Family:
     """Keys of model_index.json that are true in distilled members of the family, which are no teachers."""
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def kinds(self) -> dict[str, str]:
+        """The classes of its networks, by their names in the pipeline."""
         return {"text_encoder": self.text_encoder, "vae": self.vae, "transformer": self.transformer}
 
     def class_of(self, part: str) -> Any:
-        """The class of a part. Raises DistillError if the installed library is older than it."""
-        known = self.parts[part]
-        return class_of(known.kind, "transformers" if part == "text_encoder" else "diffusers", known.since)
+        """The class of a network, or of the `pipeline`. Raises DistillError if the installed library is older than it."""
+        library = "transformers" if part == "text_encoder" else "diffusers"
+        return class_of(self.kinds.get(part, self.pipelines[0]), library, self.since[library])
 
     def assemble(self, networks: Mapping[str, Any], reader: LanguageReader, lineage: Lineage, schedule: FlowSchedule) -> Model:
         """A teacher of these networks."""
@@ -123,6 +119,7 @@ class Family:
         """A model of these configurations with random weights of a fixed seed, made in memory."""
         from distill_cli.data.shapes import TRAINED
 
+        self.class_of("pipeline")
         tokenizer = make_tokenizer([thing.caption for thing in TRAINED], 64)
         made: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):

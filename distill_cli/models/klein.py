@@ -11,7 +11,7 @@ from torch import Tensor
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.shift import Shift
 from distill_cli.models.codec import PatchedCodec
-from distill_cli.models.family import TINY_VAE, Family, Part, Transformer
+from distill_cli.models.family import TINY_VAE, Family, Transformer
 from distill_cli.models.language import QWEN3_4B, TINY, Wording
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
@@ -46,9 +46,10 @@ class Flux2Transformer(Transformer):
 
 FAMILY = Family(
     pipelines=("Flux2KleinPipeline",),
-    text_encoder=Part("Qwen3ForCausalLM", "4.51"),
-    vae=Part("AutoencoderKLFlux2", "0.36"),
-    transformer=Part("Flux2Transformer2DModel", "0.36"),
+    since={"diffusers": "0.37", "transformers": "4.51"},
+    text_encoder="Qwen3ForCausalLM",
+    vae="AutoencoderKLFlux2",
+    transformer="Flux2Transformer2DModel",
     backbone=Flux2Transformer,
     tokenizers=("Qwen2Tokenizer",),
     wording=Wording(length=512, layers=(9, 18, 27), chat={"enable_thinking": False}, masked=False),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_cli.diffusion.condition import Condition
-from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Part, Transformer
+from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Transformer
 from distill_cli.models.language import GEMMA_2B, MASK, TINY, Wording, lengths_of
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
@@ -87,9 +87,10 @@ def system_prompt() -> str:
 
 FAMILY = Family(
     pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
-    text_encoder=Part("Gemma2Model", "4.42"),
-    vae=Part("AutoencoderKL", "0.31"),
-    transformer=Part("Lumina2Transformer2DModel", "0.33"),
+    since={"diffusers": "0.33", "transformers": "4.42"},
+    text_encoder="Gemma2Model",
+    vae="AutoencoderKL",
+    transformer="Lumina2Transformer2DModel",
     backbone=Lumina2Transformer,
     tokenizers=("GemmaTokenizer",),
     wording=Wording(length=256, layers=(-2,), before=system_prompt, right=True),

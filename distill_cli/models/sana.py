@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
-from distill_cli.models.family import Family, Part, Transformer
+from distill_cli.models.family import Family, Transformer
 from distill_cli.models.language import GEMMA_2B, TINY, Wording
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
@@ -28,10 +28,6 @@ class SanaTransformer(Transformer):
         time = time * self.net.config.timestep_scale
         return self.net(x, timestep=time, **condition.parts, return_dict=False)[0][:, : x.shape[1]]
 
-    @property
-    def width(self) -> int:
-        return self.net.config.num_attention_heads * self.net.config.attention_head_dim
-
 
 def instruction() -> str:
     """What Gemma reads before a prompt: the model was trained with it."""
@@ -43,9 +39,10 @@ def instruction() -> str:
 
 FAMILY = Family(
     pipelines=("SanaPipeline",),
-    text_encoder=Part("Gemma2Model", "4.42"),
-    vae=Part("AutoencoderDC", "0.32"),
-    transformer=Part("SanaTransformer2DModel", "0.32"),
+    since={"diffusers": "0.32", "transformers": "4.42"},
+    text_encoder="Gemma2Model",
+    vae="AutoencoderDC",
+    transformer="SanaTransformer2DModel",
     backbone=SanaTransformer,
     tokenizers=("GemmaTokenizer",),
     wording=Wording(length=300, before=instruction, kept=True, lower=True, right=True),

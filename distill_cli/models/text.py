@@ -115,7 +115,8 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises errors of many classes for broken files
         raise DistillError(f"{folder}: no readable tokenizer ({reason(error)})", "is the folder complete?") from error
-    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # transformers 4 has none here
+    words = tokenizer.encoder if backend is None else backend.get_vocab(with_added_tokens=False)
     lacking = [word for word in (tokenizer.bos_token, tokenizer.eos_token, *byte_letters()) if word not in words]
     if lacking:
         raise DistillError(f"{folder}: its vocabulary lacks {lacking[0]!r} ({len(lacking)} in all)", "is it CLIP's, and complete?")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill_cli.diffusion.condition import Condition
-from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Part, Transformer
+from distill_cli.models.family import FLUX_VAE, TINY_VAE, Family, Transformer
 from distill_cli.models.language import MASK, QWEN3_4B, TINY, Wording, lengths_of, planned
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
@@ -49,9 +49,10 @@ class ZImageTransformer(Transformer):
 
 FAMILY = Family(
     pipelines=("ZImagePipeline",),
-    text_encoder=Part("Qwen3Model", "4.51"),
-    vae=Part("AutoencoderKL", "0.31"),
-    transformer=Part("ZImageTransformer2DModel", "0.36"),
+    since={"diffusers": "0.39", "transformers": "4.51"},
+    text_encoder="Qwen3Model",
+    vae="AutoencoderKL",
+    transformer="ZImageTransformer2DModel",
     backbone=ZImageTransformer,
     tokenizers=("Qwen2Tokenizer",),
     wording=Wording(length=512, layers=(-2,), chat={"enable_thinking": True}),

@@ -115,7 +115,8 @@ FAMILIES = {
         pairs=dict(steps=3, prompts=Made("prompts.txt", prompts)),
     ),
 }  # fmt: skip
-TRANSFORMERS = ("tiny-sana", "tiny-lumina2", "tiny-z-image", "tiny-klein")
+TRANSFORMERS = {"tiny-sana": "sana", "tiny-lumina2": "lumina2", "tiny-z-image": "z_image", "tiny-klein": "klein"}
+"""The tiny models of models/family.py's families, and the file of each in distill_cli/models."""
 for name in TRANSFORMERS:
     FAMILIES[name] = replace(FAMILIES["tiny-sd3"], options={**FAMILIES["tiny-sd3"].options, "teacher": name})
 for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl", *TRANSFORMERS):
@@ -124,3 +125,18 @@ for name in ("tiny-sd", "tiny-sd3", "tiny-sdxl", *TRANSFORMERS):
 DIAL = dict(guidance_range=(1, 4))
 own = FAMILIES["tiny-sdxl"]
 FAMILIES["tiny-sdxl"] = Family({**own.options, **DIAL}, {**(own.pairs or {}), **DIAL})  # in the methods that have one
+
+
+def lacking(family: str) -> str:
+    """What the installed diffusers or transformers lacks for a family; '' if it has all."""
+    from importlib import import_module
+
+    from distill_cli.errors import DistillError
+
+    module = TRANSFORMERS.get(family.removesuffix("-lora"))
+    try:
+        for part in ("pipeline", "text_encoder", "vae", "transformer") if module else ():
+            import_module(f"distill_cli.models.{module}").FAMILY.class_of(part)
+    except DistillError as error:
+        return error.message
+    return ""

@@ -20,14 +20,23 @@ from distill_cli.models.formats.transformer import TRANSFORMERS
 from distill_cli.models.language import MASK
 from distill_cli.models.lora import adapted
 from distill_cli.models.sampler import Sampler
-from tests.contracts import diffusers_alone
+from tests.contracts import diffusers_alone, families
 from tests.models.test_foreign_folders import configure, rewrite
 
 PROMPTS = ["a red circle", "a small blue square on a green background in the centre"]
 DRAWS, LABELS = Draws(0, range(2)), torch.tensor([1, 0])
-MODULES = {"tiny-sana": "sana", "tiny-lumina2": "lumina2", "tiny-z-image": "z_image", "tiny-klein": "klein"}
+MODULES = families.TRANSFORMERS
 MOVING = [name for name in MODULES if name != "tiny-sana"]
 """Whose pipelines shift by size."""
+
+
+@pytest.fixture(autouse=True)
+def installed_here(request):
+    """Older versions of diffusers and transformers lack some families, which are skipped."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    for each in MODULES if name not in MODULES else [name]:
+        if why := families.lacking(each):
+            pytest.skip(why)
 
 
 def tiny(name):
@@ -313,10 +322,13 @@ def test_an_older_library_is_named(monkeypatch, tmp_path):
     import diffusers
 
     formats.save(load("tiny-klein"), tmp_path / "m")
-    monkeypatch.delitem(diffusers._class_to_module, "Flux2Transformer2DModel")
-    monkeypatch.delattr(diffusers, "Flux2Transformer2DModel", raising=False)
-    with pytest.raises(DistillError, match=r"Flux2Transformer2DModel came with diffusers 0\.36, and .* is installed"):
-        load(str(tmp_path / "m"))
+    for kind in ("Flux2Transformer2DModel", "Flux2KleinPipeline"):
+        monkeypatch.delitem(diffusers._class_to_module, kind)
+        monkeypatch.delattr(diffusers, kind, raising=False)
+        with pytest.raises(DistillError, match=r"Flux2\w+ came with diffusers 0\.37, and .* is installed"):
+            load(str(tmp_path / "m"))
+    with pytest.raises(DistillError, match=r"Flux2\w+ came with diffusers 0\.37, and .* is installed"):
+        load("tiny-klein")
     with pytest.raises(DistillError, match=r"Qwen9Model came with transformers 9\.9, and .* is installed"):
         installed.class_of("Qwen9Model", "transformers", "9.9")
 

@@ -50,7 +50,7 @@ class TransformerFormat:
         return index.get("_class_name") in self.family.pipelines
 
     def fits(self, model: Model) -> bool:
-        return type(model.net).__name__ == self.family.transformer.kind
+        return type(model.net).__name__ == self.family.transformer
 
     def scheduler_of(self, model: Model) -> Any:
         return flow_matching.scheduler_of(model)
@@ -60,7 +60,7 @@ class TransformerFormat:
         quiet()
         if model.size is not None and len(set(model.size)) == 1 and "sample_size" in model.net.config:
             model.net.register_to_config(sample_size=model.size[0])
-        kinds = {part: known.kind for part, known in self.family.parts.items()}
+        kinds = self.family.kinds
         text = model.text
         assert text is not None
         index = {
@@ -96,10 +96,11 @@ class TransformerFormat:
         """The model in a folder, in float32, evaluation mode, on the CPU. Without distill.json it has the pipeline's defaults."""
         family, index = self.family, read_json(folder / "model_index.json")
         there = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]}
-        for part, known in family.parts.items():
-            if there.get(part) != known.kind:
-                hint = f"a {family.pipelines[0]} has all of {', '.join(family.parts)}"
-                raise DistillError(f"{folder}: its {part} is {there.get(part) or 'missing'}, not {known.kind}", hint)
+        family.class_of("pipeline")
+        for part, kind in family.kinds.items():
+            if there.get(part) != kind:
+                hint = f"a {family.pipelines[0]} has all of {', '.join(family.kinds)}"
+                raise DistillError(f"{folder}: its {part} is {there.get(part) or 'missing'}, not {kind}", hint)
         for key in family.distilled:
             if index.get(key):
                 raise DistillError(f"{folder}: {key} is {json.dumps(index[key])}: a distilled model", "a teacher is the base of its family")
@@ -108,7 +109,7 @@ class TransformerFormat:
         schedule = flow_matching.schedule_of(config, str(path), family.moving, family.multistep)
         check_named(index, "scheduler", config["_class_name"], path)
         networks: dict[str, Any] = {}
-        for part in family.parts:
+        for part in family.kinds:
             kind = family.class_of(part)
             if part != "text_encoder":
                 check_options(kind, folder / part / "config.json")
@@ -123,7 +124,7 @@ class TransformerFormat:
             model = model.with_size(extra.size)
         elif family.turbo and family.turbo[0] == schedule.shift:
             model.notes += (f"its shift is that of {family.turbo[1]}, which is distilled and no teacher",)
-        model.notes += tuple(f"{part} is left out" for part in there if part not in (*family.parts, *BESIDE))
+        model.notes += tuple(f"{part} is left out" for part in there if part not in (*family.kinds, *BESIDE))
         check_latents(model, folder)
         return model
 
