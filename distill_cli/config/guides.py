@@ -19,7 +19,9 @@ class GuidesConfig(Config):
     clip_guidance: Name | None = Field(
         None, description="a CLIP model by whose similarity to the prompts the teacher is led: built in, a folder, a run, or a hub id"
     )
-    clip_scale: Rate = Field(300.0, description="clip_guidance: factor of the gradient of the cosine")
+    clip_scale: Rate | None = Field(
+        None, description="clip_guidance: factor of the gradient; default 300 of a cosine, 8 of a model of noised data"
+    )
     clip_through: Literal["network", "estimate"] = Field(
         "estimate", description="clip_guidance: the gradient by the estimate, scaled as for normal data; or through the denoiser too"
     )

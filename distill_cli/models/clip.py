@@ -26,6 +26,8 @@ SUFFIX = "-clip"
 FILES = ("*.json", "merges.txt", "model.safetensors")
 """The files of a CLIP model on the hub."""
 PROCESSOR = "preprocessor_config.json"
+NOISED = "distill_noised"
+"""The key of config.json that says of which model's noised data a CLIP model is."""
 HINT = "a folder, or a hub id such as openai/clip-vit-large-patch14"
 
 
@@ -91,38 +93,52 @@ class Clip:
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder, complete or absent: it opens in any version of transformers."""
-        model, size = self.towers.model, self.pixels
-        own_names(model, ("CLIPModel",))
+        own_names(self.towers.model, ("CLIPModel",))
         with folder_atomic(Path(folder)) as temporary:
-            model.config.architectures = ["CLIPModel"]
-            model.config.save_pretrained(temporary)
-            stored = read_json(temporary / "config.json")
-            # transformers says a type of a model that it has read
-            for part in (stored, stored.get("text_config", {}), stored.get("vision_config", {})):
-                part.pop("dtype", None), part.pop("torch_dtype", None)
-            (temporary / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-            weights = {
-                name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if not name.endswith("position_ids")
-            }
-            write(temporary / "model.safetensors", weights, {"format": "pt"})
-            save_tokenizer(self.tokenizer, temporary)
-            steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
-            sizes = {
-                "size": {"shortest_edge": size},
-                "crop_size": {"height": size, "width": size},
-                "resample": 3,
-                "rescale_factor": 1 / 255,
-            }
-            values = {"image_processor_type": "CLIPImageProcessor", **steps, **sizes, "image_mean": self.mean, "image_std": self.std}
-            (temporary / PROCESSOR).write_text(json.dumps(values, indent=2) + "\n")
+            self.write(temporary, dtype)
+
+    def write(self, temporary: Path, dtype: torch.dtype) -> None:
+        """Write the files."""
+        write_towers(self.towers, self.tokenizer, temporary, dtype)
+        size = self.pixels
+        steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+        sizes = {
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+        }
+        values = {"image_processor_type": "CLIPImageProcessor", **steps, **sizes, "image_mean": self.mean, "image_std": self.std}
+        (temporary / PROCESSOR).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_towers(towers: Towers, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a CLIPModel and its tokenizer into a folder."""
+    model = towers.model
+    model.config.architectures = ["CLIPModel"]
+    model.config.save_pretrained(folder)
+    stored = read_json(folder / "config.json")
+    # transformers says a type of a model that it has read
+    for part in (stored, stored.get("text_config", {}), stored.get("vision_config", {})):
+        part.pop("dtype", None), part.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+    weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items() if not name.endswith("position_ids")}
+    write(folder / "model.safetensors", weights, {"format": "pt"})
+    save_tokenizer(tokenizer, folder)
 
 
 def create(pixels: int, network: CLIPNetworkConfig, text: TextConfig, tokenizer: Any, seed: int) -> Clip:
     """A CLIP model for RGB pictures of `pixels` a side, with random weights of `seed`."""
+    return Clip(towers_of(pixels, 3, network, text, tokenizer, seed), tokenizer)
+
+
+def towers_of(pixels: int, channels: int, network: CLIPNetworkConfig, text: TextConfig, tokenizer: Any, seed: int, **more: Any) -> Towers:
+    """A CLIPModel of data of so many `channels`, with random weights of `seed`. `more` stands in its configuration."""
     import transformers
 
     vision = transformers.CLIPVisionConfig(
         image_size=pixels,
+        num_channels=channels,
         patch_size=network.patch,
         hidden_size=network.width,
         intermediate_size=4 * network.width,
@@ -132,9 +148,10 @@ def create(pixels: int, network: CLIPNetworkConfig, text: TextConfig, tokenizer:
     )
     texts = text_config(text, tokenizer, network.features)
     config = transformers.CLIPConfig(text_config=texts.to_dict(), vision_config=vision.to_dict(), projection_dim=network.features)
+    config.update(more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Clip(Towers(transformers.CLIPModel(config)), tokenizer)
+        return Towers(transformers.CLIPModel(config))
 
 
 def names() -> list[str]:
@@ -166,6 +183,8 @@ def load(name: str, what: str | None = None) -> Clip:
 
     what = what or f"clip {name}"
     folder = find(name, what)
+    if NOISED in read_json(folder / "config.json"):
+        raise DistillError(f"{what}: a CLIP model of noised data, which only guides", "one of pictures: distill clip without noisy")
     model, prepared = load_network(CLIPModel, folder, "model"), read_json(folder / PROCESSOR)
     size, pixels = prepared.get("size"), model.config.vision_config.image_size
     shortest = size.get("shortest_edge") if isinstance(size, dict) else size

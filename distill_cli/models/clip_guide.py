@@ -16,11 +16,15 @@ from distill_cli.diffusion.losses import wide
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import NoiseSchedule, expand
 from distill_cli.errors import UsageError
-from distill_cli.models.clip import Clip, load
+from distill_cli.models.clip import NOISED, Clip, find, load
 from distill_cli.models.codec import Codec
 from distill_cli.models.model import Model
+from distill_cli.models.parts import read_json
 from distill_cli.models.prompted import prompted
 from distill_cli.tensors import hash_of
+
+SCALE = 300.0
+"""The usual factor of its gradient."""
 
 
 @dataclass(eq=False)
@@ -110,7 +114,7 @@ def asking(model: Model, config: Any) -> Model:
 def guide(config: Any, model: Model) -> ClipGuide | None:
     """The guide that a job's options name, None without one. Raises UsageError for a model that it cannot lead."""
     name, cutouts = config.clip_guidance, config.clip_cutouts
-    if name is None:
+    if name is None or NOISED in read_json(find(name, f"--clip-guidance {name}") / "config.json"):
         return None
     model.codec.kind.needs_pictures("--clip-guidance")
     clip = load(name, f"--clip-guidance {name}")
@@ -119,4 +123,5 @@ def guide(config: Any, model: Model) -> ClipGuide | None:
         said = f"clip_cutouts {cutouts}: the pictures' {side} pixels are no more than the {clip.pixels} that CLIP takes"
         raise UsageError(said, "leave it out")
     spread, settings = model.denoiser.scales.sigma_data, (f"CLIP {name}", config.clip_through, cutouts)
-    return ClipGuide(clip, model.codec, model.denoiser.schedule, config.clip_scale, spread, *settings)
+    scale = SCALE if config.clip_scale is None else config.clip_scale
+    return ClipGuide(clip, model.codec, model.denoiser.schedule, scale, spread, *settings)

@@ -7,14 +7,14 @@ from typing import Any
 
 from distill_cli.config import GuidesConfig
 from distill_cli.errors import UsageError
-from distill_cli.models import clip_guide, noisy_classifier
+from distill_cli.models import clip_guide, noisy_classifier, noisy_clip
 from distill_cli.models.guides import ModelGuide
 from distill_cli.models.model import Model
 from distill_cli.models.sources import hub
 from distill_cli.processes import say
 from distill_cli.recipes import flag_of
 
-GUIDES: tuple[Callable[[Any, Model], ModelGuide | None], ...] = (noisy_classifier.guide, clip_guide.guide)
+GUIDES: tuple[Callable[[Any, Model], ModelGuide | None], ...] = (noisy_classifier.guide, clip_guide.guide, noisy_clip.guide)
 """Each makes a guide of a model if the options name it. It raises UsageError for one that does not fit the model."""
 
 

@@ -12,17 +12,19 @@ from torch import nn
 
 from distill_cli.errors import DistillError, reason
 from distill_cli.files import os_errors, scratch
-from distill_cli.models import classifier, clip, formats, load, noisy_classifier
+from distill_cli.models import classifier, clip, formats, load, noisy_classifier, noisy_clip
 from distill_cli.models.autoencoder import Autoencoder
 from distill_cli.models.classifier import Classifier
 from distill_cli.models.clip import Clip
 from distill_cli.models.model import Model
 from distill_cli.models.noisy_classifier import NoisyClassifier
+from distill_cli.models.noisy_clip import NoisyClip
 from distill_cli.models.parts import unfilled
 from distill_cli.models.stable_diffusion import load_vae
 
 READERS: dict[type, Callable[[Any], Any]] = {
     Model: load, Autoencoder: load_vae, Classifier: classifier.load, NoisyClassifier: noisy_classifier.load, Clip: clip.load,
+    NoisyClip: noisy_clip.load,
 }  # fmt: skip
 """The loader of each kind of result."""
 

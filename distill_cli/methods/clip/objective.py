@@ -1,85 +1,17 @@
-"""Trains a CLIP model by the contrastive loss of pictures and their captions (Radford et al. 2103.00020, figure 3)."""
+"""Trains a CLIP model: of pictures and their captions, or of noised data for guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from distill_cli.data import Images
-from distill_cli.data.images import Captioned
-from distill_cli.diffusion.noise import Draws, Order
-from distill_cli.errors import UsageError
+from distill_cli.methods.clip.clean import Contrast
 from distill_cli.methods.clip.config import CLIPConfig
-from distill_cli.models.clip import Clip, Towers, create
-from distill_cli.models.text import make_tokenizer
+from distill_cli.methods.clip.noisy import NoisyContrast
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
-
-MOST = 100.0
-"""The largest scale of similarities, as in CLIP's training."""
+from distill_cli.training.objective import Objective
 
 
 def open(config: CLIPConfig, job: Job) -> Objective:
-    return Contrast(config, job.images(config))
-
-
-class Contrast(Objective):
-    """Cross-entropy of a picture's caption among the captions of the step's pictures, and of the next ones; equal captions are one.
-
-    This is the half of CLIP's loss that finds the caption of a picture. Captions are known without their pictures, so a step is the same in
-    one part or several, and in one process or several. The other half, which finds the picture of a caption, would need all pictures.
-    """
-
-    config: CLIPConfig
-    images: Captioned
-    order: Order
-
-    def __init__(self, config: CLIPConfig, images: Images) -> None:
-        if not isinstance(images, Captioned):
-            raise UsageError(f"--data {config.data}: has no captions", "a CLIP model learns from them: data=shapes")
-        pixels, patch = images.shape[-1], config.network.patch
-        if pixels % patch:
-            raise UsageError(f"network.patch {patch}: does not divide the pictures' {pixels} pixels")
-        super().__init__(config, "clip")
-        self.images = images
-        captions = images.captions(range(len(images)))
-        numbers = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
-        self.which = torch.tensor([numbers[caption] for caption in captions])
-        self.clip = create(pixels, config.network, config.text, make_tokenizer(captions, config.text.length), config.seed)
-        self.tokens = self.clip.reader.tokens(list(numbers))
-        self.trained["clip"] = Full(self.clip.towers.train(), config.lr)
-        self.order = Order(config.seed, len(images))
-
-    def moved(self, x: Tensor, draws: Draws) -> Tensor:
-        """Pictures moved, enlarged and under noise, each at random; what comes in at the border continues the picture's."""
-        u = torch.stack([draws.uniform("augment", 10 + turn) for turn in range(4)], 1).float()  # a set's own draws have the first turns
-        scale, place = 1 + self.config.zoom * (2 * u[:, 0] - 1), 2 * self.config.shift * (2 * u[:, 1:3] - 1)
-        turn = torch.stack([scale, torch.zeros_like(scale), place[:, 0], torch.zeros_like(scale), scale, place[:, 1]], 1).reshape(-1, 2, 3)
-        grid = F.affine_grid(turn, list(x.shape), align_corners=False)
-        moved = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-        return moved + self.config.noise * u[:, 3, None, None, None] * draws.normal("noise", x.shape[1:])
-
-    def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        positions, first = [self.order[i] for i in draws.indices], step * self.config.batch_size
-        x = self.moved(self.images.batch(positions, draws)[0], draws)
-        candidates = self.which[[self.order[first + i] for i in range(max(self.config.batch_size, self.config.captions))]].unique()
-        right = torch.searchsorted(candidates, self.which[positions]).to(self.device)
-        pictures, texts, scale = self.network("clip")(x.to(self.device), self.tokens[candidates].to(self.device))
-        logits = scale.clamp(max=MOST) * (pictures.float() @ texts.float().T)
-        accuracy = (logits.argmax(1) == right).float().mean()
-        yield Loss("clip", F.cross_entropy(logits, right), {"accuracy": accuracy, "scale": scale.detach()})
-
-    def model(self, network: nn.Module, step: int) -> Clip:
-        assert isinstance(network, Towers)
-        return Clip(network, self.clip.tokenizer)
-
-    def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
-        tokens = torch.zeros(count, self.tokens.shape[1], dtype=torch.long, device=where)
-        return network(torch.empty(count, *self.images.shape, device=where), tokens)
-
-    def calls(self, step: int = 0) -> Calls:
-        return Calls([Call("clip", self.config.batch_size)])
+    """Read the captioned pictures, and the model whose noise is learned."""
+    if not config.noisy:
+        return Contrast(config, job.images(config))
+    model = job.teacher(config.model, config.device)
+    return NoisyContrast(config, job.images(config, model), model)
