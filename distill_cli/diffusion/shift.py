@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from distill_cli.errors import DistillError
+
 Rule = Literal["tokens", "tokens and steps"]
 
 
@@ -27,7 +29,10 @@ class Shift:
     def of(self, steps: int | None = None) -> float:
         """The shift of a solver of so many steps; None: that of training."""
         mu = MU[self.rule](self, steps or self.usual_steps)
-        return math.exp(mu) if self.kind == "exponential" else mu
+        shift = math.exp(mu) if self.kind == "exponential" else mu
+        if shift <= 0:
+            raise DistillError(f"a shift by size that is {shift:.3g} for {self.tokens} tokens", "look at base_shift and max_shift")
+        return shift
 
     def sized(self, tokens: int) -> Shift:
         return replace(self, tokens=tokens)

@@ -108,12 +108,16 @@ class Backbone(nn.Module):
         return answer.flatten(2).mT if answer.ndim == 4 else answer
 
     def cast(self, dtype: torch.dtype | None) -> None:
-        """Store the weights in half precision, once, instead of casting them at each call; None: in float32. Adapters stay as they are."""
+        """Store the matrices of layers in half precision, once, instead of casting them at each call; None: in float32.
+
+        Autocast casts the same ones, so estimates under it stay the same to the bit. Norms, embeddings and adapters stay as they are.
+        """
         if dtype == self.weight_type or self.quantized:
             return
-        for name, value in (*self.net.named_parameters(), *self.net.named_buffers()):
-            if ".lora_" not in name and value.is_floating_point():
-                value.data = value.data.to(dtype or torch.float32)
+        for name, module in self.net.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim > 1 and ".lora_" not in name and not isinstance(module, nn.Embedding):
+                weight.data = weight.data.to(dtype or torch.float32)
         self.weight_type = dtype
 
     def quantize(self) -> None:

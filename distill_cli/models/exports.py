@@ -14,11 +14,13 @@ from distill_cli.errors import DistillError, UsageError, nearest
 from distill_cli.files import write_atomic_lines
 from distill_cli.models import formats
 from distill_cli.models.formats import comfyui
+from distill_cli.models.lora import Adapter
 from distill_cli.models.lora_keys import Layer, kohya_name
 from distill_cli.models.lora_keys import split as split_key
 from distill_cli.models.model import Model
 from distill_cli.models.original import original, unet_names
 from distill_cli.models.schedulers import PREDICTION_TYPES
+from distill_cli.models.sources.catalog import LORA
 from distill_cli.models.sources.names import base_of
 from distill_cli.tensors import content
 
@@ -55,7 +57,10 @@ def _stable_diffusion(model: Model, target: str) -> bool:
     if not (model.text and table and prediction in ("eps", "v") and set(formats.pipelines_of(model)) & PIPELINES):
         kind = formats.pipelines_of(model)[0]
         what = f"{target} holds Stable Diffusion 1, 2 and XL with noise or v prediction, not a {prediction} model of a {kind}"
-        raise _refuse(model, what, "folder is the target that holds any model")
+        hint = "folder is the target that holds any model"
+        if isinstance(model.backbone, Adapter) and model.backbone.comfyui is not None:
+            hint = f"its own folder has the LoRA in diffusers' layout ({LORA}), which ComfyUI reads too"
+        raise _refuse(model, what, hint)
     return "text_encoder_2" in model.parts()
 
 

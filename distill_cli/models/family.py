@@ -35,6 +35,8 @@ class Transformer(Backbone):
 
     part = "transformer"
     inputs = frozenset({"encoder_hidden_states", MASK})
+    resizes: bool = True
+    """Whether its configuration's sample_size may become a student's: not where positions are made by it."""
     stack: ClassVar[str] = "transformer_blocks"
     """Its repeated blocks, in the middle of which a discriminator reads."""
 
@@ -80,12 +82,13 @@ class Family:
     dynamic: bool = False
     """Whether its published scheduler asks for it."""
     ends: Literal["training", "steps"] = "steps"
+    """Where times end: "steps" if the pipeline itself gives the scheduler `sigmas` from 1 to 1/N, "training" if only the number N."""
     multistep: bool = False
     """Whether its scheduler may be DPM-Solver++ instead of Euler's steps."""
     less: float = 0.0
     """What the pipeline's own guidance scale is smaller by."""
     called: str = ""
-    """Further arguments of the pipeline in a card's program, each with a comma before it."""
+    """Further arguments of the pipeline in a card's program, of teachers and students, each with a comma before it."""
     turbo: tuple[float, str] | None = None
     """The shift of a distilled member whose folder is like its base's, and its name: a folder with this shift is read with a note."""
     distilled: tuple[str, ...] = ()
@@ -120,7 +123,7 @@ class Family:
         from distill_cli.data.shapes import TRAINED
 
         self.class_of("pipeline")
-        tokenizer = make_tokenizer([thing.caption for thing in TRAINED], 64)
+        tokenizer = make_tokenizer([thing.caption for thing in TRAINED], 4096)
         made: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             for seed, (part, config) in enumerate({"text_encoder": text, "vae": vae, "transformer": transformer}.items()):

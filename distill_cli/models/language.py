@@ -50,6 +50,8 @@ class LanguageReader(Reader):
     """A language model with its tokenizer, asked in this wording."""
 
     wording: Wording = field(default_factory=lambda: Wording(1))
+    instructed: int | None = None
+    """The tokens of what stands before a prompt, without two that begin and end it; None before they are counted."""
 
     def asked(self, prompts: Sequence[str], negative: bool = False) -> list[str]:
         """What the model reads for prompts."""
@@ -62,8 +64,11 @@ class LanguageReader(Reader):
 
     def most(self, negative: bool = False) -> int:
         """The tokens that the model reads at most."""
-        more = len(self.tokenizer.encode(self.wording.before())) - 2 if self.wording.kept and not negative else 0
-        return self.length + more
+        if not self.wording.kept or negative:
+            return self.length
+        if self.instructed is None:
+            self.instructed = len(self.tokenizer.encode(self.wording.before(), verbose=False)) - 2
+        return self.length + self.instructed
 
     def read(self, prompts: Sequence[str], negative: bool = False) -> tuple[Tensor, Tensor]:
         """Tokens and mask (B, N) of prompts, on the CPU."""
@@ -100,7 +105,7 @@ class LanguagePrompts(PromptConditioner):
     @property
     def asks(self) -> str:  # type: ignore[override]
         reader: Any = self.readers["text_encoder"]
-        return json.dumps([reader.asked([""]), reader.asked([""], negative=True), reader.wording.layers])
+        return json.dumps([reader.asked(["A b"]), reader.asked(["A b"], negative=True), reader.wording.layers])
 
     def encoded(self, prompts: Sequence[str], negative: bool = False) -> Condition:
         reader: Any = self.readers["text_encoder"]
@@ -128,7 +133,7 @@ def lengths_of(mask: Tensor) -> list[int]:
     """The number of tokens of each text, of its mask (B, L): all of them in a plan. On a GPU the host waits for it."""
     if planned(mask):
         return [mask.shape[1]] * len(mask)
-    found: list[int] = mask.sum(1).long().tolist()
+    found: list[int] = (mask > 0).sum(1).tolist()
     return found
 
 

@@ -73,7 +73,7 @@ class Lumina2Transformer(Transformer):
     def features(self, answer: Any, x: Tensor, condition: Condition) -> Tensor:
         """The tokens of the picture, which stand behind those of each text."""
         count = x.shape[2] * x.shape[3] // self.multiple**2
-        rows = condition.parts[MASK].sum(1).long()[:, None] + torch.arange(count, device=answer.device)
+        rows = (condition.parts[MASK] > 0).sum(1)[:, None] + torch.arange(count, device=answer.device)
         return answer.gather(1, rows[..., None].expand(-1, -1, answer.shape[-1]))
 
 

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 STEM = "diffusion_pytorch_model"
 POINTER = b"version https://git-lfs"
 """The first bytes of a pointer that git-lfs leaves in the place of a large file."""
-HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^(vision_model|visual_projection|text_projection|logit_scale)(\.|$)")
-"""Extra tensors that may be ignored: counters, and the image half of CLIP beside a text encoder."""
+HARMLESS = re.compile(
+    r"(^|\.)(position_ids|num_batches_tracked)$|^(vision_model|visual_projection|text_projection|logit_scale|lm_head)(\.|$)"
+)
+"""Extra tensors that may be ignored: counters, and beside a text encoder the image half of CLIP, or the head of a language model."""
 RAW = "non_ema"
 """The variant with weights that are not averaged."""
 

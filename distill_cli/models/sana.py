@@ -24,6 +24,10 @@ class SanaTransformer(Transformer):
     unmet: ClassVar[Mapping[str, str]] = {"guidance_embeds": "a guidance scale inside, as a distilled model does"}
     halves = True
 
+    @property
+    def resizes(self) -> bool:  # type: ignore[override]
+        return self.net.config.interpolation_scale is None
+
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         time = time * self.net.config.timestep_scale
         return self.net(x, timestep=time, **condition.parts, return_dict=False)[0][:, : x.shape[1]]

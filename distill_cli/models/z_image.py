@@ -66,7 +66,7 @@ FAMILY = Family(
 def tiny() -> Model:
     """Z-Image's parts, 64x64 pictures, made in memory: for smoke runs."""
     net = dict(
-        dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4], axes_lens=[128, 64, 64]
+        dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4], axes_lens=[576, 64, 64]
     )
     return FAMILY.tiny("tiny-z-image", TINY | dict(num_hidden_layers=3), TINY_VAE, net).with_size((8, 8))
 

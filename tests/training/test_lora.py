@@ -24,6 +24,7 @@ from distill_cli.training.ema import EMA
 from distill_cli.training.objective import Objective
 from distill_cli.training.placed import placed
 from tests.contracts import diffusers_alone
+from tests.contracts.families import lacking
 from tests.contracts.running import Seen, call, words
 
 pytest.importorskip("peft")
@@ -198,13 +199,30 @@ def test_a_pixel_student_is_saved_merged_which_is_said(tmp_path):
 
 
 def test_in_half_precision_the_base_is_stored_in_it(base):
-    """Once, for all adapters, which stay float32; called outside of autocast it answers in its own type."""
+    """Its matrices, once, for all adapters, which stay float32 as norms do; called outside of autocast it answers in its own type."""
     made = student(base, precision="bf16")
     network = made.denoiser.network
-    assert {p.dtype for name, p in network.net.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
+    kinds = {(p.ndim > 1, p.dtype) for name, p in network.net.named_parameters() if ".lora_" not in name}
+    assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     apart = (picture(made) - picture(student(base))).abs()
     assert 0 < apart.mean() < 0.02
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3", "tiny-sana", "tiny-lumina2", "tiny-z-image", "tiny-klein", "shapes", "tiny"])
+def test_stored_matrices_give_what_autocast_gives(name):
+    """To the bit: what is stored in half precision is what autocast would make at each call. And back to float32."""
+    if why := lacking(name):
+        pytest.skip(why)
+    model = load(name)
+    model = model.with_prompts(PROMPTS) if model.text is not None else model
+    condition, x, t = model.conditioner(torch.tensor([1, 0])), torch.randn(2, *model.shape), model.denoiser.schedule.times(5)[1:3].float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model.denoiser(x, t, condition)
+        model.backbone.cast(torch.bfloat16)
+        assert torch.equal(model.denoiser(x, t, condition), before)
+    model.backbone.cast(None)
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}
 
 
 def test_a_base_of_integers(base, tmp_path):

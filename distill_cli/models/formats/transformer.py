@@ -58,7 +58,8 @@ class TransformerFormat:
     def save(self, model: Model, folder: Path, dtype: torch.dtype) -> None:
         """Write the folder. A square size becomes the transformer's own, if it has one; any other stands in distill.json."""
         quiet()
-        if model.size is not None and len(set(model.size)) == 1 and "sample_size" in model.net.config:
+        own: Any = model.backbone
+        if model.size is not None and len(set(model.size)) == 1 and "sample_size" in model.net.config and own.resizes:
             model.net.register_to_config(sample_size=model.size[0])
         kinds = self.family.kinds
         text = model.text
@@ -114,6 +115,10 @@ class TransformerFormat:
             if part != "text_encoder":
                 check_options(kind, folder / part / "config.json")
             networks[part] = load_network(kind, folder / part, WEIGHTS[part], half=part == "text_encoder")
+        places = networks["transformer"].config.get("axes_lens")
+        if places and places[0] < family.wording.length + 2:
+            knows = f"{folder / 'transformer'}: axes_lens begins with {places[0]}"
+            raise DistillError(knows, f"a text has up to {family.wording.length} tokens, and each wants a place")
         check_vae(networks["vae"], str(folder / "vae"), family.numbers)
         reader = load_reader(folder / "tokenizer", networks["text_encoder"], family.wording, family.tokenizers)
         model = family.assemble(networks, reader, Lineage(name=name, licence=licence_of(folder)), schedule)
