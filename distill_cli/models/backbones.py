@@ -110,13 +110,16 @@ class Backbone(nn.Module):
     def cast(self, dtype: torch.dtype | None) -> None:
         """Store the matrices of layers in half precision, once, instead of casting them at each call; None: in float32.
 
-        Autocast casts the same ones, so estimates under it stay the same to the bit. Norms, embeddings and adapters stay as they are.
+        Autocast casts the same ones, so estimates under it stay the same to the bit. Norms, embeddings and adapters stay as they are, and so
+        does the first weight, by whose type diffusers' networks choose that of what they embed.
         """
         if dtype == self.weight_type or self.quantized:
             return
+        first = next(self.net.parameters())
         for name, module in self.net.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim > 1 and ".lora_" not in name and not isinstance(module, nn.Embedding):
+            weight: Any = getattr(module, "weight", None)
+            matrix = isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, nn.Embedding)
+            if matrix and weight is not first and ".lora_" not in name:
                 weight.data = weight.data.to(dtype or torch.float32)
         self.weight_type = dtype
 
