@@ -107,4 +107,5 @@ def tiny() -> Model:
 
 
 def sketch(name: str) -> Model:
+    """By public copies of the published transformer/config.json."""
     return FAMILY.sketch(name, GEMMA_2B, FLUX_VAE, dict(cap_feat_dim=2304))

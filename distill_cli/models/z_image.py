@@ -72,4 +72,5 @@ def tiny() -> Model:
 
 
 def sketch(name: str) -> Model:
+    """By public copies of the published transformer/config.json."""
     return FAMILY.sketch(name, QWEN3_4B, FLUX_VAE, dict(axes_lens=[1536, 512, 512]))
