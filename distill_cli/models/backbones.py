@@ -110,7 +110,7 @@ class Backbone(nn.Module):
     def cast(self, dtype: torch.dtype | None) -> None:
         """Store the matrices of layers in half precision, once, instead of casting them at each call; None: in float32.
 
-        Autocast casts the same ones, so estimates under it stay the same to the bit. Norms, embeddings and adapters stay as they are, and so
+        Autocast casts the same ones, so estimates under it stay the same to the bit. Norms, embeddings and adapters stay as they are. So
         does the first weight, by whose type diffusers' networks choose that of what they embed.
         """
         if dtype == self.weight_type or self.quantized:
