@@ -22,7 +22,7 @@ SHAPES = ("--prompts", "shapes-held", "--images-per-prompt", "2", "--seed", "1")
 KINDS: dict[str, tuple[str, str, tuple[float, ...], tuple[str, ...]]] = {
     "classifier-free, digits": ("digits", "--guidance-scale", (1, 1.5, 2, 3, 5, 8), ()),
     "by a classifier, digits": ("digits", "--classifier-scale", (1, 2, 4, 8, 16), ("--classifier-guidance", "digits-noisy-classifier")),
-    "by CLIP, shapes": ("shapes", "--clip-scale", (1, 2, 4, 8, 16), ("--clip-guidance", "shapes-noisy-clip")),
+    "by CLIP, shapes": ("shapes", "--clip-scale", (30, 100, 300, 1000), ("--clip-guidance", "shapes-clip")),
 }
 """Name -> the model, the option of the scale, the scales, and what else."""
 OF_DIGITS = ("--data", "digits", "measures=accuracy,precision-recall,inception-score,diversity")
