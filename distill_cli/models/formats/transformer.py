@@ -112,7 +112,7 @@ class TransformerFormat:
         networks: dict[str, Any] = {}
         for part in family.kinds:
             kind = family.class_of(part)
-            if part != "text_encoder":
+            if part == "transformer":  # published autoencoders say more than their class takes
                 check_options(kind, folder / part / "config.json")
             networks[part] = load_network(kind, folder / part, WEIGHTS[part], half=part == "text_encoder")
         places = networks["transformer"].config.get("axes_lens")
