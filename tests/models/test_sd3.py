@@ -10,6 +10,7 @@ import torch
 
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import FlowSchedule
+from distill_cli.diffusion.shift import Shift
 from distill_cli.diffusion.solvers import few_step
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import cost, embeddings, flow_matching, formats, load
@@ -48,17 +49,20 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("name", [*TEACHERS, "another shift"])
+@pytest.mark.parametrize("name", [*TEACHERS, "another shift", "a shift by size"])
 def test_a_teachers_pictures_are_those_of_diffusers(name, tmp_path):
     model = replace(tiny(), **TEACHERS.get(name, asked(5, 2.0)))
     if name == "another shift":
         model.denoiser.schedule = SHIFTED
+    if name == "a shift by size":
+        shift = Shift(base_tokens=8, most_tokens=64, base=0.3, most=0.9)
+        model = replace(model, denoiser=model.denoiser.on(FlowSchedule().moved(shift))).with_size((8, 12))
     formats.save(model, tmp_path / "m")
     again = load(str(tmp_path / "m")).with_prompts(PROMPTS)
     ours = again.sample(DRAWS, LABELS)
     assert torch.equal(ours, model.sample(DRAWS, LABELS))
     assert again.denoiser.schedule == model.denoiser.schedule
-    assert ours.shape[2:] == (64, 96 if name == "not square" else 64)
+    assert ours.shape[2:] == (64, 96 if name in ("not square", "a shift by size") else 64)
     theirs = plain(tmp_path / "m", model)
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours[0] - ours[1]).abs().max() > 0.1
@@ -165,7 +169,6 @@ BROKEN = {
         "transformer_blocks.1.* is missing",
     ),
     "PNDM": (lambda f: configure(f / SCHEDULER, _class_name="PNDMScheduler"), "PNDMScheduler is no scheduler of flow matching"),
-    "dynamic shifting": (lambda f: configure(f / SCHEDULER, use_dynamic_shifting=True), "use_dynamic_shifting is true, which is not read"),
     "a terminal": (lambda f: configure(f / SCHEDULER, shift_terminal=0.1), "shift_terminal is 0.1, which is not read"),
     "no shift": (lambda f: configure(f / SCHEDULER, shift=0), "shift 0 make no schedule"),
     "latents not moved": (lambda f: configure(f / "vae/config.json", drop=("shift_factor",)), "shift_factor is null, a number is expected"),

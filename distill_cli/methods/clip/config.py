@@ -24,13 +24,13 @@ class CLIPConfig(TrainingConfig):
     noise: Weight = Field(0.5, description="largest standard deviation of the noise on a picture, whose values are -1 to 1")
     noisy: bool = Field(False, description="see noised data in the place of pictures, for guidance: of a model, on its schedule")
     model: Name = Field("shapes", description="noisy: the model whose data, pixels or latents, and noise schedule are learned")
-    variants: Positive = Field(8, description="noisy: random versions of each picture, encoded once for a latent model")
+    versions: Positive = Field(8, description="noisy: random versions of each picture, encoded once for a latent model")
     sample_every: Literal[0] = Field(0, description="always 0: a CLIP model makes no images")
     network: CLIPNetworkConfig = CLIPNetworkConfig()
     text: TextConfig = TextConfig()
 
     @model_validator(mode="after")
     def _of_noise(self) -> CLIPConfig:
-        for key in self.changed(*(("shift", "zoom", "noise") if self.noisy else ("model", "variants"))):
+        for key in self.changed(*(("shift", "zoom", "noise") if self.noisy else ("model", "versions"))):
             raise ValueError(f"{key} is for noisy={'false' if self.noisy else 'true'}")
         return self

@@ -33,8 +33,8 @@ class NoisyContrast(Contrast):
         check_images(config.data, model, images)
         super().__init__(config, images)
         self.count, self.latents = len(images), None
-        self.order = Order(config.seed, config.variants * self.count)
-        self.which = self.which.repeat(config.variants)
+        self.order = Order(config.seed, config.versions * self.count)
+        self.which = self.which.repeat(config.versions)
         self.identity |= {"schedule": described(self.schedule), "model": model.weights_hash()}
         self.frozen |= model.codec.parts()
 
@@ -54,7 +54,7 @@ class NoisyContrast(Contrast):
         """Encode the pictures of a latent model, once."""
         if self.of.codec.parts():
             with preparing(where, f"resume with --resume {run.folder}") as stop:
-                self.latents = Latents(self.images, self.of.codec, where, self.config.variants, self.config.seed, stop)
+                self.latents = Latents(self.images, self.of.codec, where, self.config.versions, self.config.seed, stop)
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         positions = [self.order[i] for i in draws.indices]
