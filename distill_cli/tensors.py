@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_cli.errors import DistillError, printable
 
@@ -108,3 +108,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
     with open(path, "wb") as file:
         for part in content(tensors, metadata):
             file.write(part)
+
+
+def store_matrices(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Store the matrices of layers in half precision, once, instead of casting them at each call; None: in float32.
+
+    Autocast casts the same ones, so answers under it stay the same to the bit. Norms, embeddings and adapters stay as they are. So does the
+    first weight, by whose type diffusers' networks choose that of what they embed.
+    """
+    first = next(network.parameters())
+    for name, module in network.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        matrix = isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, nn.Embedding)
+        if matrix and weight is not first and ".lora_" not in name:
+            weight.data = weight.data.to(dtype or torch.float32)

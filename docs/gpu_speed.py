@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,23 +98,31 @@ def network() -> None:
 
 
 def one_step(how: str) -> None:
-    """One step of the few-step sampler, with and without the decoder; `how`: none, or what `distill sample` compiles."""
+    """One step of the few-step sampler, by the decoder, a tiny one, and none; `how`: none, or what `distill sample` compiles."""
+    import diffusers
+
     from distill_cli import launch
     from distill_cli.config import SampleConfig
     from distill_cli.diffusion.noise import Draws
     from distill_cli.models import load
+    from distill_cli.models.codec import VAECodec
     from distill_cli.sample.batch import compile_model
 
     where = torch.device(DEVICE)
     model = load(str(FULL)).to(where).with_prompts([PROMPT])
     sampling = model.with_defaults("few-step", 1, 1.0)
     compile_model(SampleConfig(model=str(FULL), compile=how), model, where)
+    small = replace(model, codec=VAECodec(diffusers.AutoencoderTiny().to(where)))
+    compile_model(SampleConfig(model=str(FULL), compile=how), small, where)
     said = "" if how == "none" else f", compile {how}"
     precisions = ("no", "tf32", "bf16", "fp16") if how == "none" else ("bf16", "fp16")
     for precision in precisions if where.type == "cuda" else ("no", "bf16"):
+        for each in (model, small):
+            each.backbone.cast(launch.HALF.get(precision))
+            each.codec.cast(launch.HALF.get(precision))
         for batch in (1, 8) if precision == "bf16" and how == "none" else (1,):
             labels = torch.zeros(batch, dtype=torch.long)
-            for what, call in (("", model.sample), (", without decoder", model.generate)):
+            for what, call in (("", model.sample), (", tiny decoder", small.sample), (", without decoder", model.generate)):
 
                 def work(call: Any = call, labels: Any = labels, precision: str = precision) -> None:
                     with launch.autocast(where, precision):

@@ -152,6 +152,7 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     turn = count()
+    drawn = model.decoding(config.decoder, config.tiles)
     prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
 
     def bare() -> Callable[[], None]:
@@ -159,6 +160,8 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(where)
         if model.sampler.teaches:
             pipeline.scheduler = schedulers.make(model.scheduler or {}, schedulers.SOLVERS[sampling.solver])
+        if config.changed("decoder", "tiles"):
+            pipeline.vae = drawn.codec.parts()["vae"]
         pipeline.set_progress_bar_config(disable=True)
 
         def calls() -> None:
@@ -174,8 +177,8 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
 
     how = f"{sampling.solver} {sampling.steps}, guidance {sampling.guidance_scale:g}, batch {config.batch_size}"
     text = f"diffusers' StableDiffusionPipeline, {how}"
-    asked = _asked(config, model, sampling.evaluations, decoded=True)
-    return Case(lambda: batch.sample(config, model, folder / str(next(turn))), bare, config.num, text, where, config.precision, *asked)
+    asked = _asked(config, drawn, sampling.evaluations, decoded=True)
+    return Case(lambda: batch.sample(config, drawn, folder / str(next(turn))), bare, config.num, text, where, config.precision, *asked)
 
 
 def _opened(command: str, config: GenerateT, folder: Path, random: bool, name: str) -> tuple[GenerateT, Model]:

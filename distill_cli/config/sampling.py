@@ -65,6 +65,10 @@ class SampleConfig(GenerateConfig):
     format: Literal["png", "npz"] | None = Field(
         None, description="a PNG for each image, or one samples.npz (arr_0 uint8 N,H,W,3; arr_1 labels); default png, where it can be drawn"
     )
+    decoder: Name | None = Field(None, description="latent models: an AutoencoderTiny (folder or hub id) that decodes; default their own")
+    tiles: Positive | None = Field(
+        None, description="latent models: decode in overlapping tiles of so many pixels a side, with less memory; default whole"
+    )
     compile: Compile = Field(
         "none", description="torch.compile of denoiser and decoder: by block or whole, on a GPU as a CUDA graph; slow to begin"
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
 from distill_cli.errors import DistillError, UsageError
+from distill_cli.tensors import store_matrices
 
 UNMET = {
     "addition_embed_type": "further conditions beside the text, such as SDXL's sizes",
@@ -108,19 +109,10 @@ class Backbone(nn.Module):
         return answer.flatten(2).mT if answer.ndim == 4 else answer
 
     def cast(self, dtype: torch.dtype | None) -> None:
-        """Store the matrices of layers in half precision, once, instead of casting them at each call; None: in float32.
-
-        Autocast casts the same ones, so estimates under it stay the same to the bit. Norms, embeddings and adapters stay as they are. So
-        does the first weight, by whose type diffusers' networks choose that of what they embed.
-        """
+        """Store the network's matrices in half precision (tensors.store_matrices); None: in float32."""
         if dtype == self.weight_type or self.quantized:
             return
-        first = next(self.net.parameters())
-        for name, module in self.net.named_modules():
-            weight: Any = getattr(module, "weight", None)
-            matrix = isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, nn.Embedding)
-            if matrix and weight is not first and ".lora_" not in name:
-                weight.data = weight.data.to(dtype or torch.float32)
+        store_matrices(self.net, dtype)
         self.weight_type = dtype
 
     def quantize(self) -> None:

@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
 from distill_cli.data.kinds import PICTURES, Kind
+from distill_cli.data.shapes import THINGS, render
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models.parts import load_network
 from distill_cli.models.sources.hub import find
+from distill_cli.processes import say
+from distill_cli.tensors import store_matrices
 
 AT_A_TIME = 2**20
 """Pixels that are decoded together: four pictures of 512 x 512."""
+TINY = "taesd is for Stable Diffusion 1 and 2, taesdxl for XL, taesd3 for 3"
+FAR = 20
+"""Mean difference of two decoders' pictures, of 255, from which one of them may be for other latents."""
 
 
 class Codec:
@@ -64,9 +70,16 @@ class Codec:
         """A codec of the same configuration with new networks; on the meta device it takes no memory."""
         return self
 
+    def cast(self, dtype: torch.dtype | None) -> None:
+        """Store the matrices of `decode` in half precision, once; pictures under autocast stay the same to the bit."""
+
+    def tile(self, pixels: int) -> None:
+        """Decode in overlapping tiles of `pixels` a side, by diffusers' enable_tiling. Raises UsageError where that is not possible."""
+        raise UsageError(f"tiles {pixels}: for latents, and the model's data are pixels", "leave it out")
+
     def with_decoder(self, spec: str) -> Codec:
         """A codec for the same latents that decodes faster. Raises UsageError if there are no latents."""
-        raise UsageError(f"--decoder {spec}: for latents, and the teacher's images are pixels", "leave it out")
+        raise UsageError(f"decoder {spec}: for latents, and the model's data are pixels", "leave it out")
 
     def sketched_decoder(self) -> Codec:
         """As `with_decoder`, for plans: of TAESD's architecture, on the meta device."""
@@ -87,6 +100,8 @@ class VAECodec(Codec):
     """
 
     lpips_below = 0  # decoded latents are compared as they are
+    tiles = 0
+    """Width of a tile in the autoencoder's latents; 0: pictures are decoded whole."""
 
     def __init__(self, vae: Any, upcast: bool = False) -> None:
         self.vae, self.upcast = vae, upcast
@@ -109,6 +124,8 @@ class VAECodec(Codec):
 
     def raw(self, x: Tensor) -> Tensor:
         x = x.to(next(self.vae.parameters()).device) / self.scale + self.shift
+        if self.tiles:  # AutoencoderTiny would cut a picture of one tile too
+            self.vae.use_tiling = max(x.shape[-2:]) > self.tiles
         count = max(1, AT_A_TIME // (x.shape[-1] * x.shape[-2] * self.factor**2))
         kind = x.device.type
         cast = self.upcast and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -130,17 +147,46 @@ class VAECodec(Codec):
     def fresh(self) -> VAECodec:
         return type(self)(type(self.vae).from_config(self.vae.config), self.upcast)
 
+    def cast(self, dtype: torch.dtype | None) -> None:
+        if not (self.upcast and dtype == torch.float16):
+            for part in self.decoders():
+                store_matrices(part, dtype)
+
+    def tile(self, pixels: int) -> None:
+        factor = 2 ** (len(self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels) - 1)
+        if pixels % (8 * factor):
+            raise UsageError(f"tiles {pixels}: the autoencoder takes multiples of {8 * factor} pixels")
+        sizes = {"sample_min": pixels, "sample_stride": pixels * 3 // 4, "latent_min": pixels // factor}
+        named = {f"tile_{name}_{side}": size for name, size in sizes.items() for side in ("size", "height", "width")}
+        known = {name: size for name, size in named.items() if hasattr(self.vae, name)}
+        if not known:
+            raise UsageError(f"tiles {pixels}: this diffusers' {type(self.vae).__name__} decodes whole pictures alone", "leave it out")
+        self.tiles = pixels // factor
+        self.vae.enable_tiling()
+        for name, size in known.items():
+            setattr(self.vae, name, size)
+
     def with_decoder(self, spec: str) -> VAECodec:
-        """A codec with the AutoencoderTiny in a folder, or of a hub id."""
+        """A codec with the AutoencoderTiny in a folder, or of a hub id. Says how far a picture is from that of the model's own decoder."""
         import diffusers
 
         folder = find(spec, ("config.json", "diffusion_pytorch_model.safetensors"), f"decoder {spec}")
         tiny = VAECodec(load_network(diffusers.AutoencoderTiny, folder))
-        if (tiny.vae.config.latent_channels, tiny.factor) != (self.vae.config.latent_channels, self.factor):
-            raise UsageError(f"decoder {spec}: for other latents than the teacher's", "taesd is of Stable Diffusion 1 and 2")
+        if (tiny.channels, tiny.factor) != (self.channels, self.factor):
+            raise UsageError(f"decoder {spec}: for other latents than the model's", f"madebyollin's {TINY}")
         if tiny.vae.config.out_channels != 3:
             raise DistillError(f"decoder {spec}: pictures of {tiny.vae.config.out_channels} channels", "colour pictures are read")
+        off = self.apart(tiny)
+        doubt = f": is it for this model's latents? ({TINY})" if off > FAR else ""
+        say(f"decoder {spec}: a test picture is {off:.1f} of 255 from that of the model's own decoder, in the mean{doubt}")
         return tiny
+
+    @torch.no_grad()
+    def apart(self, other: Codec) -> float:
+        """The mean difference, of 255, of a picture decoded by this codec and another one, from this one's latents."""
+        picture = render(THINGS[0], torch.full((6,), 0.5))[None]
+        z, _ = self.encode(interpolate(picture, scale_factor=max(1.0, self.factor / 2)))
+        return float((self.decode(z) - other.decode(z)).abs().mean()) * 127.5
 
     def sketched_decoder(self) -> VAECodec:
         import diffusers

@@ -165,6 +165,18 @@ class Model:
             raise UsageError("--negative-prompt: a student's negative prompt is built in", hint)
         return replace(self, conditioner=conditioner)
 
+    def decoding(self, decoder: str | None, tiles: int | None, planned: bool = False) -> Model:
+        """The latent model whose pictures an AutoencoderTiny makes (a folder or hub id), or that come in tiles of so many pixels a side.
+
+        A decoder that is `planned` has no weights. Raises UsageError for a model of pixels, and for what does not fit its latents.
+        """
+        codec = self.codec
+        if decoder is not None:
+            codec = codec.sketched_decoder() if planned else codec.with_decoder(decoder)
+        if tiles is not None:
+            codec.tile(tiles)
+        return replace(self, codec=codec)
+
     def with_resolution(self, pixels: int) -> Model:
         """The latent model with a shorter side of `pixels`, at its aspect ratio. Raises UsageError if its networks cannot do it."""
         size = self.codec.sized(pixels, self.shape, self.backbone.multiple, self.backbone.most)

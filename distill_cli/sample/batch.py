@@ -117,7 +117,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         "out",
         "device",
         "grid",
-        *({"compile"} if config.compile == "none" else ()),
+        *({"compile", "decoder", "tiles"} - {*config.changed("compile", "decoder", "tiles")}),  # folders of older versions go on
         "scale",
         "times",
         "search_times",
@@ -138,6 +138,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     remove_temporaries(folder)
     where = launch.device(config.device)
     model.backbone.cast(launch.HALF.get(config.precision))
+    model.codec.cast(launch.HALF.get(config.precision))
     model.to(where)
     compile_model(config, model, where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
