@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,7 @@ def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> N
             raise DistillError(f"{path}: corrupt: {error}", again) from error
         settings = ALWAYS | json.loads(json.dumps(settings))
         old = ALWAYS | old
-        other = [f"{key} is {old.get(key)}, not {settings.get(key)}" for key in {**settings, **old} if old.get(key) != settings.get(key)]
-        if other:
+        if other := [*_differences(old, settings, "")]:
             raise UsageError(f"--out {folder}: made with other settings: {'; '.join(other)}", "choose another folder, or the same settings")
         return
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
@@ -71,6 +71,18 @@ def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> N
     if not is_empty(folder) and not kept and not path.exists():  # another process may have begun it since
         raise UsageError(f"--out {folder}: not empty, and not a folder of {what}", "choose another folder")
     write_atomic(path, sealed(settings, indent=2))
+
+
+def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+    """What differs in two values of a setting, in words; of a list of things, such as a trace's models, in the thing that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**new, **old}:
+            yield from _differences(old.get(key), new.get(key), f"{name} {key}".lstrip())
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(each, dict) for each in old):
+        for k, (one, other) in enumerate(zip(old, new, strict=True), 1):
+            yield from _differences(one, other, f"{name} {k}")
+    elif old != new:
+        yield f"{name} is {old}, not {new}"
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:

@@ -52,6 +52,8 @@ class Backbone(nn.Module):
     """Whether it may answer with twice the channels, of which the first half is the prediction."""
     comfyui: ClassVar[str | None] = None
     """ComfyUI's node that shifts times in flow matching; '' if its schedulers take others, None if it reads no such student."""
+    dial: ClassVar[bool] = False
+    """Whether there is a place for a guidance scale as a further input (`told`)."""
     weight_type: torch.dtype | None = None
     """The number type of its weights if they are stored in half precision: all calls then run in it."""
     quantized: bool = False
@@ -224,6 +226,7 @@ class UNet2DCondition(Backbone):
     comfyui = "ModelSamplingSD3"
     WIDTH = 256
     """The width of the scale's embedding in published latent consistency models."""
+    dial = True
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     lora = (*LAYERS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     widths: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "cross_attention_dim"}

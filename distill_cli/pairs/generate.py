@@ -12,7 +12,6 @@ from distill_cli.config import PairsConfig
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
-from distill_cli.models.backbones import Backbone
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.model import Model
 from distill_cli.models.steering import uncounted
@@ -28,7 +27,7 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
     """The manifest of a job, from its config and its teacher."""
     usual = teacher.taught_by(config.guidance_scale, config.guidance_range)
     sampling = teacher.with_defaults(config.solver, config.steps, usual.guidance_scale, config.guidance_calls)
-    if config.guidance_range and type(teacher.backbone).told is Backbone.told:
+    if config.guidance_range and not teacher.backbone.dial:
         teacher.backbone.told()  # which refuses, before the work is done
     conditioner = teacher.conditioner
     conditioner.labels(1, config.classes)

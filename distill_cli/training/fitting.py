@@ -85,11 +85,13 @@ class Fitting:
             self._store(self.config)
 
     def _store(self, config: TrainingConfig) -> None:
-        """Give a LoRA's base the type in which a run of `config` stores it."""
-        for each in self.objective.trained.values():
-            for backbone in compiled.backbones(each.module):
-                if isinstance(backbone, Adapter):
-                    backbone.base.cast(None if backbone.merge else HALF.get(config.precision))
+        """Give a LoRA's base, or a frozen teacher, the type in which a run of `config` stores it."""
+        trained = [backbone for each in self.objective.trained.values() for backbone in compiled.backbones(each.module)]
+        adapters = [backbone for backbone in trained if isinstance(backbone, Adapter)]
+        frozen = [backbone for each in self.objective.frozen.values() for backbone in compiled.backbones(each)]
+        kept = any(backbone.merge for backbone in adapters)
+        for backbone in [*frozen, *(adapter.base for adapter in adapters)]:
+            backbone.cast(None if kept else HALF.get(config.precision))
 
     def fewest(self, changes: dict[str, Any]) -> Choice | None:
         """The fewest parts of a batch with which some options fit; None if the most parts do not.

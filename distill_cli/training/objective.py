@@ -225,6 +225,14 @@ class Objective:
         self.frozen[base] = old
         return NetworkDenoiser(adapter, old.schedule, old.parameterisation, old.scales, old.time_input, old.boundary)
 
+    def hold(self, teacher: Model) -> None:
+        """Have the teacher, and what guides it, among the frozen networks. Its matrices are stored in the run's number type, so it is to be
+        hashed and copied before; those that a LoRA shares are stored by `begun_from`.
+        """
+        if not getattr(self.config, "lora", 0):
+            teacher.backbone.cast(HALF.get(self.config.precision))
+        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.guiding()}
+
     def network(self, name: str) -> nn.Module:
         """A trained network, to be called."""
         return self.trained[name].module

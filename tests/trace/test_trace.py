@@ -74,7 +74,9 @@ def test_a_second_call_makes_what_is_missing(distill, made, tmp_path):
     assert after["score.png"][1] == before["score.png"][1]
     ended = distill(*common, "--fps", 3)
     assert ended.code == 2
-    assert "--out t: made with other settings: fps is 6, not 3" in ended.err
+    assert "--out t: made with other settings: fps is 6, not 3\n" in ended.err
+    ended = distill(*common, "--seed", 1, "solver=euler")
+    assert "other settings: seed is 0, not 1; solver is None, not euler; models 1 solver is heun, not euler" in ended.err
 
 
 def test_trajectories_end_at_the_samples(distill, made, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 
 from distill_cli import launch
 from distill_cli.data import open_images
@@ -17,10 +18,12 @@ from distill_cli.errors import UsageError
 from distill_cli.methods.cm.objective import rounds
 from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
+from distill_cli.models.backbones import Backbone
 from distill_cli.recipes import dump
 from distill_cli.runs import Run
 from distill_cli.training.engine import Engine
 from distill_cli.training.zero import honour_fsdp
+from tests.contracts.running import call
 from tests.options import consistency, options
 from tests.training import fsdp_times
 
@@ -144,3 +147,32 @@ def test_under_fsdp_networks_get_their_times_unrounded(workers):
         assert "('torch.float32', 999.0)" in line
         assert "1000.0" not in line
         assert line.endswith("['torch.float32']")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("dmd", "--teacher", "tiny-sd", "--prompts", "shapes", "--guidance-scale", "3"),
+        ("dmd2", "--teacher", "tiny-sd", "--prompts", "shapes", "--guidance-scale", "3"),
+        ("cm", "--method", "lcm", "--teacher", "tiny-sd", "--data", "shapes"),
+        ("cm", "--teacher", "tiny", "--data", "digits"),
+    ],
+    ids=["dmd", "dmd2", "lcm", "cd"],
+)
+def test_a_frozen_teacher_is_stored_in_half_precision_and_gives_the_same_bits(command, tmp_path, monkeypatch):
+    """Weights after 3 steps in bf16, with the teacher's matrices stored so once and cast at each call."""
+    made, cast, stored = {}, Backbone.cast, []
+
+    def seen(self, dtype):
+        cast(self, dtype)
+        stored.append(sum(p.dtype == torch.bfloat16 for p in self.parameters()))
+
+    for name, method in (("stored", seen), ("cast", lambda self, dtype: None)):
+        monkeypatch.setattr(Backbone, "cast", method)
+        out = tmp_path / name
+        call([*command, "--batch-size", "4", "--steps", "3", "precision=bf16", "sample_every=0", "health_every=0", "--device", "cpu",
+              "--out", str(out)]).check()  # fmt: skip
+        made[name] = load_file(next(out.glob("checkpoints/step-000003/student.safetensors")))
+    assert len(stored) == 1
+    assert stored[0] > 10
+    assert all(torch.equal(value, made["cast"][key]) for key, value in made["stored"].items())

@@ -40,7 +40,7 @@ from distill_cli.training.ema import follow
 from distill_cli.training.examples import without_null
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, freeze, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, refuse_student, student_of
 from distill_cli.training.source import Source, read
 
 OWN = 50
@@ -252,7 +252,7 @@ class CD(Following):
             config = config.model_copy(update={"solver": "euler"})
         super().__init__(config, teacher, data)
         self.guidance = self.sampling().guidance_scale
-        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.guiding()}
+        self.hold(teacher)
 
     def prepare(self, where: torch.device, run: Run) -> None:
         super().prepare(where, run)

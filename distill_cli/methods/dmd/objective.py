@@ -38,7 +38,7 @@ from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, freeze, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, refuse_student, student_of
 from distill_cli.training.signs import GENERAL as SIGNS
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
@@ -115,8 +115,9 @@ class DMD(Objective):
             rates["fake"] = config.fake_lr or config.lr
         self.trained |= {name: Full(self.begun_from(teacher).eval().requires_grad_(True), rate) for name, rate in rates.items()}
         working = teacher.conditioner.working() if config.text == "live" or not planned else []
-        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts(), **teacher.guiding()}
-        self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working} | answering
+        self.hold(teacher)
+        self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working}
+        self.frozen |= teacher.codec.parts() | answering
 
     def generate(self, noise: Tensor, condition: Condition) -> Tensor:
         """The student's images (B, C, H, W) from standard-normal noise, which it takes for x at its time."""

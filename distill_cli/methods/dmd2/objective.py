@@ -39,7 +39,7 @@ from distill_cli.pairs.store import MANIFEST, PairStore
 from distill_cli.processes import rank
 from distill_cli.runs import Run
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, freeze, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, refuse_student, student_of
 from distill_cli.training.signs import GENERAL
 from distill_cli.training.source import Source, read
 
@@ -140,9 +140,10 @@ class DMD2(Objective):
         critics: nn.Module = fake if self.discriminator == "none" else critic.Critic(fake, config.seed)
         for name, network, rate in (("student", own, config.lr), ("fake", critics, config.fake_lr or config.lr)):
             self.trained[name] = Full(network.eval().requires_grad_(True), rate)
-        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.codec.parts(), **teacher.guiding()}
+        self.hold(teacher)
         working = teacher.conditioner.working() if config.text == "live" or not planned else []
         self.frozen |= {name: part for name, part in teacher.conditioner.parts().items() if part in working}
+        self.frozen |= teacher.codec.parts()
         self.steps = Order(config.seed, len(self.own))
         self.cycle = len(self.own) // math.gcd(len(self.own), config.fake_steps)
 

@@ -25,7 +25,7 @@ from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler, Sampling
 from distill_cli.pairs.store import PairStore
 from distill_cli.runs import Run
-from distill_cli.training.objective import Call, freeze
+from distill_cli.training.objective import Call
 
 
 class LCM(Following):
@@ -35,7 +35,7 @@ class LCM(Following):
 
     def __init__(self, config: LCMConfig, teacher: Model, data: Images | PairStore) -> None:
         super().__init__(config, teacher, data)
-        self.frozen |= {"teacher": freeze(teacher.denoiser), **teacher.guiding()}
+        self.hold(teacher)
         self.guidance = self.sampling().guidance_scale
 
     def grid(self, schedule: NoiseSchedule) -> tuple[NoiseSchedule, Sampler]:
