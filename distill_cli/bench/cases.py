@@ -8,6 +8,7 @@ measured before the bare networks are made.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -145,14 +146,17 @@ def _asked(config: GenerateConfig, model: Model, calls: int, decoded: bool = Fal
     return config.num * flop, 4 * sum(plan.count(part.parameters()) for part in model.parts().values())
 
 
-def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
-    """Sampling against diffusers' StableDiffusionPipeline: same prompts, steps, batch and precision, pictures written as PNG files."""
+def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Path) -> Case:
+    """Sampling against diffusers' StableDiffusionPipeline: same prompts, steps, batch and precision, pictures written as PNG files.
+
+    `drawn`: the model with the decoder and the tiles of the options, which the pipeline gets too.
+    """
     import diffusers
 
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     turn = count()
-    drawn = model.decoding(config.decoder, config.tiles)
+    vae = copy.deepcopy(drawn.codec.parts()["vae"])
     prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
 
     def bare() -> Callable[[], None]:
@@ -161,7 +165,7 @@ def _bench_pipeline(config: SampleConfig, model: Model, folder: Path) -> Case:
         if model.sampler.teaches:
             pipeline.scheduler = schedulers.make(model.scheduler or {}, schedulers.SOLVERS[sampling.solver])
         if config.changed("decoder", "tiles"):
-            pipeline.vae = drawn.codec.parts()["vae"]
+            pipeline.vae = vae.to(where)
         pipeline.set_progress_bar_config(disable=True)
 
         def calls() -> None:
@@ -199,8 +203,9 @@ def bench_pairs(config: PairsConfig, folder: Path, random: bool = False) -> Case
 
 def bench_sample(config: SampleConfig, folder: Path, random: bool = False) -> Case:
     config, model = _opened("sample", config, folder, random, config.model)
+    drawn = model.decoding(config.decoder, config.tiles)
     if model.conditioner.prompts:
-        return _bench_pipeline(config, model, folder)
+        return _bench_pipeline(config, model, drawn, folder)
     if config.times is not None:
         model = model.with_times(config.times, config.steps)
     return _bench_generation(config, model, lambda k: batch.sample(config, model, folder / str(k)))

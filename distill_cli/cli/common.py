@@ -140,7 +140,7 @@ def open_model(command: str, name: str, config: GenerateT, dry_run: bool) -> tup
     model = load(name, config.steps) if sketch is None else sketch
     if config.resolution is not None:
         model = model.with_resolution(config.resolution)
-    model = model.decoding(getattr(config, "decoder", None), getattr(config, "tiles", None), planned=sketch is not None)
+    model = model.decoding(getattr(config, "decoder", None), getattr(config, "tiles", None), planned=dry_run)
     model = asking(model, config)
     repeat = getattr(config, "images_per_prompt", 1)
     given = model.conditioner.chosen(config.prompts, model.lineage.data)

@@ -100,11 +100,13 @@ class VAECodec(Codec):
     """
 
     lpips_below = 0  # decoded latents are compared as they are
+    stored: torch.dtype | None
+    """The number type of the decoder's matrices if they are stored in half precision: it then decodes in it."""
     tiles = 0
     """Width of a tile in the autoencoder's latents; 0: pictures are decoded whole."""
 
     def __init__(self, vae: Any, upcast: bool = False) -> None:
-        self.vae, self.upcast = vae, upcast
+        self.vae, self.upcast, self.stored = vae, upcast, None
         config = vae.config
         self.scale, self.shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
         self.factor = 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
@@ -130,7 +132,8 @@ class VAECodec(Codec):
         kind = x.device.type
         cast = self.upcast and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         small = cast and torch.get_autocast_dtype(kind) == torch.float16
-        with torch.autocast(kind, enabled=False) if small else nullcontext():
+        own = self.stored is not None and not torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, self.stored, enabled=not small) if small or own else nullcontext():
             parts = [self.vae.decode(part, return_dict=False)[0] for part in x.split(count)]
             return torch.cat([part.to(torch.promote_types(part.dtype, torch.float32), copy=True) for part in parts])
 
@@ -148,14 +151,16 @@ class VAECodec(Codec):
         return type(self)(type(self.vae).from_config(self.vae.config), self.upcast)
 
     def cast(self, dtype: torch.dtype | None) -> None:
-        if not (self.upcast and dtype == torch.float16):
-            for part in self.decoders():
-                store_matrices(part, dtype)
+        self.stored = None if self.upcast and dtype == torch.float16 else dtype
+        for part in self.decoders():
+            store_matrices(part, self.stored)
 
     def tile(self, pixels: int) -> None:
         factor = 2 ** (len(self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels) - 1)
         if pixels % (8 * factor):
             raise UsageError(f"tiles {pixels}: the autoencoder takes multiples of {8 * factor} pixels")
+        if hasattr(self.vae, "spatial_scale_factor"):  # which AutoencoderTiny computes from its channels
+            self.vae.spatial_scale_factor = factor
         sizes = {"sample_min": pixels, "sample_stride": pixels * 3 // 4, "latent_min": pixels // factor}
         named = {f"tile_{name}_{side}": size for name, size in sizes.items() for side in ("size", "height", "width")}
         known = {name: size for name, size in named.items() if hasattr(self.vae, name)}
@@ -176,6 +181,8 @@ class VAECodec(Codec):
             raise UsageError(f"decoder {spec}: for other latents than the model's", f"madebyollin's {TINY}")
         if tiny.vae.config.out_channels != 3:
             raise DistillError(f"decoder {spec}: pictures of {tiny.vae.config.out_channels} channels", "colour pictures are read")
+        if next(self.vae.parameters()).is_meta:  # of a plan
+            return tiny
         off = self.apart(tiny)
         doubt = f": is it for this model's latents? ({TINY})" if off > FAR else ""
         say(f"decoder {spec}: a test picture is {off:.1f} of 255 from that of the model's own decoder, in the mean{doubt}")
@@ -194,7 +201,7 @@ class VAECodec(Codec):
         with torch.device("meta"):
             tiny = VAECodec(diffusers.AutoencoderTiny(latent_channels=self.vae.config.latent_channels))
         if (tiny.channels, tiny.factor) != (self.channels, self.factor):
-            raise UsageError(f"decoder: none is known for the latents of a {type(self.vae).__name__}", "leave it out")
+            raise UsageError(f"decoder: none is known for the latents of the {type(self.vae).__name__}", "leave it out")
         return tiny
 
     def sized(self, pixels: int, shape: tuple[int, int, int], multiple: int, most: float = math.inf) -> tuple[int, int]:
@@ -216,7 +223,7 @@ class PatchedCodec(VAECodec):
     """
 
     def __init__(self, vae: Any, upcast: bool = False) -> None:
-        self.vae, self.upcast, self.scale, self.shift = vae, upcast, 1.0, 0.0
+        self.vae, self.upcast, self.stored, self.scale, self.shift = vae, upcast, None, 1.0, 0.0
         self.factor = 2 ** len(vae.config.block_out_channels)
 
     @property
@@ -239,6 +246,6 @@ class PatchedCodec(VAECodec):
         return super().raw(pixel_shuffle(x * scale + middle, 2))
 
     def with_decoder(self, spec: str) -> VAECodec:
-        raise UsageError(f"decoder {spec}: none is known for the latents of a {type(self.vae).__name__}", "leave it out")
+        raise UsageError(f"decoder {spec}: none is known for the latents of the {type(self.vae).__name__}", "leave it out")
 
     sketched_decoder = partialmethod(with_decoder, "of a plan")

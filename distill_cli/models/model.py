@@ -22,7 +22,9 @@ from distill_cli.models.guides import ModelGuide
 from distill_cli.models.lineage import Lineage
 from distill_cli.models.parts import plain
 from distill_cli.models.sampler import SOLVERS, Sampler, Sampling, Task
+from distill_cli.models.sources import hub
 from distill_cli.models.times import parse
+from distill_cli.processes import say
 from distill_cli.tensors import hash_of
 
 LARGE = 256
@@ -168,11 +170,15 @@ class Model:
     def decoding(self, decoder: str | None, tiles: int | None, planned: bool = False) -> Model:
         """The latent model whose pictures an AutoencoderTiny makes (a folder or hub id), or that come in tiles of so many pixels a side.
 
-        A decoder that is `planned` has no weights. Raises UsageError for a model of pixels, and for what does not fit its latents.
+        A decoder that is `planned` is not downloaded, which is said. Raises UsageError for a model of pixels, and for what does not fit its
+        latents.
         """
         codec = self.codec
-        if decoder is not None:
-            codec = codec.sketched_decoder() if planned else codec.with_decoder(decoder)
+        if decoder is not None and planned and (download := hub.to_download(decoder)):
+            say(f"--decoder: {download} would be downloaded")
+            codec = codec.sketched_decoder()
+        elif decoder is not None:
+            codec = codec.with_decoder(decoder)
         if tiles is not None:
             codec.tile(tiles)
         return replace(self, codec=codec)

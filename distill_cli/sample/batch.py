@@ -138,7 +138,8 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     remove_temporaries(folder)
     where = launch.device(config.device)
     model.backbone.cast(launch.HALF.get(config.precision))
-    model.codec.cast(launch.HALF.get(config.precision))
+    if not model.guides:  # which decode in float32
+        model.codec.cast(launch.HALF.get(config.precision))
     model.to(where)
     compile_model(config, model, where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]

@@ -13,6 +13,7 @@ from distill_cli.config import SampleConfig
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.models import formats, load
+from distill_cli.models.codec import VAECodec
 from distill_cli.sample.batch import sample
 from tests.contracts.running import call
 
@@ -59,6 +60,36 @@ def test_another_decoder_makes_the_pictures_that_it_makes_in_diffusers(tiny_deco
     refused = call(job)
     assert refused.refused()
     assert "decoder" in refused.err
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_guide_that_sees_pictures_decodes_in_float32(precision, tmp_path):
+    """CLIP guidance by pictures in half precision: the gradient goes through the decoder, whose weights are not rounded."""
+    job = ["sample", "--model", "shapes", "--prompts", "shapes-held", "--num", "1", "--steps", "2", "--clip-guidance", "shapes-clip",
+           f"precision={precision}", "--device", "cpu", "--out", str(tmp_path / precision)]  # fmt: skip
+    call(job).check()
+
+
+def test_a_plan_names_a_decoder_that_is_not_here(tmp_path):
+    plan = ["sample", "--model", "sd15", "--num", "1", "--dry-run", "--out", str(tmp_path / "samples")]
+    planned = call([*plan, "--decoder", "madebyollin/taesd"]).check()
+    assert "--decoder: madebyollin/taesd" in planned.err
+    assert "would be downloaded" in planned.err
+    refused = call([*plan, "--decoder", "./no-such-folder"])
+    assert refused.refused()
+    assert "decoder ./no-such-folder: no such folder" in refused.err
+
+
+@pytest.mark.parametrize("levels", [3, 5])
+def test_tiles_of_a_tiny_decoder_of_another_factor(levels):
+    kind = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4,) * levels, decoder_block_out_channels=(4,) * levels, num_encoder_blocks=(1,) * levels,
+        num_decoder_blocks=(1,) * levels, latent_channels=4,
+    )  # fmt: skip
+    codec = VAECodec(kind)
+    codec.tile(8 * codec.factor)
+    with torch.no_grad():
+        assert codec.raw(torch.randn(1, 4, 20, 12)).shape == (1, 3, 20 * codec.factor, 12 * codec.factor)
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sana", "tiny-klein", "taesd"])
@@ -129,6 +160,7 @@ def test_half_precision_is_stored_once(name, tiny_decoder):
         before = codec.raw(x)
         codec.cast(torch.bfloat16)
         assert torch.equal(codec.raw(x), before)
+    assert torch.equal(codec.raw(x).detach(), before)  # in its own type where nobody asks
     stored = [p.dtype for p in codec.decoders()[0].parameters() if p.ndim > 1]
     assert stored.count(torch.bfloat16) >= len(stored) - 1 > 0
     codec.cast(None)
