@@ -1,8 +1,8 @@
 """What CLIP guidance does: the built-in text-to-image teacher under its empty prompt, led by each of the built-in CLIP models alone.
 
-    python -m docs.guidance_clip runs/guidance-clip      # about a minute for a row on one core, two for shapes-clip
+    python -m docs.guidance_clip runs/guidance-clip      # 25 minutes on one core
 
-Judged by tests/shapes_judge.py on a picture of each of the 96 captions held back from training. Without guidance a picture has all
+Judged by tests/shapes_judge.py on two pictures of each of the 96 captions held back from training. Without guidance a picture has all
 five attributes by chance. Prints a table; samples that lie in the folder are not made again.
 """
 
@@ -13,21 +13,24 @@ from pathlib import Path
 
 from docs.guidance import judged
 
+NOISY, CLEAN = "shapes-noisy-clip", "shapes-clip"
 ROWS = (
-    *(("shapes-noisy-clip", "", scale) for scale in (1, 2, 4, 8, 16, 32)),
-    *(("shapes-clip", through, scale) for through, scale in (("estimate", 100), ("estimate", 300), ("network", 30), ("network", 100))),
+    *((NOISY, "", scale, "ddim", 50) for scale in (1, 2, 4, 8, 16, 32)),
+    *((NOISY, "", scale, "ancestral", 150) for scale in (16, 32, 64)),
+    *((CLEAN, through, scale, "ddim", 50) for through, scale in (("estimate", 100), ("estimate", 300), ("network", 30), ("network", 100))),
 )
-"""The CLIP model, what the gradient goes through, and the scale."""
+"""The CLIP model, what the gradient goes through, the scale, and the solver with its steps."""
 KEYS = ("all", "size", "colour", "shape", "place", "background")
 
 
 def main(folder: Path) -> None:
-    print("| CLIP model | scale | all five | size | colour | shape | place | background |\n|---|---|---|---|---|---|---|---|")
-    for clip, through, scale in ROWS:
+    print("| CLIP model | solver, steps | scale | all five | size | colour | shape | place | background |\n|---|---|---|---|---|---|---|---|---|")
+    for clip, through, scale, solver, steps in ROWS:
         options = ("--clip-guidance", clip, "--clip-scale", str(scale), *([f"clip_through={through}"] if through else []))
-        found, _ = judged("shapes", folder / f"{through or 'noisy'}-{scale:g}-50", 1, *options, "--steps", "50")
+        made = folder / f"{through or 'noisy'}-{scale:g}-{solver}-{steps}"
+        found, _ = judged("shapes", made, 2, *options, "--solver", solver, "--steps", str(steps))
         named = f"{clip}{f', {through}' if through else ''}"
-        print(f"| {named} | {scale:g} | " + " | ".join(f"{found[key]:.1%}" for key in KEYS) + " |", flush=True)
+        print(f"| {named} | {solver} {steps} | {scale:g} | " + " | ".join(f"{found[key]:.1%}" for key in KEYS) + " |", flush=True)
 
 
 if __name__ == "__main__":
