@@ -24,7 +24,7 @@ KEYS = ("all", "size", "colour", "shape", "place", "background")
 
 
 def main(folder: Path) -> None:
-    print("| CLIP model | solver, steps | scale | all five | size | colour | shape | place | background |\n|---|---|---|---|---|---|---|---|---|")
+    print(f"| CLIP model | solver, steps | scale | all five | {' | '.join(KEYS[1:])} |\n{'|---' * (len(KEYS) + 3)}|")
     for clip, through, scale, solver, steps in ROWS:
         options = ("--clip-guidance", clip, "--clip-scale", str(scale), *([f"clip_through={through}"] if through else []))
         made = folder / f"{through or 'noisy'}-{scale:g}-{solver}-{steps}"
