@@ -1,8 +1,8 @@
 """What CLIP guidance does: the built-in text-to-image teacher under its empty prompt, led by each of the built-in CLIP models alone.
 
-    python -m docs.guidance_clip runs/guidance-clip      # 25 minutes on one core
+    python -m docs.guidance_clip runs/guidance-clip      # 20 minutes on one core
 
-Judged by tests/shapes_judge.py on two pictures of each of the 96 captions held back from training. Without guidance a picture has all
+Judged by tests/shapes_judge.py on a picture of each of the 96 captions held back from training. Without guidance a picture has all
 five attributes by chance. Prints a table; samples that lie in the folder are not made again.
 """
 
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     for clip, through, scale, solver, steps in ROWS:
         options = ("--clip-guidance", clip, "--clip-scale", str(scale), *([f"clip_through={through}"] if through else []))
         made = folder / f"{through or 'noisy'}-{scale:g}-{solver}-{steps}"
-        found, _ = judged("shapes", made, 2, *options, "--solver", solver, "--steps", str(steps))
+        found, _ = judged("shapes", made, 1, *options, "--solver", solver, "--steps", str(steps))
         named = f"{clip}{f', {through}' if through else ''}"
         print(f"| {named} | {solver} {steps} | {scale:g} | " + " | ".join(f"{found[key]:.1%}" for key in KEYS) + " |", flush=True)
 
