@@ -28,10 +28,10 @@ FIRST = dict(reversed(TAKEN))
 def usual(method, family):
     """Whether a pair is held to all contracts, also without -m contracts_all: a method's first family, and every third one of the rest.
 
-    Of the families of models/family.py, which have all but their data in common, it is every sixth one.
+    Of the families of models/family.py, which have all but their data in common, it is every twelfth one.
     """
     place = list(running.METHODS).index(method) + list(running.FAMILIES).index(family)
-    return FIRST[method] == family or place % (6 if family.removesuffix("-lora") in TRANSFORMERS else 3) == 0
+    return FIRST[method] == family or place % (12 if family.removesuffix("-lora") in TRANSFORMERS else 3) == 0
 
 
 every_pair = pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def alike(metrics, expected):
     )
     assert found == pytest.approx(wanted, rel=1e-3)
     trained = {name for name in wanted if name.endswith("_grad_norm") or f"{name.removesuffix('_loss')}_grad_norm" in wanted}
-    assert {name: found[name] for name in trained} == pytest.approx({name: wanted[name] for name in trained}, rel=1e-5)
+    assert {name: found[name] for name in trained} == pytest.approx({name: wanted[name] for name in trained}, rel=5e-5)
     assert len(trained) >= 2
 
 
