@@ -207,8 +207,8 @@ def bench_sample(config: SampleConfig, folder: Path, random: bool = False) -> Ca
     if model.conditioner.prompts:
         return _bench_pipeline(config, model, drawn, folder)
     if config.times is not None:
-        model = model.with_times(config.times, config.steps)
-    return _bench_generation(config, model, lambda k: batch.sample(config, model, folder / str(k)))
+        drawn = drawn.with_times(config.times, config.steps)
+    return _bench_generation(config, drawn, lambda k: batch.sample(config, drawn, folder / str(k)))
 
 
 CASES: dict[str, Callable[..., Case]] = {command: partial(training, command) for command in TRAINING}

@@ -226,8 +226,9 @@ class Objective:
         return NetworkDenoiser(adapter, old.schedule, old.parameterisation, old.scales, old.time_input, old.boundary)
 
     def hold(self, teacher: Model) -> None:
-        """Have the teacher, and what guides it, among the frozen networks. Its matrices are stored in the run's number type, so it is to be
-        hashed and copied before; those that a LoRA shares are stored by `begun_from`.
+        """Have the teacher, and what guides it, among the frozen networks.
+
+        Its matrices are stored in the run's number type, so hash and copy it before. Those that a LoRA shares `begun_from` has stored.
         """
         if not getattr(self.config, "lora", 0):
             teacher.backbone.cast(HALF.get(self.config.precision))

@@ -71,7 +71,7 @@ def test_diffusers_reads_the_single_file(pipe, tmp_path):
     for weights in folder.rglob("*/*.gone"):
         weights.rename(weights.with_suffix(".safetensors"))
     back.set_progress_bar_config(disable=True)
-    assert torch.allclose(pipelines.picture(back), picture, atol=1e-5)  # some processors round by where the weights lie
+    assert torch.allclose(pipelines.picture(back), picture, atol=1e-5)
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
