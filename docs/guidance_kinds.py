@@ -4,8 +4,8 @@
 
 Digits: the built-in teacher asked for its classes by classifier-free guidance, and without its classes led by the built-in classifier of
 noised pictures; 500 pictures each, 50 of a class. Shapes: the built-in text-to-image teacher under its empty prompt, led by the built-in
-CLIP model; two pictures of each of the 96 captions held back from training. Prints a table, and draws docs/guidance-kinds.png. Samples
-that lie in the folder are not made again.
+CLIP model of noised latents; two pictures of each of the 96 captions held back from training, measured in the features of the other
+built-in CLIP model, that of pictures. Prints a table, and draws docs/guidance-kinds.png. Samples that lie in the folder are not made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHAPES = ("--prompts", "shapes-held", "--images-per-prompt", "2", "--seed", "1")
 KINDS: dict[str, tuple[str, str, tuple[float, ...], tuple[str, ...]]] = {
     "classifier-free, digits": ("digits", "--guidance-scale", (1, 1.5, 2, 3, 5, 8), ()),
     "by a classifier, digits": ("digits", "--classifier-scale", (1, 2, 4, 8, 16), ("--classifier-guidance", "digits-noisy-classifier")),
-    "by CLIP, shapes": ("shapes", "--clip-scale", (30, 100, 300, 1000), ("--clip-guidance", "shapes-clip")),
+    "by CLIP, shapes": ("shapes", "--clip-scale", (1, 2, 4, 8, 16, 32), ("--clip-guidance", "shapes-noisy-clip")),
 }
 """Name -> the model, the option of the scale, the scales, and what else."""
 OF_DIGITS = ("--data", "digits", "measures=accuracy,precision-recall,inception-score,diversity")
