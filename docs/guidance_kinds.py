@@ -1,6 +1,6 @@
 """Fidelity bought with diversity: the three kinds of guidance over their scales, for docs/guidance.md.
 
-    python -m docs.guidance_kinds runs/guidance-kinds      # about 30 minutes on one core of 2 beside other work
+    python -m docs.guidance_kinds runs/guidance-kinds      # 19 minutes on 2 cores beside other work
 
 Digits: the built-in teacher asked for its classes by classifier-free guidance, and without its classes led by the built-in classifier of
 noised pictures; 500 pictures each, 50 of a class. Shapes: the built-in text-to-image teacher under its empty prompt, led by the built-in

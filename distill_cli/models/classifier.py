@@ -101,18 +101,18 @@ def load(name: str) -> Classifier:
             )
         return Classifier(ClassifierInfo(**stored))
 
-    return read(place(name, "--classifier", names()), made)
+    return read(place(name, "--classifier", names(), names()), made)
 
 
-def place(name: str, flag: str, known: Sequence[str]) -> Path:
-    """The folder of a classifier: one of the `known` built-in ones, a folder, or a run. Raises UsageError if there is none."""
+def place(name: str, flag: str, known: Sequence[str], offered: Sequence[str]) -> Path:
+    """The folder of a classifier: one of the `known` built-in ones, a folder, or a run. Raises UsageError, with names `offered`."""
     folder = BUILTIN / f"{name}{SUFFIX}" if name in known else Path(name)
     if name in known:
         say_hidden(flag[2:].replace("-", " "), name, "the built-in one")
     if (folder / "classifier" / CONFIG).is_file():
         folder = folder / "classifier"
     if not (folder / CONFIG).is_file():
-        raise UsageError(f"{flag} {name}: no classifier", nearest(name, known, "built in"))
+        raise UsageError(f"{flag} {name}: no classifier", nearest(name, offered, "built in"))
     return folder
 
 

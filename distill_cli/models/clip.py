@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_cli.config import CLIPNetworkConfig, TextConfig
-from distill_cli.errors import DistillError, nearest
+from distill_cli.errors import DistillError, UsageError, nearest
 from distill_cli.files import folder_atomic
 from distill_cli.models.parts import load_network, own_names, read_json
 from distill_cli.models.sources import hub
 from distill_cli.models.text import Reader, clip_reader, load_tokenizer, save_tokenizer, text_config
 from distill_cli.processes import say_hidden
-from distill_cli.tensors import write
+from distill_cli.tensors import hash_of, write
 
 BUILTIN = Path(__file__).parent / "builtin"
 SUFFIX = "-clip"
@@ -59,6 +60,12 @@ class Clip:
     tokenizer: Any
     mean: Sequence[float] = (0.5, 0.5, 0.5)
     std: Sequence[float] = (0.5, 0.5, 0.5)
+    settings: str = ""
+    """SHA-256 of the files of its folder that are not weights: tokenizer, preparation of pictures, captions."""
+
+    def hash(self) -> str:
+        """SHA-256 of all that decides what it answers: weights and settings."""
+        return hashlib.sha256(f"{hash_of(self.towers.state_dict())} {self.settings}".encode()).hexdigest()
 
     @property
     def pixels(self) -> int:
@@ -165,7 +172,7 @@ def find(name: str, what: str) -> Path:
         say_hidden("clip", name, "the built-in one")
         return BUILTIN / name
     if not Path(name).is_dir() and not hub.is_id(name):
-        raise DistillError(f"{what}: no such folder", nearest(name, names(), "built in"))
+        raise UsageError(f"{what}: no CLIP model of that name and no such folder", nearest(name, names(), "built in"))
     folder = hub.find(name, FILES, what)
     if (folder / "clip" / "config.json").is_file():
         folder = folder / "clip"
@@ -175,6 +182,15 @@ def find(name: str, what: str) -> Path:
     if kind != "clip":
         raise DistillError(f"{what}: no CLIP model: its config.json says model_type {json.dumps(kind)}", HINT)
     return folder
+
+
+def settings_of(folder: Path) -> str:
+    """SHA-256 of the files of a CLIP model that are not weights, and of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path for pattern in FILES[:-1] for path in folder.glob(pattern)):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def load(name: str, what: str | None = None) -> Clip:
@@ -194,4 +210,6 @@ def load(name: str, what: str | None = None) -> Clip:
     for key, value in scales.items():
         if not isinstance(value, list) or len(value) != 3 or not all(type(each) in (int, float) for each in value):
             raise DistillError(f"{folder / PROCESSOR}: {key} is {json.dumps(value)}, three numbers are expected")
-    return Clip(Towers(model).eval().requires_grad_(False), load_tokenizer(folder), *scales.values())
+    return Clip(
+        Towers(model).eval().requires_grad_(False), load_tokenizer(folder), scales["image_mean"], scales["image_std"], settings_of(folder)
+    )

@@ -21,7 +21,6 @@ from distill_cli.models.codec import Codec
 from distill_cli.models.model import Model
 from distill_cli.models.parts import read_json
 from distill_cli.models.prompted import prompted
-from distill_cli.tensors import hash_of
 
 SCALE = 300.0
 """The usual factor of its gradient."""
@@ -65,7 +64,7 @@ class ClipGuide:
 
     def identity(self) -> dict[str, Any]:
         settings = {"clip_scale": self.scale, "clip_through": self.through, "clip_cutouts": self.cutouts}
-        return {"clip_guidance": hash_of(self.network.state_dict()), **settings}
+        return {"clip_guidance": self.clip.hash(), **settings}
 
     def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         asked = condition.parts[self.part]

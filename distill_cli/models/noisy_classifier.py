@@ -97,7 +97,8 @@ def load(name: str, flag: str = "--classifier-guidance") -> NoisyClassifier:
         return NoisyClassifier(NoisyInfo(**{**stored, "model": printable(str(stored["model"])), "schedule": schedule}))
 
     short, known = name.removesuffix(SUFFIX), classifier.folders()
-    return classifier.read(classifier.place(short if short in known else name, flag, known), made)
+    noisy = [each + SUFFIX for each in known if each not in classifier.names()]
+    return classifier.read(classifier.place(short if short in known else name, flag, known, noisy), made)
 
 
 class ClassifierGuide:
@@ -147,15 +148,15 @@ def guide(config: Any, model: Model) -> ClassifierGuide | None:
         return None
     network, own, said = load(name), model.conditioner.classes, f"--classifier-guidance {name}"
     info = network.info
+    hint = f"distill classifier --noisy --model {model.lineage.name} trains one"
     if info.shape != model.shape:
-        raise UsageError(f"{said}: of data of shape {info.shape}, those of {model.lineage.name} are {model.shape}")
+        shapes = f"of data of shape {info.shape}, those of {model.lineage.name} are {model.shape}"
+        raise UsageError(f"{said}: it has learned {info.model}, {shapes}", hint)
     if own and own != info.classes:
-        raise UsageError(f"{said}: its classes are {', '.join(info.classes)}; those of {model.lineage.name} {', '.join(own)}")
+        raise UsageError(f"{said}: its classes are {', '.join(info.classes)}; those of {model.lineage.name} {', '.join(own)}", hint)
     if info.schedule != described(model.denoiser.schedule):
         theirs = f"{info.schedule.get('kind')} of {info.model}"
-        raise UsageError(
-            f"{said}: of another noise schedule ({theirs}) than {model.lineage.name}'s", "distill classifier --noisy --model MODEL"
-        )
+        raise UsageError(f"{said}: of another noise schedule ({theirs}) than {model.lineage.name}'s", hint)
     asked = getattr(config, "classes", None)
     if asked and (beyond := [number for number in asked if not 0 <= number < len(info.classes)]):
         raise UsageError(f"--classes: no class {beyond[0]}", f"the classifier has classes 0 to {len(info.classes) - 1}")

@@ -20,15 +20,14 @@ from distill_cli.diffusion.condition import GUIDE, Condition
 from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.guidance import gradient_of
 from distill_cli.diffusion.schedule import NoiseSchedule, expand
-from distill_cli.errors import DistillError, UsageError
+from distill_cli.errors import DistillError, UsageError, printable
 from distill_cli.files import folder_atomic
-from distill_cli.models.clip import NOISED, Clip, Towers, find, write_towers
+from distill_cli.models.clip import NOISED, Clip, Towers, find, settings_of, write_towers
 from distill_cli.models.model import Model
 from distill_cli.models.noisy_classifier import described
 from distill_cli.models.parts import load_network, own_names, read_json
 from distill_cli.models.text import load_tokenizer
 from distill_cli.processes import say
-from distill_cli.tensors import hash_of
 
 CAPTIONS = "captions.json"
 MOST = 100.0
@@ -75,10 +74,14 @@ def load(name: str, what: str | None = None) -> NoisyClip:
     except (OSError, ValueError) as error:
         raise DistillError(f"{place}: not readable as JSON", "is the folder complete?") from error
     info = getattr(model.config, NOISED)
-    whole = isinstance(info, dict) and isinstance(info.get("schedule"), dict) and isinstance(info.get("shape"), list)
-    if not whole or not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
+    kinds = {"model": str, "schedule": dict, "shape": list}
+    whole = isinstance(info, dict) and all(isinstance(info.get(key), kind) for key, kind in kinds.items())
+    if not whole or not isinstance(captions, list) or not captions or not all(isinstance(each, str) for each in captions):
         raise DistillError(f"{folder}: no model of `distill clip --noisy`", "is the folder complete?")
-    return NoisyClip(Towers(model).eval().requires_grad_(False), load_tokenizer(folder), captions=captions)
+    schedule = info["schedule"] | {"kind": printable(info["schedule"].get("kind"))}
+    setattr(model.config, NOISED, info | {"model": printable(info["model"]), "schedule": schedule})
+    towers = Towers(model).eval().requires_grad_(False)
+    return NoisyClip(towers, load_tokenizer(folder), settings=settings_of(folder), captions=captions)
 
 
 @dataclass(eq=False)
@@ -108,7 +111,7 @@ class NoisyClipGuide:
         return torch.stack([self.known[text] for text in texts]).to(labels.device)
 
     def identity(self) -> dict[str, Any]:
-        return {"clip_guidance": hash_of(self.network.state_dict()), "clip_scale": self.scale}
+        return {"clip_guidance": self.clip.hash(), "clip_scale": self.scale}
 
     def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         asked, t = condition.parts[self.part], t.to(x.device, torch.float32)
@@ -135,12 +138,13 @@ def guide(config: Any, model: Model) -> NoisyClipGuide | None:
     if given := config.changed("clip_through", "clip_cutouts"):
         raise UsageError(f"{given[0]}: {name} sees noised data, and no estimate", "leave it out")
     clip = load(name, said)
-    info = clip.info
+    info, hint = clip.info, f"distill clip --noisy --model {model.lineage.name} trains one"
     if tuple(info["shape"]) != model.shape:
-        raise UsageError(f"{said}: of data of shape {tuple(info['shape'])}, those of {model.lineage.name} are {model.shape}")
+        shapes = f"of data of shape {tuple(info['shape'])}, those of {model.lineage.name} are {model.shape}"
+        raise UsageError(f"{said}: it has learned {info['model']}, {shapes}", hint)
     if info["schedule"] != described(model.denoiser.schedule):
         theirs = f"{info['schedule'].get('kind')} of {info['model']}"
-        raise UsageError(f"{said}: of another noise schedule ({theirs}) than {model.lineage.name}'s", "distill clip --noisy --model MODEL")
+        raise UsageError(f"{said}: of another noise schedule ({theirs}) than {model.lineage.name}'s", hint)
     if info["model"] != model.lineage.name:
         say(f"{said}: it has learned the noised data of {info['model']}, and leads {model.lineage.name}: of the same shape and schedule")
     return NoisyClipGuide(clip, model.denoiser.schedule, SCALE if config.clip_scale is None else config.clip_scale, f"CLIP {name}")

@@ -1,6 +1,7 @@
 """CLIP models of noised data: the gradient of log p(prompt | x_t), what is refused, and what the built-in one does."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule
 from distill_cli.errors import DistillError, UsageError
-from distill_cli.models import clip, load, noisy_clip
-from distill_cli.models.clip import NOISED, towers_of
+from distill_cli.models import clip, clip_guide, load, noisy_clip
+from distill_cli.models.clip import BUILTIN, NOISED, towers_of
 from distill_cli.models.noisy_classifier import described
 from distill_cli.models.noisy_clip import NoisyClip, NoisyClipGuide, leveled
 from distill_cli.models.text import make_tokenizer
@@ -100,11 +101,50 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
     for message, (other, more) in cases.items():
         with pytest.raises(UsageError, match=message.replace("(", r"\(").replace(")", r"\)")):
             noisy_clip.guide(GuidesConfig(clip_guidance=named, **more), other)
-    config = json.loads((tmp_path / "c/config.json").read_text())
-    del config[NOISED]["schedule"]
-    (tmp_path / "c/config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("key", "value"), [("schedule", None), ("model", None), ("model", 5), ("shape", 8), ("captions", [])])
+def test_a_damaged_folder_is_refused(tmp_path, key, value):
+    made(load("shapes")).save(tmp_path / "c")
+    file = tmp_path / "c" / ("captions.json" if key == "captions" else "config.json")
+    config = json.loads(file.read_text())
+    if key == "captions":
+        config = value
+    else:
+        config[NOISED] = {name: each for name, each in (config[NOISED] | {key: value}).items() if each is not None}
+    file.write_text(json.dumps(config))
     with pytest.raises(DistillError, match="no model of `distill clip --noisy`"):
-        noisy_clip.load(named)
+        noisy_clip.load(str(tmp_path / "c"))
+
+
+def test_names_from_outside_are_one_printable_line(tmp_path):
+    made(load("shapes")).save(tmp_path / "c")
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    config[NOISED]["model"] = "a\x1b[31mred\nline"
+    (tmp_path / "c/config.json").write_text(json.dumps(config))
+    assert noisy_clip.load(str(tmp_path / "c")).info["model"] == r"a\x1b[31mred line"
+
+
+@pytest.mark.parametrize(("name", "file", "old", "new"), [
+    ("shapes-noisy-clip", "captions.json", "red", "blue"),
+    ("shapes-noisy-clip", "tokenizer_config.json", "16", "15"),
+    ("shapes-clip", "preprocessor_config.json", "0.5", "0.25"),
+    ("shapes-clip", "config.json", "quick_gelu", "gelu"),
+])  # fmt: skip
+def test_a_job_notices_all_that_leads_it(tmp_path, name, file, old, new):
+    """Not only other weights: captions, tokenizer, preparation of pictures and the network's settings lead elsewhere too."""
+    shutil.copytree(BUILTIN / name, tmp_path / "c")
+    model, config = load("shapes"), GuidesConfig(clip_guidance=str(tmp_path / "c"))
+
+    def identity():
+        return next(filter(None, (make(config, model) for make in (clip_guide.guide, noisy_clip.guide)))).identity()["clip_guidance"]
+
+    before = identity()
+    assert identity() == before
+    text = (tmp_path / "c" / file).read_text()
+    assert old in text
+    (tmp_path / "c" / file).write_text(text.replace(old, new))
+    assert identity() != before
 
 
 def test_levels_are_a_channel():
