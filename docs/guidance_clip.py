@@ -2,8 +2,9 @@
 
     python -m docs.guidance_clip runs/guidance-clip      # 20 minutes on one core
 
-Judged by tests/shapes_judge.py on a picture of each of the 96 captions held back from training. Without guidance a picture has all
-five attributes by chance. Prints a table; samples that lie in the folder are not made again.
+Judged by tests/shapes_judge.py on three pictures of each of the 96 captions held back from training, or one for the CLIP model of
+pictures, which is slow. Without guidance a picture has all five attributes by chance. Prints a table; samples that lie in the folder are
+not made again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from docs.guidance import judged
 
 NOISY, CLEAN = "shapes-noisy-clip", "shapes-clip"
+EACH = {NOISY: 3, CLEAN: 1}
+"""Pictures of a caption."""
 ROWS = (
     *((NOISY, "", scale, "ddim", 50) for scale in (1, 2, 4, 8, 16, 32)),
     *((NOISY, "", scale, "ancestral", 150) for scale in (16, 32, 64)),
@@ -24,13 +27,14 @@ KEYS = ("all", "size", "colour", "shape", "place", "background")
 
 
 def main(folder: Path) -> None:
-    print(f"| CLIP model | solver, steps | scale | all five | {' | '.join(KEYS[1:])} |\n{'|---' * (len(KEYS) + 3)}|")
+    print(f"| CLIP model | solver, steps | scale | pictures | all five | {' | '.join(KEYS[1:])} |\n{'|---' * (len(KEYS) + 4)}|")
     for clip, through, scale, solver, steps in ROWS:
         options = ("--clip-guidance", clip, "--clip-scale", str(scale), *([f"clip_through={through}"] if through else []))
         made = folder / f"{through or 'noisy'}-{scale:g}-{solver}-{steps}"
-        found, _ = judged("shapes", made, 1, *options, "--solver", solver, "--steps", str(steps))
+        found, _ = judged("shapes", made, EACH[clip], *options, "--solver", solver, "--steps", str(steps))
         named = f"{clip}{f', {through}' if through else ''}"
-        print(f"| {named} | {solver} {steps} | {scale:g} | " + " | ".join(f"{found[key]:.1%}" for key in KEYS) + " |", flush=True)
+        shares = " | ".join(f"{found[key]:.1%}" for key in KEYS)
+        print(f"| {named} | {solver} {steps} | {scale:g} | {found['images']} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":
