@@ -8,6 +8,7 @@ serves EDM, Stable Diffusion and flow matching. `noise(k)` returns the fresh sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -105,6 +106,22 @@ def heun(
         x = a_next * (y + (next_level - level) * 0.5 * (slope + (ahead - corrected) / next_level))
     a, _ = _at(schedule, times[-1])
     return _call(denoiser, a * (x / a), times[-1], condition)  # rounded as in every step
+
+
+def dpm(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Tensor, condition: Condition = NOTHING) -> Tensor:
+    """DPM-Solver++ (Lu et al. 2211.01095, algorithm 2: second order, multistep). One evaluation a time.
+
+    From the second step on a line through the last two estimates, in lambda = ln(alpha / sigma), takes the place of the estimate.
+    """
+    before, h_before = x, 0.0
+    for t, after in zip(times, times[1:]):
+        (a, s), (a_next, s_next) = _at(schedule, t), _at(schedule, after)
+        h = math.log(a_next / s_next) - math.log(a / s)
+        x0 = _call(denoiser, x, t, condition)
+        line = x0 + h / (2 * h_before) * (x0 - before) if h_before else x0
+        x = s_next / s * x - a_next * math.expm1(-h) * line
+        before, h_before = x0, h
+    return _call(denoiser, x, times[-1], condition)
 
 
 def renoised(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor, sigma_min: float = 0.0) -> Tensor:

@@ -61,6 +61,13 @@ def _spaced(task: Task, name: str) -> Tensor:
     return _straight(task) if task.scheduler is None or task.own else _diffusers(task, name)
 
 
+def _multistep(task: Task) -> Tensor:
+    """By diffusers' scheduler, which rounds times to those of its table; on EDM, which has none, by our own steps."""
+    if task.schedule.bins is None and not isinstance(task.schedule, FlowSchedule):
+        return solvers.dpm(task.denoiser, task.schedule, task.start, task.times, task.condition)
+    return _diffusers(task, "dpm++")
+
+
 def _few_step(task: Task) -> Tensor:
     """Estimates in pixels are clamped, as in diffusers' pipeline."""
     schedule, x = task.schedule, task.schedule.prior(task.times[0].item()) * task.x
@@ -93,8 +100,8 @@ class Algorithm:
     times: Callable[[NoiseSchedule, int], Tensor] = lambda schedule, steps: schedule.times(steps)
     table: bool = False
     """Works only on a table of times."""
-    flow: bool = False
-    """Works on a table of times, and in flow matching."""
+    whole: bool = False
+    """Takes whole times of a flow's `points`."""
     signal: bool = False
     """Divides by alpha, so alpha must be above 0 at the largest time."""
     few: bool = False
@@ -109,7 +116,7 @@ SOLVERS: dict[str, Algorithm] = {
     "ancestral": Algorithm(lambda task: _straight(task, task.noise)),
     "few-step": Algorithm(_few_step, few=True),
     "pndm": Algorithm(partial(_diffusers, name="pndm"), lambda steps: steps + (steps > 1), table=True, signal=True),
-    "dpm++": Algorithm(partial(_diffusers, name="dpm++"), flow=True),
+    "dpm++": Algorithm(_multistep, whole=True),
 }
 
 
@@ -260,10 +267,9 @@ class Sampler(Sampling):
         if scale < 1:
             raise UsageError(f"--guidance-scale {scale:g}: below 1 it leads away from the condition", "1 is without guidance")
         chosen = SOLVERS[name]
-        if (chosen.table or (chosen.flow and not isinstance(schedule, FlowSchedule))) and schedule.bins is None:
-            also = ", and for flow matching" if chosen.flow else ""
-            raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's{also}", "use heun or ddim")
-        if chosen.flow and isinstance(schedule, FlowSchedule) and out.steps >= schedule.points:
+        if chosen.table and schedule.bins is None:
+            raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's", "use heun or ddim")
+        if chosen.whole and isinstance(schedule, FlowSchedule) and out.steps >= schedule.points:
             raise UsageError(f"--steps {out.steps}: {name} takes whole times of {schedule.points}", "a few dozen steps are plenty")
         if SOLVERS[name].signal and not schedule.signal:
             raise UsageError(f"--solver {name}: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import EDMDPMSolverMultistepScheduler
 
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.denoiser import MixtureDenoiser, NetworkDenoiser
@@ -52,6 +53,25 @@ GRIDS = [EDMSchedule().times(n) for n in (201, 401)]
 
 def test_heun_is_of_second_order():
     assert abs(order(solvers.heun, EDMSchedule(), 80, 0.002, GRIDS) - 2) < 0.1
+
+
+def test_dpm_is_of_second_order():
+    assert abs(order(solvers.dpm, EDMSchedule(), 80, 0.002, GRIDS) - 2) < 0.1
+    grids = [torch.linspace(0.98, 0.02, n, dtype=torch.float64) for n in (201, 401)]
+    assert abs(order(solvers.dpm, FlowSchedule(), 1, 0, grids) - 2) < 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_dpm_is_diffusers_scheduler_on_edm(steps):
+    """EDMDPMSolverMultistepScheduler takes the raw answer of an EDM network, from which it makes the estimate. Its sigmas are float32."""
+    denoiser, schedule = gaussian(EDMSchedule()), EDMDPMSolverMultistepScheduler(sigma_data=0.5)
+    schedule.set_timesteps(steps)
+    start = x = 80 * torch.linspace(-2, 2, 4, dtype=torch.float64).view(1, 1, 2, 2)
+    for t, sigma in zip(schedule.timesteps, schedule.sigmas.double()):
+        into, out = sigma * 0.5 / (sigma**2 + 0.25).sqrt(), 0.25 / (sigma**2 + 0.25)
+        x = schedule.step((denoiser(x, sigma.expand(1)) - out * x) / into, t, x.double()).prev_sample
+    ours = solvers.dpm(denoiser, EDMSchedule(), start, EDMSchedule().times(steps))
+    assert (ours - x).abs().max() < 2e-5
 
 
 def test_ddim_is_of_first_order():
