@@ -1,6 +1,6 @@
 """What CLIP guidance does: the built-in text-to-image teacher under its empty prompt, led by each of the built-in CLIP models alone.
 
-    python -m docs.guidance_clip runs/guidance-clip      # 20 minutes on one core
+    python -m docs.guidance_clip runs/guidance-clip      # 25 minutes on one core
 
 Judged by tests/shapes_judge.py on three pictures of each of the 96 captions held back from training, or one for the CLIP model of
 pictures, which is slow. Without guidance a picture has all five attributes by chance. Prints a table; samples that lie in the folder are
