@@ -29,7 +29,7 @@ HEAD = """# A gallery: what each method does to a distribution
 
 Models of [points of the plane](points.md) are small enough to look at whole: every sample is a point, every model a map from noise to
 points. All pictures here are made by `distill trace` (or by what it is made of), and the whole page by one command. It takes 7 minutes and
-42 seconds on two idle cores (AMD EPYC). What is there already is kept, so take `docs/gallery` and `runs/gallery` away first to see it:
+42 seconds on two idle cores (AMD EPYC). What is there already is kept; without `docs/gallery` and `runs/gallery` all is made anew:
 
     python -m docs.gallery
 

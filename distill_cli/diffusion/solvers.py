@@ -109,7 +109,7 @@ def heun(
 
 
 def dpm(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, times: Tensor, condition: Condition = NOTHING) -> Tensor:
-    """DPM-Solver++ (Lu et al. 2211.01095, algorithm 2: second order, multistep). One evaluation a time.
+    """DPM-Solver++ (Lu et al. 2211.01095, algorithm 2: second order, multistep). One evaluation a time; alpha is above 0.
 
     From the second step on a line through the last two estimates, in lambda = ln(alpha / sigma), takes the place of the estimate.
     """

@@ -268,7 +268,7 @@ class Sampler(Sampling):
             raise UsageError(f"--guidance-scale {scale:g}: below 1 it leads away from the condition", "1 is without guidance")
         chosen = SOLVERS[name]
         if chosen.table and schedule.bins is None:
-            raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's", "use heun or ddim")
+            raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's", "use heun or dpm++")
         if chosen.whole and isinstance(schedule, FlowSchedule) and out.steps >= schedule.points:
             raise UsageError(f"--steps {out.steps}: {name} takes whole times of {schedule.points}", "a few dozen steps are plenty")
         if SOLVERS[name].signal and not schedule.signal:
