@@ -54,7 +54,7 @@ def test_what_clip_guidance_refuses(distill, place, tiny_pairs):
     (place / "text/config.json").write_text('{"model_type": "clip_text_model"}')
     sample, asked = ("sample", "--model", "tiny", "--num", 1, "--steps", 1, "--out", "s"), ("--prompts", "p.txt")
     one_line(distill(*sample, "--clip-guidance", "c"), 2, "--clip-guidance: leads by prompts, and there are none")
-    one_line(distill(*sample, *asked, "--clip-guidance", "none"), 1, "--clip-guidance none: no such folder")
+    one_line(distill(*sample, *asked, "--clip-guidance", "none"), 2, "--clip-guidance none: no CLIP model of that name and no such folder")
     one_line(distill(*sample, *asked, "--clip-guidance", "empty"), 1, "--clip-guidance empty: no CLIP model: no config.json")
     one_line(distill(*sample, *asked, "--clip-guidance", "text"), 1, 'model_type "clip_text_model"')
     one_line(distill(*sample, *asked, "--clip-scale", 3), 2, "clip_scale needs clip_guidance")
