@@ -246,7 +246,9 @@ def test_bad_input(distill, prompts, tmp_path):
     one_line(distill("evaluate", "--model", "tiny-sd", "--out", "e"), 2, "makes pictures of prompts")
     one_line(distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "--out", "e"), 2, "CLIP model: none given")
     one_line(
-        distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "--clip", "none", "--out", "e"), 1, "clip none: no such folder"
+        distill("evaluate", "--model", "tiny-sd", "--prompts", prompts, "--clip", "none", "--out", "e"),
+        2,
+        "clip none: no CLIP model of that name",
     )
     assert not (tmp_path / "s").exists()
     assert distill("pairs", "--teacher", "tiny-sd", "--num", 4, "--steps", 1, "--out", "p").code == 0
