@@ -225,6 +225,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def digest(paths: Iterable[Path]) -> str:
+    """The SHA-256 of files, of their names and bytes, in this order."""
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in paths).encode()).hexdigest()
+
+
 def sha256_plain(path: Path) -> str:
     """As sha256; raises as open_plain does."""
     with open_plain(path) as handle:

@@ -49,6 +49,11 @@ class NoiseSchedule(Protocol):
         return None
 
     @property
+    def points(self) -> int | None:
+        """In how many whole times diffusers' schedulers count continuous time; None where they have none of their own."""
+        return None
+
+    @property
     def grid(self) -> int:
         """Points on which the times of a few-step student are counted, from t_max to the floor; 0 where they are not counted."""
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from distill_cli.data.pictures import finished, png, save_comparison, to_uint8
 from distill_cli.diffusion.noise import Draws
 from distill_cli.edit import zero_shot as edit
 from distill_cli.errors import UsageError
-from distill_cli.files import LONGEST, bounded, remove_temporaries, sha256, write_atomic
+from distill_cli.files import LONGEST, bounded, digest, remove_temporaries, write_atomic
 from distill_cli.models.model import Model
 from distill_cli.models.times import nearest, parse
 from distill_cli.runs import settle
@@ -148,7 +147,7 @@ class Task:
         files = [*self.files, *([self.config.mask] if self.config.mask else [])]
         for file in files:
             open_picture(file)
-        return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+        return digest(files)
 
     def file(self, place: int) -> Path:
         return self.folder / f"{self.names[place]}.png"

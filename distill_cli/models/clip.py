@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill_cli.config import CLIPNetworkConfig, TextConfig
 from distill_cli.errors import DistillError, UsageError, nearest
-from distill_cli.files import folder_atomic
+from distill_cli.files import digest, folder_atomic
 from distill_cli.models.parts import load_network, own_names, read_json
 from distill_cli.models.sources import hub
 from distill_cli.models.text import Reader, clip_reader, load_tokenizer, save_tokenizer, text_config
@@ -186,11 +186,7 @@ def find(name: str, what: str) -> Path:
 
 def settings_of(folder: Path) -> str:
     """SHA-256 of the files of a CLIP model that are not weights, and of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(path for pattern in FILES[:-1] for path in folder.glob(pattern)):
-        content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)} ".encode() + content)
-    return digest.hexdigest()
+    return digest(sorted(path for pattern in FILES[:-1] for path in folder.glob(pattern)))
 
 
 def load(name: str, what: str | None = None) -> Clip:

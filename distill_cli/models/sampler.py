@@ -62,10 +62,10 @@ def _spaced(task: Task, name: str) -> Tensor:
 
 
 def _multistep(task: Task) -> Tensor:
-    """By diffusers' scheduler, which rounds times to those of its table; on EDM, which has none, by our own steps."""
-    if task.schedule.bins is None and not isinstance(task.schedule, FlowSchedule):
-        return solvers.dpm(task.denoiser, task.schedule, task.start, task.times, task.condition)
-    return _diffusers(task, "dpm++")
+    """By diffusers' scheduler where time is counted, which rounds it; by our own steps where it is not, on EDM."""
+    schedule = task.schedule
+    counted = schedule.bins or schedule.points
+    return _diffusers(task, "dpm++") if counted else solvers.dpm(task.denoiser, schedule, task.start, task.times, task.condition)
 
 
 def _few_step(task: Task) -> Tensor:
@@ -101,7 +101,7 @@ class Algorithm:
     table: bool = False
     """Works only on a table of times."""
     whole: bool = False
-    """Takes whole times of a flow's `points`."""
+    """Takes whole times of the schedule's `points`, where it has them."""
     signal: bool = False
     """Divides by alpha, so alpha must be above 0 at the largest time."""
     few: bool = False
@@ -269,7 +269,7 @@ class Sampler(Sampling):
         chosen = SOLVERS[name]
         if chosen.table and schedule.bins is None:
             raise UsageError(f"--solver {name}: for models with a table of times, such as Stable Diffusion's", "use heun or dpm++")
-        if chosen.whole and isinstance(schedule, FlowSchedule) and out.steps >= schedule.points:
+        if chosen.whole and schedule.points and out.steps >= schedule.points:
             raise UsageError(f"--steps {out.steps}: {name} takes whole times of {schedule.points}", "a few dozen steps are plenty")
         if SOLVERS[name].signal and not schedule.signal:
             raise UsageError(f"--solver {name}: the model's schedule ends without signal (zero terminal SNR)", "use --solver ddim")
