@@ -65,11 +65,19 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _parts(self) -> TrainingConfig:
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        if self.accumulate > 1 and not self.splits(self.accumulate):
+            raise ValueError(f"accumulate {self.accumulate} does not divide {self.batch()}")
         if self.optimizer_device == "cpu" and self.optimizer != "adamw":
             raise ValueError(f"optimizer_device cpu: for adamw, not {self.optimizer}")
         return self
+
+    def splits(self, parts: int) -> bool:
+        """Whether a batch can be split into `parts` equal parts."""
+        return self.batch_size % parts == 0
+
+    def batch(self) -> str:
+        """What `splits` splits, as the options give it."""
+        return f"batch_size {self.batch_size}"
 
 
 class StudentConfig(TrainingConfig):

@@ -68,9 +68,9 @@ class Engine:
         repeatable(wanted, config.deterministic)
         self.part = config.batch_size // config.accumulate
         """Images in a part of a batch, over all processes."""
-        if self.part % world_size():
+        if not config.splits(config.accumulate * world_size()):
             said = f"in {config.accumulate} parts cannot" if config.accumulate > 1 else "cannot"
-            raise UsageError(f"--batch-size {config.batch_size}: {said} be shared evenly by {world_size()} processes")
+            raise UsageError(f"{config.batch()}: {said} be shared evenly by {world_size()} processes")
         plain_links(wanted)
         spread = zero.plugin(config, [each.module for each in objective.trained.values()], wanted)
         if spread is not None and any(phase.anew for phase in objective.phases):

@@ -56,8 +56,7 @@ class Choice(NamedTuple):
 
 def parts(config: TrainingConfig, processes: int) -> list[int]:
     """The numbers of parts that the batch can be split into, from the config's own on."""
-    size = config.batch_size
-    return [n for n in range(config.accumulate, size + 1) if size % n == 0 and size // n % processes == 0]
+    return [n for n in range(config.accumulate, config.batch_size + 1) if config.splits(n * processes)]
 
 
 class Fitting:

@@ -72,6 +72,56 @@ def test_one_step_by_hand(tiny, tiny_pairs):
     assert loss.metrics["matching_loss"].item() == pytest.approx(0.5 * gradient.square().mean().item(), rel=1e-4)
 
 
+def test_a_share_of_a_batch_is_matched_beside_its_pairs(tiny, tiny_pairs):
+    """Step 3 of batches of 8 with a quarter matched: images 6 and 7 of the matched, pairs 24 to 31; losses from the formulas alone."""
+    dmd = objective(tiny, tiny_pairs, batch_size=8, matching_share=0.25, fake_lr=1e-4)
+    student, fake = dmd.turns(3, Draws(0, range(24, 32)))
+    two, pairs = Draws(0, [6, 7]), PairStore(tiny_pairs).batch([dmd.order[i] for i in range(24, 32)])
+    labels, score = of((two.uniform("label") * 10).long()), dmd.trained["fake"].module
+    with torch.no_grad():
+        x = dmd.generate(two.normal("noise", tiny.shape), labels)
+        t = times_at(dmd.schedule, 1000, two.uniform("matching_time"), 0.02, 0.98)
+        noisy = add_noise(EDMSchedule(), x, two.normal("matching_noise", tiny.shape), t)
+        real = tiny.denoiser(noisy, t, labels)
+        real_error = ((t**-2 + 0.5**-2) * (real - x).square().mean((1, 2, 3))).mean()
+        regression = (dmd.generate(pairs["noise"], of(pairs["label"])) - pairs["x0"]).square().mean()
+        t = times_at(dmd.schedule, 1000, two.uniform("score_time"), 0.0, 1.0)
+        error = (score(add_noise(EDMSchedule(), x, two.normal("score_noise", tiny.shape), t), t, labels) - x).square().mean((1, 2, 3))
+    assert student.metrics["regression_loss"].item() == pytest.approx(regression.item(), rel=1e-4)
+    assert student.metrics["real_error"].item() == pytest.approx(real_error.item(), rel=1e-4)
+    assert student.metrics["matching_loss"].item() == 0  # the fake score is still the teacher
+    weight = t**-2 + 0.5**-2
+    assert fake.value.item() == pytest.approx((weight * error).mean().item(), rel=1e-4)
+    assert dmd.calls().trainings[0].images == 10
+    assert [call.images for call in dmd.calls().forwards] == [2, 2]
+
+
+@pytest.mark.parametrize(("parts", "processes"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)])
+def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pairs, parts, processes):
+    dmd = objective(tiny, tiny_pairs, batch_size=16, matching_share=0.25, accumulate=parts)
+    size, found = 16 // parts, []
+    for first in range(5 * 16, 6 * 16, size):
+        for rank in range(processes):
+            found.append(dmd.matched(Draws(0, range(first, first + size)[rank::processes])).indices)
+    assert {len(each) for each in found} == {4 // parts // processes}
+    assert sorted(index for each in found for index in each) == [20, 21, 22, 23]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"matching_share": 0.5}, "matching_share 0.5: needs a regression"),
+        ({"matching_share": 0.5, "pairs": "p", "regression_weight": 0}, "matching_share 0.5: needs a regression"),
+        ({"matching_share": 0.3, "pairs": "p", "batch_size": 8}, "matching_share 0.3: of batch_size 8 that is 2.4 images"),
+        ({"matching_share": 0, "pairs": "p"}, "that is 0 images"),
+        ({"matching_share": 0.25, "pairs": "p", "batch_size": 8, "accumulate": 4}, "does not divide batch_size 8 and matching_share 0.25"),
+    ],
+)
+def test_shares_that_are_no_whole_images_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        DMDConfig(**options)
+
+
 def test_the_fake_score_learns_the_images_of_before_the_students_step(tiny):
     dmd = objective(tiny, fake_steps=2)
     draws = Draws(0, range(4))

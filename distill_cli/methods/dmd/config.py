@@ -26,6 +26,9 @@ class DMDConfig(StudentConfig, GuidesConfig):
     fake_lr: Rate | None = Field(None, description="learning rate of the fake score; default lr")
     fake_steps: Positive = Field(1, description="fake-score steps for each student step")
     warmup_steps: Count = Field(500, description="steps of linear learning-rate warm-up, for student and fake score")
+    matching_share: Fraction = Field(
+        1.0, description="with pairs: share of batch_size that is matched beside them (an image costs 8 passes of a network, a pair 3)"
+    )
     matching_weight: Weight = Field(1.0, description="weight of the distribution-matching loss")
     fake_score: bool = Field(True, description="train a fake score; without it students collapse (the paper's ablation)")
     regression_loss: Literal["l2", "huber", "lpips"] = Field("l2", description="distance of the regression loss")
@@ -57,6 +60,21 @@ class DMDConfig(StudentConfig, GuidesConfig):
             raise ValueError("text live: the text of the pairs' prompts is stored beside them; leave it out, or give other prompts")
         if self.match_pairs and not self.pairs:
             raise ValueError("match_pairs needs pairs")
+        if self.matching_share != 1 and not (self.pairs and (self.match_pairs or self.regression_weight != 0)):
+            raise ValueError(f"matching_share {self.matching_share:g}: needs a regression on pairs; without one every image is matched")
+        if not self.matching_share or self.matched % 1:
+            raise ValueError(f"matching_share {self.matching_share:g}: of batch_size {self.batch_size} that is {self.matched:g} images")
         if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):
             raise ValueError("matching_weight 0 leaves nothing to learn from without pairs")
         return self
+
+    @property
+    def matched(self) -> float:
+        """The images of a step that are matched beside the pairs; a whole number in a valid config."""
+        return round(self.batch_size * self.matching_share, 6)
+
+    def splits(self, parts: int) -> bool:
+        return super().splits(parts) and self.matched % parts == 0
+
+    def batch(self) -> str:
+        return super().batch() + (f" and matching_share {self.matching_share:g} of it" if self.matching_share != 1 else "")

@@ -136,16 +136,25 @@ class DMD(Objective):
         """(B,) labels of what is matched, on the CPU: a look-up by labels on a GPU would wait for it."""
         return self.teacher.conditioner.at_random(draws.uniform("label"), self.config.classes)
 
+    def matched(self, draws: Draws) -> Draws:
+        """The images of a part of a batch that are matched beside its pairs: as many in all, whatever the parts and processes are."""
+        share = self.config.matching_share if self.config.matching_weight else 0.0
+        part = self.config.batch_size // self.config.accumulate
+        first = draws.indices[0] // part * part
+        begins = round(first * share)
+        return Draws(draws.seed, [begins + index - first for index in draws.indices[: round(len(draws) * share)]])
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         where, shape = self.device, self.teacher.shape
-        count = len(draws) if self.config.matching_weight else 0
-        noise = draws.normal("noise", shape)[:count]
-        condition = self.teacher.conditioner(self.labels(draws)[:count])
+        matched = self.matched(draws)
+        count = len(matched)
+        noise = matched.normal("noise", shape)
+        condition = self.teacher.conditioner(self.labels(matched))
         if self.config.guidance_range:
-            condition = condition.plus(GUIDANCE_SCALE, scales(self.config.guidance_range, draws)[:count])
+            condition = condition.plus(GUIDANCE_SCALE, scales(self.config.guidance_range, matched))
         condition = condition.to(where)
         if step + 1 < self.config.steps:
-            self.teacher.conditioner.ahead(self.labels(draws.later(self.config.batch_size))[:count])
+            self.teacher.conditioner.ahead(self.labels(self.matched(draws.later(self.config.batch_size))))
         paired = None
         if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
             stored = self.pairs.batch([self.order[i] for i in draws.indices])
@@ -157,21 +166,22 @@ class DMD(Objective):
             condition = Condition.cat([condition, theirs])
         images = self.generate(noise.to(where), condition)
         generated = images[count:]
+        rows = [(matched, 0)]
         if self.config.match_pairs:
+            rows.append((draws, self.config.fake_steps))
             count = len(images)
         x, condition = images[:count], condition[:count]
 
         def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
             """A draw for each image that is matched; images of pairs have turns of their own."""
-            turns = [turn, turn + self.config.fake_steps] if count > len(draws) else [turn]
-            return torch.cat([draw(*what, turn=k) for k in turns]).to(where)
+            return torch.cat([draw(row, *what, turn=turn + first) for row, first in rows]).to(where)
 
         loss = images.new_zeros(())
         metrics: dict[str, Tensor] = {}
         if self.config.matching_weight:
-            uniform = each(draws.uniform, "matching_time")
+            uniform = each(Draws.uniform, "matching_time")
             t = times_at(self.schedule, self.config.t_bins, uniform, self.config.t_low, self.config.t_high)
-            gradient, metrics = self._match(x, each(draws.normal, "matching_noise", shape), t, condition)
+            gradient, metrics = self._match(x, each(Draws.normal, "matching_noise", shape), t, condition)
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None and self.distance is not None:
@@ -182,8 +192,8 @@ class DMD(Objective):
         if "fake" in self.trained:
             x = x.detach()
             for turn in range(self.config.fake_steps):
-                t = times_at(self.schedule, self.config.t_bins, each(draws.uniform, "score_time", turn=turn), 0.0, 1.0)
-                eps = each(draws.normal, "score_noise", shape, turn=turn)
+                t = times_at(self.schedule, self.config.t_bins, each(Draws.uniform, "score_time", turn=turn), 0.0, 1.0)
+                eps = each(Draws.normal, "score_noise", shape, turn=turn)
                 sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.teacher.denoiser.error
                 errors = denoising_loss(self.network("fake"), self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
                 yield Loss("fake", errors.mean())
@@ -219,8 +229,9 @@ class DMD(Objective):
 
     def calls(self, step: int = 0) -> Calls:
         config, size, paired = self.config, self.config.batch_size, bool(self.regression_weight)
-        matched = size * (2 if config.match_pairs else 1) if config.matching_weight else 0
-        trainings, forwards = [Call("student", size * (bool(config.matching_weight) + (paired or config.match_pairs)))], []
+        fresh = int(config.matched) if config.matching_weight else 0
+        matched = fresh + size * (config.match_pairs and fresh > 0)
+        trainings, forwards = [Call("student", fresh + size * (paired or config.match_pairs))], []
         if matched:
             combines = self.sampling.combines or config.guidance_range
             calls = config.guidance_calls if combines else 1
