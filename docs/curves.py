@@ -21,8 +21,9 @@ from PIL import Image, ImageDraw
 HERE, RUNS, LOOKS = Path(__file__).parent, Path("runs/curves"), Path(__file__).with_name("curves.json")
 PAIRS = "pairs --recipe digits-pairs --num 1000"
 SMALL = "batch_size=8 warmup_steps=20 ema_halflife=400 log_every=10 sample_every=30 save_every=1000"
-DMD = f"dmd --recipe demo-dmd {SMALL}"
-HELD, ALONE = f"{DMD} steps=240 --pairs {RUNS}/pairs", f"{DMD} steps=120 health_every=10 regression_weight=null lr=2e-4"
+DMD = f"dmd --recipe demo-dmd optimizer=adamw betas=0.5,0.99 matching_share=1 regression_loss=l2 {SMALL}"
+"""The demo's recipe as it was when the looks were recorded."""
+HELD, ALONE = f"{DMD} steps=240 regression_weight=8 --pairs {RUNS}/pairs", f"{DMD} steps=120 health_every=10 regression_weight=null lr=2e-4"
 MADE = {
     "pairs": PAIRS,
     "healthy": f"{HELD} health_every=15",
@@ -31,7 +32,7 @@ MADE = {
     "no-regression": f"{ALONE} pairs=null fake_lr=4e-4",
     "lagging": f"{ALONE} pairs=null fake_lr=1e-5",
     "guided-pairs": f"{PAIRS} --guidance-scale 8",
-    "guidance": f"{DMD} steps=240 --pairs {RUNS}/guided-pairs guidance_scale=8 health_every=15",
+    "guidance": f"{DMD} steps=240 regression_weight=8 --pairs {RUNS}/guided-pairs guidance_scale=8 health_every=15",
     "digits-cd": "cm --recipe digits-cd",
     "shapes-dmd2": "dmd2 --recipe shapes-dmd2 steps=450 fake_steps=4 lr=5e-4 guidance_scale=1.5",
     "healthy-cd": f"cm --recipe digits-cd precision=no steps=120 health_every=10 {SMALL}",
