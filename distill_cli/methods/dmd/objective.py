@@ -139,6 +139,8 @@ class DMD(Objective):
     def matched(self, draws: Draws) -> Draws:
         """The images of a part of a batch that are matched beside its pairs: as many in all, whatever the parts and processes are."""
         share = self.config.matching_share if self.config.matching_weight else 0.0
+        if share == 1:
+            return draws
         part = self.config.batch_size // self.config.accumulate
         first = draws.indices[0] // part * part
         begins = round(first * share)
