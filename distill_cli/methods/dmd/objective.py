@@ -174,16 +174,15 @@ class DMD(Objective):
             count = len(images)
         x, condition = images[:count], condition[:count]
 
-        def each(draw: Callable[..., Tensor], *what: Any, turn: int = 0) -> Tensor:
+        def each(kind: str, *what: Any, turn: int = 0) -> Tensor:
             """A draw for each image that is matched; images of pairs have turns of their own."""
-            return torch.cat([draw(row, *what, turn=turn + first) for row, first in rows]).to(where)
+            return torch.cat([getattr(row, kind)(*what, turn=turn + first) for row, first in rows]).to(where)
 
         loss = images.new_zeros(())
         metrics: dict[str, Tensor] = {}
         if self.config.matching_weight:
-            uniform = each(Draws.uniform, "matching_time")
-            t = times_at(self.schedule, self.config.t_bins, uniform, self.config.t_low, self.config.t_high)
-            gradient, metrics = self._match(x, each(Draws.normal, "matching_noise", shape), t, condition)
+            t = times_at(self.schedule, self.config.t_bins, each("uniform", "matching_time"), self.config.t_low, self.config.t_high)
+            gradient, metrics = self._match(x, each("normal", "matching_noise", shape), t, condition)
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None and self.distance is not None:
@@ -194,8 +193,8 @@ class DMD(Objective):
         if "fake" in self.trained:
             x = x.detach()
             for turn in range(self.config.fake_steps):
-                t = times_at(self.schedule, self.config.t_bins, each(Draws.uniform, "score_time", turn=turn), 0.0, 1.0)
-                eps = each(Draws.normal, "score_noise", shape, turn=turn)
+                t = times_at(self.schedule, self.config.t_bins, each("uniform", "score_time", turn=turn), 0.0, 1.0)
+                eps = each("normal", "score_noise", shape, turn=turn)
                 sigma_data, error = self.teacher.denoiser.scales.sigma_data, self.teacher.denoiser.error
                 errors = denoising_loss(self.network("fake"), self.schedule, x, eps, t, condition, sigma_data=sigma_data, error=error)
                 yield Loss("fake", errors.mean())
