@@ -43,7 +43,7 @@ def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], r
 def muon() -> Callable[..., torch.optim.Optimizer]:
     """timm's Muon, which on a CPU orthogonalises in float32.
 
-    timm always takes bfloat16, which without AVX512-BF16 takes 10 to 20 times as long, and with it no less than float32.
+    timm always takes bfloat16. On a processor without AVX512-BF16 that takes 10 to 20 times as long; with it, whole steps are not faster.
     """
     timms: Any = import_module("timm.optim.muon")
     original = timms.zeropower_via_newtonschulz
