@@ -194,10 +194,12 @@ def train(config: TrainingConfig, resume: Path | None, dry_run_wanted: bool, as_
     method = commands.method_of(config)
     job = Job(method.command, resume, dry_run_wanted)
     objective = load(f"methods.{method.objective}")(config, job)
+    count = count or processes.world_size()
+    fitting.check_even(objective.config, count)
     if dry_run_wanted:
-        dry_run(objective.config, {**job.plan, **plan(objective, count or processes.world_size())})
+        dry_run(objective.config, {**job.plan, **plan(objective, count)})
     if objective.config.memory is not None:
-        fitting.refuse(objective, processes.world_size())
+        fitting.refuse(objective, count)
     engine = Engine(objective.config, objective)
     job.begin(engine)
     if engine.step == engine.steps:

@@ -47,6 +47,7 @@ from distill_cli.recipes import dump
 from distill_cli.runs import Run
 from distill_cli.training import checkpoint, identity, zero
 from distill_cli.training.ema import EMA, hand_on
+from distill_cli.training.fitting import check_even
 from distill_cli.training.health import Health
 from distill_cli.training.objective import Loss, Objective, phase_at, span_at
 from distill_cli.training.optimizer import learning_rate, make_optimizer
@@ -68,9 +69,7 @@ class Engine:
         repeatable(wanted, config.deterministic)
         self.part = config.batch_size // config.accumulate
         """Images in a part of a batch, over all processes."""
-        if not config.splits(config.accumulate * world_size()):
-            said = f"in {config.accumulate} parts cannot" if config.accumulate > 1 else "cannot"
-            raise UsageError(f"{config.batch()}: {said} be shared evenly by {world_size()} processes")
+        check_even(config, world_size())
         plain_links(wanted)
         spread = zero.plugin(config, [each.module for each in objective.trained.values()], wanted)
         if spread is not None and any(phase.anew for phase in objective.phases):

@@ -54,6 +54,13 @@ class Choice(NamedTuple):
         return " ".join(f"{key}={str(value).lower()}" for key, value in self.changes.items())
 
 
+def check_even(config: TrainingConfig, processes: int) -> None:
+    """Raise UsageError if some processes cannot share each part of a batch evenly."""
+    if not config.splits(config.accumulate * processes):
+        said = f"in {config.accumulate} parts cannot" if config.accumulate > 1 else "cannot"
+        raise UsageError(f"{config.batch()}: {said} be shared evenly by {processes} processes")
+
+
 def parts(config: TrainingConfig, processes: int) -> list[int]:
     """The numbers of parts that the batch can be split into, from the config's own on."""
     return [n for n in range(config.accumulate, config.batch_size + 1) if config.splits(n * processes)]

@@ -49,7 +49,7 @@ def muon() -> Callable[..., torch.optim.Optimizer]:
     original = timms.zeropower_via_newtonschulz
 
     def orthogonalised(matrix: Tensor, *given: Any, **settings: Any) -> Tensor:
-        return original(matrix, *given, **settings, **({"dtype": torch.float32} if matrix.device.type == "cpu" else {}))
+        return original(matrix, *given, **settings | ({"dtype": torch.float32} if matrix.device.type == "cpu" else {}))
 
     timms.zeropower_via_newtonschulz = orthogonalised  # where it is looked up: no option leads there
     return timms.Muon

@@ -25,19 +25,21 @@ FIRST = dict(reversed(TAKEN))
 """The first family that each method takes."""
 
 
-def usual(method, family):
-    """Whether a pair is held to all contracts, also without -m contracts_all: a method's first family, and every third one of the rest.
+def left_to_all(method, family, share, of_transformers):
+    """Whether a pair runs with -m contracts_all alone: all but a method's first family, and every `share`th pair of the others.
 
-    Of the families of models/family.py, which have all but their data in common, it is every twelfth one.
+    The families of models/family.py have all but their data in common: their share is another.
     """
     place = list(running.METHODS).index(method) + list(running.FAMILIES).index(family)
-    return FIRST[method] == family or place % (12 if family.removesuffix("-lora") in TRANSFORMERS else 3) == 0
+    return FIRST[method] != family and place % (of_transformers if family.removesuffix("-lora") in TRANSFORMERS else share) != 0
 
 
-every_pair = pytest.mark.parametrize(
-    ("method", "family"),
-    [pytest.param(*pair, id="-".join(pair), marks=() if usual(*pair) else pytest.mark.contracts_all) for pair in TAKEN],
-)
+def taken(share, of_transformers):
+    pairs = [(pair, pytest.mark.contracts_all if left_to_all(*pair, share, of_transformers) else ()) for pair in TAKEN]
+    return pytest.mark.parametrize(("method", "family"), [pytest.param(*pair, id="-".join(pair), marks=marks) for pair, marks in pairs])
+
+
+every_pair = taken(3, 12)
 
 
 def alike(metrics, expected):
@@ -53,18 +55,24 @@ def alike(metrics, expected):
 
 @pytest.mark.parametrize(("method", "family"), [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS])
 def test_a_pair_is_taken_or_refused_in_one_line(method, family, runs):
-    """As recorded; a refusal leaves no folder, and the plan of the run is refused in the same words."""
-    run = runs.whole(method, family)
-    is_taken = run.ended.code == 0
+    """As recorded, by the plan; a refused run leaves no folder, and is refused in the same words."""
+    plan = runs.plan(method, family)
+    is_taken = plan.code == 0
+    assert is_taken == ((method, family) in TAKEN), f"{plan.err} python -m tests.contracts.refused records it"
     if not is_taken:
+        run = runs.whole(method, family)
         assert run.ended.refused(), run.ended.err
         assert run.ended.out == ""
         assert not run.folder.exists()
-    plan = runs.plan(method, family)
-    assert (plan.code == 0) == is_taken, plan.err
-    if not is_taken:
         assert plan.err.splitlines()[-2:] == run.ended.err.splitlines()[-2:]
-    assert is_taken == ((method, family) in TAKEN), "python -m tests.contracts.refused records it"
+
+
+@taken(1, 3)
+def test_a_pair_that_is_taken_trains(method, family, runs):
+    run = runs.whole(method, family)
+    run.ended.check()
+    assert run.seen.steps == STEPS
+    assert all((run.folder / name).exists() for name in run.seen.results)
 
 
 @every_pair

@@ -114,12 +114,27 @@ def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pa
         ({"matching_share": 0.5, "pairs": "p", "regression_weight": 0}, "matching_share 0.5: needs a regression"),
         ({"matching_share": 0.3, "pairs": "p", "batch_size": 8}, "matching_share 0.3: of batch_size 8 that is 2.4 images"),
         ({"matching_share": 0, "pairs": "p"}, "that is 0 images"),
+        ({"matching_share": 1e-8, "pairs": "p"}, "that is 3.2e-07 images"),
+        ({"matching_share": 0.5, "matching_weight": 0, "pairs": "p"}, "matching_weight 0 matches nothing"),
         ({"matching_share": 0.25, "pairs": "p", "batch_size": 8, "accumulate": 4}, "does not divide batch_size 8 and matching_share 0.25"),
     ],
 )
 def test_shares_that_are_no_whole_images_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         DMDConfig(**options)
+
+
+@pytest.mark.parametrize("memory", [[], ["memory=1MB"]])
+def test_a_plan_for_processes_that_cannot_share_a_batch_is_refused(memory, distill):
+    command = ("dmd", "--teacher", "tiny", "pairs=p", "batch_size=32", "matching_share=0.125", *memory)
+    done = distill(*command, "--dry-run", "--num-processes", 8)
+    assert (done.code, done.out) == (2, "")
+    assert "error: batch_size 32 and matching_share 0.125 of it: cannot be shared evenly by 8 processes" in done.err
+    assert distill(*command, "--dry-run", "--num-processes", 4).code == (3 if memory else 0)
+
+
+def test_a_third_may_be_rounded():
+    assert DMDConfig(matching_share=0.333333, pairs="p", batch_size=48).matched == 16
 
 
 def test_the_fake_score_learns_the_images_of_before_the_students_step(tiny):

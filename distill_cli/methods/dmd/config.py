@@ -61,17 +61,20 @@ class DMDConfig(StudentConfig, GuidesConfig):
         if self.match_pairs and not self.pairs:
             raise ValueError("match_pairs needs pairs")
         if self.matching_share != 1 and not (self.pairs and (self.match_pairs or self.regression_weight != 0)):
-            raise ValueError(f"matching_share {self.matching_share:g}: needs a regression on pairs; without one every image is matched")
-        if not self.matching_share or self.matched % 1:
-            raise ValueError(f"matching_share {self.matching_share:g}: of batch_size {self.batch_size} that is {self.matched:g} images")
+            raise ValueError(f"matching_share {self.matching_share:g}: needs a regression on pairs; without one, set matching_share=1")
+        if self.matching_share != 1 and self.matching_weight == 0:
+            raise ValueError(f"matching_share {self.matching_share:g}: matching_weight 0 matches nothing")
+        asked = self.batch_size * self.matching_share
+        if asked < 0.5 or abs(asked - round(asked)) > 1e-3:  # 0.3333 of 12 are 4
+            raise ValueError(f"matching_share {self.matching_share:g}: of batch_size {self.batch_size} that is {asked:g} images")
         if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):
             raise ValueError("matching_weight 0 leaves nothing to learn from without pairs")
         return self
 
     @property
-    def matched(self) -> float:
-        """The images of a step that are matched beside the pairs; a whole number in a valid config."""
-        return round(self.batch_size * self.matching_share, 6)
+    def matched(self) -> int:
+        """The images of a step that are matched beside the pairs."""
+        return round(self.batch_size * self.matching_share) if self.matching_weight else 0
 
     def splits(self, parts: int) -> bool:
         return super().splits(parts) and self.matched % parts == 0

@@ -55,7 +55,7 @@ def open(config: DMDConfig, job: Job) -> Objective:
     asked = config.prompts is not None or config.pairs is None
     job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data) if asked else ()
     job.say_read(teacher, store, job.prompts)
-    job.plan |= text_cost(teacher.conditioner, config.text, len(job.prompts), config.batch_size)
+    job.plan |= text_cost(teacher.conditioner, config.text, len(job.prompts), config.matched)
     if store is not None and not job.dry_run:
         store.verify()
     elif not job.dry_run:
@@ -138,13 +138,13 @@ class DMD(Objective):
 
     def matched(self, draws: Draws) -> Draws:
         """The images of a part of a batch that are matched beside its pairs: as many in all, whatever the parts and processes are."""
-        share = self.config.matching_share if self.config.matching_weight else 0.0
-        if share == 1:
+        whole, of = self.config.matched, self.config.batch_size
+        if whole == of:
             return draws
-        part = self.config.batch_size // self.config.accumulate
+        part = of // self.config.accumulate
         first = draws.indices[0] // part * part
-        begins = round(first * share)
-        return Draws(draws.seed, [begins + index - first for index in draws.indices[: round(len(draws) * share)]])
+        begins = first * whole // of
+        return Draws(draws.seed, [begins + index - first for index in draws.indices[: len(draws) * whole // of]])
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         where, shape = self.device, self.teacher.shape
@@ -230,9 +230,8 @@ class DMD(Objective):
 
     def calls(self, step: int = 0) -> Calls:
         config, size, paired = self.config, self.config.batch_size, bool(self.regression_weight)
-        fresh = int(config.matched) if config.matching_weight else 0
-        matched = fresh + size * (config.match_pairs and fresh > 0)
-        trainings, forwards = [Call("student", fresh + size * (paired or config.match_pairs))], []
+        matched = config.matched + size * (config.match_pairs and config.matched > 0)
+        trainings, forwards = [Call("student", config.matched + size * (paired or config.match_pairs))], []
         if matched:
             combines = self.sampling.combines or config.guidance_range
             calls = config.guidance_calls if combines else 1
