@@ -21,11 +21,11 @@ from typing import Any
 from distill_cli.recipes import find, read
 from docs.measure import distill, judged, made_by, trained
 
-PAIRS = 6000 * 35
+PAIRS = 8000 * 35
 RESULTS = Path(__file__).with_name("methods.json")
 RUNS = {
     # recipe: (what it is, evaluations of an image of a step, other evaluations, steps it is sampled in)
-    "digits-dmd": ("DMD", 11, PAIRS, (1,)),  # student on noise and pairs (3 each), teacher, fake score (1 + 3)
+    "digits-dmd": ("DMD", 5, PAIRS, (1,)),  # student on a pair (3); a quarter of it is matched: student (3), teacher, fake score (1 + 3)
     "digits-pd": ("PD", 5, 0, (1, 2, 4, 8)),  # two steps of the teacher, student
     "digits-cd": ("CD", 8, 0, (1, 2, 4)),  # two Heun steps of the teacher, target, student
     "digits-ect": ("ECT", 4, 0, (1, 2, 4)),
