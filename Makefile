@@ -22,8 +22,13 @@ demo: $(VENV)/ready
 	else $(DISTILL) dmd --recipe demo-dmd --pairs $(DEMO)/pairs --out $(DEMO)/dmd; fi
 	$(DISTILL) sample --model $(DEMO)/dmd --num 200 --seed 1 --grid --out $(DEMO)/samples
 	@echo
+	@echo "made: a student that needs one network evaluation for an image, its teacher 35: $(DEMO)/dmd/student"
 	@echo "teacher and student from the same noise: $(CURDIR)/$(DEMO)/dmd/comparison.png"
 	@echo "more of the student:                     $(CURDIR)/$(DEMO)/samples/grid.png"
+	@echo "next: measure both:    $(DISTILL) evaluate --model digits --model $(DEMO)/dmd --num 700 --out $(DEMO)/evaluation"
+	@echo "      sevens:          $(DISTILL) sample --model $(DEMO)/dmd --classes 7 --num 100 --grid --out $(DEMO)/sevens"
+	@echo "      how it learned:  $(DISTILL) watch $(DEMO)/dmd"
+	@echo "      your own pictures, Stable Diffusion, text: README.md"
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check distill_cli tests docs
