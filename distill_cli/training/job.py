@@ -19,7 +19,7 @@ from distill_cli.models.cost import sketched
 from distill_cli.models.model import Model
 from distill_cli.models.sources import names
 from distill_cli.models.sources.registry import REGISTRY
-from distill_cli.pairs.store import PROMPTS, keep_prompts
+from distill_cli.pairs.store import MANIFEST, PROMPTS, PairStore, keep_prompts
 from distill_cli.processes import rank, say, say_read
 from distill_cli.recipes import dump
 from distill_cli.runs import Run
@@ -51,6 +51,15 @@ class Job:
     def say_read(self, *things: Any) -> None:
         """Print what was read, as the command's first line."""
         say_read(self.command, *things)
+
+    def pairs(self, folder: Path | None, out: Path | None) -> PairStore | None:
+        """The pairs in `folder`, for a run in `out`; None without a folder, or in a dry run before they are made, which the plan says."""
+        if folder is None:
+            return None
+        if self.dry_run and not (folder / MANIFEST).is_file():
+            self.plan["pairs"] = f"{folder} has none yet: not compared with the teacher"
+            return None
+        return PairStore(folder, out)
 
     def images(self, config: Any, *read: Any) -> Images:
         """The set that a config names, its pictures in the order in which the run began; says that it and `read` were read."""

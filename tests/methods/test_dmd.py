@@ -111,11 +111,12 @@ def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pa
     ("options", "says"),
     [
         ({"matching_share": 0.5}, "matching_share 0.5: needs a regression"),
+        ({"matching_share": 0.5, "regression_weight": 1}, "or set regression_weight=0 and matching_share=1"),
         ({"matching_share": 0.5, "pairs": "p", "regression_weight": 0}, "matching_share 0.5: needs a regression"),
-        ({"matching_share": 0.3, "pairs": "p", "batch_size": 8}, "matching_share 0.3: of batch_size 8 that is 2.4 images"),
-        ({"matching_share": 0, "pairs": "p"}, "that is 0 images"),
-        ({"matching_share": 1e-8, "pairs": "p"}, "that is 3.2e-07 images"),
-        ({"matching_share": 0.5, "matching_weight": 0, "pairs": "p"}, "matching_weight 0 matches nothing"),
+        ({"matching_share": 0.3, "pairs": "p", "batch_size": 8}, "0.3: of batch_size 8 that is 2.4 images: take 0.25 or 0.375 \\["),
+        ({"matching_share": 0, "pairs": "p"}, "that is 0 images: take 0.03125, or for regression alone matching_share=1 matching_weight=0"),
+        ({"matching_share": 1e-8, "pairs": "p"}, "that is 3.2e-07 images: take 0.03125 \\["),
+        ({"matching_share": 0.5, "matching_weight": 0, "pairs": "p"}, "matching_weight 0 matches nothing: set matching_share=1 too"),
         ({"matching_share": 0.25, "pairs": "p", "batch_size": 8, "accumulate": 4}, "does not divide batch_size 8 and matching_share 0.25"),
     ],
 )
@@ -131,6 +132,7 @@ def test_a_plan_for_processes_that_cannot_share_a_batch_is_refused(memory, disti
     assert (done.code, done.out) == (2, "")
     assert "error: batch_size 32 and matching_share 0.125 of it: cannot be shared evenly by 8 processes" in done.err
     four = distill(*command, "--dry-run", "--num-processes", 4)
+    assert memory or "#   pairs: p has none yet: not compared with the teacher\n" in four.out
     assert "error: memory 1MB: the smallest plan needs" in four.err if memory else four.code == 0
 
 

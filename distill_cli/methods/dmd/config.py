@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil, floor
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -27,11 +28,13 @@ class DMDConfig(StudentConfig, GuidesConfig):
     fake_steps: Positive = Field(1, description="fake-score steps for each student step")
     warmup_steps: Count = Field(500, description="steps of linear learning-rate warm-up, for student and fake score")
     matching_share: Fraction = Field(
-        1.0, description="with pairs: share of batch_size that is matched beside them (an image costs 8 passes of a network, a pair 3)"
+        1.0, description="with pairs: share of batch_size, whole images, matched beside them (each costs 8 passes or more, a pair 3)"
     )
     matching_weight: Weight = Field(1.0, description="weight of the distribution-matching loss")
     fake_score: bool = Field(True, description="train a fake score; without it students collapse (the paper's ablation)")
-    regression_loss: Literal["l2", "huber", "lpips"] = Field("l2", description="distance of the regression loss")
+    regression_loss: Literal["l2", "huber", "lpips"] = Field(
+        "l2", description="distance of the regression loss; huber pulls as hard near the target as far away: give it less weight"
+    )
     lpips_weights: Place | None = Field(None, description="lpips: torchvision's file of VGG-16; default the one in its cache")
     decoder: Name | None = Field(None, description="lpips of latents: an AutoencoderTiny that decodes them; default the teacher's VAE")
     regression_weight: Weight | None = Field(None, description="weight of the regression loss; default 0.25 with pairs, 0 without")
@@ -53,7 +56,8 @@ class DMDConfig(StudentConfig, GuidesConfig):
             raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}")
         check_range(self.guidance_range, self.guidance_scale)
         if self.regression_weight and not self.pairs:
-            raise ValueError("regression_weight needs pairs: make some with `distill pairs`, or set regression_weight=0")
+            alone = "regression_weight=0" + (" and matching_share=1" if self.matching_share != 1 else "")
+            raise ValueError(f"regression_weight needs pairs: make some with `distill pairs`, or set {alone}")
         if self.regression_loss != "lpips" and (given := self.changed("lpips_weights", "decoder")):
             raise ValueError(f"{given[0]} is for regression_loss=lpips")
         if self.text == "live" and self.pairs and self.prompts is None:
@@ -63,10 +67,14 @@ class DMDConfig(StudentConfig, GuidesConfig):
         if self.matching_share != 1 and not (self.pairs and (self.match_pairs or self.regression_weight != 0)):
             raise ValueError(f"matching_share {self.matching_share:g}: needs a regression on pairs; without one, set matching_share=1")
         if self.matching_share != 1 and self.matching_weight == 0:
-            raise ValueError(f"matching_share {self.matching_share:g}: matching_weight 0 matches nothing")
+            raise ValueError(f"matching_share {self.matching_share:g}: matching_weight 0 matches nothing: set matching_share=1 too")
         asked = self.batch_size * self.matching_share
         if asked < 0.5 or abs(asked - round(asked)) > 1e-3:  # 0.3333 of 12 are 4
-            raise ValueError(f"matching_share {self.matching_share:g}: of batch_size {self.batch_size} that is {asked:g} images")
+            near = " or ".join(f"{count / self.batch_size:g}" for count in sorted({max(1, floor(asked)), ceil(asked) or 1}))
+            raise ValueError(
+                f"matching_share {self.matching_share:g}: of batch_size {self.batch_size} that is {asked:g} images: take {near}"
+                + (", or for regression alone matching_share=1 matching_weight=0" if asked == 0 else "")
+            )
         if self.matching_weight == 0 and not (self.pairs and self.regression_weight != 0):
             raise ValueError("matching_weight 0 leaves nothing to learn from without pairs")
         return self

@@ -33,7 +33,7 @@ from distill_cli.models.model import Model
 from distill_cli.models.perceptual import Perceptual
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.steering import led, led_by
-from distill_cli.pairs.store import MANIFEST, PairStore
+from distill_cli.pairs.store import PairStore
 from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
@@ -50,8 +50,7 @@ FAKE_BEHIND, FAKE_STILL = 1.8, 0.05
 def open(config: DMDConfig, job: Job) -> Objective:
     """Read teacher, pairs and prompts; a plan does not need the pairs."""
     teacher = led(job.teacher(config.teacher, config.device), config, teaching=True, dry_run=job.dry_run)
-    there = config.pairs is not None and (not job.dry_run or (config.pairs / MANIFEST).is_file())
-    store = PairStore(config.pairs, config.out) if config.pairs is not None and there else None
+    store = job.pairs(config.pairs, config.out)
     asked = config.prompts is not None or config.pairs is None
     job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data) if asked else ()
     job.say_read(teacher, store, job.prompts)

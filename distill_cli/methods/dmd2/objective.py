@@ -35,7 +35,7 @@ from distill_cli.models.cost import text_cost
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampler
 from distill_cli.models.steering import led, led_by
-from distill_cli.pairs.store import MANIFEST, PairStore
+from distill_cli.pairs.store import PairStore
 from distill_cli.processes import rank
 from distill_cli.runs import Run
 from distill_cli.training.job import Job
@@ -54,8 +54,7 @@ def open(config: DMD2Config, job: Job) -> Objective:
     teacher = led(teacher, config, teaching=True, dry_run=job.dry_run)
     if config.data is not None:
         config, data = read(config, teacher, job, "dmd2")
-    there = config.init_pairs is not None and (not job.dry_run or (config.init_pairs / MANIFEST).is_file())
-    pairs = PairStore(config.init_pairs, config.out) if config.init_pairs is not None and there else None
+    pairs = job.pairs(config.init_pairs, config.out)
     if config.prompts is not None or (data is None and pairs is None):
         job.prompts = teacher.conditioner.chosen(config.prompts, teacher.lineage.data)
     job.say_read(*([] if data is not None else [teacher]), student, pairs, job.prompts)
