@@ -40,6 +40,7 @@ _DMD = (
     "fake_steps",
     "regression_loss",
     "regression_weight",
+    "regression_end",
     *GUIDED,
 )
 _DMD2 = (

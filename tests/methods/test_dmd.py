@@ -96,6 +96,14 @@ def test_a_share_of_a_batch_is_matched_beside_its_pairs(tiny, tiny_pairs):
     assert [call.images for call in dmd.calls().forwards] == [2, 2]
 
 
+@pytest.mark.parametrize(("step", "share"), [(0, 1.0), (10, 1.0), (60, 0.6), (85, 0.2 + 0.4 * (1 - 0.5**0.5)), (109, 0.2)])
+def test_the_regression_fades_by_a_cosine_after_the_warm_up(tiny, tiny_pairs, step, share):
+    dmd = objective(tiny, tiny_pairs, steps=110, warmup_steps=10, regression_weight=0.7, regression_end=0.2)
+    loss = next(dmd.turns(step, Draws(0, range(4))))
+    assert loss.metrics["matching_loss"].item() == 0  # the fake score is still the teacher: the regression is all
+    assert loss.value.item() == pytest.approx(0.7 * share * loss.metrics["regression_loss"].item(), rel=1e-3)
+
+
 @pytest.mark.parametrize(("parts", "processes"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)])
 def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pairs, parts, processes):
     dmd = objective(tiny, tiny_pairs, batch_size=16, matching_share=0.25, accumulate=parts)
@@ -111,8 +119,9 @@ def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pa
     ("options", "says"),
     [
         ({"matching_share": 0.5}, "matching_share 0.5: needs a regression"),
-        ({"matching_share": 0.5, "regression_weight": 1}, "or set regression_weight=0 and matching_share=1"),
+        ({"matching_share": 0.5, "regression_weight": 1}, "or set regression_weight=0 matching_share=1 \\["),
         ({"matching_share": 0.5, "pairs": "p", "regression_weight": 0}, "matching_share 0.5: needs a regression"),
+        ({"regression_end": 0.5}, "regression_end 0.5: needs a regression on pairs; without one, set regression_end=1"),
         ({"matching_share": 0.3, "pairs": "p", "batch_size": 8}, "0.3: of batch_size 8 that is 2.4 images: take 0.25 or 0.375 \\["),
         ({"matching_share": 0, "pairs": "p"}, "that is 0 images: take 0.03125, or for regression alone matching_share=1 matching_weight=0"),
         ({"matching_share": 1e-8, "pairs": "p"}, "that is 3.2e-07 images: take 0.03125 \\["),
@@ -120,7 +129,7 @@ def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pa
         ({"matching_share": 0.25, "pairs": "p", "batch_size": 8, "accumulate": 4}, "does not divide batch_size 8 and matching_share 0.25"),
     ],
 )
-def test_shares_that_are_no_whole_images_are_refused(options, says):
+def test_shares_of_nothing_and_of_no_whole_images_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         DMDConfig(**options)
 

@@ -39,6 +39,7 @@ from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, refuse_student, student_of
+from distill_cli.training.optimizer import falling
 from distill_cli.training.signs import GENERAL as SIGNS
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
@@ -186,7 +187,8 @@ class DMD(Objective):
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
         if paired is not None and self.distance is not None:
             regression = self.judge(generated, paired["x0"]).mean()
-            loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
+            weight = self.regression_weight * falling(self.config.regression_end, step, self.config.warmup_steps, self.config.steps)
+            loss, metrics["regression_loss"] = loss + weight * regression, regression
         yield Loss("student", loss, metrics)
 
         if "fake" in self.trained:
