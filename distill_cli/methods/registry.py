@@ -40,7 +40,7 @@ _DMD = (
     "fake_steps",
     "regression_loss",
     "regression_weight",
-    "regression_end",
+    "regression_until",
     *GUIDED,
 )
 _DMD2 = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ FREE = {
     "teacher", "data", "pairs", "prompts", "vae", "decoder", "lpips_weights", "guidance_scale", "optimizer", "times", "merge",
     "memory", "ema_device", "optimizer_device", "gan_weight", "critic_weight", "r1_weight", "guidance_weight", "student", "init_pairs",
     "health_every", "best_by", "result", "classifier_guidance", "classifier_scale", "clip_guidance", "clip_scale",
-    "clip_through", "clip_cutouts", "model", "matching_share", "regression_end",
+    "clip_through", "clip_cutouts", "model", "matching_share", "regression_until",
 }  # fmt: skip
 """Keys of a recipe that may change at a resume: how a run is trained and logged, and inputs that are compared by their content."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -50,7 +51,7 @@ def begun(config: TrainingConfig, objective: Objective) -> dict[str, Any]:
         "guidance scale": objective.guidance,
         "classes": None if images is None else list(images.classes),
         "shape of the images": None if images is None else list(images.shape),
-        "steps of its phases": [phase.steps for phase in objective.phases[:-1]] or None,
+        "steps of its phases": [phase.steps for phase, later in pairwise(objective.phases) if later.anew] or None,
         "recipe": config.model_dump(mode="json", exclude=FREE),
         **objective.identity,
     }

@@ -20,13 +20,8 @@ def learning_rate(config: TrainingConfig, rate: float, step: int, steps: int) ->
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "constant":
         return rate * warm
-    return rate * warm * falling(config.lr_end, step, config.warmup_steps, steps)
-
-
-def falling(end: float, step: int, begin: int, steps: int) -> float:
-    """A cosine from 1, until step `begin`, down to `end` at step `steps`."""
-    along = max(0, step - begin) / max(1, steps - begin)
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * along))
+    along = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return rate * warm * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * along)))
 
 
 def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:

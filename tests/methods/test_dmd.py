@@ -96,12 +96,20 @@ def test_a_share_of_a_batch_is_matched_beside_its_pairs(tiny, tiny_pairs):
     assert [call.images for call in dmd.calls().forwards] == [2, 2]
 
 
-@pytest.mark.parametrize(("step", "share"), [(0, 1.0), (10, 1.0), (60, 0.6), (85, 0.2 + 0.4 * (1 - 0.5**0.5)), (109, 0.2)])
-def test_the_regression_fades_by_a_cosine_after_the_warm_up(tiny, tiny_pairs, step, share):
-    dmd = objective(tiny, tiny_pairs, steps=110, warmup_steps=10, regression_weight=0.7, regression_end=0.2)
-    loss = next(dmd.turns(step, Draws(0, range(4))))
-    assert loss.metrics["matching_loss"].item() == 0  # the fake score is still the teacher: the regression is all
-    assert loss.value.item() == pytest.approx(0.7 * share * loss.metrics["regression_loss"].item(), rel=1e-3)
+def test_after_the_regression_matching_is_alone(tiny, tiny_pairs):
+    """9 of 12 steps with the regression: then the matched images are the same, and no pair is read."""
+    both = objective(tiny, tiny_pairs, steps=12, batch_size=8, matching_share=0.25, regression_until=0.75)
+    assert [(phase.steps, phase.anew) for phase in both.phases] == [(9, False), (3, False)]
+    assert [both.calls(step).trainings[0].images for step in (0, 8, 9, 11)] == [10, 10, 2, 2]
+    with torch.no_grad():
+        both.trained["fake"].module.network.unet.conv_out.bias.add_(0.1)
+    last, after = (next(both.turns(step, Draws(0, range(24, 32)))) for step in (8, 9))
+    matching = last.metrics["matching_loss"].item()
+    assert last.value.item() == pytest.approx(matching + 0.25 * last.metrics["regression_loss"].item(), rel=1e-5)
+    assert after.value.item() == after.metrics["matching_loss"].item() == pytest.approx(matching, rel=1e-5)
+    assert "regression_loss" not in after.metrics
+    both.pairs = None
+    next(both.turns(9, Draws(0, range(24, 32))))
 
 
 @pytest.mark.parametrize(("parts", "processes"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4)])
@@ -121,7 +129,9 @@ def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pa
         ({"matching_share": 0.5}, "matching_share 0.5: needs a regression"),
         ({"matching_share": 0.5, "regression_weight": 1}, "or set regression_weight=0 matching_share=1 \\["),
         ({"matching_share": 0.5, "pairs": "p", "regression_weight": 0}, "matching_share 0.5: needs a regression"),
-        ({"regression_end": 0.5}, "regression_end 0.5: needs a regression on pairs; without one, set regression_end=1"),
+        ({"regression_until": 0.5}, "regression_until 0.5: needs a regression on pairs, and matching after it"),
+        ({"regression_until": 0.5, "pairs": "p", "matching_weight": 0}, "regression_until 0.5: needs a regression on pairs, and matching"),
+        ({"regression_until": 0, "pairs": "p"}, "regression_until 0: needs a regression"),
         ({"matching_share": 0.3, "pairs": "p", "batch_size": 8}, "0.3: of batch_size 8 that is 2.4 images: take 0.25 or 0.375 \\["),
         ({"matching_share": 0, "pairs": "p"}, "that is 0 images: take 0.03125, or for regression alone matching_share=1 matching_weight=0"),
         ({"matching_share": 1e-8, "pairs": "p"}, "that is 3.2e-07 images: take 0.03125 \\["),

@@ -38,8 +38,7 @@ from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Row, Rows, refuse_student, student_of
-from distill_cli.training.optimizer import falling
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, refuse_student, student_of
 from distill_cli.training.signs import GENERAL as SIGNS
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
@@ -91,6 +90,8 @@ class DMD(Objective):
         planned = not self.teacher_hash
         weight = 0.25 if config.regression_weight is None else config.regression_weight
         self.regression_weight = weight if config.pairs is not None else 0.0
+        if config.regressed < config.steps:
+            self.phases = [Phase(config.regressed, "regressed"), Phase(config.steps - config.regressed, "student")]
         if pairs is not None:
             teacher = teacher.at(pairs.manifest.shape)
             check_pairs(pairs, teacher, self.teacher_hash, config.classes)
@@ -146,6 +147,9 @@ class DMD(Objective):
         begins = first * whole // of
         return Draws(draws.seed, [begins + index - first for index in draws.indices[: len(draws) * whole // of]])
 
+    def regresses(self, step: int) -> bool:
+        return bool(self.regression_weight) and step < self.config.regressed
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         where, shape = self.device, self.teacher.shape
         matched = self.matched(draws)
@@ -157,8 +161,8 @@ class DMD(Objective):
         condition = condition.to(where)
         if step + 1 < self.config.steps:
             self.teacher.conditioner.ahead(self.labels(self.matched(draws.later(self.config.batch_size))))
-        paired = None
-        if self.pairs is not None and (self.regression_weight or self.config.match_pairs):
+        paired, regresses = None, self.regresses(step)
+        if self.pairs is not None and (regresses or self.config.match_pairs):
             stored = self.pairs.batch([self.order[i] for i in draws.indices])
             keys = ("noise", "x0", *(["guidance"] if self.config.guidance_range else []))
             paired = {key: stored[key].to(where) for key in keys}
@@ -185,10 +189,9 @@ class DMD(Objective):
             gradient, metrics = self._match(x, each("normal", "matching_noise", shape), t, condition)
             matching = matching_loss(x, gradient)
             loss, metrics["matching_loss"] = loss + self.config.matching_weight * matching, matching
-        if paired is not None and self.distance is not None:
+        if paired is not None and regresses:
             regression = self.judge(generated, paired["x0"]).mean()
-            weight = self.regression_weight * falling(self.config.regression_end, step, self.config.warmup_steps, self.config.steps)
-            loss, metrics["regression_loss"] = loss + weight * regression, regression
+            loss, metrics["regression_loss"] = loss + self.regression_weight * regression, regression
         yield Loss("student", loss, metrics)
 
         if "fake" in self.trained:
@@ -230,7 +233,7 @@ class DMD(Objective):
         return {"teacher": self.reference(), "student": (made, made.sampling)}
 
     def calls(self, step: int = 0) -> Calls:
-        config, size, paired = self.config, self.config.batch_size, bool(self.regression_weight)
+        config, size, paired = self.config, self.config.batch_size, self.regresses(step)
         matched = config.matched + size * (config.match_pairs and config.matched > 0)
         trainings, forwards = [Call("student", config.matched + size * (paired or config.match_pairs))], []
         if matched:
