@@ -15,7 +15,7 @@ from pathlib import Path
 from docs.measure import distill, judged, trained
 
 SEEDS = (0, 1, 2)
-PAPERS = ["optimizer=adamw", "betas=0.5,0.99", "matching_share=1", "regression_loss=l2", "regression_until=1", "lr_end=0.05"]
+PAPERS = ["optimizer=adamw", "betas=0.5,0.99", "matching_share=1", "regression_loss=l2", "regression_steps=null", "lr_end=0.05"]
 SETTINGS = ["--recipe", "demo-dmd", "steps=300", "batch_size=32", "ema_halflife=2500", "sample_every=0", "save_every=1000", *PAPERS]
 CASES = {
     "DMD": (["regression_weight=8"], "2.66", "2.62"),

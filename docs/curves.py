@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 HERE, RUNS, LOOKS = Path(__file__).parent, Path("runs/curves"), Path(__file__).with_name("curves.json")
 PAIRS = "pairs --recipe digits-pairs --num 1000"
 SMALL = "batch_size=8 warmup_steps=20 ema_halflife=400 log_every=10 sample_every=30 save_every=1000"
-DMD = f"dmd --recipe demo-dmd optimizer=adamw betas=0.5,0.99 matching_share=1 regression_loss=l2 regression_until=1 lr_end=0.05 {SMALL}"
+DMD = f"dmd --recipe demo-dmd optimizer=adamw betas=0.5,0.99 matching_share=1 regression_loss=l2 regression_steps=null lr_end=0.05 {SMALL}"
 """The demo's recipe as it was when the looks were recorded."""
 HELD, ALONE = f"{DMD} steps=240 regression_weight=8 --pairs {RUNS}/pairs", f"{DMD} steps=120 health_every=10 regression_weight=null lr=2e-4"
 MADE = {

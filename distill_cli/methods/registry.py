@@ -40,7 +40,7 @@ _DMD = (
     "fake_steps",
     "regression_loss",
     "regression_weight",
-    "regression_until",
+    "regression_steps",
     *GUIDED,
 )
 _DMD2 = (

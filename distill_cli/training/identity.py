@@ -35,7 +35,7 @@ FREE = {
     "teacher", "data", "pairs", "prompts", "vae", "decoder", "lpips_weights", "guidance_scale", "optimizer", "times", "merge",
     "memory", "ema_device", "optimizer_device", "gan_weight", "critic_weight", "r1_weight", "guidance_weight", "student", "init_pairs",
     "health_every", "best_by", "result", "classifier_guidance", "classifier_scale", "clip_guidance", "clip_scale",
-    "clip_through", "clip_cutouts", "model", "matching_share", "regression_until",
+    "clip_through", "clip_cutouts", "model", "matching_share", "regression_steps",
 }  # fmt: skip
 """Keys of a recipe that may change at a resume: how a run is trained and logged, and inputs that are compared by their content."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -50,8 +50,9 @@ def worst(objective: Objective, processes: int = 1) -> tuple[int, Call]:
     """The most bytes of activations in a turn of any step, on each of `processes` GPUs, and the call with gradient that they are of."""
     made = result(objective)
     ends = [sum(phase.steps for phase in objective.phases[:k]) for k in range(len(objective.phases))]
-    different = {str(calls): calls for calls in map(objective.calls, ends)}
-    found = [turn for calls in different.values() for turn in _turns(objective, made, networks_of(objective), calls, processes)]
+    each = [*map(objective.calls, ends)]
+    different = [calls for k, calls in enumerate(each) if calls not in each[:k]]
+    found = [turn for calls in different for turn in _turns(objective, made, networks_of(objective), calls, processes)]
     return max(found, key=lambda turn: turn[0])
 
 

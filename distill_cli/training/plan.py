@@ -52,7 +52,7 @@ def plan(objective: Objective, processes: int = 1) -> dict[str, Any]:
     check(config, {name: each.module for name, each in objective.trained.items()})
     ends = list(accumulate(phase.steps for phase in phases))
     steps, calls = ends[-1], [objective.usual(end - phase.steps) for end, phase in zip(ends, phases, strict=True)]
-    changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if later != one]
+    changes = [(end, str(later)) for end, one, later in zip(ends, calls, calls[1:], strict=False) if str(later) != str(one)]
     main, networks = next(iter(objective.trained.values())), _networks(objective)
     parameters = {name: count(own(network)) for name, network in networks.items()}
     trained, average = sum(count(each.parameters()) for each in objective.trained.values()), stored(main.state())

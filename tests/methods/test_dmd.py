@@ -98,7 +98,7 @@ def test_a_share_of_a_batch_is_matched_beside_its_pairs(tiny, tiny_pairs):
 
 def test_after_the_regression_matching_is_alone(tiny, tiny_pairs):
     """9 of 12 steps with the regression: then the matched images are the same, and no pair is read."""
-    both = objective(tiny, tiny_pairs, steps=12, batch_size=8, matching_share=0.25, regression_until=0.75)
+    both = objective(tiny, tiny_pairs, steps=12, batch_size=8, matching_share=0.25, regression_steps=9)
     assert [(phase.steps, phase.anew) for phase in both.phases] == [(9, False), (3, False)]
     assert [both.calls(step).trainings[0].images for step in (0, 8, 9, 11)] == [10, 10, 2, 2]
     with torch.no_grad():
@@ -129,9 +129,9 @@ def test_the_matched_images_are_the_same_in_parts_and_in_processes(tiny, tiny_pa
         ({"matching_share": 0.5}, "matching_share 0.5: needs a regression"),
         ({"matching_share": 0.5, "regression_weight": 1}, "or set regression_weight=0 matching_share=1 \\["),
         ({"matching_share": 0.5, "pairs": "p", "regression_weight": 0}, "matching_share 0.5: needs a regression"),
-        ({"regression_until": 0.5}, "regression_until 0.5: needs a regression on pairs, and matching after it"),
-        ({"regression_until": 0.5, "pairs": "p", "matching_weight": 0}, "regression_until 0.5: needs a regression on pairs, and matching"),
-        ({"regression_until": 0, "pairs": "p"}, "regression_until 0: needs a regression"),
+        ({"regression_steps": 5}, "regression_steps: needs a regression on pairs, and matching after it; without either, leave it out"),
+        ({"regression_steps": 5, "pairs": "p", "matching_weight": 0}, "regression_steps: needs a regression on pairs, and matching"),
+        ({"regression_steps": 5, "pairs": "p", "keep_best": 1}, "best_by loss: the loss falls where the regression ends"),
         ({"matching_share": 0.3, "pairs": "p", "batch_size": 8}, "0.3: of batch_size 8 that is 2.4 images: take 0.25 or 0.375 \\["),
         ({"matching_share": 0, "pairs": "p"}, "that is 0 images: take 0.03125, or for regression alone matching_share=1 matching_weight=0"),
         ({"matching_share": 1e-8, "pairs": "p"}, "that is 3.2e-07 images: take 0.03125 \\["),

@@ -38,7 +38,7 @@ class DMDConfig(StudentConfig, GuidesConfig):
     lpips_weights: Place | None = Field(None, description="lpips: torchvision's file of VGG-16; default the one in its cache")
     decoder: Name | None = Field(None, description="lpips of latents: an AutoencoderTiny that decodes them; default the teacher's VAE")
     regression_weight: Weight | None = Field(None, description="weight of the regression loss; default 0.25 with pairs, 0 without")
-    regression_until: Fraction = Field(1.0, description="share of the steps with the regression, before matching alone; 1: all")
+    regression_steps: Positive | None = Field(None, description="steps with the regression, before matching alone; default all")
     guidance_scale: Rate | None = Field(None, description="guidance scale of the teacher; default the pairs', else the teacher's own")
     guidance_range: Range | None = Field(
         None, description="LOW,HIGH: guidance scales of the teacher, each image's own, told to the student: a dial; default the pairs'"
@@ -57,19 +57,20 @@ class DMDConfig(StudentConfig, GuidesConfig):
             raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}")
         check_range(self.guidance_range, self.guidance_scale)
         if self.regression_weight and not self.pairs:
-            alone = ["regression_weight=0", *(f"{key}=1" for key in self.changed("matching_share", "regression_until"))]
-            raise ValueError(f"regression_weight needs pairs: make some with `distill pairs`, or set {' '.join(alone)}")
+            alone = [f"{key}={none}" for key, none in (("matching_share", 1), ("regression_steps", "null")) if self.changed(key)]
+            said = " ".join(["regression_weight=0", *alone])
+            raise ValueError(f"regression_weight needs pairs: make some with `distill pairs`, or set {said}")
         if self.regression_loss != "lpips" and (given := self.changed("lpips_weights", "decoder")):
             raise ValueError(f"{given[0]} is for regression_loss=lpips")
         if self.text == "live" and self.pairs and self.prompts is None:
             raise ValueError("text live: the text of the pairs' prompts is stored beside them; leave it out, or give other prompts")
         if self.match_pairs and not self.pairs:
             raise ValueError("match_pairs needs pairs")
-        if self.regression_until != 1 and not (
-            self.pairs and self.regression_weight != 0 and self.matching_weight and self.regression_until
-        ):
-            said = f"regression_until {self.regression_until:g}: needs a regression on pairs, and matching after it"
-            raise ValueError(f"{said}; without either, set regression_until=1")
+        if self.regression_steps is not None:
+            if not (self.pairs and self.regression_weight != 0 and self.matching_weight):
+                raise ValueError("regression_steps: needs a regression on pairs, and matching after it; without either, leave it out")
+            if self.keep_best and self.best_by == "loss":
+                raise ValueError("best_by loss: the loss falls where the regression ends (regression_steps): best_by=drift")
         if self.matching_share != 1 and not (self.pairs and (self.match_pairs or self.regression_weight != 0)):
             raise ValueError(f"matching_share {self.matching_share:g}: needs a regression on pairs; without one, set matching_share=1")
         if self.matching_share != 1 and self.matching_weight == 0:
@@ -87,8 +88,8 @@ class DMDConfig(StudentConfig, GuidesConfig):
 
     @property
     def regressed(self) -> int:
-        """The steps with the regression, if there is one: at least one."""
-        return max(1, round(self.steps * self.regression_until))
+        """The steps with the regression, if there is one."""
+        return min(self.steps, self.regression_steps or self.steps)
 
     @property
     def matched(self) -> int:

@@ -38,7 +38,7 @@ from distill_cli.processes import rank, say
 from distill_cli.runs import Run
 from distill_cli.training.identity import digest
 from distill_cli.training.job import Job
-from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, refuse_student, student_of
+from distill_cli.training.objective import Call, Calls, Full, Loss, Objective, Phase, Row, Rows, phase_at, refuse_student, student_of
 from distill_cli.training.signs import GENERAL as SIGNS
 
 ASKED = {"lpips": "lpips_weights", "decoder": "decoder"}
@@ -90,6 +90,8 @@ class DMD(Objective):
         planned = not self.teacher_hash
         weight = 0.25 if config.regression_weight is None else config.regression_weight
         self.regression_weight = weight if config.pairs is not None else 0.0
+        if config.regression_steps and config.regression_steps >= config.steps:
+            say(f"regression_steps {config.regression_steps}: all of the {config.steps} steps have the regression")
         if config.regressed < config.steps:
             self.phases = [Phase(config.regressed, "regressed"), Phase(config.steps - config.regressed, "student")]
         if pairs is not None:
@@ -148,7 +150,7 @@ class DMD(Objective):
         return Draws(draws.seed, [begins + index - first for index in draws.indices[: len(draws) * whole // of]])
 
     def regresses(self, step: int) -> bool:
-        return bool(self.regression_weight) and step < self.config.regressed
+        return bool(self.regression_weight) and phase_at(self.phases, step) == 0
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         where, shape = self.device, self.teacher.shape
@@ -255,7 +257,7 @@ class DMD(Objective):
         return behind(metrics)
 
     def remedies(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        return remedies(metrics, self.guidance, bool(self.regression_weight))
+        return remedies(metrics, self.guidance, "regression_loss" in metrics)
 
 
 def behind(metrics: Mapping[str, float]) -> str:
@@ -277,7 +279,9 @@ def remedies(metrics: Mapping[str, float], guidance: float | None, held: bool) -
         lags = f"The fake score lags: its error on them is still {fake / real:.2f} times the teacher's. Raise fake_lr or fake_steps"
         return dict.fromkeys(SIGNS, lags)
     if not held:
-        return dict.fromkeys(SIGNS, "Nothing holds the student to pictures of the teacher: give pairs for a regression, or lower lr")
+        return dict.fromkeys(
+            SIGNS, "Nothing holds the student to pictures of the teacher: give pairs for a regression, in all steps, or lower lr"
+        )
     strong = {"over-saturated": f"Lower guidance_scale, now {guidance:g}"} if guidance is not None and guidance > 1 else {}
     return {"collapsing": "Lower lr, or raise regression_weight", **strong}
 

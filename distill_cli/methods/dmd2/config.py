@@ -22,7 +22,10 @@ class DMD2Config(StudentConfig, GuidesConfig):
     elsewhere = {
         "pairs": "dmd2 needs none: init_pairs=DIR init_steps=N begins a one-step student on them, distill dmd keeps to them",
         "student_time": "times=399 makes a one-step student that is told 399",
-        **dict.fromkeys(("regression_weight", "regression_loss"), "regression is a beginning here: init_pairs, init_steps, init_loss"),
+        **dict.fromkeys(
+            ("regression_weight", "regression_loss", "regression_steps"),
+            "regression is a beginning here: init_pairs, init_steps, init_loss",
+        ),
     }
 
     teacher: Name = Field("digits", description="the model to distil: a name of `distill models ls`, a folder, or a hub id")
