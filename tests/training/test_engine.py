@@ -65,6 +65,17 @@ def same(one, other):
     return one == other
 
 
+def test_a_resume_does_not_move_the_end_of_the_regression(tmp_path, tiny, tiny_pairs):
+    """3 of 8 steps with the regression, at once, and as a run of 2 steps, then of 5, then of 8: the same bits."""
+    changes = dict(regression_steps=3, lr_schedule="constant")
+    engine_of("dmd", tmp_path / "whole", tiny, tiny_pairs, steps=8, **changes).train()
+    for steps in (2, 5, 8):
+        engine_of("dmd", tmp_path / "parts", tiny, tiny_pairs, resume=steps > 2, steps=steps, **changes).train()
+    assert same(weights(tmp_path / "whole", 8), weights(tmp_path / "parts", 8))
+    last = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in last if "regression_loss" in line] == [3]
+
+
 def test_average_halves_in_its_halflife():
     network = torch.nn.Linear(1, 1, bias=False)
     network.weight.data.fill_(1.0)

@@ -148,6 +148,13 @@ def test_what_is_judged_by_lpips_counts(tmp_path):
     assert judged.activations - plain.activations > 2 * 4 * pixels
 
 
+def test_a_plan_is_of_the_heaviest_phase():
+    """With match_pairs the student's batch stays when the regression, and with it LPIPS, ends."""
+    plan = dict(SMALL, teacher="tiny", pairs="p", match_pairs=True, regression_loss="lpips")
+    whole, ending = (memory(opened(DMDConfig(**plan, regression_steps=steps))) for steps in (None, 1))
+    assert ending.activations == whole.activations
+
+
 def test_a_loras_base_counts_in_the_type_of_each_option():
     """A run in bf16 stores it so: what is found by changing the option is what that run's own plan counts."""
     flags = dict(teacher="tiny-sd", prompts="shapes", lora=4, batch_size=2, device="cpu", memory="1GB")
