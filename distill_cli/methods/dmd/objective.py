@@ -150,6 +150,7 @@ class DMD(Objective):
         return Draws(draws.seed, [begins + index - first for index in draws.indices[: len(draws) * whole // of]])
 
     def regresses(self, step: int) -> bool:
+        """Whether step 0, 1, ... has the regression on pairs."""
         return bool(self.regression_weight) and phase_at(self.phases, step) == 0
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
