@@ -38,7 +38,9 @@ class DMDConfig(StudentConfig, GuidesConfig):
     lpips_weights: Place | None = Field(None, description="lpips: torchvision's file of VGG-16; default the one in its cache")
     decoder: Name | None = Field(None, description="lpips of latents: an AutoencoderTiny that decodes them; default the teacher's VAE")
     regression_weight: Weight | None = Field(None, description="weight of the regression loss; default 0.25 with pairs, 0 without")
-    regression_steps: Positive | None = Field(None, description="steps with the regression, before matching alone; default all")
+    regression_steps: Positive | None = Field(
+        None, description="steps with the regression; matching alone, after them, needs low rates; default all"
+    )
     guidance_scale: Rate | None = Field(None, description="guidance scale of the teacher; default the pairs', else the teacher's own")
     guidance_range: Range | None = Field(
         None, description="LOW,HIGH: guidance scales of the teacher, each image's own, told to the student: a dial; default the pairs'"
