@@ -110,8 +110,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
             file.write(part)
 
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose biases autocast casts with their matrices."""
+
+
 def store_matrices(network: nn.Module, dtype: torch.dtype | None) -> None:
-    """Store the matrices of layers in half precision, once, instead of casting them at each call; None: in float32.
+    """Store the matrices of layers, and their biases, in half precision, once, instead of casting them at each call; None: in float32.
 
     Autocast casts the same ones, so answers under it stay the same to the bit. Norms, embeddings and adapters stay as they are. So does the
     first weight, by whose type diffusers' networks choose that of what they embed.
@@ -120,5 +124,8 @@ def store_matrices(network: nn.Module, dtype: torch.dtype | None) -> None:
     for name, module in network.named_modules():
         weight: Any = getattr(module, "weight", None)
         matrix = isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, nn.Embedding)
-        if matrix and weight is not first and ".lora_" not in name:
-            weight.data = weight.data.to(dtype or torch.float32)
+        if not matrix or weight is first or ".lora_" in name:
+            continue
+        weight.data = weight.data.to(dtype or torch.float32)
+        if isinstance(module, LAYERS) and module.bias is not None:
+            module.bias.data = module.bias.data.to(dtype or torch.float32)

@@ -32,6 +32,8 @@ class Counts:
 
     to_card: int = 0
     """Copies from the host to the card."""
+    blocking: int = 0
+    """Those of them for which the host waits: from memory that is not pinned, or not asked to go by themselves."""
     to_host: int = 0
     """Copies from the card to the host, which wait for it."""
     waits: int = 0
@@ -127,6 +129,7 @@ def run(func, args, kwargs):
                 note("waits")
             if not isinstance(x, Card) and x.ndim:
                 note("to_card")
+                note("blocking")
     if name in ("_to_copy", "copy_") and given:
         there = isinstance(given[1 if name == "copy_" else 0], Card)
         here = isinstance(given[0], Card) if name == "copy_" else ends_here
@@ -135,6 +138,9 @@ def run(func, args, kwargs):
             note("to_host")
         elif here and not there:
             note("to_card")
+            alone = args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking")
+            if not (alone and getattr(given[1 if name == "copy_" else 0], "pinned", False)):
+                note("blocking")
         elif old != new:
             COUNTS.casts, COUNTS.cast_values = COUNTS.casts + 1, COUNTS.cast_values + given[0].numel()
     if name in WAITING and cards:
@@ -173,6 +179,13 @@ def backward(loss, *_, **__):
         open_ += [following for following, _ in node.next_functions]
 
 
+def pinned(tensor, *_):
+    """A copy in memory from which a GPU reads by itself."""
+    out = tensor.clone()
+    out.pinned = True
+    return out
+
+
 @contextmanager
 def card():
     """Have torch believe in a card while the body runs."""
@@ -198,6 +211,7 @@ def card():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch("accelerate.utils.check_cuda_p2p_ib_support", lambda: True))
         stack.enter_context(patch.object(torch.Tensor, "backward", backward))
+        stack.enter_context(patch.object(torch.Tensor, "pin_memory", pinned))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)

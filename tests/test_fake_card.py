@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from distill_cli.diffusion.transfer import sent
 from tests.contracts.families import TRANSFORMERS
 from tests.fake_card import COUNTS, Card, WrongDeviceError, card
 from tests.looking import few_shapes
@@ -98,7 +99,7 @@ def test_a_step_of_each_method_stays_on_the_card(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs(name, tmp_path)
     counts, where = trained(name)
-    assert counts["to_host"] == 0, where
+    assert counts["to_host"] == counts["blocking"] == 0, where
     assert counts["waits"] <= WAITS.get(name, 0), where
     assert 0 < counts["to_card"] <= COPIES[name], where
 
@@ -152,7 +153,10 @@ def test_what_a_card_refuses_and_what_it_waits_for():
         there.cpu()
         there + here.to(there.device)
         there.double()
-        assert counts.numbers() == {"to_card": 1, "to_host": 1, "waits": 3, "casts": 1, "cast_values": 3}
+        assert counts.numbers() == {"to_card": 1, "blocking": 1, "to_host": 1, "waits": 3, "casts": 1, "cast_values": 3}
+        counts.clear()
+        sent(here, "cuda")
+        assert (counts.to_card, counts.blocking) == (1, 0)
         with torch.autocast("cuda", torch.bfloat16):
             assert (torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")).dtype == torch.bfloat16
         weight = torch.ones(2, device="cuda", requires_grad=True)
@@ -163,7 +167,10 @@ def test_what_a_card_refuses_and_what_it_waits_for():
 
 def table():
     """Lines of a table: counts a step, and of eight pictures."""
-    rows = ["| job | copies to the card | copies back | waits | casts | values cast |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| job | copies to the card | for which the host waits | copies back | waits | casts | values cast |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in CASES:
         os.chdir(tempfile.mkdtemp())
         inputs(name, ".")

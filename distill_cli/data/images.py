@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from distill_cli.data.pictures import from_uint8
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest, printable
 from distill_cli.methods.registry import load
-from distill_cli.processes import say, say_hidden
+from distill_cli.processes import say, say_hidden, usable_cpus
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -40,6 +40,14 @@ class Images(Protocol):
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
         """Data (B, C, H, W) float32, pictures in [-1, 1], and labels (B,) int64; random augmentation comes from `draws`."""
+
+
+@runtime_checkable
+class ReadAhead(Protocol):
+    """A set whose data are read when they are asked for."""
+
+    def ahead(self, positions: Sequence[int]) -> None:
+        """Begin to read the data at `positions`, for which `batch` is asked soon."""
 
 
 @runtime_checkable
@@ -123,7 +131,8 @@ class Folder:
         self.said = False
         of = f" of {len(self.classes)} class{'es' * (len(self.classes) > 1)}" if self.classes else ""
         self.about = f"{len(self.files)} picture{'s' * (len(self.files) > 1)}{of} in {path}{found.without}"
-        self.readers = ThreadPoolExecutor(torch.get_num_threads())  # PIL releases Python's lock
+        self.readers = ThreadPoolExecutor(usable_cpus())  # PIL releases Python's lock
+        self.coming: dict[int, Future[tuple[np.ndarray, str]]] = {}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -138,8 +147,15 @@ class Folder:
         picture = open_picture(self.files[position])
         return np.asarray(cover(picture.image, *self.shape[1:])), picture.dark
 
+    def ahead(self, positions: Sequence[int]) -> None:
+        self.coming |= {each: self.readers.submit(self._read, each) for each in positions if each not in self.coming}
+
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        read, dark = zip(*self.readers.map(self._read, positions), strict=True)
+        self.ahead(positions)
+        coming = [self.coming[position] for position in positions]
+        for position in positions:
+            self.coming.pop(position, None)  # a position may come twice
+        read, dark = zip(*(each.result() for each in coming), strict=True)
         if any(dark) and not self.said:
             self.said = True
             say(printable(next(filter(None, dark))))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_cli.diffusion.transfer import sent
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -47,7 +49,7 @@ class Condition:
         return self.parts[name], Condition({key: part for key, part in self.parts.items() if key != name})
 
     def to(self, device: str | torch.device) -> Condition:
-        return self.map(lambda part: part.to(device))
+        return self.map(lambda part: sent(part, device))
 
     def like(self, other: Condition) -> Condition:
         """This condition of one sample for all samples of `other`, on its device and in its dtypes. Raises ValueError for other parts.
@@ -56,7 +58,7 @@ class Condition:
         """
         if set(self.parts) != set(other.seen.parts):
             raise ValueError(f"a condition of {', '.join(self.parts) or 'nothing'} in the place of {', '.join(other.parts) or 'nothing'}")
-        own = {name: self.parts[name].to(part.device, part.dtype).expand_as(part) for name, part in other.seen.parts.items()}
+        own = {name: sent(self.parts[name], part.device, part.dtype).expand_as(part) for name, part in other.seen.parts.items()}
         return Condition({name: own[name] if name in own else torch.zeros_like(part) for name, part in other.parts.items()})
 
     def where(self, mask: Tensor, null: Condition) -> Condition:
@@ -64,7 +66,7 @@ class Condition:
         other = null.like(self)
 
         def chosen(name: str, part: Tensor) -> Tensor:
-            return torch.where(mask.to(part.device).reshape(-1, *[1] * (part.ndim - 1)), other.parts[name], part)
+            return torch.where(sent(mask, part.device).reshape(-1, *[1] * (part.ndim - 1)), other.parts[name], part)
 
         return Condition({name: chosen(name, part) for name, part in self.parts.items()})
 

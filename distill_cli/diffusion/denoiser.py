@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.schedule import EDMSchedule, NoiseSchedule, expand
+from distill_cli.diffusion.transfer import sent
 
 
 class Denoiser(Protocol):
@@ -113,7 +114,7 @@ class NetworkDenoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = NOTHING) -> Tensor:
         x = x if x.dtype == torch.float64 else x.float()
-        t = t.to(x.device, x.dtype)
+        t = sent(t, x.device, x.dtype)
         a, s = expand(self.schedule.alpha(t), x), expand(self.schedule.sigma(t), x)
         c_in, c_skip, c_out = PARAMETERISATIONS[self.parameterisation](a, s, self.scales)
         output = self.network(c_in * x, TIME_INPUTS[self.time_input](t), condition.seen)

@@ -15,6 +15,7 @@ from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.losses import wide
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import NoiseSchedule, expand
+from distill_cli.diffusion.transfer import sent
 
 
 class Guidance(ABC):
@@ -147,7 +148,7 @@ class Steered(Guidance):
 
     def _steer(self, denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         estimate, gradient = self.guide(denoiser, x, t, condition)
-        t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        t = sent(t, x.device, torch.promote_types(x.dtype, torch.float32))
         a, s = self.schedule.alpha(t), self.schedule.sigma(t)
         factor = torch.where(a > 0, s * s / a.clamp(min=torch.finfo(a.dtype).tiny), 0)
         return estimate + self.guide.scale * expand(factor, x) * gradient

@@ -8,6 +8,7 @@ from torch import Tensor
 from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import NoiseSchedule, add_noise, expand
+from distill_cli.diffusion.transfer import sent
 
 
 def wide(x: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def denoising_loss(
     x, noise (B, C, H, W), t (B,). Its mean is the golden `fake_loss`.
     """
     x = wide(x)
-    estimate = denoiser(add_noise(schedule, x, noise.to(x), t), t, condition)
+    estimate = denoiser(add_noise(schedule, x, sent(noise, x.device, x.dtype), t), t, condition)
     squared = (estimate - x).square().flatten(1).mean(1)
     return schedule.weight(t.to(squared), sigma_data, error) * squared
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from distill_cli.config.base import Solver
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.shift import Shift
+from distill_cli.diffusion.transfer import sent
 
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "noise": lambda a, s: a / s,  # Ho et al. 2006.11239, L_simple
@@ -132,7 +133,7 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """(B,) values as (B, 1, 1, ...) in the dtype and on the device of `like`."""
-    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return sent(values, like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 GRID = 40
@@ -228,7 +229,7 @@ class TableSchedule(NoiseSchedule):
     def _on(self, device: torch.device) -> Tensor:
         """The table on `device`, copied there once: a copy a call would have the host wait for the GPU."""
         if device not in self.copies:
-            self.copies[device] = self.alphas_cumprod.to(device)
+            self.copies[device] = sent(self.alphas_cumprod, device)
         return self.copies[device]
 
     @property

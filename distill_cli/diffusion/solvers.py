@@ -19,6 +19,7 @@ from torch import Tensor
 from distill_cli.diffusion.condition import NOTHING, Condition
 from distill_cli.diffusion.denoiser import Denoiser
 from distill_cli.diffusion.schedule import NoiseSchedule, expand
+from distill_cli.diffusion.transfer import sent
 
 Noise = Callable[[int], Tensor]
 
@@ -29,7 +30,7 @@ def _at(schedule: NoiseSchedule, t: Tensor) -> tuple[float, float]:
 
 
 def _call(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    return denoiser(x, t.to(x.device, x.dtype).expand(len(x)), condition)
+    return denoiser(x, sent(t, x.device, x.dtype).expand(len(x)), condition)
 
 
 def ddim_step(schedule: NoiseSchedule, x: Tensor, x0: Tensor, t: Tensor, r: Tensor, noise: Callable[[], Tensor] | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_cli import launch, processes, shards
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import DistillError
 from distill_cli.evaluate.networks import Network
 from distill_cli.evaluate.sources import Source
@@ -91,7 +92,7 @@ def _known(path: Path, network: Network, source: Source, part: range) -> bool:
 def compute(network: Network, source: Source, part: range, where: torch.device) -> dict[str, Tensor]:
     """What a network gives for pictures `part`, float32 on the CPU. Raises DistillError for what is not finite."""
     batches = [part[first : first + network.batch] for first in range(0, len(part), network.batch)]
-    found = [{name: values.float().cpu() for name, values in network(source.batch(each).to(where)).items()} for each in batches]
+    found = [{name: values.float().cpu() for name, values in network(sent(source.batch(each), where)).items()} for each in batches]
     tensors = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     if not all(values.isfinite().all() for values in tensors.values()):
         raise DistillError(f"features {network.name}: not finite numbers for {source.about}", "are these the weights of the network?")

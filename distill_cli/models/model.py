@@ -14,6 +14,7 @@ from distill_cli.diffusion.condition import GUIDANCE_SCALE, Condition
 from distill_cli.diffusion.denoiser import Denoiser, NetworkDenoiser
 from distill_cli.diffusion.guidance import guided, steered
 from distill_cli.diffusion.noise import Draws
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.models.backbones import Backbone
 from distill_cli.models.codec import Codec
@@ -270,16 +271,16 @@ class Model:
         `scales` (B,): a guidance scale of each sample's own.
         """
         device, schedule = next(self.denoiser.parameters()).device, self.denoiser.schedule
-        condition = self.sampler.telling(self.conditioner(labels.to(device)), sampling.guidance_scale)
+        condition = self.sampler.telling(self.conditioner(sent(labels, device)), sampling.guidance_scale)
         if scales is not None:
-            condition = condition.plus(GUIDANCE_SCALE, scales.to(device))
+            condition = condition.plus(GUIDANCE_SCALE, sent(scales, device))
         return Task(
             denoiser=self.guided(sampling, told=scales is not None),
             network=self.denoiser,
-            x=draws.normal("prior", self.shape).to(device),
+            x=sent(draws.normal("prior", self.shape), device),
             times=self.sampler.times_for(schedule, sampling.solver, sampling.steps),
             condition=condition,
-            noise=lambda k: draws.normal("solver", self.shape, turn=k).to(device),
+            noise=lambda k: sent(draws.normal("solver", self.shape, turn=k), device),
             project=self.codec.project,
             scheduler=self.scheduler,
             own=bool(self.sampler.times),

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
@@ -116,12 +116,14 @@ class Engine:
             self.ready = True
             if self.step == 0 and self.pictures.due(0):
                 self._look()
-        phase = self.objective.phases[phase_at(self.objective.phases, self.step)]
-        if phase.anew and self.step in self.borders:
+        if self.step in self.borders and self.objective.phases[phase_at(self.objective.phases, self.step)].anew:
             self._begin_anew()
         self.objective.before(self.step)
         torch.manual_seed(hash((self.config.seed, self.step, rank())) % 2**63)  # only dropout uses torch's generator
-        turns = [self.objective.turns(self.step, part) for part in self.draws(self.step)]
+        parts = self.draws(self.step)
+        following = [(self.step, part) for part in parts[1:]]
+        following += [(self.step + 1, parts[0].later(self.config.batch_size))] if self.step + 1 < self.steps else []
+        turns = [self.objective.part(self.step, *both) for both in zip_longest(parts, following)]
         with naming_the_undetermined():
             while name := self._turn(turns):
                 self._update(name)
@@ -140,22 +142,24 @@ class Engine:
     def _turn(self, turns: list[Iterator[Loss]]) -> str:
         """Compute the gradients of the next turn, and return the name of its network; '' after the last turn."""
         seen: list[dict[str, Tensor]] = []
-        for k, turn in enumerate(turns):
-            with ExitStack() as apart:
-                last = k + 1 == len(turns)
-                if not last and self.zero is None:  # processes exchange gradients once, with the last part's
-                    for each in self.objective.trained.values():
-                        apart.enter_context(self.accelerator.no_sync(each.module))
-                with autocast(self.accelerator.device, self.config.precision):
-                    loss = next(turn, None)
-                if loss is None:
-                    return ""
-                if self.zero is not None:
-                    self.zero.backward(loss.value / len(turns), last)
-                else:
-                    self.accelerator.backward(loss.value / len(turns))
-            name = loss.network
-            seen.append({f"{name}_loss": loss.value, **loss.metrics})
+        kept = torch.autocast(self.accelerator.device.type, enabled=False)  # autocast keeps its casts of weights until the outermost ends
+        with kept if len(turns) > 1 else nullcontext():
+            for k, turn in enumerate(turns):
+                with ExitStack() as apart:
+                    last = k + 1 == len(turns)
+                    if not last and self.zero is None:  # processes exchange gradients once, with the last part's
+                        for each in self.objective.trained.values():
+                            apart.enter_context(self.accelerator.no_sync(each.module))
+                    with autocast(self.accelerator.device, self.config.precision):
+                        loss = next(turn, None)
+                    if loss is None:
+                        return ""
+                    if self.zero is not None:
+                        self.zero.backward(loss.value / len(turns), last)
+                    else:
+                        self.accelerator.backward(loss.value / len(turns))
+                name = loss.network
+                seen.append({f"{name}_loss": loss.value, **loss.metrics})
         self.turn = self._mean(seen)
         return name
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from distill_cli.config import BUILTIN_SETS, TrainingConfig
 from distill_cli.data import Images
+from distill_cli.data.images import ReadAhead
 from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.models.conditioners import Conditioner
 from distill_cli.models.model import Model
@@ -27,11 +29,25 @@ class Examples:
         self.images, self.order, self.conditioner, self.dropout = images, order, conditioner, dropout
         self.seen = range(len(images)) if seen is None else seen
 
+    def positions(self, draws: Draws) -> list[int]:
+        """Of the samples of `draws`."""
+        return [self.seen[self.order[i]] for i in draws.indices]
+
+    def ahead(self, draws: Draws) -> None:
+        """Begin to read the samples of `draws`."""
+        read_ahead(self.images, self.positions(draws))
+
     def batch(self, draws: Draws, where: torch.device) -> tuple[Tensor, Condition]:
         """x0 (B, C, H, W) and the condition of the samples of `draws`, on a device."""
-        x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
+        x, labels = self.images.batch(self.positions(draws), draws)
         conditioner, uniform = self.conditioner, draws.uniform("label_dropout")
-        return x.to(where), dropped(conditioner(labels), conditioner.null, uniform, self.dropout).to(where)  # one copy, not three
+        return sent(x, where), dropped(conditioner(labels), conditioner.null, uniform, self.dropout).to(where)  # one copy, not three
+
+
+def read_ahead(images: Images, positions: Sequence[int]) -> None:
+    """Begin to read what a set has at `positions`, if it is not in memory."""
+    if isinstance(images, ReadAhead):
+        images.ahead(positions)
 
 
 def images_of(given: str | None, name: str | None, teacher: Model | None, method: str) -> str:

@@ -253,6 +253,15 @@ class Objective:
     def before(self, step: int) -> None:
         """Called before a step. In the first step of a phase that begins anew the main network already has the average's weights."""
 
+    def ahead(self, step: int, draws: Draws) -> None:
+        """Called with the samples that come next, and their step, before others are computed: to begin what is read from disk."""
+
+    def part(self, step: int, draws: Draws, following: tuple[int, Draws] | None) -> Iterator[Loss]:
+        """The turns of a part of a batch. While the first one is computed, the data of the `following` part of a step are read."""
+        if following is not None:
+            self.ahead(*following)
+        yield from self.turns(step, draws)
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         """Yield the losses of a step on the samples of `draws`. After each loss the engine steps its network, then continues."""
         raise NotImplementedError

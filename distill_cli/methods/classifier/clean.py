@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from distill_cli.data import Images
 from distill_cli.data.images import split
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.methods.classifier.config import ClassifierConfig
 from distill_cli.models.classifier import Classifier, ClassifierInfo
+from distill_cli.training.examples import read_ahead
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 MEASURED = 500
@@ -45,14 +47,21 @@ class Classification(Objective):
         config, images = self.config, self.images
         return Classifier(ClassifierInfo(images.shape, tuple(images.classes), config.width, config.data))
 
+    def positions(self, draws: Draws) -> list[int]:
+        """Of the pictures of the samples of `draws`."""
+        return [self.seen[self.order[i]] for i in draws.indices]
+
+    def ahead(self, step: int, draws: Draws) -> None:
+        read_ahead(self.images, self.positions(draws))
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        x, labels = self.images.batch([self.seen[self.order[i]] for i in draws.indices], draws)
+        x, labels = self.images.batch(self.positions(draws), draws)
         moves = torch.stack([draws.uniform("augment", turn) for turn in (1, 2)], 1).mul(3).floor().long() - 1
         padded = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
         height, width = x.shape[2:]
         x = torch.stack([p[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width] for p, (dy, dx) in zip(padded, moves.tolist())])
-        labels = labels.to(self.device)
-        yield self.loss(self.network("classifier")(x.to(self.device)).float(), labels)
+        labels = sent(labels, self.device)
+        yield self.loss(self.network("classifier")(sent(x, self.device)).float(), labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Loss:
         """The cross-entropy, and the share of right answers."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import add_noise
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.classifier.clean import Classification
@@ -54,15 +55,19 @@ class NoisyClassification(Classification):
         x, labels = self.images.batch(positions, draws)
         if self.latents is not None:
             x = self.latents.batch(positions, draws.normal("augment", self.of.shape))
-        x, t = x.to(self.device), self.schedule.at(draws.uniform("time")).float().to(self.device)
-        return add_noise(self.schedule, x, draws.normal("noise", self.of.shape).to(x), t), t, labels.to(self.device)
+        x, t = (sent(each, self.device) for each in (x, self.schedule.at(draws.uniform("time")).float()))
+        return add_noise(self.schedule, x, sent(draws.normal("noise", self.of.shape), x.device), t), t, sent(labels, self.device)
 
     def logits(self, network: Any, x: Tensor, t: Tensor) -> Tensor:
         logits: Tensor = network(x, self.schedule.alpha(t), self.schedule.sigma(t))
         return logits.float()
 
+    def ahead(self, step: int, draws: Draws) -> None:
+        if self.latents is None:
+            super().ahead(step, draws)
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        x, t, labels = self.noised([self.seen[self.order[i]] for i in draws.indices], draws)
+        x, t, labels = self.noised(self.positions(draws), draws)
         yield self.loss(self.logits(self.network("classifier"), x, t), labels)
 
     @torch.no_grad()

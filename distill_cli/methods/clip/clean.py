@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from distill_cli.data import Images
 from distill_cli.data.images import Captioned
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.methods.clip.config import CLIPConfig
 from distill_cli.models.clip import Clip, Towers, create
 from distill_cli.models.noisy_clip import MOST
 from distill_cli.models.text import make_tokenizer
+from distill_cli.training.examples import read_ahead
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
 
@@ -56,8 +58,8 @@ class Contrast(Objective):
     def contrast(self, network: Any, x: Tensor, positions: list[int], numbers: list[int]) -> Loss:
         """The loss of what the network sees, x (B, C, H, W), at `positions`; `numbers`: positions whose captions are candidates."""
         candidates = self.which[numbers].unique()
-        right = torch.searchsorted(candidates, self.which[positions]).to(self.device)
-        pictures, texts, scale = network(x, self.tokens[candidates].to(self.device))
+        right = sent(torch.searchsorted(candidates, self.which[positions]), self.device)
+        pictures, texts, scale = network(x, sent(self.tokens[candidates], self.device))
         logits = scale.clamp(max=MOST) * (pictures.float() @ texts.float().T)
         accuracy = (logits.argmax(1) == right).float().mean()
         return Loss("clip", F.cross_entropy(logits, right), {"accuracy": accuracy, "scale": scale.detach()})
@@ -76,9 +78,12 @@ class Contrast(Objective):
         moved = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
         return moved + self.config.noise * u[:, 3, None, None, None] * draws.normal("noise", x.shape[1:])
 
+    def ahead(self, step: int, draws: Draws) -> None:
+        read_ahead(self.images, [self.order[i] for i in draws.indices])
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         positions = [self.order[i] for i in draws.indices]
-        x = self.moved(self.images.batch(positions, draws)[0], draws).to(self.device)
+        x = sent(self.moved(self.images.batch(positions, draws)[0], draws), self.device)
         yield self.contrast(self.network("clip"), x, positions, self.candidates(step))
 
     def model(self, network: nn.Module, step: int) -> Clip:

@@ -11,6 +11,7 @@ from torch import nn
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.clip.clean import Contrast
@@ -20,7 +21,7 @@ from distill_cli.models.model import Model
 from distill_cli.models.noisy_classifier import described
 from distill_cli.models.noisy_clip import NoisyClip, leveled
 from distill_cli.runs import Run
-from distill_cli.training.examples import check_images
+from distill_cli.training.examples import check_images, read_ahead
 from distill_cli.training.objective import Loss
 from distill_cli.training.source import Latents
 
@@ -56,14 +57,18 @@ class NoisyContrast(Contrast):
             with preparing(where, f"resume with --resume {run.folder}") as stop:
                 self.latents = Latents(self.images, self.of.codec, where, self.config.versions, self.config.seed, stop)
 
+    def ahead(self, step: int, draws: Draws) -> None:
+        if self.latents is None:
+            read_ahead(self.images, [self.order[i] % self.count for i in draws.indices])
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         positions = [self.order[i] for i in draws.indices]
         if self.latents is None:
             x, _ = self.images.batch([position % self.count for position in positions], draws)
         else:
             x = self.latents.batch(positions, draws.normal("augment", self.of.shape))
-        x, t = x.to(self.device), self.schedule.at(draws.uniform("time")).float().to(self.device)
-        x = add_noise(self.schedule, x, draws.normal("noise", self.of.shape).to(x), t)
+        x, t = (sent(each, self.device) for each in (x, self.schedule.at(draws.uniform("time")).float()))
+        x = add_noise(self.schedule, x, sent(draws.normal("noise", self.of.shape), x.device), t)
         seen = leveled(x, self.schedule.alpha(t), self.schedule.sigma(t))
         yield self.contrast(self.network("clip"), seen, positions, self.candidates(step))
 

@@ -24,6 +24,7 @@ from distill_cli.diffusion.denoiser import LCM, NetworkDenoiser
 from distill_cli.diffusion.losses import distance
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import GRID, EDMSchedule, NoiseSchedule, add_noise, expand
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.config import CDConfig, CMConfig, CTConfig, ECTConfig, ICTConfig, NewConfig
 from distill_cli.methods.registry import load
@@ -155,7 +156,7 @@ class Consistency(Objective):
         config = self.config
         noisier, cleaner = (maths.level(self.schedule, time) for time in (t, r))
         weight = maths.weight(config.weighting, noisier, cleaner, self.start.denoiser.scales.sigma_data).to(x)
-        t, r = t.to(x), r.to(x)
+        t, r = (sent(each, x.device, x.dtype) for each in (t, r))
         noisy = add_noise(self.schedule, x, noise, t)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # the student's call below draws the same dropout
@@ -169,10 +170,13 @@ class Consistency(Objective):
             distances = distance(config.metric, estimate, reference, self.huber_c)
         return weight * distances
 
+    def ahead(self, step: int, draws: Draws) -> None:
+        self.examples.ahead(draws)
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, condition = self.examples.batch(draws, self.device)
-        t, r = (time.to(x.device) for time in self.times(draws, step))
-        noise = draws.normal("noise", x.shape[1:]).to(x.device)
+        t, r = (sent(time, x.device) for time in self.times(draws, step))
+        noise = sent(draws.normal("noise", x.shape[1:]), x.device)
         yield Loss("student", self.errors(x, noise, t, r, self.told(condition, draws)).mean())
 
     def told(self, condition: Condition, draws: Draws) -> Condition:

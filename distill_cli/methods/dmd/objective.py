@@ -23,6 +23,7 @@ from distill_cli.diffusion.guidance import scales
 from distill_cli.diffusion.losses import denoising_loss, matching_gradient, matching_loss, regression_loss, wide
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import NoiseSchedule, add_noise
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.dmd.config import DMDConfig
@@ -168,12 +169,12 @@ class DMD(Objective):
         if self.pairs is not None and (regresses or self.config.match_pairs):
             stored = self.pairs.batch([self.order[i] for i in draws.indices])
             keys = ("noise", "x0", *(["guidance"] if self.config.guidance_range else []))
-            paired = {key: stored[key].to(where) for key in keys}
-            noise, theirs = torch.cat([noise.to(where), paired["noise"]]), self.of_pairs(stored["label"]).to(where)
+            paired = {key: sent(stored[key], where) for key in keys}
+            noise, theirs = torch.cat([sent(noise, where), paired["noise"]]), self.of_pairs(stored["label"]).to(where)
             if self.config.guidance_range:
                 theirs = theirs.plus(GUIDANCE_SCALE, paired["guidance"])
             condition = Condition.cat([condition, theirs])
-        images = self.generate(noise.to(where), condition)
+        images = self.generate(sent(noise, where), condition)
         generated = images[count:]
         rows = [(matched, 0)]
         if self.config.match_pairs:
@@ -183,7 +184,7 @@ class DMD(Objective):
 
         def each(kind: str, *what: Any, turn: int = 0) -> Tensor:
             """A draw for each image that is matched; images of pairs have turns of their own."""
-            return torch.cat([getattr(row, kind)(*what, turn=turn + first) for row, first in rows]).to(where)
+            return sent(torch.cat([getattr(row, kind)(*what, turn=turn + first) for row, first in rows]), where)
 
         loss = images.new_zeros(())
         metrics: dict[str, Tensor] = {}

@@ -25,6 +25,7 @@ from distill_cli.diffusion.losses import matching_loss, regression_loss, wide
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
 from distill_cli.diffusion.solvers import few_step, renoised
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.dmd.objective import behind, check_pairs, prompted, times_at
@@ -196,12 +197,14 @@ class DMD2(Objective):
         own = self.turn(draws, turn)
         k, where, shape = self.step_of(step, turn), self.device, self.teacher.shape
         real = None if self.source is None else self.examples.batch(own, where)
+        if self.source is not None and turn + 1 < self.config.fake_steps:
+            self.examples.ahead(self.turn(draws, turn + 1))
         given = real if self.config.input == "data" else None
         condition = self.condition(step, draws, turn) if given is None else given[1]
         network, schedule = self.network("student"), self.schedule
-        x = schedule.prior(self.own[0].item()) * own.normal("noise", shape).to(where)
+        x = schedule.prior(self.own[0].item()) * sent(own.normal("noise", shape), where)
         if k and given is not None:
-            x = renoised(schedule, given[0], self.own[k], own.normal("solver", shape, turn=k).to(where), schedule.floor)
+            x = renoised(schedule, given[0], self.own[k], sent(own.normal("solver", shape, turn=k), where), schedule.floor)
         elif k:
             with torch.no_grad():
                 made = few_step(
@@ -211,14 +214,18 @@ class DMD2(Objective):
                     self.own[:k],
                     condition,
                     sigma_min=schedule.floor,
-                    noise=lambda j: own.normal("solver", shape, turn=j).to(where),
+                    noise=lambda j: sent(own.normal("solver", shape, turn=j), where),
                     project=self.teacher.codec.project,
                 )
             torch.clear_autocast_cache()  # casts made without gradient must not serve the call with it
-            x = renoised(schedule, made, self.own[k], own.normal("solver", shape, turn=k).to(where), schedule.floor)
+            x = renoised(schedule, made, self.own[k], sent(own.normal("solver", shape, turn=k), where), schedule.floor)
         with torch.set_grad_enabled(grad):
-            x = network(x, self.own[k].to(x).expand(len(x)), condition)
+            x = network(x, sent(self.own[k], x.device, x.dtype).expand(len(x)), condition)
         return Batch(own, k, x, condition, real)
+
+    def ahead(self, step: int, draws: Draws) -> None:
+        if self.source is not None and step >= self.config.init_steps:
+            self.examples.ahead(self.turn(draws, 0))
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         if step < self.config.init_steps:
@@ -242,15 +249,15 @@ class DMD2(Objective):
         """The loss of the first phase: the distance from the teacher's pictures of the same noise."""
         assert self.pairs is not None
         stored, time = self.pairs.batch([self.of_pairs[i] for i in draws.indices]), self.own[0]
-        noise, x0 = (stored[key].to(self.device) for key in ("noise", "x0"))
+        noise, x0 = (sent(stored[key], self.device) for key in ("noise", "x0"))
         condition = self.paired(stored["label"]).to(self.device)
         made = self.network("student")(self.schedule.prior(time.item()) * noise, time.to(noise).expand(len(noise)), condition)
         return Loss("student", regression_loss(self.config.init_loss, made, x0).mean())
 
     def noised(self, x: Tensor, draws: Draws, what: str, low: float, high: float, turn: int = 0) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) with noise of the purpose `what` at times between two shares of the range, and these times (B,)."""
-        t = times_at(self.schedule, self.config.t_bins, draws.uniform(f"{what}_time", turn=turn), low, high).to(x.device)
-        return add_noise(self.schedule, x, draws.normal(f"{what}_noise", x.shape[1:], turn=turn).to(x.device), t), t
+        t = sent(times_at(self.schedule, self.config.t_bins, draws.uniform(f"{what}_time", turn=turn), low, high), x.device)
+        return add_noise(self.schedule, x, sent(draws.normal(f"{what}_noise", x.shape[1:], turn=turn), x.device), t), t
 
     @torch.no_grad()
     def gradient(self, made: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from distill_cli.diffusion.guidance import scales
 from distill_cli.diffusion.noise import Draws
 from distill_cli.diffusion.schedule import NoiseSchedule
 from distill_cli.diffusion.solvers import ddim_step
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.methods.cm.objective import Following, opened
 from distill_cli.methods.lcm.config import LCMConfig
@@ -67,7 +68,7 @@ class LCM(Following):
     def told(self, condition: Condition, draws: Draws) -> Condition:
         if self.config.guidance_range is None:
             return condition
-        return condition.plus(GUIDANCE_SCALE, scales(self.config.guidance_range, draws).to(self.device))
+        return condition.plus(GUIDANCE_SCALE, sent(scales(self.config.guidance_range, draws), self.device))
 
     def times(self, draws: Draws, step: int) -> tuple[Tensor, Tensor]:
         intervals = self.config.original_steps

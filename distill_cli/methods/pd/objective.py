@@ -21,6 +21,7 @@ from distill_cli.diffusion.guidance import Told, scales
 from distill_cli.diffusion.losses import distance, regression_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import add_noise
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.methods.pd import maths
 from distill_cli.methods.pd.config import PDConfig
@@ -96,16 +97,19 @@ class Progressive(Objective):
         if self.number and step == sum(phase.steps for phase in self.phases[: self.number]):
             follow(self.kept["teacher"], self.network("student"), 1.0)
 
+    def ahead(self, step: int, draws: Draws) -> None:
+        self.examples.ahead(draws)
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, condition = self.examples.batch(draws, self.device)
         times, count = self.times(self.number), self.rounds[self.number]
         index = (draws.uniform("time") * count).long().clamp(max=count - 1)
-        t, middle, end = (times[2 * index + k].to(x) for k in range(3))
-        noisy = add_noise(self.schedule, x, draws.normal("noise", x.shape[1:]).to(x), t)
+        t, middle, end = (sent(times[2 * index + k], x.device, x.dtype) for k in range(3))
+        noisy = add_noise(self.schedule, x, sent(draws.normal("noise", x.shape[1:]), x.device), t)
         span = self.config.guidance_range
         teacher: Any = self.kept["teacher"]
         if span:
-            condition = condition.plus(GUIDANCE_SCALE, scales(span, draws).to(self.device))
+            condition = condition.plus(GUIDANCE_SCALE, sent(scales(span, draws), self.device))
         if not self.number:  # later rounds' teachers have learned guidance
             teacher = self.teacher.guided(self.sampling, span is not None, Told(teacher, 1.0) if span else teacher)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.losses import denoising_loss
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TableSchedule
+from distill_cli.diffusion.transfer import sent
 from distill_cli.methods.registry import load
 from distill_cli.methods.train.config import TrainConfig
 from distill_cli.models.lineage import Lineage
@@ -46,8 +47,8 @@ class TeacherObjective(Objective):
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
         x, condition = self.batch(draws)
-        noise = draws.normal("noise", x.shape[1:]).to(x.device)
-        t = self.schedule.drawn(draws, self.config.p_mean, self.config.p_std).to(x.device)
+        noise = sent(draws.normal("noise", x.shape[1:]), x.device)
+        t = sent(self.schedule.drawn(draws, self.config.p_mean, self.config.p_std), x.device)
         errors = denoising_loss(self.network("teacher"), self.schedule, x, noise, t, condition, error=self.teacher.denoiser.error)
         yield Loss("teacher", errors.mean())
 
@@ -67,6 +68,9 @@ class Denoising(TeacherObjective):
         self.trained["teacher"] = Full(self.teacher.denoiser.train(), config.lr)
         self.order = Order(config.seed, len(images))
         self.examples = Examples(images, self.order, self.teacher.conditioner, config.label_dropout)
+
+    def ahead(self, step: int, draws: Draws) -> None:
+        self.examples.ahead(draws)
 
     def batch(self, draws: Draws) -> tuple[Tensor, Condition]:
         return self.examples.batch(draws, self.device)

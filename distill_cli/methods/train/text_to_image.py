@@ -13,6 +13,7 @@ from distill_cli.diffusion.condition import Condition, dropped
 from distill_cli.diffusion.denoiser import NetworkDenoiser
 from distill_cli.diffusion.noise import Draws, Order
 from distill_cli.diffusion.schedule import NoiseSchedule, TableSchedule
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.launch import preparing
 from distill_cli.methods.train.config import TrainConfig
@@ -104,7 +105,7 @@ class TextToImage(TeacherObjective):
         tokens = Condition({"input_ids": self.tokens[[position % len(self.images) for position in positions]]})
         tokens = dropped(tokens, self.empty, draws.uniform("label_dropout"), self.config.label_dropout)
         x = self.latents.batch(positions, draws.normal("augment", self.teacher.shape))
-        return x.to(self.device), tokens.to(self.device)
+        return sent(x, self.device), tokens.to(self.device)
 
     def trial(self, network: nn.Module, made: Any, count: int, where: torch.device) -> Any:
         assert isinstance(network, TextDenoiser)

@@ -10,10 +10,12 @@ from torch import nn
 
 from distill_cli.data import Images
 from distill_cli.diffusion.noise import Draws, Order
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.methods.vae.config import VAEConfig
 from distill_cli.models.autoencoder import Autoencoder, create
 from distill_cli.models.codec import VAECodec
+from distill_cli.training.examples import read_ahead
 from distill_cli.training.job import Job
 from distill_cli.training.objective import Call, Calls, Full, Loss, Objective
 
@@ -44,10 +46,17 @@ class Autoencoding(Objective):
         self.trained["vae"] = Full(create(images.shape[-1], images.shape[0], config.network, config.seed), config.lr)
         self.order = Order(config.seed, len(images))
 
+    def positions(self, draws: Draws) -> list[int]:
+        """Of the pictures of the samples of `draws`."""
+        return [self.order[i] for i in draws.indices]
+
+    def ahead(self, step: int, draws: Draws) -> None:
+        read_ahead(self.images, self.positions(draws))
+
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        x, _ = self.images.batch([self.order[i] for i in draws.indices], draws)
-        x = x.to(self.device)
-        made, mean, logvar = self.network("vae")(x, draws.normal("noise", self.latent).to(self.device))
+        x, _ = self.images.batch(self.positions(draws), draws)
+        x = sent(x, self.device)
+        made, mean, logvar = self.network("vae")(x, sent(draws.normal("noise", self.latent), self.device))
         error = (made.float() - x).square().mean()
         divergence = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
         yield Loss("vae", error + self.config.kl_weight * divergence, {"error": error, "divergence": divergence})
