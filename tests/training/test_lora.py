@@ -199,11 +199,13 @@ def test_a_pixel_student_is_saved_merged_which_is_said(tmp_path):
 
 
 def test_in_half_precision_the_base_is_stored_in_it(base):
-    """Its matrices, once, for all adapters, which stay float32 as norms do; called outside of autocast it answers in its own type."""
+    """Its layers, once, for all adapters, which stay float32 as norms do; called outside of autocast it answers in its own type."""
     made = student(base, precision="bf16")
     network = made.denoiser.network
-    kinds = {(p.ndim > 1, p.dtype) for name, p in [*network.net.named_parameters()][1:] if ".lora_" not in name}
-    assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
+    norms = (torch.nn.GroupNorm, torch.nn.LayerNorm)
+    layers = [module for name, module in network.net.named_modules() if not name.startswith("conv_in") and ".lora_" not in name]
+    kinds = {(isinstance(layer, norms), p.dtype) for layer in layers for p in layer.parameters(recurse=False)}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     apart = (picture(made) - picture(student(base))).abs()
     assert 0 < apart.mean() < 0.02
