@@ -43,11 +43,13 @@ BATCHES = 3
 
 
 class Raw:
-    """Bare calls of a copy of a model's network, on ready tensors."""
+    """Bare calls of a copy of a model's network, on ready tensors; `frozen`: with its matrices stored as ours are."""
 
-    def __init__(self, model: Model, size: int, where: torch.device, config: Any, trained: bool = False) -> None:
+    def __init__(self, model: Model, size: int, where: torch.device, config: Any, trained: bool = False, frozen: bool = False) -> None:
         self.autocast = partial(launch.autocast, where, config.precision)
         self.network = model.copy().backbone.to(where).eval().requires_grad_(trained)
+        if frozen:
+            self.network.cast(launch.HALF.get(config.precision))
         if isinstance(config, TrainingConfig):
             placed(config, self.network, where, trained)
         else:
@@ -94,16 +96,16 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
     asked, where = [objective.calls(step) for step in range(objective.cycle)], engine.accelerator.device
 
     def bare() -> Callable[[], None]:
-        sizes = {call.images for each in asked for call in (*each.forwards, *each.through)}
-        answering = {size: Raw(model, size, where, config) for size in sizes}
+        kinds = {(call.images, call.network in objective.frozen) for each in asked for call in (*each.forwards, *each.through)}
+        answering = {kind: Raw(model, kind[0], where, config, frozen=kind[1]) for kind in kinds}
         trained = {call.images: Raw(model, call.images, where, config, trained=True) for each in asked for call in each.trainings}
 
         def calls() -> None:
             for each in asked:
                 for call in each.forwards:
-                    answering[call.images].call()
+                    answering[call.images, call.network in objective.frozen].call()
                 for call in each.through:
-                    answering[call.images].through()
+                    answering[call.images, call.network in objective.frozen].through()
                 for call in each.trainings:
                     trained[call.images].step()
 
@@ -129,7 +131,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     turn = count()
 
     def bare() -> Callable[[], None]:
-        raw = Raw(model, config.batch_size, where, config)
+        raw = Raw(model, config.batch_size, where, config, frozen=True)
 
         def forwards() -> None:
             for _ in range(BATCHES * calls):
@@ -144,7 +146,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
 def _asked(config: GenerateConfig, model: Model, calls: int, decoded: bool = False) -> tuple[int, int]:
     """FLOP of a case that makes `config.num` images in `calls` evaluations each, and bytes of its networks' weights."""
     flop = calls * cost.evaluation(model) + (cost.decoding(model) if decoded else 0)
-    return config.num * flop, 4 * sum(plan.count(part.parameters()) for part in model.parts().values())
+    return config.num * flop, model.held(launch.HALF.get(config.precision))
 
 
 def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Path) -> Case:
