@@ -50,10 +50,13 @@ def sample(
     if dry_run and config.search_times:
         common.dry_run(config, {"images": f"{config.num} for each of about {9 * (config.search_times - 1)} choices of times"})
     if dry_run:
-        calls = loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls).evaluations
+        sampling = loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
+        calls = sampling.evaluations
         plan = {**download, "images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"}
         if config.compile != "none":
-            plan["compile"] = f"{config.compile}, in the first batch, a minute or more: it pays where all batches without it take longer"
+            together = calls // (2 if sampling.combines and config.guidance_calls == 1 else 1)
+            pays = batch.pays_from(config, together)
+            plan["compile"] = f"{config.compile}, in the first batch: pays from about {pays:,} pictures on (an H200's figures for sd15)"
         common.dry_run(config, plan)
     if config.search_times:
         _search(config, loaded, json)

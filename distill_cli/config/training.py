@@ -46,7 +46,7 @@ class TrainingConfig(Config):
     ema_halflife: Count = Field(0, description="half-life of the weights' average, in images; 0: no average")
     ema_device: Literal["same", "cpu"] = Field("same", description="cpu keeps the weights' average in the host's memory")
     precision: Precision = Field(
-        "no", description="number type of the networks' arithmetic, no: float32; weights stay float32, but a LoRA's base"
+        "no", description="number type of the networks' arithmetic, no: float32; trained weights stay float32"
     )
     deterministic: bool = Field(False, description="the same run, again or resumed, gives the same bits on one GPU too; slower")
     compile: Compile = Field("none", description="torch.compile of the denoisers: block by block, or whole; minutes before the first steps")

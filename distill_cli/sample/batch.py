@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ def settled(config: SampleConfig, model: Model) -> SampleConfig:
     if config.grid:
         kind.needs_pictures("--grid")
     return config.model_copy(update={"format": kind.format(config.format)})
+
+
+COMPILING, SPARED = 60.0, 0.04
+"""Seconds that compiling took, and seconds of launches that a call was spared by it: Stable Diffusion 1.5's UNet, an H200
+(docs/benchmarks.md)."""
+
+
+def pays_from(config: SampleConfig, calls: int) -> int:
+    """The number of pictures, of `calls` network calls each, from which on compiling takes less time than it spares."""
+    return math.ceil(COMPILING / (SPARED * calls)) * config.batch_size
 
 
 def compile_model(config: SampleConfig, model: Model, where: torch.device) -> None:
