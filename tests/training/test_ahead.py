@@ -53,10 +53,12 @@ def test_a_weight_is_cast_once_for_all_parts_of_a_batch(accumulate, tmp_path):
     assert torch.is_autocast_cache_enabled()
 
 
-def test_kept_casts_change_no_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", [False, True], ids=["", "gradient_checkpointing"])
+def test_kept_casts_change_no_bit(again, tmp_path, monkeypatch):
     made = []
     for kept in (True, False):
-        engine = opened(open_images("digits"), tmp_path / str(kept), precision="bf16", accumulate=4)
+        options = dict(precision="bf16", accumulate=4, gradient_checkpointing=again)
+        engine = opened(open_images("digits"), tmp_path / str(kept), **options)
         if not kept:
             plain = engine.objective.turns
             monkeypatch.setattr(engine.objective, "turns", lambda *given, plain=plain: (torch.clear_autocast_cache(), plain(*given))[1])
