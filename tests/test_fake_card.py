@@ -14,45 +14,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 from distill_cli.diffusion.transfer import sent
-from tests.contracts.families import TRANSFORMERS
 from tests.fake_card import COUNTS, Card, WrongDeviceError, card
+from tests.fake_card_cases import CASES, COPIES, SAMPLES, WAITS, made
 from tests.looking import few_shapes
-from tests.unchanged.record import FOLDERS, RUNS
+from tests.unchanged.record import FOLDERS
 
 TEACHER_PAIRS = ("--num", 4, "--steps", 2, "shard_size=4", "batch_size=4", "--device", "cpu")
-EPS, LATENTS = FOLDERS / "train-eps", FOLDERS / "train-latents"
-CASES = {
-    **{name: RUNS[name] for name in ("dmd-tiny", "dmd-tiny-sd", "cd-tiny", "ct-tiny", "ict-tiny", "ect-tiny")},
-    "dmd-eps": ("dmd", "--teacher", EPS, "--batch-size", 4),
-    "dmd-guided": ("dmd", "--teacher", "tiny-sd", "--prompts", "shapes", "--guidance-scale", 3, "--batch-size", 4, "precision=bf16"),
-    "cd-guided": (*RUNS["cd-tiny"], "--guidance-scale", 2, "precision=bf16"),
-    **{name: RUNS[name] for name in ("train-edm", "train-eps", "train-v", "vae", "train-latents", "classifier")},
-    **{f"dmd2-{name}": ("dmd2", "--teacher", name, "--prompts", "prompts.txt", "student_steps=1", "fake_steps=1", "batch_size=4")
-       for name in TRANSFORMERS},
-}  # fmt: skip
-"""name -> the command that trains"""
-WAITS = {"dmd2-tiny-lumina2": 4, "dmd2-tiny-z-image": 4}
-"""Waits of a step, at most, for how long the texts are: diffusers' networks ask the mask in each call."""
-COPIES = {
-    "dmd-tiny": 12, "dmd-tiny-sd": 10, "dmd-eps": 6, "dmd-guided": 6, "cd-tiny": 5, "cd-guided": 7, "ct-tiny": 5, "ict-tiny": 5,
-    "ect-tiny": 5, "train-edm": 4, "train-eps": 4, "train-v": 4, "vae": 2, "train-latents": 5, "classifier": 2,
-    **{f"dmd2-{name}": 8 for name in TRANSFORMERS},
-}  # fmt: skip
-"""Copies to the card in a step, at most; none comes back."""
-SAMPLES = {
-    "tiny": ("--model", "tiny", "--steps", 3),
-    "tiny-guided": ("--model", "tiny", "--steps", 3, "--guidance-scale", 2),
-    "tiny-ancestral": ("--model", "tiny", "--steps", 3, "--solver", "ancestral"),
-    "eps": ("--model", EPS, "--steps", 3),
-    "latents": ("--model", LATENTS, "--steps", 3, "--prompts", "shapes-held"),
-    "tiny-sd": ("--model", "tiny-sd", "--steps", 3, "--prompts", "shapes-held"),
-    "tiny-sd-dpm++": ("--model", "tiny-sd", "--steps", 3, "--prompts", "shapes-held", "--solver", "dpm++"),
-    **{name: ("--model", name, "--steps", 2, "--prompts", "shapes-held") for name in TRANSFORMERS},
-    "dmd-tiny": ("--model", FOLDERS / "dmd-tiny"),
-    "dmd-tiny-sd": ("--model", FOLDERS / "dmd-tiny-sd", "--prompts", "shapes-held"),
-    "cd-tiny": ("--model", FOLDERS / "cd-tiny", "--steps", 2),
-    "ect-tiny": ("--model", FOLDERS / "ect-tiny", "--steps", 2),
-}
 
 
 def call(*arguments):
@@ -89,8 +56,9 @@ def trained(name, *more):
         steps.append((COUNTS.numbers(), dict(COUNTS.where)))
         return out
 
+    command = made(CASES[name])
     with patch("distill_cli.cli.common.compare"), patch.object(Engine, "advance", advance), few_shapes(), card():
-        call(*CASES[name], "--device", "cuda", "--steps", 3, "log_every=1000", "sample_every=0", "save_every=2", *more, "--out", name)
+        call(*command, "--device", "cuda", "--steps", 3, "log_every=1000", "sample_every=0", "save_every=2", *more, "--out", name)
     return steps[1]
 
 
@@ -102,6 +70,15 @@ def test_a_step_of_each_method_stays_on_the_card(name, tmp_path, monkeypatch):
     assert counts["to_host"] == counts["blocking"] == 0, where
     assert counts["waits"] <= WAITS.get(name, 0), where
     assert 0 < counts["to_card"] <= COPIES[name], where
+
+
+def test_every_method_and_every_tiny_model_is_a_case():
+    from distill_cli.methods.registry import METHODS
+    from distill_cli.models.sources.catalog import MADE
+
+    assert all(any(each.command == command[0] and each.name in command for command in CASES.values()) for each in METHODS)
+    for commands in (CASES, SAMPLES):
+        assert {word for command in commands.values() for word in command if isinstance(word, str)} >= MADE.keys()
 
 
 def test_a_run_on_the_card_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
@@ -117,13 +94,13 @@ def test_pictures_of_the_card_are_the_hosts(name, tmp_path, monkeypatch):
     import numpy as np
 
     monkeypatch.chdir(tmp_path)
-    command = ("sample", *SAMPLES[name], "--num", 4, "--seed", 6, "format=npz")
+    command = ("sample", *made(SAMPLES[name]), "--num", 4, "--seed", 6, "format=npz")
     call(*command, "--device", "cpu", "--out", "host")
     with card() as counts:
         call(*command, "--device", "cuda", "--out", "card")
     assert counts.to_card > 0  # so it was there
-    here, there = (np.load(Path(folder, "samples.npz"))["arr_0"].astype(int) for folder in ("host", "card"))
-    assert np.abs(here - there).max() <= 1
+    here, there = (np.load(Path(folder, "samples.npz"))["arr_0"] for folder in ("host", "card"))
+    assert np.abs(here.astype(float) - there).max() <= (1 if here.dtype == np.uint8 else 1e-4)
 
 
 def test_pairs_of_the_card_are_the_hosts(tmp_path, monkeypatch):
@@ -178,7 +155,7 @@ def table():
         print(name, counts, where, file=sys.stderr)
         rows.append(f"| a step of {name} | " + " | ".join(f"{value:,}" for value in counts.values()) + " |")
     for name, command in SAMPLES.items():
-        both = []
+        command, both = made(command), []
         for number in (4, 8):  # batches of 4: what the second one takes
             with card() as seen:
                 call("sample", *command, "--num", number, "batch_size=4", "format=npz", "--device", "cuda", "--out", f"{name}-{number}-s")
