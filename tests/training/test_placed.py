@@ -12,6 +12,8 @@ from distill_cli.errors import UsageError
 from distill_cli.models import compiled, load
 from distill_cli.models.autoencoder import create
 from distill_cli.training.placed import check, placed
+from tests.contracts.families import lacking, moons
+from tests.fake_card_cases import edm
 from tests.training.test_engine import NETWORK, engine_of, same, weights
 
 
@@ -54,6 +56,37 @@ def test_options_change_no_number(name, settings):
         assert counted.keys() >= blocks
     else:
         assert dict(counted) == ({whole: 1} if "compile" in settings else {})
+
+
+REPEATED = {
+    "tiny": {"ResnetBlock2D": 8, "Attention": 4},
+    "tiny-sd": {"ResnetBlock2D": 8, "BasicTransformerBlock": 4},
+    "tiny-sdxl": {"ResnetBlock2D": 8, "BasicTransformerBlock": 8},
+    "tiny-sd3": {"JointTransformerBlock": 2},
+    "tiny-sana": {"SanaTransformerBlock": 2},
+    "tiny-lumina2": {"Lumina2TransformerBlock": 4},
+    "tiny-z-image": {"ZImageTransformerBlock": 4},
+    "tiny-klein": {"Flux2TransformerBlock": 1, "Flux2SingleTransformerBlock": 2},
+    "edm": {"Block": 10},
+    "moons": {"Block": 2},
+}
+"""How many blocks of each class the networks of a family have."""
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_the_blocks_that_a_family_names_are_in_its_network(name, tmp_path, monkeypatch):
+    """All that are named, as often as they are there, and nothing else."""
+    if why := lacking(name):
+        pytest.skip(why)
+    make, place, parts = {"edm": edm, "moons": moons}.get(name), tmp_path / "model", []
+    if make:
+        make(place)
+    model = load(str(place) if make else name)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **_: parts.append(part))
+    counted = compiled.compile_network(model.denoiser, "blocks")
+    assert counted == REPEATED[name]
+    assert counted.keys() == set(model.backbone.blocks)
+    assert parts == [part for part in model.backbone.net.modules() if type(part).__name__ in REPEATED[name]]
 
 
 def test_checkpointing_keeps_fewer_activations():
