@@ -95,6 +95,8 @@ CASES = {
 """name -> the command that trains; what is Made is made first"""
 WAITS = {"dmd2-tiny-lumina2": 4, "dmd2-tiny-z-image": 4}
 """Waits of a step, at most, for how long the texts are: diffusers' networks ask the mask in each call."""
+BLOCKING = {"cd-edm": 20}
+"""Copies of a step, at most, for which the host waits: diffusers' FIR filters make their kernels on it in each call."""
 COPIES = {
     "dmd-tiny": 12, "dmd-tiny-sd": 10, "dmd-eps": 6, "dmd-guided": 6, "cd-tiny": 5, "cd-guided": 7, "ct-tiny": 5, "ict-tiny": 5,
     "ect-tiny": 5, "train-edm": 4, "train-eps": 4, "train-v": 4, "vae": 2, "train-latents": 5, "classifier": 2,

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from distill_cli.diffusion.transfer import sent
 from tests.fake_card import COUNTS, Card, WrongDeviceError, card
-from tests.fake_card_cases import CASES, COPIES, SAMPLES, WAITS, made
+from tests.fake_card_cases import BLOCKING, CASES, COPIES, SAMPLES, WAITS, made
 from tests.looking import few_shapes
 from tests.unchanged.record import FOLDERS
 
@@ -67,7 +67,8 @@ def test_a_step_of_each_method_stays_on_the_card(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs(name, tmp_path)
     counts, where = trained(name)
-    assert counts["to_host"] == counts["blocking"] == 0, where
+    assert counts["to_host"] == 0, where
+    assert counts["blocking"] <= BLOCKING.get(name, 0), where
     assert counts["waits"] <= WAITS.get(name, 0), where
     assert 0 < counts["to_card"] <= COPIES[name], where
 

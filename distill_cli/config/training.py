@@ -45,9 +45,7 @@ class TrainingConfig(Config):
     clip_norm: Rate = Field(10.0, description="largest gradient norm of a network; larger gradients are scaled down")
     ema_halflife: Count = Field(0, description="half-life of the weights' average, in images; 0: no average")
     ema_device: Literal["same", "cpu"] = Field("same", description="cpu keeps the weights' average in the host's memory")
-    precision: Precision = Field(
-        "no", description="number type of the networks' arithmetic, no: float32; trained weights stay float32"
-    )
+    precision: Precision = Field("no", description="number type of the networks' arithmetic, no: float32; trained weights stay float32")
     deterministic: bool = Field(False, description="the same run, again or resumed, gives the same bits on one GPU too; slower")
     compile: Compile = Field("none", description="torch.compile of the denoisers: block by block, or whole; minutes before the first steps")
     channels_last: bool = Field(False, description="store pictures inside the networks with their channels last, which may be faster")

@@ -121,7 +121,7 @@ class Progressive(Objective):
             loss = regression_loss("huber", estimate, target)
         else:
             loss = maths.weight(self.config.loss, self.schedule, t).to(x) * squared
-        yield Loss("student", loss.mean(), {"x0_error": squared.mean(), "student_steps": squared.new_tensor(float(count))})
+        yield Loss("student", loss.mean(), {"x0_error": squared.mean(), "student_steps": squared.new_full((), float(count))})
 
     def model(self, network: nn.Module, step: int) -> Model:
         """The student of the round in which the last of `step` steps was made.
