@@ -129,18 +129,34 @@ def checks() -> None:
 
 
 def fsdp() -> None:
-    """A dmd step of two networks under FSDP, clipped."""
+    """A dmd step of two networks under FSDP, clipped; by two processes where there are two cards."""
     import torch
 
     env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     script = Path("tests/training/fsdp_times.py").resolve()
-    count = str(max(1, torch.cuda.device_count()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, str(script), DEVICE]
+    count = str(min(2, max(1, torch.cuda.device_count())))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, str(script), DEVICE]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
     print(done.stderr)
     said = [line for line in done.stdout.splitlines() if line.startswith("SEEN")]
     said += [line for line in done.stderr.splitlines() if re.search(r"Error: |error: ", line)]
-    figure("FSDP, bf16, a dmd step of two networks: what the student's network gets", said[0] if said else done.stderr[-200:])
+    figure(f"FSDP on {count}, bf16, a dmd step of two networks: what the student's network gets", said[0] if said else done.stderr[-200:])
+
+
+def ddp() -> None:
+    """A run of two processes against one process of the same command; on a CPU over gloo."""
+    import torch
+
+    name = "two cards (DDP) against one, 8 steps, float32: losses"
+    if DEVICE == "cuda" and torch.cuda.device_count() < 2:
+        figure(name, "not run: one card")
+        return
+    runs = {out: train(DMD, out, 8, "no", True, *more) for out, more in {"ddp-1": (), "ddp-2": ("--num-processes", 2)}.items()}
+    finish(*runs.values())
+    one, two = ([json.loads(line) for line in (WORK / out / "metrics.jsonl").read_text().splitlines()] for out in runs)
+    assert len(one) == len(two) == 8, (len(one), len(two))
+    apart = max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(one, two, strict=True) for key in a if "loss" in key and a[key])
+    figure(name, f"{'equal' if apart < NEAR else 'NOT equal'} within {NEAR:g}: at most {apart:.1e} apart, relatively", apart)
 
 
 def waits(out: str, *command: Any) -> int:
@@ -176,9 +192,12 @@ CM = ("cm", "--method", "ict", "--teacher", "digits", "--data", "digits", "dropo
 SMALL = ("--batch-size", 8, "sample_every=0", "save_every=6", "log_every=1", "warmup_steps=0", "ema_halflife=100", "--lr", "1e-3")
 
 
-def train(command: tuple[Any, ...], out: str, steps: int, precision: str, key: bool, **env: str) -> subprocess.Popen[str]:
+NEAR = 1e-3  # of a loss: how far two processes may be from one, whose sums are rounded in another order
+
+
+def train(command: tuple[Any, ...], out: str, steps: int, precision: str, key: bool, *more: Any) -> subprocess.Popen[str]:
     settings = ("--steps", steps, "--precision", precision, f"deterministic={str(key).lower()}", "--out", out)
-    return begin(*command, *SMALL, *settings, **env)
+    return begin(*command, *SMALL, *settings, *more, device=DEVICE)
 
 
 def verdict(one: str, other: str) -> str:
@@ -253,6 +272,7 @@ SECTIONS = {
     "facts": facts,
     "checks": checks,
     "fsdp": fsdp,
+    "ddp": ddp,
     "same": same,
     "resume": resume,
     "equal": equal,

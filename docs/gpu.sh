@@ -1,68 +1,83 @@
 #!/bin/sh
 # Everything that a GPU is needed for, in at most 8 minutes: one table, gpu.json and gpu.log. From the project's root: make gpu, or
 #     [PYTHON=python3] [OUT=runs/gpu] [WORK=FOLDER] [SECONDS_IN_ALL=480] [WARM=""] sh docs/gpu.sh [SECTION...]
-# Each section has its own time limit; one that fails or takes too long is reported and ends nothing. WORK takes 3 GB. What finds no
-# time is named, and can be run by its name: dmd-16-whole one-step-blocks dmd-16-blocks-last dmd-8 recipe network pipeline compile.
-# While the sections before the first timed one run, those of WARM run beside them, so that torch's cache has their kernels: the seconds
-# of their first calls are the figures "cold". WARM="" does without. DEVICE=cpu WARM="" tries the timed sections with a tiny model.
+# Each section has a time limit; one that fails or takes too long is reported and ends nothing. WORK takes 3 GB. What finds no time is
+# named, and can be run by its name: first what does not compile, the most wanted first, then what does, the shortest first.
+# Seconds (estimated; by the fourth run dmd-16 takes at most 95): facts 20; checks to equal 80, beside one another, since none is timed;
+# dmd-16 80, dmd-8 50, one-step 50, dmd-16-checkpointing 60, recipe 60, network 30, pipeline 35. That is 465 in all. Compiling takes
+# minutes a section: a second run by name has time for it, sh docs/gpu.sh one-step-whole compile dmd-16-blocks.
+# Beside checks to equal run the sections of WARM too, so that torch's cache has some of their kernels; what they print is dropped. They
+# are ended where the first timed section begins. WARM="" does without. DEVICE=cpu WARM="" tries the timed sections with a tiny model.
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
 WORK=${WORK:-$(mktemp -d)}
-WARM=${WARM-dmd-16-blocks one-step-whole}
-SECTIONS="facts checks fsdp same resume equal dmd-16 dmd-16-blocks one-step one-step-whole dmd-16-checkpointing dmd-16-whole one-step-blocks"
-SECTIONS="$SECTIONS recipe network pipeline dmd-8 compile"
+WARM=${WARM-one-step-whole}
+SECTIONS="facts checks fsdp ddp same resume equal dmd-16 dmd-8 one-step dmd-16-checkpointing recipe network pipeline"
+SECTIONS="$SECTIONS one-step-whole compile dmd-16-blocks dmd-16-whole one-step-blocks dmd-16-blocks-last"
 case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
 export OUT WORK PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}" TORCHINDUCTOR_FX_GRAPH_CACHE=1
 mkdir -p "$OUT" "$WORK/warm"
 rm -f "$OUT/figures.jsonl" "$OUT/gpu.log"
 begun=$(date +%s)
-timeout 150 "$PYTHON" docs/gpu.py make >>"$OUT/gpu.log" 2>&1 &
+timeout 150 "$PYTHON" docs/gpu.py make >"$WORK/make.log" 2>&1 &
 making=$!
 warming=""
+beside=""
 limit_of() {
     case $1 in
-    facts) echo 40 ;; checks) echo 90 ;; fsdp) echo 60 ;; same) echo 100 ;; resume | equal) echo 60 ;;
-    dmd-*-* | one-step-*) echo 200 ;; dmd-* | recipe) echo 110 ;; compile) echo 120 ;; *) echo 80 ;;
+    facts) echo 40 ;; checks | fsdp | ddp | same | resume | equal) echo 120 ;;
+    dmd-*-checkpointing | dmd-8) echo 90 ;; dmd-*-* | one-step-*) echo 200 ;; dmd-* | recipe) echo 110 ;; compile) echo 120 ;; *) echo 80 ;;
     esac
 }
-warm_up() { # the sections of WARM, one after another, at most 220 s; their first calls become figures
-    wait_for "$making"
-    end=$(($(date +%s) + 220))
+warm_up() { # the sections of WARM, one after another, until this shell is told to end
+    child=""
+    trap '[ -n "$child" ] && kill "$child" && wait "$child"; exit' TERM
+    while kill -0 "$making" 2>/dev/null; do sleep 1; done
     for section in $WARM; do
-        left=$((end - $(date +%s)))
-        [ "$left" -gt 10 ] && OUT="$WORK/warm" timeout -k 5 "$left" "$PYTHON" docs/gpu.py "$section" >>"$WORK/warm/log" 2>&1
+        OUT="$WORK/warm" timeout -k 5 220 "$PYTHON" docs/gpu.py "$section" >>"$WORK/warm/log" 2>&1 &
+        child=$!
+        wait "$child"
     done
-    [ -f "$WORK/warm/figures.jsonl" ] && grep 'first call' "$WORK/warm/figures.jsonl" | sed 's/{"figure": "/&cold: /' >>"$OUT/figures.jsonl"
 }
-wait_for() { while kill -0 "$1" 2>/dev/null; do sleep 1; done; }
-for section in ${*:-$SECTIONS}; do
-    case $section in
-    facts) ;;
-    dmd-* | one-step* | network | pipeline | compile | recipe)
-        wait "$making"
-        [ -n "$warming" ] && wait "$warming"
-        ;;
-    *)
-        [ -z "$warming" ] && [ -n "$WARM" ] && { warm_up & warming=$!; }
-        ;;
-    esac
+settle() { # all that runs beside: waited for, but for the warming, which is ended
+    for process in $making $beside; do wait "$process" 2>/dev/null; done
+    [ -n "$warming" ] && { kill "$warming" && wait "$warming"; } 2>/dev/null
+    making="" beside="" warming=""
+}
+run_section() {
     left=$((${SECONDS_IN_ALL:-480} - $(date +%s) + begun - 5))
-    limit=$(limit_of "$section")
+    limit=$(limit_of "$1")
     [ "$limit" -gt "$left" ] && limit=$left
     if [ "$limit" -lt 10 ]; then
-        "$PYTHON" docs/gpu.py failed "$section" "no time was left"
-        continue
+        "$PYTHON" docs/gpu.py failed "$1" "no time was left"
+        return
     fi
     start=$(date +%s)
-    echo "== $section" >>"$OUT/gpu.log"
-    timeout -k 5 "$limit" "$PYTHON" docs/gpu.py "$section" >"$WORK/section.log" 2>&1
+    timeout -k 5 "$limit" "$PYTHON" docs/gpu.py "$1" >"$WORK/$1.log" 2>&1
     code=$?
-    cat "$WORK/section.log" >>"$OUT/gpu.log"
-    [ $code -eq 0 ] || { tail -n 15 "$WORK/section.log"; "$PYTHON" docs/gpu.py failed "$section" "exit code $code (124: over $limit s)"; }
-    echo "[$section: $(($(date +%s) - start)) s]"
+    { echo "== $1" && cat "$WORK/$1.log"; } >>"$OUT/gpu.log"
+    [ $code -eq 0 ] || { tail -n 15 "$WORK/$1.log"; "$PYTHON" docs/gpu.py failed "$1" "exit code $code (124: over $limit s)"; }
+    echo "[$1: $(($(date +%s) - start)) s]"
+}
+for section in ${*:-$SECTIONS}; do
+    case $section in
+    facts) run_section facts ;;
+    checks | fsdp | ddp | same | resume | equal)
+        [ -z "$warming" ] && [ -n "$WARM" ] && { warm_up & warming=$!; }
+        run_section "$section" &
+        beside="$beside $!"
+        ;;
+    *)
+        settle
+        run_section "$section"
+        ;;
+    esac
 done
-kill "$making" 2>/dev/null
-[ -f "$WORK/warm/log" ] && { echo "== warm" && cat "$WORK/warm/log"; } >>"$OUT/gpu.log"
+[ -n "$making" ] && kill "$making" 2>/dev/null # no timed section was asked for
+settle
+for log in make.log warm/log; do
+    [ -f "$WORK/$log" ] && { echo "== $log" && cat "$WORK/$log"; } >>"$OUT/gpu.log"
+done
 "$PYTHON" docs/gpu.py table
 echo "[all: $(($(date +%s) - begun)) s]"

@@ -39,9 +39,9 @@ def flops() -> float:
     return evaluation(sketch("sd15")) / 1e12
 
 
-def bench(name: str, *settings: str) -> None:
-    """`distill bench dmd`: its time, share of the peak, ratio, memory, and its first call, which compiles."""
-    command = [sys.executable, "-m", "distill_cli", "bench", "dmd", "--repeats", "2", "--json", f"device={DEVICE}", *settings]
+def bench(name: str, *settings: str, repeats: int = 1) -> None:
+    """`distill bench dmd`: its time, share of the peak, ratio, memory, first call, which compiles, and kernels if it is profiled."""
+    command = [sys.executable, "-m", "distill_cli", "bench", "dmd", "--repeats", str(repeats), "--json", f"device={DEVICE}", *settings]
     done = subprocess.run(command, cwd=WORK, capture_output=True, text=True)
     print(done.stderr)
     if done.returncode:
@@ -55,12 +55,16 @@ def bench(name: str, *settings: str) -> None:
     figure(f"dmd, {name}: images a second", found["images_per_second"], found["images_per_second"])
     figure(f"dmd, {name}: memory", f"{memory:.1f} GiB, {found['planned_memory_mb'] / 1073.74:.1f} planned", memory)
     figure(f"dmd, {name}: first call", f"{found['first_seconds']:.0f} s", found["first_seconds"])
+    for place, kernel in enumerate(found.get("profile", ()), 1):
+        said = f"{kernel['share']:.1%}, {kernel['calls']} calls: {kernel['operation'][:90].replace('|', '/')}"
+        figure(f"dmd, {name}: kernel {place} of a step", said, kernel["share"])
 
 
 def dmd(batch: int, option: str) -> None:
-    """A step at full size, with pairs, bf16 and guidance 3."""
+    """A step at full size, with pairs, bf16 and guidance 3. That of batch 16 as it is by default is timed twice, and profiled."""
     settings = (f"teacher={FULL}", f"batch_size={batch}", "precision=bf16", "guidance_scale=3", "log_every=50", *OPTIONS.get(option, ()))
-    bench(f"batch {batch}" + (f", {option}" if option else ""), *settings)
+    main = batch == 16 and not option
+    bench(f"batch {batch}" + (f", {option}" if option else ""), *settings, *(["--profile"] if main else []), repeats=1 + main)
 
 
 def recipe() -> None:
