@@ -147,14 +147,14 @@ def ddp() -> None:
     """A run of two processes against one process of the same command; on a CPU over gloo."""
     import torch
 
-    name = "two cards (DDP) against one, 8 steps, float32: losses"
+    name = "two cards (DDP) against one, 4 steps, float32: losses"
     if DEVICE == "cuda" and torch.cuda.device_count() < 2:
         figure(name, "not run: one card")
         return
-    runs = {out: train(DMD, out, 8, "no", True, *more) for out, more in {"ddp-1": (), "ddp-2": ("--num-processes", 2)}.items()}
+    runs = {out: train(DMD, out, 4, "no", True, *more) for out, more in {"ddp-1": (), "ddp-2": ("--num-processes", 2)}.items()}
     finish(*runs.values())
     one, two = ([json.loads(line) for line in (WORK / out / "metrics.jsonl").read_text().splitlines()] for out in runs)
-    assert len(one) == len(two) == 8, (len(one), len(two))
+    assert len(one) == len(two) == 4, (len(one), len(two))
     apart = max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(one, two, strict=True) for key in a if "loss" in key and a[key])
     figure(name, f"{'equal' if apart < NEAR else 'NOT equal'} within {NEAR:g}: at most {apart:.1e} apart, relatively", apart)
 
