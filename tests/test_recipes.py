@@ -1,5 +1,6 @@
 """Recipes: precedence, all errors at once, nearest keys; and every recipe that ships is right."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,37 @@ def test_every_recipe_is_right_and_opens_with_its_command(name):
     lines = recipes.describe(recipes.find(name)).splitlines()
     assert lines[0].startswith(f"distill {recipes.read(recipes.find(name))['command']} --recipe {name}")
     assert any(line.startswith("Cost: ") for line in lines)
+
+
+def _memory(name):
+    """What the comment of a recipe says of its memory: the match of MEMORY."""
+    return MEMORY.search(recipes.describe(recipes.find(name)))
+
+
+MEMORY = re.compile(r"^Memory: (?:about )?([\d.]+) GB on (?:the card|one GPU|each of 8 GPUs)(?:, ([\d.]+) of them activations)?", re.M)
+NAMED = [name for name in recipes.names() if "Memory: " in recipes.describe(recipes.find(name))]
+PLANNED = ("sd15-dmd", "sd15-dmd-lora-24gb", "sd15-dmd2-4step", "sd15-dmd2-4step-lora-24gb", "sana-dmd-lora", "sd21-dmd", "sd3-dmd2-lora")
+PLANNED += ("sd35m-dmd-lora", "sdxl-dmd-lora-24gb", "sdxl-dmd2-4step-lora", "klein-dmd2-lora-24gb", "z-image-dmd-lora", "sd15-g8-dmd")
+"""Recipes whose plans are counted on sketches of their teachers; each takes 8 seconds or more."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_recipe_fits_the_card_that_it_promises(name):
+    """By the memory that its comment names; 80 GB where that names no card."""
+    cards = re.findall(r"(?:card of|tight on) (\d+) GB", recipes.describe(recipes.find(name))) or [80]
+    assert float(_memory(name)[1]) < min(map(int, cards))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_recipe_names_the_memory_that_its_plan_counts(name, distill):
+    """By the command of its first line with --dry-run, which downloads nothing."""
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    done = distill(*recipes.describe(recipes.find(name)).splitlines()[0].split()[1:], "--dry-run")
+    counted = re.search(r"about ([\d.]+) GB on a GPU.* activations ([\d.]+) GB", done.out + done.err)
+    assert counted, done.err
+    for said, found in zip(_memory(name).groups(), counted.groups(), strict=True):
+        assert said is None or float(said) == pytest.approx(float(found), abs=0.06)
 
 
 def write(tmp_path, text):
