@@ -180,8 +180,8 @@ def backward(loss, *_, **__):
 
 
 def pinned(tensor, *_):
-    """A copy in memory from which a GPU reads by itself."""
-    out = tensor.clone()
+    """A copy in memory from which a GPU reads by itself; refused, as torch does, for an expanded tensor."""
+    out = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor)
     out.pinned = True
     return out
 

@@ -88,8 +88,9 @@ CASES = {
     "clip": (*CLIP, *SHAPES),
     "clip-noisy": (*CLIP, *SHAPES, "noisy=true", "model=tiny-sd", "versions=1"),
     **{f"dmd2-{name}": ("dmd2", "--teacher", name, *PROMPTS, *DMD2) for name in TRANSFORMERS},
+    "dmd2-tiny-sdxl": ("dmd2", "--teacher", "tiny-sdxl", *PROMPTS, *DMD2),
     "dmd2-moons": ("dmd2", "--teacher", MOONS, *DMD2),
-    "dmd2-gan": ("dmd2", "--teacher", "tiny", "--data", "digits", "student_steps=2", "fake_steps=1", *BATCH),
+    "dmd2-gan": ("dmd2", "--teacher", "tiny", "--data", "digits", "student_steps=2", "fake_steps=1", *BATCH, "r1_weight=1"),
     "dmd2-gan-of-the-teacher": ("dmd2", "--teacher", "tiny-sd", *SHAPES, *DMD2, "gan=teacher"),
 }  # fmt: skip
 """name -> the command that trains; what is Made is made first"""
@@ -100,8 +101,8 @@ BLOCKING = {"cd-edm": 20}
 COPIES = {
     "dmd-tiny": 12, "dmd-tiny-sd": 10, "dmd-eps": 6, "dmd-guided": 6, "cd-tiny": 5, "cd-guided": 7, "ct-tiny": 5, "ict-tiny": 5,
     "ect-tiny": 5, "train-edm": 4, "train-eps": 4, "train-v": 4, "vae": 2, "train-latents": 5, "classifier": 2,
-    "train-flow": 4, "train-moons": 4, "classifier-noisy": 4, "clip": 3, "clip-noisy": 5, "dmd2-gan": 13, "dmd2-moons": 7,
-    "lcm-tiny-sdxl": 8, "pd-flow": 6, "dmd-lora": 7, "dmd2-gan-of-the-teacher": 13,
+    "train-flow": 4, "train-moons": 4, "classifier-noisy": 4, "clip": 3, "clip-noisy": 5, "dmd2-gan": 16, "dmd2-moons": 7,
+    "dmd2-tiny-sdxl": 9, "lcm-tiny-sdxl": 8, "pd-flow": 6, "dmd-lora": 7, "dmd2-gan-of-the-teacher": 13,
     "cd-edm": 24,  # 16 of them are the kernels of its resampling, which diffusers makes on the host in each call
     **{f"dmd2-{name}": 8 for name in TRANSFORMERS},
 }  # fmt: skip

@@ -199,7 +199,7 @@ def test_an_evaluation_shared_by_two_processes_is_the_same(tmp_path, workers):
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["batch_size=4", "lr=1e30", "clip_norm=1e30"], 1, "error: student_loss is not a number at step"),
+        (["batch_size=4", "lr=1e30", "clip_norm=1e30", "log_every=2"], 1, "error: student_loss is not a number at step"),
         (["batch_size=3"], 2, "error: batch_size 3: cannot be shared evenly by 2 processes"),
     ],
 )

@@ -43,13 +43,15 @@ BATCHES = 3
 
 
 class Raw:
-    """Bare calls of a copy of a model's network, on ready tensors; `frozen`: with its matrices stored as ours are."""
+    """Bare calls of a copy of a model's network, on ready tensors; its matrices are `stored` in half precision, or cast in each call."""
 
-    def __init__(self, model: Model, size: int, where: torch.device, config: Any, trained: bool = False, frozen: bool = False) -> None:
+    def __init__(
+        self, model: Model, size: int, where: torch.device, config: Any, trained: bool = False, stored: torch.dtype | None = None
+    ) -> None:
         self.autocast = partial(launch.autocast, where, config.precision)
         self.network = model.copy().backbone.to(where).eval().requires_grad_(trained)
-        if frozen:
-            self.network.cast(launch.HALF.get(config.precision))
+        if stored is not None:
+            self.network.cast(stored)
         if isinstance(config, TrainingConfig):
             placed(config, self.network, where, trained)
         else:
@@ -95,17 +97,21 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
         raise UsageError(f"bench {command}: it trains no denoiser")
     asked, where = [objective.calls(step) for step in range(objective.cycle)], engine.accelerator.device
 
+    def stored(name: str) -> torch.dtype | None:
+        """The type of a network's matrices, as our side has them."""
+        return getattr(getattr(objective.frozen.get(name), "network", None), "weight_type", None)
+
     def bare() -> Callable[[], None]:
-        kinds = {(call.images, call.network in objective.frozen) for each in asked for call in (*each.forwards, *each.through)}
-        answering = {kind: Raw(model, kind[0], where, config, frozen=kind[1]) for kind in kinds}
+        kinds = {(call.images, stored(call.network)) for each in asked for call in (*each.forwards, *each.through)}
+        answering = {kind: Raw(model, kind[0], where, config, stored=kind[1]) for kind in kinds}
         trained = {call.images: Raw(model, call.images, where, config, trained=True) for each in asked for call in each.trainings}
 
         def calls() -> None:
             for each in asked:
                 for call in each.forwards:
-                    answering[call.images, call.network in objective.frozen].call()
+                    answering[call.images, stored(call.network)].call()
                 for call in each.through:
-                    answering[call.images, call.network in objective.frozen].through()
+                    answering[call.images, stored(call.network)].through()
                 for call in each.trainings:
                     trained[call.images].step()
 
@@ -131,7 +137,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     turn = count()
 
     def bare() -> Callable[[], None]:
-        raw = Raw(model, config.batch_size, where, config, frozen=True)
+        raw = Raw(model, config.batch_size, where, config, stored=launch.HALF.get(config.precision))
 
         def forwards() -> None:
             for _ in range(BATCHES * calls):

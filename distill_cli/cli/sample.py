@@ -56,7 +56,7 @@ def sample(
         if config.compile != "none":
             together = calls // (2 if sampling.combines and config.guidance_calls == 1 else 1)
             pays = batch.pays_from(config, together)
-            plan["compile"] = f"{config.compile}, in the first batch: pays from about {pays:,} pictures on (an H200's figures for sd15)"
+            plan["compile"] = f"{config.compile}, pays from about {pays:,} pictures a process on (an H200's figures for sd15)"
         common.dry_run(config, plan)
     if config.search_times:
         _search(config, loaded, json)

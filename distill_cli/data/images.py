@@ -22,7 +22,7 @@ from distill_cli.data.pictures import from_uint8
 from distill_cli.diffusion.noise import Draws, permutation
 from distill_cli.errors import DistillError, UsageError, nearest, printable
 from distill_cli.methods.registry import load
-from distill_cli.processes import say, say_hidden, usable_cpus
+from distill_cli.processes import local_world_size, say, say_hidden, usable_cpus
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -131,7 +131,7 @@ class Folder:
         self.said = False
         of = f" of {len(self.classes)} class{'es' * (len(self.classes) > 1)}" if self.classes else ""
         self.about = f"{len(self.files)} picture{'s' * (len(self.files) > 1)}{of} in {path}{found.without}"
-        self.readers = ThreadPoolExecutor(usable_cpus())  # PIL releases Python's lock
+        self.readers = ThreadPoolExecutor(max(1, usable_cpus() // local_world_size()))  # PIL releases Python's lock
         self.coming: dict[int, Future[tuple[np.ndarray, str]]] = {}
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class Folder:
         return np.asarray(cover(picture.image, *self.shape[1:])), picture.dark
 
     def ahead(self, positions: Sequence[int]) -> None:
-        self.coming |= {each: self.readers.submit(self._read, each) for each in positions if each not in self.coming}
+        self.coming |= {each: self.readers.submit(self._read, each) for each in dict.fromkeys(positions) if each not in self.coming}
 
     def batch(self, positions: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
         self.ahead(positions)

@@ -14,4 +14,4 @@ def sent(x: Tensor, where: str | torch.device, dtype: torch.dtype | None = None)
     x = x if dtype is None else x.to(dtype)
     if x.device.type != "cpu" or torch.device(where).type != "cuda":
         return x.to(where)
-    return x.pin_memory().to(where, non_blocking=True)
+    return x.contiguous().pin_memory().to(where, non_blocking=True)  # an expanded tensor cannot be pinned

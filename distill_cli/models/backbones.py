@@ -89,11 +89,10 @@ class Backbone(nn.Module):
         return shape[1] * shape[2] // self.multiple**2
 
     def __call__(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        if self.quantized:
-            kind = self.weight_type or torch.float32
-            given = condition.map(lambda part: part.to(kind) if part.is_floating_point() else part)
+        if self.quantized and self.weight_type is None:
+            given = condition.map(lambda part: part.float() if part.is_floating_point() else part)
             with torch.autocast(x.device.type, enabled=False):
-                return super().__call__(x.to(kind), time, given)
+                return super().__call__(x.float(), time, given)
         if self.weight_type is None or torch.is_autocast_enabled(x.device.type):
             return super().__call__(x, time, condition)
         with torch.autocast(x.device.type, self.weight_type):

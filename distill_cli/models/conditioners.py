@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill_cli.data.prompts import chosen, digest_of, in_turn
 from distill_cli.diffusion.condition import NOTHING, Condition
+from distill_cli.diffusion.transfer import sent
 from distill_cli.errors import UsageError
 from distill_cli.launch import Stop
 from distill_cli.models.embeddings import Embeddings
@@ -296,7 +297,7 @@ class PromptConditioner(Conditioner):
     def encoded(self, prompts: Sequence[str]) -> Condition:
         """The text encoders' answers: a family of models with others than CLIP's last states has its own."""
         (reader,) = self.readers.values()
-        return Condition({self.part: reader.encoder(reader.tokens(prompts).to(reader.place))[0]})
+        return Condition({self.part: reader.encoder(sent(reader.tokens(prompts), reader.place))[0]})
 
     def without(self) -> Condition:
         """The condition of the negative prompt, computed anew."""

@@ -14,6 +14,7 @@ from distill_cli.config import TextConfig, VAENetworkConfig
 from distill_cli.diffusion.condition import Condition
 from distill_cli.diffusion.denoiser import NetworkDenoiser, Scales
 from distill_cli.diffusion.schedule import TableSchedule
+from distill_cli.diffusion.transfer import sent
 from distill_cli.models.backbones import UNMET, UNet2DCondition
 from distill_cli.models.codec import VAECodec
 from distill_cli.models.conditioners import PromptConditioner
@@ -69,7 +70,7 @@ class SDXLPrompts(PromptConditioner):
         self._reads(readers, {self.part: (length, first.hidden_size + second.hidden_size), POOLED: (second.projection_dim,)})
 
     def encoded(self, prompts: Sequence[str]) -> Condition:
-        answers = [each.encoder(each.tokens(prompts).to(each.place), output_hidden_states=True) for each in self.readers.values()]
+        answers = [each.encoder(sent(each.tokens(prompts), each.place), output_hidden_states=True) for each in self.readers.values()]
         return Condition({self.part: torch.cat([answer.hidden_states[-2] for answer in answers], -1), POOLED: answers[1][0]})
 
     def sized(self, height: int, width: int) -> SDXLPrompts:

@@ -258,8 +258,9 @@ class Objective:
 
     def part(self, step: int, draws: Draws, following: tuple[int, Draws] | None) -> Iterator[Loss]:
         """The turns of a part of a batch. While the first one is computed, the data of the `following` part of a step are read."""
-        if following is not None:
-            self.ahead(*following)
+        for each in ((step, draws), following):  # its own, if nothing came before, are read first
+            if each is not None:
+                self.ahead(*each)
         yield from self.turns(step, draws)
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:

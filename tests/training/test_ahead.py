@@ -109,5 +109,5 @@ def test_the_next_part_is_read_while_one_is_computed(pictures, tmp_path, monkeyp
     engine = opened(images, tmp_path / "run", accumulate=2, steps=3, sample_every=0)
     while engine.step < engine.steps:
         engine.train_step()
-    assert announced == [False] + [True] * 5
+    assert announced == [True] * 6
     assert not images.coming  # nothing is read that no step needs

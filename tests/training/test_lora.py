@@ -227,14 +227,15 @@ def test_stored_matrices_give_what_autocast_gives(name):
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}
 
 
-def test_a_base_of_integers(base, tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_base_of_integers(precision, base, tmp_path):
     """Its matrices are int8; the pictures are near, and gradients flow. Without torchao it is refused."""
     if importlib.util.find_spec("torchao") is None:
         ended = call(["dmd", "--teacher", "tiny-sd", "lora=4", "quantize=int8", "--dry-run", "--out", str(tmp_path / "run")])
         assert ended.refused()
         assert "quantize int8: torchao is not installed" in ended.err
         pytest.skip("torchao is not installed")
-    made, plain = student(base, quantize="int8"), student(base)
+    made, plain = student(base, quantize="int8", precision=precision), student(base)
     layer = made.net.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").base_layer
     assert type(layer.weight).__name__ == "Int8Tensor"
     apart = (picture(made) - picture(plain)).abs()

@@ -251,7 +251,8 @@ class DMD2(Objective):
         stored, time = self.pairs.batch([self.of_pairs[i] for i in draws.indices]), self.own[0]
         noise, x0 = (sent(stored[key], self.device) for key in ("noise", "x0"))
         condition = self.paired(stored["label"]).to(self.device)
-        made = self.network("student")(self.schedule.prior(time.item()) * noise, time.to(noise).expand(len(noise)), condition)
+        times = sent(time, noise.device, noise.dtype).expand(len(noise))
+        made = self.network("student")(self.schedule.prior(time.item()) * noise, times, condition)
         return Loss("student", regression_loss(self.config.init_loss, made, x0).mean())
 
     def noised(self, x: Tensor, draws: Draws, what: str, low: float, high: float, turn: int = 0) -> tuple[Tensor, Tensor]:
@@ -320,7 +321,7 @@ class DMD2(Objective):
         others = [self.noised(real, made.draws, "critic", 0.0, 1.0)]
         conditions = [made.condition, condition]
         if config.r1_weight:
-            nudge = critic.NUDGE * made.draws.normal("nudge", real.shape[1:]).to(real)
+            nudge = critic.NUDGE * sent(made.draws.normal("nudge", real.shape[1:]), real.device, real.dtype)
             others.append(self.noised(real + nudge, made.draws, "critic", 0.0, 1.0))
             conditions.append(condition)
         every, times = torch.cat([noisy, *(each for each, _ in others)]), torch.cat([t, *(each for _, each in others)])
