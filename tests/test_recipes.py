@@ -40,7 +40,7 @@ def _memory(name):
 
 MEMORY = re.compile(r"^Memory: (?:about )?([\d.]+) GB on (?:the card|one GPU|each of 8 GPUs)(?:, ([\d.]+) of them activations)?", re.M)
 NAMED = [name for name in recipes.names() if "Memory: " in recipes.describe(recipes.find(name))]
-PLANNED = ("sd15-dmd", "sd15-dmd2-4step-lora-24gb", "sdxl-dmd-lora-24gb", "z-image-dmd-lora")
+PLANNED = ("sd15-dmd", "z-image-dmd-lora")
 """Some of the recipes whose plans are counted on sketches of their teachers; one takes about 9 seconds of CPU time."""
 
 
