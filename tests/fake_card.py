@@ -81,6 +81,15 @@ class Card(torch.Tensor):
             out.__dict__.update({key: value for key, value in self.__dict__.items() if key != "inner"})
         return memo[id(self)]
 
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.inner = value.inner  # else the old values, in their type, would go on
+
     def data_ptr(self):
         return self.inner.data_ptr()
 

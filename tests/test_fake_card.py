@@ -137,6 +137,9 @@ def test_what_a_card_refuses_and_what_it_waits_for():
         assert (counts.to_card, counts.blocking) == (1, 0)
         with torch.autocast("cuda", torch.bfloat16):
             assert (torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")).dtype == torch.bfloat16
+        layer = torch.nn.Linear(2, 2).to("cuda")
+        layer.weight.data = layer.weight.data.to(torch.bfloat16)
+        assert layer.to("cuda").weight.dtype == torch.bfloat16  # also of what it holds
         weight = torch.ones(2, device="cuda", requires_grad=True)
         (weight * 3).sum().backward()
         assert weight.grad.device.type == "cuda"
