@@ -78,11 +78,15 @@ class Contrast(Objective):
         moved = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
         return moved + self.config.noise * u[:, 3, None, None, None] * draws.normal("noise", x.shape[1:])
 
+    def positions(self, draws: Draws) -> list[int]:
+        """Of the captioned pictures of the samples of `draws`."""
+        return [self.order[i] for i in draws.indices]
+
     def ahead(self, step: int, draws: Draws) -> None:
-        read_ahead(self.images, [self.order[i] for i in draws.indices])
+        read_ahead(self.images, self.positions(draws))
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        positions = [self.order[i] for i in draws.indices]
+        positions = self.positions(draws)
         x = sent(self.moved(self.images.batch(positions, draws)[0], draws), self.device)
         yield self.contrast(self.network("clip"), x, positions, self.candidates(step))
 

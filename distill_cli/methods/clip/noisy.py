@@ -59,10 +59,10 @@ class NoisyContrast(Contrast):
 
     def ahead(self, step: int, draws: Draws) -> None:
         if self.latents is None:
-            read_ahead(self.images, [self.order[i] % self.count for i in draws.indices])
+            read_ahead(self.images, [position % self.count for position in self.positions(draws)])
 
     def turns(self, step: int, draws: Draws) -> Iterator[Loss]:
-        positions = [self.order[i] for i in draws.indices]
+        positions = self.positions(draws)
         if self.latents is None:
             x, _ = self.images.batch([position % self.count for position in positions], draws)
         else:
