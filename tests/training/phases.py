@@ -10,6 +10,7 @@ from torch import nn
 from distill_cli.files import folder_atomic
 from distill_cli.launch import whole
 from distill_cli.methods.train.config import TrainConfig
+from distill_cli.processes import rank
 from distill_cli.runs import Run
 from distill_cli.training import checkpoint
 from distill_cli.training.ema import follow
@@ -69,7 +70,10 @@ def engine(folder, **changes):
     )
     config = TrainConfig(**options | dict(device="cpu", save_every=1, keep=99, out=folder) | changes)
     made = Engine(config, Halving(config))
-    made.open(Run.resume(folder) if (folder / "recipe.yaml").exists() else Run.create(folder, "", "toy"))
+    run = Run(folder)
+    if rank() == 0:  # as a job does: two that make one folder delete each other's files
+        run = Run.resume(folder) if run.recipe.exists() else Run.create(folder, "", "toy")
+    made.open(run)
     return made
 
 
