@@ -53,7 +53,7 @@ def search_times(config: SampleConfig, model: Model, steps: int) -> tuple[Model,
     if launch.world_size() > 1:
         raise UsageError("--search-times: runs in one process", "start one")
     where = launch.device(config.device)
-    model.to(where)
+    model.ready(where, launch.HALF.get(config.precision))
     network = Own(EvaluateConfig(classifier=config.classifier), where)
     if network.info.shape != model.shape:
         made = f"--classifier {config.classifier}: knows images of {network.info.shape}, the student makes {model.shape}"

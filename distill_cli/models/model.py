@@ -131,6 +131,16 @@ class Model:
             network.to(device)
         return self
 
+    def ready(self, device: str | torch.device, dtype: torch.dtype | None, decodes: bool = True) -> Model:
+        """Go to `device`, with matrices stored once as autocast to `dtype` would cast them in each call; None: in float32.
+
+        Those that decode are stored so where autocast surrounds them too (`decodes`).
+        """
+        self.backbone.cast(dtype)
+        if decodes and not self.guides:  # which decode in float32
+            self.codec.cast(dtype)
+        return self.to(device)
+
     def whole(self) -> Model:
         """The model with its LoRA added to its weights; itself if it has none."""
         backbone = self.backbone.merged()

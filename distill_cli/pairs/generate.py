@@ -84,8 +84,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     settle(folder / MANIFEST, manifest.settings(), "pairs", OURS)
     remove_temporaries(folder)
     where = launch.device(config.device)
-    teacher.backbone.cast(launch.HALF.get(config.precision))
-    teacher.to(where)
+    teacher.ready(where, launch.HALF.get(config.precision), decodes=False)
     if teacher.conditioner.prompts:
         keep_prompts(folder, teacher.conditioner.prompts)
     teacher = replace(teacher, conditioner=teacher.conditioner.stored(folder, config.dtype, manifest.num))

@@ -148,10 +148,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     settle(folder / SETTINGS, settings, "samples")
     remove_temporaries(folder)
     where = launch.device(config.device)
-    model.backbone.cast(launch.HALF.get(config.precision))
-    if not model.guides:  # which decode in float32
-        model.codec.cast(launch.HALF.get(config.precision))
-    model.to(where)
+    model.ready(where, launch.HALF.get(config.precision))
     compile_model(config, model, where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
     missing = [batch for batch in mine if not samples.done(batch)]
