@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys;
 VENV := .venv
 DISTILL := $(VENV)/bin/distill
 DEMO := runs/demo
+# bfloat16 where the processor computes in it; elsewhere it would take longer than float32
+PRECISION := $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo no)
 
 .PHONY: demo test lint gpu
 
@@ -17,9 +19,9 @@ $(VENV)/tools: $(VENV)/ready
 	touch $@
 
 demo: $(VENV)/ready
-	$(DISTILL) pairs --recipe demo-pairs --out $(DEMO)/pairs
+	$(DISTILL) pairs --recipe demo-pairs precision=$(PRECISION) --out $(DEMO)/pairs
 	@if [ -f $(DEMO)/dmd/recipe.yaml ]; then $(DISTILL) dmd --resume $(DEMO)/dmd; \
-	else $(DISTILL) dmd --recipe demo-dmd --pairs $(DEMO)/pairs --out $(DEMO)/dmd; fi
+	else $(DISTILL) dmd --recipe demo-dmd precision=$(PRECISION) --pairs $(DEMO)/pairs --out $(DEMO)/dmd; fi
 	$(DISTILL) sample --model $(DEMO)/dmd --num 200 --seed 1 --grid --out $(DEMO)/samples
 	@echo
 	@echo "made: a student that needs one network evaluation for an image, its teacher 35: $(DEMO)/dmd/student"

@@ -43,7 +43,7 @@ def main() -> None:
         f"\nA training step reads {read / 1e6:,.0f} MB of latents and embeddings, from all processes together, and exchanges gradients of"
     )
     print(f"2 x {4 * size / 1e9:.2f} GB a GPU. Weights, gradients and moments take 2 x {16 * size / 1e9:.1f} GB,")
-    print(f"the teacher {4 * size / 1e9:.1f} GB.")
+    print(f"the teacher, which {dmd.precision} keeps in half precision, {2 * size / 1e9:.1f} GB.")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,8 @@ COPIES = {
     **{f"dmd2-{name}": 8 for name in TRANSFORMERS},
 }  # fmt: skip
 """Copies to the card in a step, at most; none comes back."""
+CAST = {"dmd-tiny": 5_500_000, "dmd-guided": 1_300_000, "cd-guided": 3_280_000, "train-edm": 580_000}
+"""Values cast in a step in bf16, at most: activations, and weights that are trained."""
 HELD = ("--prompts", "shapes-held")
 SAMPLES = {
     "tiny": ("--model", "tiny", "--steps", 3),
@@ -128,6 +130,8 @@ SAMPLES = {
     "cd-tiny": ("--model", FOLDERS / "cd-tiny", "--steps", 2),
     "ect-tiny": ("--model", FOLDERS / "ect-tiny", "--steps", 2),
 }
+CAST_FOR_FOUR = {"tiny-sd": 3_610_000, "tiny-sd-dpm++": 3_200_000, "dmd-tiny-sd": 2_180_000}
+"""Values cast for four pictures in bf16, at most: activations alone."""
 
 
 def made(command):

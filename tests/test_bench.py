@@ -6,7 +6,8 @@ import torch
 from distill_cli.bench import cases, measure, stand_ins
 from distill_cli.config import PairsConfig, SampleConfig
 from distill_cli.methods.dmd.config import DMDConfig
-from distill_cli.models import cost, stable_diffusion
+from distill_cli.models import cost, load, stable_diffusion
+from distill_cli.models.sources.catalog import HUB, MADE
 from distill_cli.recipes import resolve
 from tests.options import options
 
@@ -219,3 +220,24 @@ def test_the_peak_is_that_of_a_product_in_the_type_of_the_arithmetic(monkeypatch
     monkeypatch.setattr(measure, "_timed", lambda work, where: work() is None or 0.001)
     rate, kind = measure.peak_of(torch.device("cpu"), "bf16")
     assert (rate, kind) == (pytest.approx(2 * 256**3 / 0.001), "bfloat16")
+
+
+FAMILIES = {made.module: name for name, made in MADE.items() if name != "tiny"}
+
+
+@pytest.mark.parametrize("name", [next(hub for hub, known in HUB.items() if known.module == module) for module in FAMILIES])
+def test_random_weights_stand_in_for_every_family(name, distill, monkeypatch, tmp_path):
+    def sketch(name):
+        model = load(FAMILIES[HUB[name].module]).to("meta")
+        for reader in model.text.readers.values():
+            reader.tokenizer = None
+        return model
+
+    monkeypatch.setattr(cost, "sketch", sketch)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shape = ["steps=1", "batch_size=1", "device=cpu", "--repeats", 1, "--random-weights", "--json"]
+    result = distill("bench", "sample", f"model={name}", *shape)
+    assert result.code == 0, result.err
+    assert f"weights of {name}'s published architecture" in result.err
+    assert result.json["images_per_second"] > 0

@@ -1,6 +1,6 @@
 """CUDA code on a machine without a card (fake_card.py): whole commands run on it, no operation mixes devices, nobody waits in a step.
 
-python -m tests.test_fake_card [NAME...]    # prints copies, waits and casts: of a step of a case, of four pictures of a sample in bf16
+python -m tests.test_fake_card [NAME...]    # prints copies, waits and casts in bf16: of a step of a case, of four pictures of a sample
 """
 
 import os
@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from distill_cli.diffusion.transfer import sent
 from tests.fake_card import COUNTS, Card, WrongDeviceError, card
-from tests.fake_card_cases import BLOCKING, CASES, COPIES, SAMPLES, WAITS, made
+from tests.fake_card_cases import BLOCKING, CASES, CAST, CAST_FOR_FOUR, COPIES, SAMPLES, WAITS, made
 from tests.looking import few_shapes
 from tests.unchanged.record import FOLDERS
 
@@ -42,6 +42,11 @@ def inputs(name, folder):
             call("pairs", "--teacher", *about, *TEACHER_PAIRS, "--out", store)
     if "vae=vae" in command and not Path(folder, "vae").exists():
         (Path(folder) / "vae").symlink_to(FOLDERS / "vae")
+
+
+def half(name):
+    """What makes a case compute in bf16."""
+    return () if "precision=bf16" in CASES[name] else ("precision=bf16",)
 
 
 def trained(name, *more):
@@ -71,6 +76,22 @@ def test_a_step_of_each_method_stays_on_the_card(name, tmp_path, monkeypatch):
     assert counts["blocking"] <= BLOCKING.get(name, 0), where
     assert counts["waits"] <= WAITS.get(name, 0), where
     assert 0 < counts["to_card"] <= COPIES[name], where
+
+
+@pytest.mark.parametrize("name", CAST)
+def test_a_step_in_half_precision_casts_no_more_than_it_must(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inputs(name, tmp_path)
+    counts, _ = trained(name, *half(name))
+    assert 0.9 * CAST[name] < counts["cast_values"] <= CAST[name]
+
+
+@pytest.mark.parametrize("name", CAST_FOR_FOUR)
+def test_pictures_in_half_precision_cast_no_weight_and_wait_for_two_copies(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counts = of_four(name)
+    assert 0.9 * CAST_FOR_FOUR[name] < counts["cast_values"] <= CAST_FOR_FOUR[name]
+    assert counts["blocking"] <= 2
 
 
 def test_every_method_and_every_tiny_model_is_a_case():
@@ -146,6 +167,16 @@ def test_what_a_card_refuses_and_what_it_waits_for():
     assert not torch.cuda.is_available()
 
 
+def of_four(name):
+    """Counts of four pictures in bf16: what a second batch of four takes."""
+    command, both = (*made(SAMPLES[name]), "precision=bf16"), []
+    for number in (4, 8):
+        with card() as seen:
+            call("sample", *command, "--num", number, "batch_size=4", "format=npz", "--device", "cuda", "--out", f"{name}-{number}-s")
+        both.append(seen.numbers())
+    return {key: both[1][key] - both[0][key] for key in both[0]}
+
+
 def table(names):
     """Lines of a table: counts a step, and of four pictures."""
     rows = [
@@ -155,16 +186,11 @@ def table(names):
     for name in [each for each in CASES if each in names or not names]:
         os.chdir(tempfile.mkdtemp())
         inputs(name, ".")
-        counts, where = trained(name)
+        counts, where = trained(name, *half(name))
         print(name, counts, where, file=sys.stderr)
         rows.append(f"| a step of {name} | " + " | ".join(f"{value:,}" for value in counts.values()) + " |")
     for name in [each for each in SAMPLES if each in names or not names]:
-        command, both = (*made(SAMPLES[name]), "precision=bf16"), []
-        for number in (4, 8):  # batches of 4: what the second one takes
-            with card() as seen:
-                call("sample", *command, "--num", number, "batch_size=4", "format=npz", "--device", "cuda", "--out", f"{name}-{number}-s")
-            both.append(seen.numbers())
-        rows.append(f"| 4 pictures of {name} | " + " | ".join(f"{both[1][key] - both[0][key]:,}" for key in both[0]) + " |")
+        rows.append(f"| 4 pictures of {name} | " + " | ".join(f"{value:,}" for value in of_four(name).values()) + " |")
     return rows
 
 

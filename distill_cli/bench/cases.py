@@ -27,6 +27,7 @@ from distill_cli.methods.registry import load as opener
 from distill_cli.models import cost, formats, schedulers
 from distill_cli.models.compiled import compile_network
 from distill_cli.models.model import LARGE, Model
+from distill_cli.models.parts import read_json
 from distill_cli.pairs.generate import generate
 from distill_cli.processes import say
 from distill_cli.runs import Run
@@ -156,7 +157,7 @@ def _asked(config: GenerateConfig, model: Model, calls: int, decoded: bool = Fal
 
 
 def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Path) -> Case:
-    """Sampling against diffusers' StableDiffusionPipeline: same prompts, steps, batch and precision, pictures written as PNG files.
+    """Sampling against diffusers' pipeline: same prompts, size, steps, batch and precision, pictures written as PNG files.
 
     `drawn`: the model with the decoder and the tiles of the options, which the pipeline gets too.
     """
@@ -167,29 +168,34 @@ def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Pa
     turn = count()
     vae = copy.deepcopy(drawn.codec.parts()["vae"])
     prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
+    there = formats.format_of(model).in_diffusers(model)
+    height, width = (side * model.codec.factor for side in model.shape[1:])
+    options = {"height": height, "width": width, "num_inference_steps": sampling.steps, **there.called}
+    options["guidance_scale"] = sampling.guidance_scale - there.less
 
     def bare() -> Callable[[], None]:
         formats.save(model, folder / "pipeline")
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(where)
-        if model.sampler.teaches:
-            pipeline.scheduler = schedulers.make(model.scheduler or {}, schedulers.SOLVERS[sampling.solver])
+        index = read_json(folder / "pipeline" / "model_index.json")
+        absent = {part: None for part, entry in index.items() if entry == [None, None]}  # which the pipeline wants said
+        tokenizers = model.text.tokenizers() if model.text is not None else {}  # made-up ones are of no class that a folder may name
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "pipeline", **absent, **tokenizers).to(where)
+        if model.sampler.teaches and model.scheduler is not None:
+            pipeline.scheduler = schedulers.make(model.scheduler, schedulers.SOLVERS[sampling.solver])
         if config.changed("decoder", "tiles"):
             pipeline.vae = vae.to(where)
         pipeline.set_progress_bar_config(disable=True)
 
         def calls() -> None:
             for first in range(0, config.num, config.batch_size):
-                part = prompts[first : first + config.batch_size]
-                x = torch.randn(len(part), *model.shape).to(where)
                 with launch.autocast(where, config.precision):
-                    made = pipeline(part, latents=x, num_inference_steps=sampling.steps, guidance_scale=sampling.guidance_scale)
+                    made = pipeline(prompt=prompts[first : first + config.batch_size], **options)
                 for k, picture in enumerate(made.images):
                     picture.save(folder / "pipeline" / f"{first + k:06d}.png")
 
         return calls
 
     how = f"{sampling.solver} {sampling.steps}, guidance {sampling.guidance_scale:g}, batch {config.batch_size}"
-    text = f"diffusers' StableDiffusionPipeline, {how}"
+    text = f"diffusers' {formats.pipelines_of(model)[0]}, {how}"
     asked = _asked(config, drawn, sampling.evaluations, decoded=True)
     return Case(lambda: batch.sample(config, drawn, folder / str(next(turn))), bare, config.num, text, where, config.precision, *asked)
 
@@ -213,7 +219,8 @@ def bench_pairs(config: PairsConfig, folder: Path, random: bool = False) -> Case
 def bench_sample(config: SampleConfig, folder: Path, random: bool = False) -> Case:
     config, model = _opened("sample", config, folder, random, config.model)
     drawn = model.decoding(config.decoder, config.tiles)
-    if model.conditioner.prompts:
+    other_solver = model.scheduler is None and config.solver not in (None, model.sampler.solver)  # whose scheduler the folder lacks
+    if model.conditioner.prompts and formats.format_of(model).in_diffusers(model).snippet and not other_solver:
         return _bench_pipeline(config, model, drawn, folder)
     if config.times is not None:
         drawn = drawn.with_times(config.times, config.steps)

@@ -20,7 +20,6 @@ from distill_cli.models import load, schedulers
 from distill_cli.models.cost import sketched
 from distill_cli.models.model import Model
 from distill_cli.models.perceptual import find_weights
-from distill_cli.models.text import make_tokenizer
 from distill_cli.pairs.generate import manifest_of
 from distill_cli.pairs.store import MANIFEST, OURS, keep_prompts, write_shard
 from distill_cli.processes import say
@@ -35,12 +34,15 @@ BATCHES, PICTURES = 4, 4
 
 
 def fill(network: nn.Module) -> None:
-    """Give a network without weights random ones, on the CPU: matrices of deviation 0.02, factors of norms 1, biases 0."""
+    """Give a network without weights random ones, on the CPU: matrices of deviation 0.02, factors of norms 1, biases 0.
+
+    Buffers get whole numbers in order (CLIP's places of tokens) or random ones in [0, 1) (rotary frequencies, tables of places).
+    """
     network.to_empty(device="cpu").eval().requires_grad_(False)
     for name, value in network.named_parameters():
         value.normal_(0, 0.02) if value.ndim > 1 else value.fill_(float(name.endswith("weight")))
     for buffer in network.buffers():
-        buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))  # CLIP's position_ids, the only ones
+        buffer.uniform_() if buffer.is_floating_point() else buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))
 
 
 def prompted(model: Model) -> Model:
@@ -71,7 +73,7 @@ class StandIns(Job):
             fill(network)
         assert sketch.text is not None  # the sketches are of text-to-image models
         for reader in sketch.text.readers.values():
-            reader.tokenizer = make_tokenizer(chosen(PROMPT_SETS[0], ""), reader.length)
+            reader.tokenizer = reader.made_tokenizer(chosen(PROMPT_SETS[0], ""))
         if sketch.scheduler is None:
             return sketch
         kind = schedulers.SOLVERS[sketch.sampler.solver]

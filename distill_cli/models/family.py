@@ -87,8 +87,8 @@ class Family:
     """Whether its scheduler may be DPM-Solver++ instead of Euler's steps."""
     less: float = 0.0
     """What the pipeline's own guidance scale is smaller by."""
-    called: str = ""
-    """Further arguments of the pipeline in a card's program, of teachers and students, each with a comma before it."""
+    called: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline, of teachers and students."""
     turbo: tuple[float, str] | None = None
     """The shift of a distilled member whose folder is like its base's, and its name: a folder with this shift is read with a note."""
     distilled: tuple[str, ...] = ()

@@ -76,6 +76,9 @@ class LanguageReader(Reader):
         made = self.tokenizer(texts, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
         return made.input_ids, made.attention_mask
 
+    def made_tokenizer(self, captions: Sequence[str]) -> Any:
+        return make_tokenizer(captions, self.length)
+
     def cut(self, prompts: Sequence[str]) -> int:
         made = self.tokenizer(self.asked(prompts), truncation=True, max_length=self.most() + 1).input_ids
         return sum(len(tokens) > self.most() for tokens in made)

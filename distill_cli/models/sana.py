@@ -56,7 +56,7 @@ FAMILY = Family(
     moving=None,
     ends="training",
     multistep=True,
-    called=", use_resolution_binning=False",
+    called={"use_resolution_binning": False},
 )
 LAYERS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 VAE = dict(encoder_block_types=LAYERS, decoder_block_types=LAYERS, upsample_block_type="interpolate", downsample_block_type="Conv",

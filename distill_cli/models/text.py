@@ -45,6 +45,10 @@ class Reader:
         made = self.tokenizer(list(prompts), truncation=True, max_length=self.length + 1).input_ids
         return sum(len(tokens) > self.length for tokens in made)
 
+    def made_tokenizer(self, captions: Sequence[str]) -> Any:
+        """A tokenizer of its kind with a vocabulary of these captions, where its own is not at hand."""
+        return make_tokenizer(captions, self.length)
+
 
 def clip_reader(tokenizer: Any, encoder: Any) -> Reader:
     """A reader of as many tokens as tokenizer and encoder know places for."""

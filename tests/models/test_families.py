@@ -127,9 +127,9 @@ def test_our_estimate_makes_the_pipelines_step(name, tmp_path):
 
     less = 1.0 - FAMILY[name].less
     height, width = (side * model.codec.factor for side in model.shape[1:])
-    more: dict = eval(f"dict({FAMILY[name].called.removeprefix(',')})")
-    more |= {"latents": DRAWS.normal("prior", model.shape), "output_type": "latent", "callback_on_step_end": keep}
-    pipeline(prompt=list(PROMPTS), num_inference_steps=4, guidance_scale=less, height=height, width=width, **more)
+    more = {"latents": DRAWS.normal("prior", model.shape), "output_type": "latent", "callback_on_step_end": keep}
+    more |= {"height": height, "width": width, **FAMILY[name].called}
+    pipeline(prompt=list(PROMPTS), num_inference_steps=4, guidance_scale=less, **more)
     first, second = (each if each.ndim == 4 else each.mT.unflatten(2, model.shape[1:]) for each in seen[:2])
     times, condition = model.denoiser.schedule.times(4), model.conditioner(torch.arange(2))
     with torch.no_grad():

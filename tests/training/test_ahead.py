@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill_cli.data import open_images
 from distill_cli.data.images import Folder
 from distill_cli.diffusion.noise import Draws
+from distill_cli.methods.dmd.config import DMDConfig
+from distill_cli.methods.dmd.objective import DMD
 from distill_cli.methods.train.config import TrainConfig
 from distill_cli.methods.train.denoising import Denoising
+from distill_cli.pairs.store import PairStore
 from distill_cli.recipes import dump
 from distill_cli.runs import Run
 from distill_cli.training.engine import Engine
@@ -51,6 +54,23 @@ def test_a_weight_is_cast_once_for_all_parts_of_a_batch(accumulate, tmp_path):
     assert len(casts.seen) > 10
     assert set(casts.seen.values()) == {1}
     assert torch.is_autocast_cache_enabled()
+
+
+def test_the_parts_of_a_batch_share_the_casts_of_dmd(tmp_path, tiny, tiny_pairs):
+    """Once for the student; twice for the fake score, which answers without a gradient before it learns."""
+    seen = []
+    for parts in (1, 4):
+        options = dict(teacher="tiny", pairs=tiny_pairs, fake_steps=1, device="cpu", batch_size=8, precision="bf16", accumulate=parts)
+        AcceleratorState._reset_state(True)
+        config = DMDConfig(**options)
+        engine = Engine(config, DMD(config, tiny.copy(), PairStore(tiny_pairs)))
+        engine.open(Run.create(tmp_path / str(parts), dump(config), "dmd"))
+        engine.train_step()
+        with Casts() as casts:
+            engine.train_step()
+        networks = {name: {id(value) for value in network.parameters()} for name, network in engine.plain.items()}
+        seen.append({name: {count for key, count in casts.seen.items() if key in its} for name, its in networks.items()})
+    assert seen[0] == seen[1] == {"student": {1}, "fake": {2}}
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["", "gradient_checkpointing"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from distill_cli.models import header
 from distill_cli.models.formats import comfyui
@@ -23,6 +25,10 @@ class InDiffusers:
     """Why the picture differs from `distill sample`'s for the same noise; '' if it does not."""
     scale: str = ""
     """The guidance scale as the pipeline counts it, in words; '' where it counts as we do."""
+    less: float = 0.0
+    """By how much the pipeline counts a guidance scale less than we do."""
+    called: Mapping[str, Any] = field(default_factory=dict)
+    """What else the pipeline is told."""
     base: str = ""
     """The model that an adapter (LoRA) is loaded onto: a hub id, a name or a folder; '' for whole weights."""
 

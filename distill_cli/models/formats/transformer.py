@@ -88,10 +88,10 @@ class TransformerFormat:
             width=width,
             steps=f"sigmas={times}" if sampler.times else f"num_inference_steps={sampler.steps}",
             scale=sampler.guidance_scale - family.less,
-            called=family.called,
+            called="".join(f", {key}={value}" for key, value in family.called.items()),
         )
         counted = f"{sampler.guidance_scale - family.less:g} as {family.pipelines[0]} counts it" if family.less else ""
-        return InDiffusers(snippet, flow_matching.differs(model, family.multistep), scale=counted)
+        return InDiffusers(snippet, flow_matching.differs(model, family.multistep), counted, family.less, family.called)
 
     def load(self, folder: Path, name: str) -> Model:
         """The model in a folder, in float32, evaluation mode, on the CPU. Without distill.json it has the pipeline's defaults."""
