@@ -122,8 +122,7 @@ def one_step(how: str) -> None:
     precisions = ("no", "tf32", "bf16", "fp16") if how == "none" else ("bf16", "fp16")
     for precision in precisions if where.type == "cuda" else ("no", "bf16"):
         for each in (model, small):
-            each.backbone.cast(launch.HALF.get(precision))
-            each.codec.cast(launch.HALF.get(precision))
+            each.ready(where, launch.HALF.get(precision))
         for batch in (1, 8) if precision == "bf16" and how == "none" else (1,):
             labels = torch.zeros(batch, dtype=torch.long)
             for what, call in (("", model.sample), (", tiny decoder", small.sample), (", without decoder", model.generate)):

@@ -67,5 +67,8 @@ def place(config: TrainingConfig, objective: Objective, accelerator: Any) -> dic
     used = compiled.said(counted)
     if used:
         say(f"compile {config.compile}: {used}; the first steps take minutes longer")
+    on = [key for key in ("channels_last", "gradient_checkpointing") if getattr(config, key)]
+    if on:
+        say(f"networks: {', '.join(on)}")
     chosen = {key: getattr(config, key) for key in config.changed("compile", "channels_last", "gradient_checkpointing")}
     return {"deterministic": config.deterministic} | chosen | ({"compiled": used} if used else {})
