@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from distill_cli import recipes
 from distill_cli.commands import COMMANDS, config_of, kinds
@@ -46,8 +47,8 @@ PLANNED = [
     name for name in NAMED if "--dry-run" in recipes.describe(recipes.find(name)) and getattr(recipes.check(name), "teacher", None) in HUB
 ]
 """Recipes whose plans can be counted again, on sketches of their teachers."""
-ALWAYS = ("z-image-dmd-lora", "sd15-dmd")
-"""Those that are always counted, half a minute each: the first fits its card narrowly. DISTILL_RECIPES=1 counts all."""
+ALWAYS = ("z-image-dmd-lora", "sd15-dmd", "sd21-dmd")
+"""Those that are always counted, 10 seconds each: the first fits its card narrowly. DISTILL_RECIPES=1 counts all."""
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -62,6 +63,9 @@ def test_a_recipe_fits_the_card_that_it_promises(name):
 def test_a_recipe_names_the_memory_that_its_plan_counts(name, distill):
     """By the command of its first line with --dry-run, which downloads nothing."""
     Path("prompts.txt").write_text("a cat\na dog\n")
+    Path("FOLDER").mkdir()
+    Image.new("RGB", (1024, 1024)).save("FOLDER/1.png")
+    Path("FOLDER/1.txt").write_text("a cat\n")
     done = distill(*recipes.describe(recipes.find(name)).splitlines()[0].split()[1:], "--dry-run")
     counted = re.search(r"about ([\d.]+) GB on a GPU.* activations ([\d.]+) GB", done.out + done.err)
     assert counted, done.err
