@@ -7,7 +7,8 @@
 # dmd-16 80, dmd-8 50, one-step 50, dmd-16-checkpointing 60, recipe 60, network 30, pipeline 35. That is 465 in all. Compiling takes
 # minutes a section: a second run by name has time for it, sh docs/gpu.sh one-step-whole compile dmd-16-blocks.
 # Beside checks to equal run the sections of WARM too, so that torch's cache has some of their kernels; what they print is dropped. They
-# are ended where the first timed section begins. WARM="" does without. DEVICE=cpu WARM="" tries the timed sections with a tiny model.
+# are ended where the first timed section begins. WARM="" does without. DEVICE=cpu WARM="" tries the timed sections with a tiny model, but
+# recipe, which is of full size.
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
 WORK=${WORK:-$(mktemp -d)}

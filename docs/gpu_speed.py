@@ -83,7 +83,7 @@ def network() -> None:
     ):
         net = base.to(dtype=dtype, memory_format=form)
         x = torch.randn(batch, 4, 64, 64, device=DEVICE, dtype=dtype).to(memory_format=form)
-        c = torch.randn(batch, 77, 768, device=DEVICE, dtype=dtype)
+        c = torch.randn(batch, 77, net.config.cross_attention_dim, device=DEVICE, dtype=dtype)
         t = torch.full((batch,), 500.0, device=DEVICE)
 
         def forward(net: Any = net, x: Any = x, t: Any = t, c: Any = c, wide: bool = dtype == torch.float32) -> Any:
@@ -168,9 +168,10 @@ def pipeline() -> None:
 
 def compiled() -> None:
     """The UNet as a CUDA graph, batch 1."""
-    net = torch.compile(unet().to(torch.bfloat16, memory_format=torch.channels_last).eval(), mode="reduce-overhead")
+    plain = unet().to(torch.bfloat16, memory_format=torch.channels_last).eval()
+    net, width = torch.compile(plain, mode="reduce-overhead"), plain.config.cross_attention_dim
     z = torch.randn(1, 4, 64, 64, device=DEVICE, dtype=torch.bfloat16)
-    c, t = torch.randn(1, 77, 768, device=DEVICE, dtype=torch.bfloat16), torch.tensor([999], device=DEVICE)
+    c, t = torch.randn(1, 77, width, device=DEVICE, dtype=torch.bfloat16), torch.tensor([999], device=DEVICE)
     with torch.no_grad():
         start = time.time()
         net(z, t, encoder_hidden_states=c, return_dict=False)
