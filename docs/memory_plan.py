@@ -1,7 +1,7 @@
 """The plan's count of activations against real ones on the CPU, at Stable Diffusion 1.5's size: python -m docs.memory_plan [PICTURES...]
 
 Counted are, of real calls in float32 with gradient: the different storages that autograd saves (torch's saved-tensor hooks; weights left
-out), and the most bytes that tensors held at once, forward and backward together, the weights' gradients left out. Takes up to 12 GiB and
+out), and the most bytes that tensors held at once, forward and backward together, the weights' gradients left out. Takes up to 16 GiB and
 several minutes for each row of four pictures.
 """
 
