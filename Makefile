@@ -19,9 +19,9 @@ $(VENV)/tools: $(VENV)/ready
 	touch $@
 
 demo: $(VENV)/ready
-	$(DISTILL) pairs --recipe demo-pairs precision=$(PRECISION) --out $(DEMO)/pairs
 	@if [ -f $(DEMO)/dmd/recipe.yaml ]; then $(DISTILL) dmd --resume $(DEMO)/dmd; \
-	else $(DISTILL) dmd --recipe demo-dmd precision=$(PRECISION) --pairs $(DEMO)/pairs --out $(DEMO)/dmd; fi
+	else $(DISTILL) pairs --recipe demo-pairs precision=$(PRECISION) --out $(DEMO)/pairs && \
+	$(DISTILL) dmd --recipe demo-dmd precision=$(PRECISION) --pairs $(DEMO)/pairs --out $(DEMO)/dmd; fi
 	$(DISTILL) sample --model $(DEMO)/dmd --num 200 --seed 1 --grid --out $(DEMO)/samples
 	@echo
 	@echo "made: a student that needs one network evaluation for an image, its teacher 35: $(DEMO)/dmd/student"

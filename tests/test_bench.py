@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from distill_cli.bench import cases, measure, stand_ins
 from distill_cli.config import PairsConfig, SampleConfig
 from distill_cli.methods.dmd.config import DMDConfig
 from distill_cli.models import cost, load, stable_diffusion
+from distill_cli.models.language import LanguageReader
 from distill_cli.models.sources.catalog import HUB, MADE
 from distill_cli.recipes import resolve
+from tests.fake_card_cases import adapter
 from tests.options import options
 
 
@@ -231,6 +234,8 @@ def test_random_weights_stand_in_for_every_family(name, distill, monkeypatch, tm
         model = load(FAMILIES[HUB[name].module]).to("meta")
         for reader in model.text.readers.values():
             reader.tokenizer = None
+            if isinstance(reader, LanguageReader):
+                reader.encoder.bfloat16()  # as they are published
         return model
 
     monkeypatch.setattr(cost, "sketch", sketch)
@@ -241,3 +246,25 @@ def test_random_weights_stand_in_for_every_family(name, distill, monkeypatch, tm
     assert result.code == 0, result.err
     assert f"weights of {name}'s published architecture" in result.err
     assert result.json["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "against"),
+    [
+        ({"model": "tiny-sd", "resolution": 128}, "StableDiffusionPipeline, pndm 1"),
+        ({"model": "tiny-sd", "solver": "heun"}, "2 forwards"),
+        ({"model": "tiny-sd3", "solver": "dpm++"}, "2 forwards"),
+        ({"model": "lora"}, "StableDiffusion3Pipeline, euler 1"),
+    ],
+)
+def test_both_sides_of_a_sampling_make_the_same_pictures(options, against, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if options["model"] == "lora":
+        adapter(tmp_path / "lora")
+    case = cases.bench_sample(SampleConfig(**options, steps=1, batch_size=1, device="cpu"), tmp_path / "bench")
+    case.ours()
+    case.bare()()
+    assert against in case.calls
+    drawn = [Image.open(file).size for file in (tmp_path / "bench").rglob("*.png")]
+    assert len(drawn) == case.images * (2 if "Pipeline" in against else 1)
+    assert set(drawn) == {(options.get("resolution", 64),) * 2}

@@ -168,17 +168,20 @@ def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Pa
     turn = count()
     vae = copy.deepcopy(drawn.codec.parts()["vae"])
     prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
-    there = formats.format_of(model).in_diffusers(model)
+    whole = model.whole()
+    there = formats.format_of(whole).in_diffusers(whole)
     height, width = (side * model.codec.factor for side in model.shape[1:])
     options = {"height": height, "width": width, "num_inference_steps": sampling.steps, **there.called}
     options["guidance_scale"] = sampling.guidance_scale - there.less
 
     def bare() -> Callable[[], None]:
-        formats.save(model, folder / "pipeline")
+        formats.save(whole, folder / "pipeline")
         index = read_json(folder / "pipeline" / "model_index.json")
         absent = {part: None for part, entry in index.items() if entry == [None, None]}  # which the pipeline wants said
         tokenizers = model.text.tokenizers() if model.text is not None else {}  # made-up ones are of no class that a folder may name
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "pipeline", **absent, **tokenizers).to(where)
+        if config.precision not in launch.HALF:
+            pipeline.to(torch.float32)  # some text encoders are stored in bf16, and pipelines hand on what they answer
         if model.sampler.teaches and model.scheduler is not None:
             pipeline.scheduler = schedulers.make(model.scheduler, schedulers.SOLVERS[sampling.solver])
         if config.changed("decoder", "tiles"):
@@ -189,13 +192,13 @@ def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Pa
             for first in range(0, config.num, config.batch_size):
                 with launch.autocast(where, config.precision):
                     made = pipeline(prompt=prompts[first : first + config.batch_size], **options)
-                for k, picture in enumerate(made.images):
+                for k, picture in enumerate(made.images if config.format != "npz" else ()):
                     picture.save(folder / "pipeline" / f"{first + k:06d}.png")
 
         return calls
 
     how = f"{sampling.solver} {sampling.steps}, guidance {sampling.guidance_scale:g}, batch {config.batch_size}"
-    text = f"diffusers' {formats.pipelines_of(model)[0]}, {how}"
+    text = f"diffusers' {formats.pipelines_of(whole)[0]}, {how}"
     asked = _asked(config, drawn, sampling.evaluations, decoded=True)
     return Case(lambda: batch.sample(config, drawn, folder / str(next(turn))), bare, config.num, text, where, config.precision, *asked)
 
@@ -203,7 +206,10 @@ def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Pa
 def _opened(command: str, config: GenerateT, folder: Path, random: bool, name: str) -> tuple[GenerateT, Model]:
     """BATCHES batches of a command that makes images, and its model with prompts."""
     job = StandIns(command, folder=folder, random=random)
-    model = prompted(job.model(name))
+    if guides := config.changed("classifier_guidance", "clip_guidance"):
+        raise UsageError(f"{guides[0]}: bench does not time it", "leave it out")
+    model = job.model(name)
+    model = prompted(model if config.resolution is None else model.with_resolution(config.resolution))
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
         config = config.model_copy(update={"batch_size": 8})
     job.say()
@@ -218,12 +224,15 @@ def bench_pairs(config: PairsConfig, folder: Path, random: bool = False) -> Case
 
 def bench_sample(config: SampleConfig, folder: Path, random: bool = False) -> Case:
     config, model = _opened("sample", config, folder, random, config.model)
-    drawn = model.decoding(config.decoder, config.tiles)
-    other_solver = model.scheduler is None and config.solver not in (None, model.sampler.solver)  # whose scheduler the folder lacks
-    if model.conditioner.prompts and formats.format_of(model).in_diffusers(model).snippet and not other_solver:
-        return _bench_pipeline(config, model, drawn, folder)
     if config.times is not None:
-        drawn = drawn.with_times(config.times, config.steps)
+        model = model.with_times(config.times, config.steps)
+    drawn = model.decoding(config.decoder, config.tiles)
+    if model.conditioner.prompts:
+        known = {model.sampler.solver, *(schedulers.SOLVERS if model.scheduler is not None else ())}
+        whole = model.whole()
+        if (config.solver or model.sampler.solver) in known and formats.format_of(whole).in_diffusers(whole).snippet:
+            return _bench_pipeline(config, model, drawn, folder)
+        say("bench: diffusers' pipeline does not sample it so: against bare network calls, without text, decoder and PNG files")
     return _bench_generation(config, drawn, lambda k: batch.sample(config, drawn, folder / str(k)))
 
 
