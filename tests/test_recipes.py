@@ -47,7 +47,7 @@ PLANNED = [
     name for name in NAMED if "--dry-run" in recipes.describe(recipes.find(name)) and getattr(recipes.check(name), "teacher", None) in HUB
 ]
 """Recipes whose plans can be counted again, on sketches of their teachers."""
-ALWAYS = ("z-image-dmd-lora", "sd15-dmd", "sd21-dmd")
+ALWAYS = ("z-image-dmd-lora", "sd15-dmd")
 """Those that are always counted, 10 seconds each: the first fits its card narrowly. DISTILL_RECIPES=1 counts all."""
 
 
