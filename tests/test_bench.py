@@ -268,3 +268,12 @@ def test_both_sides_of_a_sampling_make_the_same_pictures(options, against, tmp_p
     drawn = [Image.open(file).size for file in (tmp_path / "bench").rglob("*.png")]
     assert len(drawn) == case.images * (2 if "Pipeline" in against else 1)
     assert set(drawn) == {(options.get("resolution", 64),) * 2}
+
+
+def test_what_bench_leaves_out_is_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = SampleConfig(model="tiny-sd", negative_prompt="grey", clip_guidance="clip", steps=1, batch_size=1, device="cpu")
+    cases.bench_sample(config, tmp_path / "bench")
+    said = capsys.readouterr().err
+    assert "bench: clip_guidance: left out" in said
+    assert "bench: negative_prompt: left out for prompts of shapes" in said

@@ -21,7 +21,7 @@ from distill_cli import launch
 from distill_cli.bench.measure import Case
 from distill_cli.bench.stand_ins import StandIns, prompted
 from distill_cli.commands import TRAINING, method_of
-from distill_cli.config import GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
+from distill_cli.config import PROMPT_SETS, GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
 from distill_cli.errors import UsageError
 from distill_cli.methods.registry import load as opener
 from distill_cli.models import cost, formats, schedulers
@@ -156,10 +156,11 @@ def _asked(config: GenerateConfig, model: Model, calls: int, decoded: bool = Fal
     return config.num * flop, model.held(launch.HALF.get(config.precision))
 
 
-def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Path) -> Case:
+def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, whole: Model, folder: Path) -> Case:
     """Sampling against diffusers' pipeline: same prompts, size, steps, batch and precision, pictures written as PNG files.
 
-    `drawn`: the model with the decoder and the tiles of the options, which the pipeline gets too.
+    `drawn`: the model with the decoder and the tiles of the options, which the pipeline gets too. `whole`: the model without a LoRA of its
+    own, as the pipeline opens it.
     """
     import diffusers
 
@@ -168,7 +169,6 @@ def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, folder: Pa
     turn = count()
     vae = copy.deepcopy(drawn.codec.parts()["vae"])
     prompts = model.conditioner.captions(model.conditioner.labels(config.num).tolist()) or []
-    whole = model.whole()
     there = formats.format_of(whole).in_diffusers(whole)
     height, width = (side * model.codec.factor for side in model.shape[1:])
     options = {"height": height, "width": width, "num_inference_steps": sampling.steps, **there.called}
@@ -207,7 +207,9 @@ def _opened(command: str, config: GenerateT, folder: Path, random: bool, name: s
     """BATCHES batches of a command that makes images, and its model with prompts."""
     job = StandIns(command, folder=folder, random=random)
     if guides := config.changed("classifier_guidance", "clip_guidance"):
-        raise UsageError(f"{guides[0]}: bench does not time it", "leave it out")
+        say(f"bench: {' and '.join(guides)}: left out, so no guide is timed")
+    if told := config.changed("prompts", "negative_prompt"):
+        say(f"bench: {' and '.join(told)}: left out for prompts of {PROMPT_SETS[0]}, since the content changes no time")
     model = job.model(name)
     model = prompted(model if config.resolution is None else model.with_resolution(config.resolution))
     if "batch_size" not in config.model_fields_set and model.pixels >= LARGE:
@@ -231,7 +233,7 @@ def bench_sample(config: SampleConfig, folder: Path, random: bool = False) -> Ca
         known = {model.sampler.solver, *(schedulers.SOLVERS if model.scheduler is not None else ())}
         whole = model.whole()
         if (config.solver or model.sampler.solver) in known and formats.format_of(whole).in_diffusers(whole).snippet:
-            return _bench_pipeline(config, model, drawn, folder)
+            return _bench_pipeline(config, model, drawn, whole, folder)
         say("bench: diffusers' pipeline does not sample it so: against bare network calls, without text, decoder and PNG files")
     return _bench_generation(config, drawn, lambda k: batch.sample(config, drawn, folder / str(k)))
 

@@ -132,9 +132,9 @@ class Model:
         return self
 
     def ready(self, device: str | torch.device, dtype: torch.dtype | None, decodes: bool = True) -> Model:
-        """Go to `device`, with matrices stored once as autocast to `dtype` would cast them in each call; None: in float32.
+        """Go to `device`. Matrices are stored in `dtype`, in which autocast would else cast them in each call; None: in float32.
 
-        Those that decode are stored so where autocast surrounds them too (`decodes`).
+        `decodes`: pictures are decoded too, under the same autocast, so the decoder's matrices are stored alike.
         """
         self.backbone.cast(dtype)
         if decodes and not self.guides:  # which decode in float32

@@ -71,7 +71,7 @@ def engine(folder, **changes):
     config = TrainConfig(**options | dict(device="cpu", save_every=1, keep=99, out=folder) | changes)
     made = Engine(config, Halving(config))
     run = Run(folder)
-    if rank() == 0:  # as a job does: two that make one folder delete each other's files
+    if rank() == 0:  # as a job does: a second one would be refused the folder
         run = Run.resume(folder) if run.recipe.exists() else Run.create(folder, "", "toy")
     made.open(run)
     return made
