@@ -104,7 +104,7 @@ def test_the_command(command, distill):
     data = result.json
     assert data["bench"] == command
     assert 0.5 < data["ratio"] < 100
-    assert data["images_per_second"] == pytest.approx({"train": 8, "dmd": 4, "sample": 24}[command] / data["ours_seconds"], rel=0.01)
+    assert data["images_per_second"] == pytest.approx({"train": 8, "dmd": 4, "sample": 24}[command] / data["ours_seconds"], rel=2e-3)
 
 
 def test_an_unknown_command_names_the_nearest(distill):
@@ -144,7 +144,7 @@ def test_what_a_recipe_names_is_made_where_it_is_not_there(distill, tmp_path, mo
     assert "bench: random, since it is not there: 16 pairs for runs/digits/pairs" in result.err
     data = result.json
     assert data["raw_calls"] == "2 forwards, 2 x (forward, backward, optimizer)"  # with the regression on pairs
-    assert data["share_of_peak"] == pytest.approx(data["tflop"] / data["ours_seconds"] / data["peak_tflops"], rel=0.02)
+    assert data["share_of_peak"] == pytest.approx(data["tflop"] / data["ours_seconds"] / data["peak_tflops"], rel=2e-3)
     shares = [each["share"] for each in data["profile"]]
     assert len(shares) == 10
     assert shares == sorted(shares, reverse=True)

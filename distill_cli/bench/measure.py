@@ -96,6 +96,11 @@ def machine(where: torch.device) -> str:
     return f"{name}, {usable_cpus()} cores, {torch.get_num_threads()} threads"
 
 
+def _rounded(value: float) -> float:
+    """To four digits, however small it is: what is worked out from several of them holds on a slow machine too."""
+    return float(f"{value:.4g}")
+
+
 def measured(command: str, case: Case, repeats: int, profiled: bool = False) -> dict[str, Any]:
     """Time a case and its bare calls in turn, `repeats` times. Returns the medians of both and of the ratios, and what was `profiled`."""
     begun = time.perf_counter()
@@ -114,19 +119,20 @@ def measured(command: str, case: Case, repeats: int, profiled: bool = False) -> 
         for kind, work in reversed(both) if turn % 2 else both:
             kind.append(_timed(work, case.where))
     peak, kind_of_peak = peak_of(case.where, case.precision)
+    seconds = statistics.median(ours)
     return {
         "bench": command,
-        "ratio": round(statistics.median(a / b for a, b in zip(ours, raw, strict=True)), 3),
-        "ours_seconds": round(statistics.median(ours), 4),
-        "raw_seconds": round(statistics.median(raw), 4),
-        "first_seconds": round(first, 2),
-        "images_per_second": round(case.images / statistics.median(ours), 2),
+        "ratio": _rounded(statistics.median(a / b for a, b in zip(ours, raw, strict=True))),
+        "ours_seconds": _rounded(seconds),
+        "raw_seconds": _rounded(statistics.median(raw)),
+        "first_seconds": _rounded(first),
+        "images_per_second": _rounded(case.images / seconds),
         "peak_memory_mb": round(memory),
         "planned_memory_mb": round(case.planned / 1e6),
-        "tflop": round(case.flop / 1e12, 4),
-        "peak_tflops": round(peak / 1e12, 3),
+        "tflop": _rounded(case.flop / 1e12),
+        "peak_tflops": _rounded(peak / 1e12),
         "peak_type": kind_of_peak,
-        "share_of_peak": round(case.flop / statistics.median(ours) / peak, 4),
+        "share_of_peak": _rounded(case.flop / seconds / peak),
         "raw_calls": case.calls,
         "repeats": repeats,
         "machine": machine(case.where),
