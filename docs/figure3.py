@@ -34,18 +34,21 @@ def command(*arguments: str | Path) -> None:
         sys.exit(code)
 
 
-def made(folder: Path) -> dict[str, Tensor]:
-    """Points (2000, 2) of the student of each case; teacher, pairs and students are made in `folder`, unless they are there."""
+def made(folder: Path, *changes: str) -> dict[str, Tensor]:
+    """Points (2000, 2) of the student of each case; teacher, pairs and students are made in `folder`, unless they are there.
+
+    `changes`: options of both trainings in place of the recipes'.
+    """
     teacher, pairs = folder / "teacher", folder / "pairs"
     if not (teacher / "teacher").exists():
-        command("train", "--recipe", "two-modes-teacher", "--out", teacher)
+        command("train", "--recipe", "two-modes-teacher", *changes, "--out", teacher)
     command("pairs", "--recipe", "two-modes-pairs", "--teacher", teacher, "--out", pairs)
     out = {}
     for title, name in CASES.items():
         student, points = folder / name, folder / f"{name}-points"
         if not (student / "student").exists():
             regression = ["--pairs", pairs] if name == "dmd" else []
-            command("dmd", "--recipe", f"two-modes-{name}", "--teacher", teacher, *regression, "--out", student)
+            command("dmd", "--recipe", f"two-modes-{name}", "--teacher", teacher, *regression, *changes, "--out", student)
         command("sample", "--model", student, "--num", "2000", "--out", points)
         out[title] = torch.from_numpy(np.load(points / "samples.npz")["arr_0"]).double()
     return out

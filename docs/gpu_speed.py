@@ -106,18 +106,17 @@ def one_step(how: str) -> None:
     import diffusers
 
     from distill_cli import launch
-    from distill_cli.config import SampleConfig
     from distill_cli.diffusion.noise import Draws
     from distill_cli.models import load
     from distill_cli.models.codec import VAECodec
-    from distill_cli.sample.batch import compile_model
+    from distill_cli.models.compiled import compile_model
 
     where = torch.device(DEVICE)
     model = load(str(FULL)).to(where).with_prompts([PROMPT])
     sampling = model.with_defaults("few-step", 1, 1.0)
-    compile_model(SampleConfig(model=str(FULL), compile=how), model, where)
+    compile_model(how, model, where)
     small = replace(model, codec=VAECodec(diffusers.AutoencoderTiny().to(where)))
-    compile_model(SampleConfig(model=str(FULL), compile=how), small, where)
+    compile_model(how, small, where)
     said = "" if how == "none" else f", compile {how}"
     precisions = ("no", "tf32", "bf16", "fp16") if how == "none" else ("bf16", "fp16")
     for precision in precisions if where.type == "cuda" else ("no", "bf16"):

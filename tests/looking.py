@@ -33,6 +33,13 @@ def little() -> Iterator[None]:
         yield
 
 
+def no_memory() -> Any:
+    """Plans that do not count a step's memory, which is most of their time."""
+    from distill_cli.training.memory import Memory
+
+    return patch("distill_cli.training.plan.memory", lambda *_: Memory(0, 0, 0, 0, 0, "not counted", False))
+
+
 def few_shapes() -> Any:
     """The built-in pictures with captions are every twentieth of them: each run on latents encodes them all."""
     return patch.object(Shapes.__init__, "__defaults__", (TRAINED[::20],))

@@ -21,11 +21,10 @@ from distill_cli import launch
 from distill_cli.bench.measure import Case
 from distill_cli.bench.stand_ins import StandIns, prompted
 from distill_cli.commands import TRAINING, method_of
-from distill_cli.config import PROMPT_SETS, GenerateConfig, PairsConfig, SampleConfig, TrainingConfig
+from distill_cli.config import PROMPT_SETS, BatchesConfig, PairsConfig, SampleConfig, TrainingConfig
 from distill_cli.errors import UsageError
 from distill_cli.methods.registry import load as opener
-from distill_cli.models import cost, formats, schedulers
-from distill_cli.models.compiled import compile_network
+from distill_cli.models import compiled, cost, formats, schedulers
 from distill_cli.models.model import LARGE, Model
 from distill_cli.models.parts import read_json
 from distill_cli.pairs.generate import generate
@@ -39,7 +38,7 @@ from distill_cli.training.objective import Objective
 from distill_cli.training.optimizer import make_optimizer
 from distill_cli.training.placed import placed
 
-GenerateT = TypeVar("GenerateT", bound=GenerateConfig)
+GenerateT = TypeVar("GenerateT", bound=BatchesConfig)
 BATCHES = 3
 
 
@@ -56,7 +55,8 @@ class Raw:
         if isinstance(config, TrainingConfig):
             placed(config, self.network, where, trained)
         else:
-            compile_network(self.network, getattr(config, "compile", "none"))
+            compiled.lay_out(config, self.network)
+            compiled.compile_network(self.network, config.compile)
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
         self.condition = model.example(size, where)
@@ -130,7 +130,7 @@ def training(command: str, config: TrainingConfig, folder: Path, random: bool = 
     return Case(steps, bare, config.batch_size * len(asked), text, where, config.precision, flop, planned)
 
 
-def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int], Any]) -> Case:
+def _bench_generation(config: BatchesConfig, model: Model, make: Callable[[int], Any]) -> Case:
     """`make(k)` makes BATCHES batches into the k-th folder."""
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
@@ -150,7 +150,7 @@ def _bench_generation(config: GenerateConfig, model: Model, make: Callable[[int]
     return Case(lambda: make(next(turn)), bare, config.num, text, where, config.precision, *_asked(config, model, calls))
 
 
-def _asked(config: GenerateConfig, model: Model, calls: int, decoded: bool = False) -> tuple[int, int]:
+def _asked(config: BatchesConfig, model: Model, calls: int, decoded: bool = False) -> tuple[int, int]:
     """FLOP of a case that makes `config.num` images in `calls` evaluations each, and bytes of its networks' weights."""
     flop = calls * cost.evaluation(model) + (cost.decoding(model) if decoded else 0)
     return config.num * flop, model.held(launch.HALF.get(config.precision))
@@ -197,6 +197,8 @@ def _bench_pipeline(config: SampleConfig, model: Model, drawn: Model, whole: Mod
 
         return calls
 
+    if told := config.changed("compile", "channels_last"):
+        say(f"bench: {' and '.join(told)}: on our side alone, diffusers' pipeline runs as it is")
     how = f"{sampling.solver} {sampling.steps}, guidance {sampling.guidance_scale:g}, batch {config.batch_size}"
     text = f"diffusers' {formats.pipelines_of(whole)[0]}, {how}"
     asked = _asked(config, drawn, sampling.evaluations, decoded=True)

@@ -36,6 +36,7 @@ def sample(
         common.plan_without(config.model, config)
     else:
         common.start_processes(num_processes, config.prompts)
+    from distill_cli.models import compiled
     from distill_cli.sample import batch
 
     loaded, config, download = common.open_model("sample", config.model, config, dry_run)
@@ -53,11 +54,7 @@ def sample(
         sampling = loaded.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
         calls = sampling.evaluations
         plan = {**download, "images": config.num, "network evaluations": f"{config.num * calls:,} ({calls} an image)"}
-        if config.compile != "none":
-            together = calls // (2 if sampling.combines and config.guidance_calls == 1 else 1)
-            pays = batch.pays_from(config, together)
-            plan["compile"] = f"{config.compile}, pays from about {pays:,} pictures a process on (an H200's figures for sd15)"
-        common.dry_run(config, plan)
+        common.dry_run(config, plan | compiled.plan(config.compile, config.batch_size, sampling))
     if config.search_times:
         _search(config, loaded, json)
         return

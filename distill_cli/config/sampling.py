@@ -41,7 +41,16 @@ class GenerateConfig(GuidesConfig):
     precision: Precision = Field("no", description="number type of the network's arithmetic; no: float32")
 
 
-class PairsConfig(GenerateConfig):
+class BatchesConfig(GenerateConfig):
+    """How many batches are made fast; shared by pairs and sample."""
+
+    compile: Compile = Field(
+        "none", description="torch.compile of denoiser and decoder: by block or whole, on a GPU as a CUDA graph; slow to begin"
+    )
+    channels_last: bool = Field(False, description="store pictures inside the networks with their channels last, which may be faster")
+
+
+class PairsConfig(BatchesConfig):
     """distill pairs"""
 
     teacher: Name = Field("digits", description="the model: a name of `distill models ls`, a folder, a run, or a hub id")
@@ -57,7 +66,7 @@ class PairsConfig(GenerateConfig):
         return self
 
 
-class SampleConfig(GenerateConfig):
+class SampleConfig(BatchesConfig):
     """distill sample"""
 
     model: Name = Field("digits", description="the model: a name of `distill models ls`, a folder, a run, or a hub id")
@@ -68,9 +77,6 @@ class SampleConfig(GenerateConfig):
     decoder: Name | None = Field(None, description="latent models: an AutoencoderTiny (folder or hub id) that decodes; default their own")
     tiles: Positive | None = Field(
         None, description="latent models: decode in overlapping tiles of so many pixels a side, with less memory; default whole"
-    )
-    compile: Compile = Field(
-        "none", description="torch.compile of denoiser and decoder: by block or whole, on a GPU as a CUDA graph; slow to begin"
     )
     times: Text | None = Field(None, description="few-step students: index:0,22 (points of the grid), sigma:80,1.4, even; default its own")
     search_times: Annotated[int, Field(ge=2)] | None = Field(None, description="only find a consistency student's best times for N steps")

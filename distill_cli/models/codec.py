@@ -36,6 +36,8 @@ class Codec:
     """Width of a picture over the width of its latents."""
     lpips_below: float = math.inf
     """LPIPS enlarges pictures that are narrower than this."""
+    tiles: int = 0
+    """Width of a tile of what `decode` gets; 0: pictures are decoded whole."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Means and standard deviations (B, c, h, w) of the latents of images."""
@@ -102,8 +104,6 @@ class VAECodec(Codec):
     lpips_below = 0  # decoded latents are compared as they are
     stored: torch.dtype | None
     """The number type of the decoder's matrices if they are stored in half precision: it then decodes in it."""
-    tiles = 0
-    """Width of a tile in the autoencoder's latents; 0: pictures are decoded whole."""
 
     def __init__(self, vae: Any, upcast: bool = False) -> None:
         self.vae, self.upcast, self.stored = vae, upcast, None
@@ -134,7 +134,8 @@ class VAECodec(Codec):
         small = cast and torch.get_autocast_dtype(kind) == torch.float16
         own = self.stored is not None and not torch.is_autocast_enabled(kind)
         with torch.autocast(kind, self.stored, enabled=not small) if small or own else nullcontext():
-            parts = [self.vae.decode(part, return_dict=False)[0] for part in x.split(count)]
+            parts = (self.vae.decode(part, return_dict=False)[0] for part in x.split(count))
+            # each is copied before the next is made: a CUDA graph writes every answer to the same place
             return torch.cat([part.to(torch.promote_types(part.dtype, torch.float32), copy=True) for part in parts])
 
     def project(self, x: Tensor) -> Tensor:

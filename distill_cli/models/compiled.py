@@ -1,19 +1,28 @@
-"""torch.compile for denoisers' networks, in place: names in state dicts stay, and a copy of a compiled network is not compiled."""
+"""torch.compile for denoisers' networks, in place: names in state dicts stay, and a copy of a compiled network is not compiled.
+
+And the networks of a model before its first batch, in the layout of the options, compiled or not.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from distill_cli import launch, processes
+from distill_cli.config import BatchesConfig, TrainingConfig
 from distill_cli.config.base import Compile
 from distill_cli.errors import UsageError
 from distill_cli.models.backbones import Backbone
+
+if TYPE_CHECKING:
+    from distill_cli.models.model import Model, Sampling
 
 BACKEND = "inductor"
 COMPILERS = {"cpu": ("CXX", "g++", "c++", "clang++"), "cuda": ("CC", "cc", "gcc", "clang")}
@@ -59,6 +68,13 @@ def compile_network(network: nn.Module, how: Compile, **options: Any) -> Counter
     return compile_parts((part for each in found for part in each.net.modules() if type(part).__name__ in each.blocks), **options)
 
 
+def lay_out(config: BatchesConfig | TrainingConfig, *networks: nn.Module) -> None:
+    """Store networks' weights in the memory format of the options; pictures inside follow."""
+    if config.channels_last:
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
+
+
 def uncompile(network: nn.Module) -> None:
     """Have a network run as written again."""
     for part in network.modules():
@@ -68,3 +84,41 @@ def uncompile(network: nn.Module) -> None:
 def said(counted: Counter[str]) -> str:
     """Compiled modules in words."""
     return ", ".join(f"{count} {name}" for name, count in sorted(counted.items()))
+
+
+COMPILING, SPARED = 60.0, 0.04
+"""Seconds that compiling took, and seconds of launches that a call was spared by it: Stable Diffusion 1.5's UNet, an H200
+(docs/benchmarks.md)."""
+
+
+def pays_from(batch_size: int, sampling: Sampling) -> int:
+    """The number of pictures, sampled in batches, from which on compiling takes less time than it spares."""
+    calls = sampling.evaluations // (2 if sampling.combines and sampling.guidance_calls == 1 else 1)
+    return math.ceil(COMPILING / (SPARED * calls)) * batch_size
+
+
+def plan(how: str, batch_size: int, sampling: Sampling) -> dict[str, str]:
+    """From how many pictures on compiling pays, for --dry-run."""
+    if how == "none":
+        return {}
+    pays = pays_from(batch_size, sampling)
+    return {"compile": f"{how}, pays from about {pays:,} pictures a process on (an H200's figures for sd15)"}
+
+
+def compile_model(how: Compile, model: Model, where: torch.device, decodes: bool = True) -> None:
+    """Compile a model's denoiser, and its decoder if it `decodes`, and say so. Whole networks run as CUDA graphs on a GPU."""
+    if how == "none":
+        return
+    check(where)
+    graph = {"mode": "reduce-overhead"} if how == "whole" and where.type == "cuda" else {}
+    counted = compile_network(model.denoiser, how, **graph)
+    if decodes:  # a graph writes each answer over the last one, and tiles are kept until all are there
+        counted += compile_parts(model.codec.decoders(), **({} if model.codec.tiles else graph))
+    processes.say(f"compile {how}: {said(counted)}; each number of images in a batch is compiled once")
+
+
+def prepare(config: BatchesConfig, model: Model, where: torch.device, decodes: bool = True) -> None:
+    """Have a model ready for its batches: on its device, in the types and the layout of the options, compiled or not."""
+    model.ready(where, launch.HALF.get(config.precision), decodes)
+    lay_out(config, model.denoiser, *(model.codec.decoders() if decodes else ()))
+    compile_model(config.compile, model, where, decodes)

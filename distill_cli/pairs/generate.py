@@ -12,6 +12,7 @@ from distill_cli.config import PairsConfig
 from distill_cli.data.prompts import in_turn
 from distill_cli.diffusion.noise import Draws
 from distill_cli.files import remove_temporaries
+from distill_cli.models import compiled
 from distill_cli.models.cost import amount, evaluation, time_of
 from distill_cli.models.model import Model
 from distill_cli.models.steering import uncounted
@@ -45,6 +46,8 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
         batch_size=config.batch_size,
         guidance_range=config.guidance_range,
         guides=teacher.guidance(),
+        compile=config.compile,
+        channels_last=config.channels_last,
         **conditioner.digests(),
         **sampling.model_dump(),
     )
@@ -52,7 +55,8 @@ def manifest_of(config: PairsConfig, teacher: Model) -> Manifest:
 
 def plan(manifest: Manifest, teacher: Model, precision: str = "no") -> dict[str, str]:
     """The cost of making the pairs, for --dry-run."""
-    calls = manifest.sampling.model_copy(update={"guidance_scale": 2.0} if manifest.guidance_range else {}).evaluations
+    sampling = manifest.sampling.model_copy(update={"guidance_scale": 2.0} if manifest.guidance_range else {})
+    calls = sampling.evaluations
     item = shards.DTYPES[manifest.dtype].itemsize
     size = manifest.num * (torch.Size(manifest.shape).numel() * item + 4)
     text = {}
@@ -66,6 +70,7 @@ def plan(manifest: Manifest, teacher: Model, precision: str = "no") -> dict[str,
         "pairs": f"{manifest.num} in {manifest.shards} shards",
         "network evaluations": f"{manifest.num * calls:,} ({calls} an image), each of {amount(flop)}",
         "arithmetic": time_of(manifest.num * calls * flop),
+        **compiled.plan(manifest.compile, manifest.batch_size, sampling),
         "disk": f"{size / 1e6:.1f} MB",
         **text,
         **uncounted(teacher),
@@ -84,7 +89,7 @@ def generate(config: PairsConfig, teacher: Model, folder: Path, part: tuple[int,
     settle(folder / MANIFEST, manifest.settings(), "pairs", OURS)
     remove_temporaries(folder)
     where = launch.device(config.device)
-    teacher.ready(where, launch.HALF.get(config.precision), decodes=False)
+    compiled.prepare(config, teacher, where, decodes=False)
     if teacher.conditioner.prompts:
         keep_prompts(folder, teacher.conditioner.prompts)
     teacher = replace(teacher, conditioner=teacher.conditioner.stored(folder, config.dtype, manifest.num))

@@ -36,7 +36,7 @@ from distill_cli.models.model import Sampling
 from distill_cli.runs import settle
 from distill_cli.verified import Check, Verified
 
-LATER = ("guidance_calls", "prompts", "negative_prompt", "guidance_range", "guides")
+LATER = ("guidance_calls", "prompts", "negative_prompt", "guidance_range", "guides", "compile", "channels_last")
 """Settings that older stores lack. They are left out at their default values, so that the hash of such a store stays the same."""
 MANIFEST, PROMPTS = "manifest.json", "prompts.jsonl"
 OURS = r"shard-\d+\.safetensors|prompts\.jsonl|text-\w+|verified-\d+\.json"
@@ -70,6 +70,8 @@ class Manifest(BaseModel):
     """Each pair has a guidance scale of its own, from this range; `guidance_scale` is then the one that students take by default."""
     guides: dict[str, str | float] = {}
     """What led the teacher besides its condition: digests and scales, by the options that gave them."""
+    compile: str = "none"
+    channels_last: bool = False
 
     @property
     def shards(self) -> int:

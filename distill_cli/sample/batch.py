@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from distill_cli import launch, processes
 from distill_cli.config import Config, GuidesConfig, SampleConfig
@@ -26,6 +24,8 @@ from distill_cli.runs import settle
 
 SETTINGS = "sampling.json"
 GRID = 100
+LATER = {"compile", "channels_last", "decoder", "tiles"}
+"""Options that folders of older versions lack; such a folder goes on where they have their defaults."""
 CAPTIONED = 256
 """Width of a picture, in pixels, that has room for a caption."""
 
@@ -98,27 +98,6 @@ def settled(config: SampleConfig, model: Model) -> SampleConfig:
     return config.model_copy(update={"format": kind.format(config.format)})
 
 
-COMPILING, SPARED = 60.0, 0.04
-"""Seconds that compiling took, and seconds of launches that a call was spared by it: Stable Diffusion 1.5's UNet, an H200
-(docs/benchmarks.md)."""
-
-
-def pays_from(config: SampleConfig, calls: int) -> int:
-    """The number of pictures, of `calls` network calls each, from which on compiling takes less time than it spares."""
-    return math.ceil(COMPILING / (SPARED * calls)) * config.batch_size
-
-
-def compile_model(config: SampleConfig, model: Model, where: torch.device) -> None:
-    """Compile a model's denoiser and decoder as the config wants, and say so. Whole networks run as CUDA graphs on a GPU."""
-    if config.compile == "none":
-        return
-    compiled.check(where)
-    graph = {"mode": "reduce-overhead"} if config.compile == "whole" and where.type == "cuda" else {}
-    counted = compiled.compile_network(model.denoiser, config.compile, **graph)
-    counted += compiled.compile_parts(model.codec.decoders(), **graph)
-    processes.say(f"compile {config.compile}: {compiled.said(counted)}; each number of images in a batch is compiled once")
-
-
 def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """Make this process's share of the missing images, in part (i, n) of the job. Returns counts and images per second."""
     config = settled(config, model)
@@ -128,7 +107,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
         "out",
         "device",
         "grid",
-        *({"compile", "decoder", "tiles"} - {*config.changed("compile", "decoder", "tiles")}),  # folders of older versions go on
+        *LATER - {*config.changed(*LATER)},
         "scale",
         "times",
         "search_times",
@@ -148,8 +127,7 @@ def sample(config: SampleConfig, model: Model, folder: Path, part: tuple[int, in
     settle(folder / SETTINGS, settings, "samples")
     remove_temporaries(folder)
     where = launch.device(config.device)
-    model.ready(where, launch.HALF.get(config.precision))
-    compile_model(config, model, where)
+    compiled.prepare(config, model, where)
     mine = [samples.batches[k] for k in processes.mine(len(samples.batches), part)]
     missing = [batch for batch in mine if not samples.done(batch)]
     if processes.rank() == 0:  # one message for all processes of this part

@@ -35,8 +35,7 @@ def check(config: TrainingConfig, trained: Mapping[str, nn.Module]) -> None:
 def placed(config: TrainingConfig, network: nn.Module, where: torch.device, trained: bool) -> Counter[str]:
     """Move a network to its device in the memory format of the config, and compile it; returns what was compiled."""
     network.to(where)
-    if config.channels_last:
-        network.to(memory_format=torch.channels_last)
+    compiled.lay_out(config, network)
     if trained and config.gradient_checkpointing:
         for backbone in compiled.backbones(network):
             backbone.checkpointing()

@@ -14,6 +14,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.models import load
 from distill_cli.models.formats import save
 from tests.cli.test_bad_input import one_line
+from tests.looking import no_memory
 
 DMD = ("dmd", "--teacher", "tiny-sd", "--steps", 4, "batch_size=4", "log_every=2", "save_every=2", "sample_every=0", "warmup_steps=0")
 
@@ -281,7 +282,8 @@ def test_plans_and_licences_without_a_download(distill, prompts):
     assert "disk: 16386.0 MB" in plan  # 4 x 64 x 64 in fp16, and a label
     plan = distill("sample", "--model", "sd15", "--prompts", prompts, "--dry-run").out
     assert "download: sd15" in plan
-    plan = distill("dmd", "--recipe", "sd15-dmd", "--dry-run").out
+    with no_memory():  # which tests/test_recipes.py counts
+        plan = distill("dmd", "--recipe", "sd15-dmd", "--dry-run").out
     assert "fake 859,520,964, vae 83,653,863" in plan  # the published sizes
 
 

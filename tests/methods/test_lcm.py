@@ -21,7 +21,7 @@ from distill_cli.models.formats import save
 from distill_cli.models.sampler import Sampler
 from distill_cli.runs import Run
 from tests.conditions import of
-from tests.looking import few_shapes
+from tests.looking import few_shapes, no_memory
 from tests.models.test_stable_diffusion import PROMPTS, edit_json, made
 from tests.options import consistency, options
 
@@ -296,7 +296,8 @@ def test_the_plan_at_full_architecture_needs_no_weights_and_no_pairs(command, ca
     from distill_cli.cli.app import run
 
     there = [*command, str(tmp_path / "pairs"), "--teacher", "sd3-medium", "--batch-size", "8", "--steps", "10", "--dry-run"]
-    assert run(there) == 0
+    with no_memory():  # which tests/training/test_memory.py counts
+        assert run(there) == 0
     said = capsys.readouterr().out
     assert "teacher 2,028,328,000, student 2,028,328,000" in said
     assert f"each step: {calls}\n" in said

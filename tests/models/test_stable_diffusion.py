@@ -291,7 +291,7 @@ def test_a_single_file_of_the_original_layout(tmp_path):
 @pytest.mark.slow
 @pytest.mark.xdist_group("memory")
 def test_full_size_in_12_gib(tmp_path):
-    """Stable Diffusion 1.5's architecture with random weights: a guided step with its picture, and a pair of two steps, in bf16."""
+    """Stable Diffusion 1.5's architecture with random weights: a guided step with its picture, and a pair of one step, in bf16."""
     if shutil.disk_usage(tmp_path).free < 4e9:
         pytest.skip("needs 4 GB of disk")
     full_size.make(tmp_path)

@@ -12,10 +12,9 @@ from distill_cli.config import SampleConfig
 from distill_cli.diffusion import solvers
 from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import Interrupted
-from distill_cli.models import compiled, load
 from distill_cli.models.model import Model
 from distill_cli.models.sampler import Sampling
-from distill_cli.sample.batch import Samples, pays_from, sample
+from distill_cli.sample.batch import Samples, sample
 from tests.conditions import of
 
 SETTINGS = dict(model="tiny", num=7, batch_size=2, steps=2, format="npz", seed=3, device="cpu")
@@ -100,28 +99,3 @@ def test_a_solvers_name_means_that_solver(tiny):
     }
     for name, images in expected.items():
         assert torch.equal(tiny.sample(draws, labels, Sampling(solver=name, steps=4)), images.clamp(-1, 1))
-
-
-@pytest.mark.parametrize("how", ["blocks", "whole"])
-def test_a_compiled_job_makes_the_same_images(how, tmp_path, monkeypatch, capsys):
-    """A tiny Stable Diffusion's denoiser and decoder, in a batch of two and one of one; no value differs by more than 1 of 255."""
-    monkeypatch.setattr(compiled, "BACKEND", "eager")  # a C++ compiler takes half a minute a graph
-    made = {}
-    for kind in ("none", how):
-        config = SampleConfig(**SETTINGS | dict(model="tiny-sd", num=3, steps=1, guidance_scale=2.0, compile=kind))
-        model = load("tiny-sd").with_prompts(["a red circle", "a blue square"])
-        sample(config, model, tmp_path / kind)
-        made[kind] = images(tmp_path / kind)[0].astype(int)
-    assert np.abs(made[how] - made["none"]).max() <= 1
-    said = {"blocks": "BasicTransformerBlock", "whole": "1 Decoder, 1 UNet2DConditionModel"}[how]
-    assert said in capsys.readouterr().err
-    settings = [(tmp_path / kind / "sampling.json").read_text() for kind in made]
-    assert [f'"compile": "{how}"' in text for text in settings] == [False, True], "folders of older versions go on"
-    torch._dynamo.reset()
-
-
-def test_a_plan_says_from_how_many_pictures_on_compiling_pays():
-    """60 s, against 0.04 s for each of a batch's calls: 25 calls spare a second a batch of 8."""
-    config = SampleConfig(**SETTINGS | dict(batch_size=8, compile="whole"))
-    assert pays_from(config, 25) == 480
-    assert pays_from(config, 1) == 12_000
