@@ -9,9 +9,9 @@ The paper's figures (its table 2, FID of one-step students) stand beside ours.
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 
+from docs.asked import asked
 from docs.measure import distill, judged, trained
 
 SEEDS = (0, 1, 2)
@@ -45,4 +45,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/ablations"))
+    main(asked())

@@ -10,12 +10,12 @@ in the mean over the pictures.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from docs.asked import asked
 from docs.measure import distill, trained
 from tests.shapes_judge import judge
 
@@ -46,4 +46,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(asked())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distill_cli.cli.app import run
 from distill_cli.data.points import STD, TwoModes
+from docs.asked import asked
 
 CASES = {"(a) real score": "dmd-real", "(b) with fake score": "dmd-fake", "(c) with regression": "dmd"}
 REAL = TwoModes()
@@ -96,7 +97,7 @@ def shown(panels: dict[str, Tensor], path: Path, spreads: Sequence[str] = ("left
 
 
 def main() -> None:
-    shown(made(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/two-modes")), Path(__file__).with_name("figure3.png"))
+    shown(made(asked("runs/two-modes")), Path(__file__).with_name("figure3.png"))
 
 
 if __name__ == "__main__":

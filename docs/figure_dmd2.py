@@ -9,13 +9,13 @@ points are a small cloud there.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from docs.asked import asked
 from docs.figure3 import command, shown
 
 ALONE = ("gan=none", "data=null")
@@ -52,7 +52,7 @@ def made(folder: Path) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    panels = made(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/two-modes"))
+    panels = made(asked("runs/two-modes"))
     shown(panels, Path(__file__).with_name("figure_dmd2.png"), ("left", "right"))
 
 

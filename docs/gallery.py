@@ -23,6 +23,7 @@ from distill_cli.models import load
 from distill_cli.recipes import find, read
 from distill_cli.trace.job import Traced
 from distill_cli.trace.plane import Plane
+from docs.asked import asked
 from docs.figure3 import command
 
 HEAD = """# A gallery: what each method does to a distribution
@@ -235,7 +236,7 @@ def wrapped(text: str) -> str:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gallery")
+    folder = asked()
     PICTURES.mkdir(exist_ok=True)
     numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
     for section in SECTIONS:

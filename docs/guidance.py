@@ -10,13 +10,13 @@ pairs, or without pairs; only the score that one of them is matched with is not 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from distill_cli.data.pictures import save_comparison
+from docs.asked import asked
 from docs.measure import distill, trained
 from tests.shapes_judge import judge
 
@@ -65,4 +65,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(asked())

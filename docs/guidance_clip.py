@@ -9,9 +9,9 @@ not made again.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from docs.asked import asked
 from docs.guidance import judged
 
 NOISY, CLEAN = "shapes-noisy-clip", "shapes-clip"
@@ -38,4 +38,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(asked())

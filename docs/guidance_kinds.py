@@ -11,10 +11,10 @@ built-in CLIP model, that of pictures. Prints a table, and draws docs/guidance-k
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from docs.asked import asked
 from docs.measure import distill
 
 DIGITS = ("--num", "500", "--seed", "1", "--format", "npz")
@@ -77,4 +77,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(asked())

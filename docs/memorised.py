@@ -6,7 +6,6 @@ python -m docs.memorised runs/memorised      # 6 minutes on one core
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from distill_cli.data import open_images
 from distill_cli.data.pictures import to_uint8
 from distill_cli.diffusion.noise import Draws
+from docs.asked import asked
 from docs.measure import distill
 
 KNOWN, OTHERS, SEED = 50, 300, 5
@@ -39,4 +39,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(asked())

@@ -17,6 +17,8 @@ import sys
 import threading
 from pathlib import Path
 
+from docs.asked import asked
+
 GIB = 2**30
 
 
@@ -128,4 +130,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--command"]:
         command(sys.argv[3:], sys.argv[2])
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/memory"))
+        main(asked())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_cli.recipes import find, read
+from docs.asked import asked
 from docs.measure import distill, judged, made_by, trained
 
 PAIRS = 8000 * 35 - 400 * 64 * 3
@@ -110,4 +111,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/methods"))
+    main(asked())

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from docs.asked import asked
+
 BATCH, STEPS = 32, 60
 OPTIONS = ("--teacher", "digits", "--steps", str(STEPS), "log_every=5", "sample_every=0", "save_every=1000", "warmup_steps=1")
 
@@ -49,4 +51,4 @@ def main(folder: Path, repeats: int = 3) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/overhead"))
+    main(asked())
