@@ -44,8 +44,9 @@ def redacted(text: str) -> str:
 
 ALWAYS: dict[str, Any] = {
     "guidance_calls": 1, "prompts": None, "negative_prompt": "", "images_per_prompt": 1, "guidance_scale": None, "clip": None,
+    "compile": "none", "channels_last": False,
 }  # fmt: skip
-"""Settings that folders written before text-to-image lack, with the values they had."""
+"""Settings that older folders lack, with the values they had."""
 
 
 def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> None:
@@ -63,7 +64,7 @@ def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> N
             raise DistillError(f"{path}: corrupt: {error}", again) from error
         settings = ALWAYS | json.loads(json.dumps(settings))
         old = ALWAYS | old
-        if other := [*_differences(old, settings, "")]:
+        if other := [*differences(old, settings, "")]:
             raise UsageError(f"--out {folder}: made with other settings: {'; '.join(other)}", "choose another folder, or the same settings")
         return
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
@@ -73,14 +74,14 @@ def settle(path: Path, settings: dict[str, Any], what: str, ours: str = "") -> N
     write_atomic(path, sealed(settings, indent=2))
 
 
-def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+def differences(old: Any, new: Any, name: str) -> Iterator[str]:
     """What differs in two values of a setting, in words; of a list of things, such as a trace's models, in the thing that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**new, **old}:
-            yield from _differences(old.get(key), new.get(key), f"{name} {key}".lstrip())
+            yield from differences(old.get(key), new.get(key), f"{name} {key}".lstrip())
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(each, dict) for each in old):
         for k, (one, other) in enumerate(zip(old, new, strict=True), 1):
-            yield from _differences(one, other, f"{name} {k}")
+            yield from differences(one, other, f"{name} {k}")
     elif old != new:
         yield f"{name} is {old}, not {new}"
 

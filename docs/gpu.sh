@@ -5,7 +5,7 @@
 # named, and can be run by its name: first what does not compile, the most wanted first, then what does, the shortest first.
 # Seconds (estimated; by the fourth run dmd-16 takes at most 95): facts 20; checks to equal 80, beside one another, since none is timed;
 # dmd-16 80, dmd-8 50, one-step 50, dmd-16-checkpointing 60, recipe 60, network 30, pipeline 35. That is 465 in all. Compiling takes
-# minutes a section: a second run by name has time for it, sh docs/gpu.sh one-step-whole compile dmd-16-blocks.
+# minutes a section: a second run by name has time for it, sh docs/gpu.sh one-step-whole compile dmd-16-blocks, and for pairs.
 # Beside checks to equal run the sections of WARM too, so that torch's cache has some of their kernels; what they print is dropped. They
 # are ended where the first timed section begins. WARM="" does without. DEVICE=cpu WARM="" tries the timed sections with a tiny model, but
 # recipe, which is of full size.
@@ -15,6 +15,7 @@ WORK=${WORK:-$(mktemp -d)}
 WARM=${WARM-one-step-whole}
 SECTIONS="facts checks fsdp ddp same resume equal dmd-16 dmd-8 one-step dmd-16-checkpointing recipe network pipeline"
 SECTIONS="$SECTIONS one-step-whole compile dmd-16-blocks dmd-16-whole one-step-blocks dmd-16-blocks-last"
+SECTIONS="$SECTIONS pairs pairs-last pairs-whole pairs-whole-last"
 case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
 export OUT WORK PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$WORK/inductor}" TORCHINDUCTOR_FX_GRAPH_CACHE=1
@@ -28,7 +29,7 @@ beside=""
 limit_of() {
     case $1 in
     facts) echo 40 ;; checks | fsdp | ddp | same | resume | equal) echo 120 ;;
-    dmd-*-checkpointing | dmd-8) echo 90 ;; dmd-*-* | one-step-*) echo 200 ;; dmd-* | recipe) echo 110 ;; compile) echo 120 ;; *) echo 80 ;;
+    dmd-*-checkpointing | dmd-8) echo 90 ;; dmd-*-* | one-step-* | pairs-whole*) echo 200 ;; dmd-* | recipe) echo 110 ;; compile) echo 120 ;; *) echo 80 ;;
     esac
 }
 warm_up() { # the sections of WARM, one after another, until this shell is told to end

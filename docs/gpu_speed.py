@@ -20,6 +20,7 @@ OPTIONS = {
     "whole": ("compile=whole",),
     "last": ("channels_last=true",),
     "blocks-last": ("compile=blocks", "channels_last=true"),
+    "whole-last": ("compile=whole", "channels_last=true"),
     "checkpointing": ("gradient_checkpointing=true",),
 }
 """Options of a bench by the end of a section's name: dmd-16-blocks."""
@@ -39,15 +40,21 @@ def flops() -> float:
     return evaluation(sketch("sd15")) / 1e12
 
 
-def bench(name: str, *settings: str, repeats: int = 1) -> None:
-    """`distill bench dmd`: its time, share of the peak, ratio, memory, first call, which compiles, and kernels if it is profiled."""
-    command = [sys.executable, "-m", "distill_cli", "bench", "dmd", "--repeats", str(repeats), "--json", f"device={DEVICE}", *settings]
+def benched(what: str, *settings: str, repeats: int = 1) -> dict[str, Any]:
+    """What `distill bench` prints of a command as JSON."""
+    command = [sys.executable, "-m", "distill_cli", "bench", what, "--repeats", str(repeats), "--json", f"device={DEVICE}", *settings]
     done = subprocess.run(command, cwd=WORK, capture_output=True, text=True)
     print(done.stderr)
     if done.returncode:
         raise SystemExit(done.stderr[-1500:])
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     print(found)
+    return found
+
+
+def bench(name: str, *settings: str, repeats: int = 1) -> None:
+    """`distill bench dmd`: its time, share of the peak, ratio, memory, first call, which compiles, and kernels if it is profiled."""
+    found = benched("dmd", *settings, repeats=repeats)
     seconds, share, memory = found["ours_seconds"], found["share_of_peak"], found["peak_memory_mb"] * 1e6 / 2**30
     figure(f"dmd step, {name}, bf16, pairs, guidance 3", f"{seconds * 1000:.0f} ms", seconds)
     figure(f"dmd, {name}: share of the peak", f"{share:.1%}, {found['tflop'] / seconds:.0f} TFLOP/s", share)
@@ -179,15 +186,27 @@ def compiled() -> None:
     figure("UNet compiled (reduce-overhead), bf16, batch 1", f"{milliseconds:.1f} ms", milliseconds)
 
 
+def pairs(option: str) -> None:
+    """`distill bench pairs`: latents of 10 guided steps of DDIM, 8 at a time, plain or by an option."""
+    settings = [f"teacher={FULL}", "precision=bf16", "guidance_scale=3", "solver=ddim", "steps=10", "batch_size=8"]
+    found, name = benched("pairs", *settings, *OPTIONS.get(option, ())), f"pairs{option and ', ' + option}"
+    figure(f"{name}, bf16, guidance 3, 10 steps: a second", found["images_per_second"], found["images_per_second"])
+    figure(f"{name}: share of the peak", f"{found['share_of_peak']:.1%}", found["share_of_peak"])
+    figure(f"{name}: over its raw calls", f"{found['ratio']:.3f}", found["ratio"])
+    figure(f"{name}: first call", f"{found['first_seconds']:.0f} s", found["first_seconds"])
+
+
 SECTIONS = {"network": network, "pipeline": pipeline, "compile": compiled, "recipe": recipe}
 
 
 def run(section: str) -> None:
-    """A timed section: dmd-BATCH[-OPTION], one-step[-HOW], or one of SECTIONS."""
+    """A timed section: dmd-BATCH[-OPTION], one-step[-HOW], pairs[-OPTION], or one of SECTIONS."""
     kind, _, rest = section.partition("-")
     if kind == "dmd":
         batch, _, option = rest.partition("-")
         dmd(int(batch), option)
+    elif kind == "pairs":
+        pairs(rest)
     elif kind == "one":
         one_step(rest.partition("-")[2] or "none")
     else:

@@ -130,6 +130,22 @@ def test_text_models_are_timed_against_diffusers_pipeline(tmp_path, monkeypatch)
     assert case.images == 2 * cases.BATCHES
 
 
+@pytest.mark.parametrize(("more", "forwards"), [({}, [4] * 6), ({"guidance_scale": 2.0}, [8] * 6)])
+def test_both_sides_of_pairs_call_the_network_alike(more, forwards, tmp_path, monkeypatch):
+    """Guidance asks for twice as many images in one call."""
+    from diffusers import UNet2DModel
+
+    seen, original = [], UNet2DModel.forward
+    monkeypatch.setattr(UNet2DModel, "forward", lambda self, x, *a, **o: seen.append(len(x)) or original(self, x, *a, **o))
+    config = PairsConfig(teacher="tiny", batch_size=4, steps=2, solver="ddim", device="cpu", **more)
+    case = cases.bench_pairs(config, tmp_path)
+    bare = case.bare()
+    for side in (case.ours, bare):
+        seen.clear()
+        side()
+        assert seen == forwards
+
+
 def test_both_sides_of_latent_dmd_are_the_same_network(tmp_path):
     case = cases.training("dmd", DMDConfig(teacher="tiny-sd", batch_size=2, device="cpu", out=tmp_path / "o"), tmp_path)
     assert case.calls == "2 forwards, 2 x (forward, backward, optimizer)"  # guided teacher (twice the batch), fake score

@@ -56,7 +56,7 @@ class Raw:
             placed(config, self.network, where, trained)
         else:
             compiled.lay_out(config, self.network)
-            compiled.compile_network(self.network, config.compile)
+            compiled.compile_network(self.network, config.compile, **compiled.graph(config.compile, where))
         self.x = torch.randn(size, *model.shape, device=where)
         self.t = torch.full((size,), 500.0, device=where)
         self.condition = model.example(size, where)
@@ -135,18 +135,19 @@ def _bench_generation(config: BatchesConfig, model: Model, make: Callable[[int],
     where = launch.device(config.device)
     sampling = model.with_defaults(config.solver, config.steps, config.guidance_scale, config.guidance_calls)
     calls = sampling.evaluations
+    together = 2 if sampling.combines and sampling.guidance_calls == 1 else 1  # evaluations that guidance makes in one call
     turn = count()
 
     def bare() -> Callable[[], None]:
-        raw = Raw(model, config.batch_size, where, config, stored=launch.HALF.get(config.precision))
+        raw = Raw(model, config.batch_size * together, where, config, stored=launch.HALF.get(config.precision))
 
         def forwards() -> None:
-            for _ in range(BATCHES * calls):
+            for _ in range(BATCHES * calls // together):
                 raw.call()
 
         return forwards
 
-    text = f"{calls} forwards a batch of {config.batch_size}"
+    text = f"{calls // together} forwards a batch of {config.batch_size * together}"
     return Case(lambda: make(next(turn)), bare, config.num, text, where, config.precision, *_asked(config, model, calls))
 
 

@@ -45,7 +45,7 @@ class BatchesConfig(GenerateConfig):
     """How many batches are made fast; shared by pairs and sample."""
 
     compile: Compile = Field(
-        "none", description="torch.compile of denoiser and decoder: by block or whole, on a GPU as a CUDA graph; slow to begin"
+        "none", description="torch.compile of what runs, denoiser and decoder: by block or whole, on a GPU as a CUDA graph; slow to begin"
     )
     channels_last: bool = Field(False, description="store pictures inside the networks with their channels last, which may be faster")
 
@@ -86,7 +86,7 @@ class SampleConfig(BatchesConfig):
 
     @model_validator(mode="after")
     def _one_thing(self) -> SampleConfig:
-        given = self.changed("times", "steps", "solver", "guidance_scale", "grid", "format", "out")
+        given = self.changed("times", "steps", "solver", "guidance_scale", "grid", "format", "compile", "channels_last", "out")
         if self.search_times and given:
             names = " and ".join(f"--{key.replace('_', '-')}" for key in given)
             raise ValueError(f"--search-times makes no samples, so {names} {'has' if len(given) == 1 else 'have'} no use here")

@@ -102,7 +102,12 @@ def plan(how: str, batch_size: int, sampling: Sampling) -> dict[str, str]:
     if how == "none":
         return {}
     pays = pays_from(batch_size, sampling)
-    return {"compile": f"{how}, pays from about {pays:,} pictures a process on (an H200's figures for sd15)"}
+    return {"compile": f"{how}, pays from about {pays:,} images a process on, in batches of one size (an H200's figures for sd15)"}
+
+
+def graph(how: Compile, where: torch.device) -> dict[str, str]:
+    """Options by which a network that makes pictures runs as a CUDA graph."""
+    return {"mode": "reduce-overhead"} if how == "whole" and where.type == "cuda" else {}
 
 
 def compile_model(how: Compile, model: Model, where: torch.device, decodes: bool = True) -> None:
@@ -110,11 +115,11 @@ def compile_model(how: Compile, model: Model, where: torch.device, decodes: bool
     if how == "none":
         return
     check(where)
-    graph = {"mode": "reduce-overhead"} if how == "whole" and where.type == "cuda" else {}
-    counted = compile_network(model.denoiser, how, **graph)
+    counted = compile_network(model.denoiser, how, **graph(how, where))
     if decodes:  # a graph writes each answer over the last one, and tiles are kept until all are there
-        counted += compile_parts(model.codec.decoders(), **({} if model.codec.tiles else graph))
-    processes.say(f"compile {how}: {said(counted)}; each number of images in a batch is compiled once")
+        counted += compile_parts(model.codec.decoders(), **({} if model.codec.tiles else graph(how, where)))
+    if counted:  # else it was compiled before
+        processes.say(f"compile {how}: {said(counted)}; each number of images in a batch is compiled once")
 
 
 def prepare(config: BatchesConfig, model: Model, where: torch.device, decodes: bool = True) -> None:

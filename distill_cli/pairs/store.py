@@ -33,7 +33,7 @@ from distill_cli.diffusion.noise import Draws
 from distill_cli.errors import DistillError, UsageError
 from distill_cli.files import open_plain, read_plain, remove_temporaries, unsealed, write_atomic, write_atomic_lines
 from distill_cli.models.model import Sampling
-from distill_cli.runs import settle
+from distill_cli.runs import differences, settle
 from distill_cli.verified import Check, Verified
 
 LATER = ("guidance_calls", "prompts", "negative_prompt", "guidance_range", "guides", "compile", "channels_last")
@@ -267,7 +267,8 @@ def merge(folders: Sequence[Path], out: Path) -> dict[str, int]:
     manifest = manifests[folders[0]]
     for folder, other in manifests.items():
         if other != manifest:
-            raise UsageError(f"--merge {folder}: pairs of another job than {folders[0]}", "the manifests differ")
+            apart = "; ".join(differences(manifest.model_dump(mode="json"), other.model_dump(mode="json"), ""))
+            raise UsageError(f"--merge {folder}: pairs of another job than {folders[0]}, whose {apart}", "merge parts of one job")
     settle(out / MANIFEST, manifest.settings(), "pairs", OURS)
     remove_temporaries(out)
     copied = 0

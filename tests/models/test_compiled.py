@@ -113,5 +113,28 @@ def test_a_plan_says_from_how_many_pictures_on_compiling_pays(distill):
     assert compiled.pays_from(8, Sampling(solver="ddim", steps=25, guidance_scale=2.0, guidance_calls=2)) == 240
     for command in (["sample", "--model"], ["pairs", "--teacher"]):
         asked = [*command, "tiny", "solver=ddim", "steps=25", "batch_size=8", "--dry-run"]
-        assert "compile: whole, pays from about 480 pictures a process on" in distill(*asked, "compile=whole").out
+        assert "compile: whole, pays from about 480 images a process on, in batches of one size" in distill(*asked, "compile=whole").out
         assert "pays from" not in distill(*asked).out
+
+
+def test_what_was_made_otherwise_is_named(distill):
+    """By the values that one could give; also by parts that do not fit together, and where times alone are looked for."""
+    made = ("pairs", "--teacher", "tiny", "--num", 4, "--steps", 2, "shard_size=2")
+    assert distill(*made, "--shards", "0/2", "--out", "a").code == 0
+    assert distill(*made, "--shards", "1/2", "--out", "b", "channels_last=true").code == 0
+    assert "made with other settings: channels_last is False, not True" in distill(*made, "--out", "a", "channels_last=true").err
+    assert "made with other settings: channels_last is True, not False" in distill(*made, "--out", "b").err
+    merged = distill("pairs", "--merge", "a", "--merge", "b", "--out", "c")
+    assert "pairs of another job than a, whose channels_last is False, not True" in merged.err
+    assert distill(*made, "--out", "a", "compile=none").code == 0
+    shown = ("sample", "--model", "tiny", "--num", 2, "--steps", 1, "--out", "s")
+    assert distill(*shown).code == 0
+    assert "compile is none, not blocks" in distill(*shown, "compile=blocks").err
+    assert "so --compile has no use here" in distill("sample", "--model", "tiny", "--search-times", 2, "compile=blocks").err
+
+
+def test_a_model_is_said_to_be_compiled_once(eager, capsys):
+    model = load("tiny")
+    for _ in range(2):
+        compiled.compile_model("whole", model, torch.device("cpu"))
+    assert capsys.readouterr().err.count("compile whole: 1 UNet2DModel") == 1
