@@ -268,8 +268,8 @@ def test_random_weights_stand_in_for_every_family(name, distill, monkeypatch, tm
     ("options", "against"),
     [
         ({"model": "tiny-sd", "resolution": 128}, "StableDiffusionPipeline, pndm 1"),
-        ({"model": "tiny-sd", "solver": "heun"}, "2 forwards"),
-        ({"model": "tiny-sd3", "solver": "dpm++"}, "2 forwards"),
+        ({"model": "tiny-sd", "solver": "heun"}, "1 forwards a batch of 2"),
+        ({"model": "tiny-sd3", "solver": "dpm++"}, "1 forwards a batch of 2"),
         ({"model": "lora"}, "StableDiffusion3Pipeline, euler 1"),
     ],
 )
